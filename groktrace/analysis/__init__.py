@@ -1,0 +1,1 @@
+"""From snapshots to estimates, trajectories and transitions."""

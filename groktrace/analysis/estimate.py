@@ -1,0 +1,200 @@
+"""λ̂ of one or of several stacked points of weight space."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from groktrace.analysis.evaluation import Survey, stack_weights, survey
+from groktrace.analysis.llc import LLCEstimate, off_minimum, summarise, unusable
+from groktrace.errors import SettingsError, TaskError
+from groktrace.run.task import Task
+from groktrace.sampling.calibration import posterior_scale, step_size
+from groktrace.sampling.chains import Traces, rows_per_stack, sample
+from groktrace.sampling.diagnostics import standard_error
+from groktrace.sampling.posterior import WeightLayout
+from groktrace.sampling.settings import SamplingSettings
+
+# A snapshot counts as fitted once its training loss has fallen to this fraction of the run's range.
+FITTED = 0.05
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device named, or a GPU where there is one, or the CPU.
+
+    Raises:
+        SettingsError: there is no such device here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as failure:
+        raise SettingsError(f"device: '{device}' cannot be used here ({str(failure).splitlines()[0]}).") from failure
+    return chosen
+
+
+def weight_layout(specs: dict[str, tuple[tuple[int, ...], torch.dtype, bool]]) -> WeightLayout:
+    """The sampled weights among all tensors of a network.
+
+    Args:
+        specs: (shape, dtype, trainable) by name.
+
+    Raises:
+        TaskError: there is nothing to sample.
+    """
+    chosen = {name: shape for name, (shape, dtype, trainable) in specs.items() if trainable and dtype.is_floating_point}
+    if not sum(math.prod(shape) for shape in chosen.values()):
+        raise TaskError("weights: expected at least one trainable real-valued parameter, found none.")
+    return WeightLayout(tuple(chosen), tuple(chosen.values()))
+
+
+def stack_size(task: Task, layout: WeightLayout, weights: dict[str, Tensor], chains: int, device: torch.device) -> int:
+    """How many snapshots are sampled at once, at least one."""
+    loss, anchors = stack_weights(task, layout, [weights], device)
+    return max(1, rows_per_stack(loss.probe(anchors), anchors) // chains)
+
+
+def estimate_stack(
+    task: Task,
+    layout: WeightLayout,
+    weights: Sequence[dict[str, Tensor]],
+    surveys: Sequence[Survey],
+    settings: SamplingSettings,
+    nbeta: float,
+    localization: float,
+    device: torch.device,
+) -> list[LLCEstimate]:
+    """λ̂ of several snapshots at once, at one (nβ, γ).
+
+    Args:
+        task: loss and data.
+        layout: the sampled weights.
+        weights: tensors by name, of each snapshot.
+        surveys: of the same snapshots.
+        settings: of the sampling.
+        nbeta: nβ.
+        localization: γ.
+        device: where to compute.
+    """
+    estimates: list[LLCEstimate | None] = [None] * len(weights)
+    usable = []
+    for s, about in enumerate(surveys):
+        if math.isfinite(about.train_loss) and math.isfinite(about.top_curvature):
+            usable.append(s)
+        else:
+            estimates[s] = unusable(
+                "the weights or the loss at the snapshot are not finite", settings, nbeta, localization
+            )
+    if usable:
+        surveys = [surveys[s] for s in usable]
+        loss, anchors = stack_weights(task, layout, [weights[s] for s in usable], device)
+        traces = sample(
+            loss.probe(anchors),
+            anchors,
+            [about.step for about in surveys],
+            settings,
+            nbeta,
+            localization,
+            [settings.step_size or step_size(nbeta, localization, about.top_curvature) for about in surveys],
+            lambda so_far: _precise(so_far, settings.rtol),
+        )
+        for s, about, trace in zip(usable, surveys, traces, strict=True):
+            estimates[s] = summarise(
+                trace,
+                settings,
+                loss=about.train_loss,
+                norm=math.sqrt(about.norm_squared),
+                dimension=layout.size,
+                nbeta=nbeta,
+                localization=localization,
+            )
+    return estimates
+
+
+def estimate_llc(
+    model: nn.Module,
+    loss: Callable[..., Tensor] | str | None,
+    train: Any,
+    *,
+    batch_loss: Callable[..., Tensor] | None = None,
+    device: str | torch.device | None = None,
+    **settings: Any,
+) -> LLCEstimate:
+    """Local learning coefficient of a model as it stands, without a recording.
+
+    Args:
+        model: the network at w*; it is not changed.
+        loss: loss(outputs, targets) as a mean over the batch, "cross_entropy", "mse", or None with `batch_loss`.
+        train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader.
+        batch_loss: batch_loss(model, batch) for models that compute their own loss.
+        device: where to compute; a GPU where there is one.
+        **settings: see `groktrace.SamplingSettings`.
+
+    Returns:
+        The estimate, with its diagnostics.
+
+    Raises:
+        SettingsError: a setting is outside what it may be.
+        TaskError: model, loss and data do not fit together, or are not finite.
+    """
+    chosen = make_settings(settings)
+    place = choose_device(device)
+    task = Task.from_model(model, loss=loss, batch_loss=batch_loss, train=train, seed=chosen.seed)
+    parameters = dict(model.named_parameters())
+    weights = {name: t.detach() for name, t in (parameters | dict(model.named_buffers())).items()}
+    layout = weight_layout({name: (tuple(t.shape), t.dtype, t.requires_grad) for name, t in parameters.items()})
+    surveyed = survey(task, layout, [weights], [0], place, chosen.seed)
+    if not math.isfinite(surveyed[0].train_loss):
+        raise TaskError(f"loss: expected a finite loss at the weights given, got {surveyed[0].train_loss}.")
+    nbeta, localization = choose_scale(chosen, task.n, layout, surveyed)
+    return estimate_stack(task, layout, [weights], surveyed, chosen, nbeta, localization, place)[0]
+
+
+def make_settings(settings: dict[str, Any]) -> SamplingSettings:
+    """Settings from keywords.
+
+    Raises:
+        SettingsError: one is unknown or outside what it may be.
+    """
+    known = SamplingSettings.__dataclass_fields__
+    unknown = sorted(settings.keys() - known.keys())
+    if unknown:
+        raise SettingsError(f"settings: unknown {', '.join(unknown)}; expected some of {', '.join(known)}.")
+    return SamplingSettings(**settings)
+
+
+def choose_scale(
+    settings: SamplingSettings, n: int, layout: WeightLayout, surveys: Sequence[Survey]
+) -> tuple[float, float]:
+    """nβ and γ for a whole run, from its typical snapshots once the training set is fitted.
+
+    Args:
+        settings: of the sampling.
+        n: number of training samples.
+        layout: the sampled weights.
+        surveys: of all snapshots.
+
+    Raises:
+        SettingsError: they have to be derived and no snapshot is finite.
+    """
+    finite = [each for each in surveys if math.isfinite(each.train_loss) and math.isfinite(each.top_curvature)]
+    if not finite:
+        if isinstance(settings.nbeta, float | int) and settings.localization is not None:
+            return posterior_scale(settings, n, layout.size, math.nan, math.nan)
+        raise SettingsError("nbeta: cannot be derived, as no snapshot has a finite loss; give nbeta and localization.")
+    losses = [each.train_loss for each in finite]
+    fitted = [each for each in finite if each.train_loss <= min(losses) + FITTED * (max(losses) - min(losses))]
+    norm_squared = statistics.median(each.norm_squared for each in fitted)
+    top_curvature = statistics.median(each.top_curvature for each in fitted)
+    return posterior_scale(settings, n, layout.size, norm_squared, top_curvature)
+
+
+def _precise(traces: Traces, rtol: float) -> bool:
+    """Whether λ̂ is known to `rtol`; off a minimum, where λ̂ is no measure of the basin, no more draws are spent on it."""
+    llc = float(traces.excess.mean())
+    return standard_error(traces.excess) <= rtol * abs(llc) or off_minimum(llc, float(traces.paired.mean()))

@@ -1,0 +1,137 @@
+"""Loss, accuracy, size and curvature of snapshots: what can be said of them without sampling."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groktrace.run.batch import Batch
+from groktrace.run.task import Task
+from groktrace.sampling.curvature import top_eigenvalue
+from groktrace.sampling.langevin import generator_for
+from groktrace.sampling.posterior import StackedLoss, WeightLayout
+
+
+@dataclass(frozen=True)
+class Survey:
+    """One snapshot without sampling; what is not known is None.
+
+    Attributes:
+        step: training step.
+        train_loss, val_loss: mean loss over the stored samples.
+        train_accuracy, val_accuracy: fraction of right predictions, for classification.
+        norm_squared: ‖w*‖² over the sampled weights.
+        top_curvature: h_max, the largest |eigenvalue| of the Hessian of the training loss.
+    """
+
+    step: int
+    train_loss: float
+    train_accuracy: float | None
+    val_loss: float | None
+    val_accuracy: float | None
+    norm_squared: float
+    top_curvature: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def stack_weights(
+    task: Task, layout: WeightLayout, weights: Sequence[dict[str, Tensor]], device: torch.device
+) -> tuple[StackedLoss, Tensor]:
+    """The training loss of several snapshots, and their flat weights [S, D]."""
+    flat = torch.stack([layout.flatten(each) for each in weights]).to(device)
+    names = [name for name in weights[0] if name not in layout.names]
+    fixed = {name: torch.stack([as_float(each[name]) for each in weights]).to(device) for name in names}
+    return StackedLoss(task.forward, layout, task.train.to(device).tensors, fixed), flat
+
+
+def survey(
+    task: Task,
+    layout: WeightLayout,
+    weights: Sequence[dict[str, Tensor]],
+    steps: Sequence[int],
+    device: torch.device,
+    seed: int,
+) -> list[Survey]:
+    """Losses, accuracies and curvature of several snapshots.
+
+    Args:
+        task: loss and data.
+        layout: the sampled weights.
+        weights: tensors by name, of each snapshot.
+        steps: the training step of each.
+        device: where to compute.
+        seed: of the power iteration's start.
+    """
+    measured = [_measure(task, {name: as_float(t).to(device) for name, t in each.items()}, device) for each in weights]
+    loss, anchors = stack_weights(task, layout, weights, device)
+    loss = loss.probe(anchors)
+    start = torch.empty_like(anchors)
+    for row, step in zip(start, steps, strict=True):
+        row.normal_(generator=generator_for(seed, step, 0, "curvature", device))
+    curvature = top_eigenvalue(loss, anchors, start).tolist()
+    norms = anchors.square().sum(1).tolist()
+    return [
+        Survey(step, *measure, norm_squared=norm, top_curvature=top)
+        for step, measure, norm, top in zip(steps, measured, norms, curvature, strict=True)
+    ]
+
+
+def as_float(tensor: Tensor) -> Tensor:
+    """Half-precision weights in float32, as the sampled ones are; everything else as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def accuracy(outputs: Tensor, targets: Tensor, offset: Tensor | None = None) -> float | None:
+    """Fraction of samples whose largest output is the target's class; None where there are no classes.
+
+    Args:
+        outputs: [n, classes], or [n, length, classes], or [n, classes, length].
+        targets: class indices, or one-hot rows of the shape of `outputs`.
+        offset: [classes], taken off the outputs first.
+    """
+    if outputs.ndim < 2 or outputs.shape[-1] < 2:
+        return None
+    if targets.is_floating_point():
+        one_hot = targets.shape == outputs.shape and bool(
+            ((targets == 0) | (targets == 1)).all() & (targets.sum(-1) == 1).all()
+        )
+        if not one_hot:
+            return None
+        targets = targets.argmax(-1)
+    elif targets.shape == (outputs.shape[0], *outputs.shape[2:]) and targets.shape != outputs.shape[:-1]:
+        outputs = outputs.movedim(1, -1)
+    if targets.shape != outputs.shape[:-1]:
+        return None
+    predictions = (outputs if offset is None else outputs - offset).argmax(-1)
+    counted = targets >= 0
+    return float((predictions == targets)[counted].double().mean()) if counted.any() else None
+
+
+def _measure(
+    task: Task, weights: dict[str, Tensor], device: torch.device
+) -> tuple[float, float | None, float | None, float | None]:
+    """Training loss and accuracy, validation loss and accuracy of one snapshot."""
+    offset = None
+
+    def one(batch: Batch) -> tuple[float, float | None]:
+        nonlocal offset
+        loss, outputs = task.forward(weights, batch.to(device).tensors)
+        if outputs is None:
+            return float(loss), None
+        targets = batch.to(device).nested()[1]
+        if not isinstance(targets, Tensor):
+            return float(loss), None
+        if task.offset_free and batch is task.train:
+            # The loss cannot see this mean, so neither may the predictions (Gromov 2023's network has it at 30-50 %).
+            offset = (outputs - targets).mean(0) if targets.shape == outputs.shape else None
+        return float(loss), accuracy(outputs, targets, offset)
+
+    with torch.no_grad():
+        train_loss, train_accuracy = one(task.train)
+        val_loss, val_accuracy = one(task.val) if task.val is not None else (None, None)
+    return train_loss, train_accuracy, val_loss, val_accuracy

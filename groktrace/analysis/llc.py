@@ -1,0 +1,152 @@
+"""One snapshot's local learning coefficient, with its uncertainty and what speaks against it."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from groktrace.sampling import diagnostics as diagnose
+from groktrace.sampling.chains import Traces
+from groktrace.sampling.settings import SamplingSettings
+
+# What is tolerated before a number is called unreliable; in each case plus three standard errors of the diagnostic.
+MAX_VIRIAL_GAP = 0.02
+MAX_ANHARMONICITY = 0.1
+MAX_RHAT = 1.1
+MAX_DISTANCE = 0.5
+
+
+@dataclass(frozen=True)
+class LLCEstimate:
+    """The local learning coefficient at one point w* of weight space.
+
+    λ̂ = nβ·(E[L_n(w)] − L_n(w*)) under the localised tempered posterior (Lau et al. 2023, arXiv 2308.12108).
+
+    Attributes:
+        llc: λ̂; None where no chain stayed finite.
+        stderr: its standard error, from the effective sample size.
+        llc_centred: λ_c = ½·nβ·E[(w − w̄)·∇L_n(w)]; equals λ̂ in a quadratic bowl and, unlike it, is not thrown off
+            where w* is no minimum. None with a single chain.
+        stderr_centred: its standard error; None with a single chain.
+        reliable: whether no diagnostic speaks against λ̂.
+        reasons: those that do, in words.
+        nbeta: nβ, inverse temperature times sample count.
+        localization: γ, strength of the pull towards w*.
+        step_size: ε of the sampler; None where nothing was sampled.
+        chains: independent chains.
+        draws: draws a chain after burn-in.
+        burn_in: discarded steps a chain.
+        loss: L_n(w*); None where it is not finite.
+        diagnostics: `virial` (1 in equilibrium), `anharmonicity` (1 in a quadratic bowl), `rhat`, `ess`, `drift`,
+            `distance` (E‖w − w*‖ relative to ‖w*‖), `halvings` of the step size.
+    """
+
+    llc: float | None
+    stderr: float | None
+    llc_centred: float | None
+    stderr_centred: float | None
+    reliable: bool
+    reasons: tuple[str, ...]
+    nbeta: float
+    localization: float
+    step_size: float | None
+    chains: int
+    draws: int
+    burn_in: int
+    loss: float | None
+    diagnostics: dict[str, float | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "reasons": list(self.reasons)}
+
+
+def off_minimum(llc: float, centred: float | None) -> bool:
+    """Whether λ̂ says that the loss falls on moving away from w*; `centred` is λ_c, NaN or None where unknown."""
+    return llc < 0 or (centred is not None and llc < 0.5 * centred)
+
+
+def unusable(reason: str, settings: SamplingSettings, nbeta: float, localization: float) -> LLCEstimate:
+    """What is said of a snapshot that cannot be sampled."""
+    return LLCEstimate(
+        None, None, None, None, False, (reason,), nbeta, localization, None, settings.chains, 0, 0, None, {}
+    )
+
+
+def summarise(
+    traces: Traces,
+    settings: SamplingSettings,
+    *,
+    loss: float,
+    norm: float,
+    dimension: int,
+    nbeta: float,
+    localization: float,
+) -> LLCEstimate:
+    """Turn one snapshot's traces into an estimate and judge it.
+
+    Args:
+        traces: the draws.
+        settings: of the sampling.
+        loss: L_n(w*).
+        norm: ‖w*‖.
+        dimension: D.
+        nbeta: nβ.
+        localization: γ.
+    """
+    if not traces.is_finite():
+        reason = f"diverging: no chain stayed finite down to step size {traces.step_size:.3g}"
+        return unusable(reason, settings, nbeta, localization)
+    chains = settings.chains
+    llc, stderr = float(traces.excess.mean()), diagnose.standard_error(traces.excess)
+    centred = stderr_centred = None
+    if traces.paired.shape[1]:
+        # Neighbouring pairs share chains: their mean at each draw is one series.
+        series = traces.paired.mean(1, keepdim=True)
+        centred, stderr_centred = float(series.mean()), diagnose.standard_error(series)
+    virial = diagnose.virial_ratio(traces.pull, traces.spread, dimension)
+    anharmonicity = diagnose.anharmonicity(traces.pull, traces.excess)
+    distance = math.sqrt(float(traces.spread.mean()) / localization)
+    relative_distance = distance / norm if norm > 0 else None
+    rhat, ess = diagnose.split_rhat(traces.excess), diagnose.effective_sample_size(traces.excess)
+    virial_error = diagnose.standard_error(traces.pull + traces.spread) / dimension
+    reasons = []
+    if off_minimum(llc, centred):
+        reasons.append("not at a minimum: the loss falls on moving away from the snapshot")
+    else:
+        # Off a minimum the slope, not the shape of the bowl, sets this ratio.
+        ratio_error = diagnose.standard_error(0.5 * traces.pull - traces.excess) / llc if llc else 0.0
+        if abs(anharmonicity - 1) > MAX_ANHARMONICITY + 3 * ratio_error:
+            reasons.append(f"not quadratic within reach (anharmonicity {anharmonicity:.2f}, expected 1)")
+    if abs(virial - 1) > MAX_VIRIAL_GAP + 3 * virial_error:
+        reasons.append(f"not equilibrated (virial ratio {virial:.3f}, expected 1); needs a longer burn-in")
+    # Half-chains of m effective draws differ by chance: R-hat is then about √(1 + 1/m).
+    if rhat > max(MAX_RHAT, math.sqrt(1 + 10 * chains / ess)):
+        reasons.append(f"chains disagree (split R-hat {rhat:.2f})")
+    if relative_distance is not None and relative_distance > MAX_DISTANCE:
+        reasons.append(f"not local (the chains are {relative_distance:.2f}‖w*‖ away); use a larger localization")
+    if stderr > 2 * settings.rtol * max(abs(llc), 1e-300) and not reasons:
+        reasons.append(f"too few draws (standard error {100 * stderr / max(abs(llc), 1e-300):.1f} %)")
+    return LLCEstimate(
+        llc,
+        stderr,
+        centred,
+        stderr_centred,
+        not reasons,
+        tuple(reasons),
+        nbeta,
+        localization,
+        traces.step_size,
+        chains,
+        len(traces.excess),
+        traces.burn_in,
+        loss,
+        {
+            "virial": virial,
+            "anharmonicity": anharmonicity if math.isfinite(anharmonicity) else None,
+            "rhat": rhat,
+            "ess": ess,
+            "drift": diagnose.drift(traces.excess),
+            "distance": relative_distance,
+            "halvings": traces.halvings,
+        },
+    )

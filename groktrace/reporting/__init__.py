@@ -1,0 +1,1 @@
+"""TensorBoard, figures and the console."""

@@ -1,0 +1,1 @@
+"""The run directory: what recording writes and analysis reads."""

@@ -1,0 +1,130 @@
+"""Writing and reading single files: whole or not at all, JSON and safetensors only."""
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from groktrace.errors import GroktraceError, RunError
+
+TEMPORARY_PREFIX = ".tmp-"
+MAX_JSON_BYTES = 64 * 2**20
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader sees the whole file or none of it.
+
+    Temporary file in the same folder, fsync, rename, fsync of the folder.
+
+    Raises:
+        OSError: the file system refused; `path` is then as it was.
+    """
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, whole or not at all; NaN and infinities are refused."""
+    write_file(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path, error: type[GroktraceError] = RunError) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        error: the file is missing, too large, or not JSON.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise error(f"{path}: larger than {MAX_JSON_BYTES} bytes; groktrace never writes such a file.")
+        return json.loads(path.read_bytes())
+    except OSError as failure:
+        raise error(f"{path}: cannot be read ({failure.strerror or failure}).") from failure
+    except (ValueError, RecursionError) as failure:
+        raise error(f"{path}: not valid JSON ({failure}); the file is damaged or not groktrace's.") from failure
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes in row-major order, as hexadecimal."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy() if flat.numel() else b"").hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
+    """Write named tensors as safetensors with a digest of each; returns the bytes written."""
+    digests = json.dumps({name: digest(tensor) for name, tensor in tensors.items()})
+    data = save_tensors(tensors, {**metadata, "digests": digests})
+    write_file(path, data)
+    return len(data)
+
+
+def read_metadata(path: Path, error: type[GroktraceError] = RunError) -> dict[str, str]:
+    """Metadata of a safetensors file, without reading its tensors.
+
+    Raises:
+        error: the file is missing or its header is damaged.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise error(f"{path}: truncated or not a safetensors file ({size} bytes).")
+            metadata = json.loads(file.read(length)).get("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise error(f"{path}: its header is damaged.")
+        return metadata
+    except OSError as failure:
+        raise error(f"{path}: cannot be read ({failure.strerror or failure}).") from failure
+    except (ValueError, RecursionError, AttributeError) as failure:
+        raise error(f"{path}: its header is damaged ({failure}).") from failure
+
+
+def read_tensors(path: Path, error: type[GroktraceError] = RunError) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file and verify the digest of every tensor in it.
+
+    Returns:
+        The tensors by name (on the CPU) and the file's metadata.
+
+    Raises:
+        error: the file is missing, truncated, damaged, or a digest does not match.
+    """
+    metadata = read_metadata(path, error)
+    try:
+        tensors = load_tensors(path.read_bytes())
+        digests = json.loads(metadata.get("digests", "null"))
+    except OSError as failure:
+        raise error(f"{path}: cannot be read ({failure.strerror or failure}).") from failure
+    except (SafetensorError, ValueError, KeyError, RecursionError) as failure:
+        raise error(f"{path}: not a whole safetensors file ({failure}).") from failure
+    if not isinstance(digests, dict):
+        raise error(f"{path}: holds no digests; groktrace did not write it.")
+    if digests.keys() != tensors.keys():
+        raise error(f"{path}: its tensors and digests name different things; the file is damaged.")
+    for name, tensor in tensors.items():
+        if digest(tensor) != digests[name]:
+            raise error(f"{path}: tensor '{name}' does not match its digest; the file is damaged.")
+    return tensors, metadata

@@ -1,0 +1,35 @@
+"""Names within a run directory, and the version of its format."""
+
+import re
+from pathlib import Path
+
+FORMAT_VERSION = 1
+
+RUN_FILE = "run.json"
+PROGRAM_FILE = "program.json"
+DATA_FILE = "data.safetensors"
+WEIGHTS_FOLDER = "weights"
+ANALYSIS_FOLDER = "analysis"
+TENSORBOARD_FOLDER = "tensorboard"
+
+MAX_STEP = 10**12 - 1
+_SNAPSHOT_NAME = re.compile(r"(\d{12})\.safetensors", re.ASCII)
+
+
+def snapshot_path(root: Path, step: int) -> Path:
+    """Where the snapshot of `step` lies; twelve digits, so that names sort as steps do."""
+    return root / WEIGHTS_FOLDER / f"{step:012d}.safetensors"
+
+
+def snapshot_step(name: str) -> int | None:
+    """The step that a file name in the weights folder stands for, or None if it is no snapshot."""
+    match = _SNAPSHOT_NAME.fullmatch(name)
+    return int(match.group(1)) if match else None
+
+
+def snapshot_steps(root: Path) -> list[int]:
+    """Steps of all finished snapshots, ascending; a snapshot exists when its final name does."""
+    folder = root / WEIGHTS_FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(step for entry in folder.iterdir() if (step := snapshot_step(entry.name)) is not None)

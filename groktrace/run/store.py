@@ -1,0 +1,206 @@
+"""Reading a run directory; everything in it is checked before it is used."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groktrace.errors import RunError, SnapshotError, TaskError
+from groktrace.run import layout
+from groktrace.run.batch import Batch, check_lengths, unflatten
+from groktrace.run.files import read_json, read_tensors
+from groktrace.run.task import Task
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """What run.json says of one tensor of the network.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype.
+        trainable: whether training moves it, and so whether sampling does.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The weights at one training step, read when asked for.
+
+    Attributes:
+        step: number of optimizer updates before this snapshot.
+        path: its file.
+        specs: the tensors it must hold.
+    """
+
+    step: int
+    path: Path
+    specs: dict[str, WeightSpec]
+
+    def load(self) -> dict[str, Tensor]:
+        """The network's tensors by name, on the CPU.
+
+        Raises:
+            SnapshotError: the file is damaged, or holds other tensors than the run's network has.
+        """
+        return self._read()[0]
+
+    def metrics(self) -> dict[str, float]:
+        """What the training script logged for this snapshot.
+
+        Raises:
+            SnapshotError: the file is damaged.
+        """
+        return self._read()[1]
+
+    def _read(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        tensors, metadata = read_tensors(self.path, SnapshotError)
+        if metadata.get("step") != str(self.step):
+            raise SnapshotError(f"{self.path}: says it is of step {metadata.get('step')}, its name says {self.step}.")
+        if tensors.keys() != self.specs.keys():
+            odd = sorted(tensors.keys() ^ self.specs.keys())
+            raise SnapshotError(f"{self.path}: holds other tensors than run.json names: {', '.join(odd[:5])}.")
+        for name, spec in self.specs.items():
+            if tuple(tensors[name].shape) != spec.shape or tensors[name].dtype != spec.dtype:
+                raise SnapshotError(
+                    f"{self.path}: '{name}' should be {_describe(spec.shape, spec.dtype)} as run.json says, "
+                    f"but is {_describe(tensors[name].shape, tensors[name].dtype)}."
+                )
+        try:
+            metrics = json.loads(metadata.get("metrics", "{}"))
+            return tensors, {str(key): float(value) for key, value in metrics.items()}
+        except (ValueError, TypeError, AttributeError) as failure:
+            raise SnapshotError(f"{self.path}: its logged metrics are damaged ({failure}).") from failure
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, opened.
+
+    Attributes:
+        root: the directory.
+        info: run.json.
+        specs: the network's tensors by name.
+        snapshots: in step order.
+    """
+
+    root: Path
+    info: dict[str, Any]
+    specs: dict[str, WeightSpec]
+    snapshots: tuple[Snapshot, ...]
+
+    @cached_property
+    def task(self) -> Task:
+        """Loss and data as recorded.
+
+        Raises:
+            TaskError: the recording could not keep them; the message says what to pass.
+            RunError: the files that hold them are damaged.
+        """
+        from groktrace.run.program import Program
+
+        hint = self.info.get("task") or "package.module:factory"
+        program_path, data_path = self.root / layout.PROGRAM_FILE, self.root / layout.DATA_FILE
+        if not (program_path.exists() and data_path.exists()):
+            raise TaskError(
+                f"{self.root}: the recording holds no model and loss to evaluate; pass --task {hint}, "
+                "a function that returns groktrace.Task.from_model(model, loss=..., train=...)."
+            )
+        document = read_json(program_path)
+        tensors, _ = read_tensors(data_path)
+        constants = {key[len("constant.") :]: value for key, value in tensors.items() if key.startswith("constant.")}
+        if not isinstance(document, dict) or not isinstance(document.get("offset_free"), bool):
+            raise RunError(f"{program_path}: not a groktrace program.")
+        program = Program.from_json(document, constants, where=str(program_path))
+        data = self.info["data"]
+        train = _read_batch(data["train"], "train", tensors, data_path)
+        val = _read_batch(data["val"], "val", tensors, data_path) if data.get("val") else None
+        return Task(program.forward, train, val, self.info["n"], document["offset_free"])
+
+
+def _read_batch(entry: Any, name: str, tensors: dict[str, Tensor], path: Path) -> Batch:
+    """One of the recorded sets of samples."""
+    keys = sorted((key for key in tensors if key.startswith(f"{name}.")), key=lambda key: int(key.rpartition(".")[2]))
+    leaves = tuple(tensors[key] for key in keys)
+    try:
+        check_lengths(leaves, name)
+        unflatten(entry["structure"], leaves)
+    except (TaskError, KeyError, TypeError) as failure:
+        raise RunError(f"{path}: the recorded {name} data are damaged ({failure}).") from failure
+    return Batch(leaves, entry["structure"])
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a run directory.
+
+    Args:
+        path: the directory that `groktrace.watch(out=...)` wrote.
+
+    Raises:
+        RunError: it is missing, not groktrace's, of a newer format, damaged, or without snapshots.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise RunError(f"{root}: no such directory; expected one that groktrace.watch(out=...) wrote.")
+    if not (root / layout.RUN_FILE).exists():
+        raise RunError(f"{root}: holds no {layout.RUN_FILE}, so it is not a directory that groktrace.watch() wrote.")
+    info = read_json(root / layout.RUN_FILE)
+    specs = check_info(info, root / layout.RUN_FILE)
+    steps = layout.snapshot_steps(root)
+    if not steps:
+        raise RunError(f"{root}: holds no snapshots; the training has not kept one yet, or they were removed.")
+    return Run(root, info, specs, tuple(Snapshot(s, layout.snapshot_path(root, s), specs) for s in steps))
+
+
+def check_info(info: Any, path: Path) -> dict[str, WeightSpec]:
+    """Check run.json and return the network's tensors.
+
+    Raises:
+        RunError: it is of a newer format or something in it is missing or of the wrong kind.
+    """
+    if not isinstance(info, dict) or type(info.get("format")) is not int:
+        raise RunError(f"{path}: not a groktrace run file.")
+    if info["format"] != layout.FORMAT_VERSION:
+        raise RunError(
+            f"{path}: format {info['format']}, written by groktrace {info.get('groktrace', '?')}; "
+            f"this groktrace reads format {layout.FORMAT_VERSION}. Install that version or a newer one."
+        )
+    try:
+        specs = {
+            str(name): WeightSpec(_shape(entry["shape"]), _dtype(entry["dtype"]), bool(entry["trainable"]))
+            for name, entry in info["weights"].items()
+        }
+        n, data = info["n"], info["data"]
+        if not (n is None or (type(n) is int and n > 0)) or not (data is None or isinstance(data, dict)):
+            raise ValueError("n or data")
+        if data is not None and n is None:
+            raise ValueError("n")
+    except (KeyError, TypeError, ValueError, AttributeError) as failure:
+        raise RunError(f"{path}: damaged: {failure} is missing or not what it should be.") from failure
+    return specs
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(size) is int and 0 <= size < 2**40 for size in value):
+        raise ValueError(f"shape {value!r}")
+    return tuple(value)
+
+
+def _dtype(value: Any) -> torch.dtype:
+    dtype = getattr(torch, value, None) if isinstance(value, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype {value!r}")
+    return dtype
+
+
+def _describe(shape: Sequence[int], dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"

@@ -1,0 +1,240 @@
+"""A task: the loss of a network as a function of its weights, with the data it is measured on."""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from groktrace.errors import TaskError
+from groktrace.run.batch import Batch, Structure, collect, unflatten
+
+MAX_SAMPLES = 8192
+NAMED_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": F.cross_entropy,
+    "mse": F.mse_loss,
+}
+_MODEL_PREFIX = "model."
+
+
+class Forward(nn.Module):
+    """Model and loss as one module: flat batch tensors in, (mean loss, outputs or None) out.
+
+    Args:
+        model: the user's network; its weights appear here as "model.<name>".
+        loss: loss(outputs, targets), a mean over the batch; or None.
+        batch_loss: batch_loss(model, batch), a mean over the batch; or None.
+        structure: nesting of the batch, see `groktrace.run.batch`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[..., Tensor] | None,
+        batch_loss: Callable[..., Tensor] | None,
+        structure: Structure,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.batch_loss = batch_loss
+        self.structure = structure
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Loss and outputs on one batch."""
+        batch = unflatten(self.structure, tensors)
+        if self.batch_loss is not None:
+            return self.batch_loss(self.model, batch), None
+        inputs, targets = batch
+        if isinstance(inputs, tuple | list):
+            outputs = self.model(*inputs)
+        elif isinstance(inputs, Mapping):
+            outputs = self.model(**inputs)
+        else:
+            outputs = self.model(inputs)
+        outputs = getattr(outputs, "logits", outputs)
+        return self.loss(outputs, targets), outputs if isinstance(outputs, Tensor) else None
+
+
+ForwardFunction = Callable[[Mapping[str, Tensor], Sequence[Tensor]], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The loss as a function of the weights, and the data it is measured on.
+
+    Attributes:
+        forward: (weights by the model's own names, flat batch tensors) → (mean loss, outputs or None); a function of
+            these alone: dropout off, normalisation by the given buffers.
+        train: the training samples that the analysis uses.
+        val: validation samples, or None.
+        n: number of training samples in truth; `train` may hold a random subset.
+        offset_free: whether the loss ignores a constant added to every sample's outputs, so that predictions have to
+            be read after removing their mean offset over the training set.
+    """
+
+    forward: ForwardFunction
+    train: Batch
+    val: Batch | None
+    n: int
+    offset_free: bool
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        *,
+        train: Any,
+        loss: Callable[..., Tensor] | str | None = None,
+        batch_loss: Callable[..., Tensor] | None = None,
+        val: Any = None,
+        seed: int = 0,
+    ) -> "Task":
+        """A task from live objects: what a `--task package.module:factory` returns.
+
+        Args:
+            model: the network; it is neither copied nor changed.
+            train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader.
+            loss: loss(outputs, targets) as a mean over the batch, or "cross_entropy" or "mse".
+            batch_loss: instead of `loss`, batch_loss(model, batch) for models that compute their own.
+            val: validation data in the same form as `train`.
+            seed: chooses the subset where there are more than 8192 samples.
+
+        Raises:
+            TaskError: data and loss do not fit together.
+        """
+        batch, n = collect(train, "train", MAX_SAMPLES, seed)
+        held_out = None if val is None else collect(val, "val", MAX_SAMPLES, seed)[0]
+        module = make_forward(model, loss, batch_loss, batch, held_out)
+        with evaluation_mode(module):
+            check_forward(module, batch)
+            offset_free = is_offset_free(module, batch)
+
+        def forward(weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+            with evaluation_mode(module):
+                named = {_MODEL_PREFIX + name: tensor for name, tensor in weights.items()}
+                return torch.func.functional_call(module, named, tuple(tensors))
+
+        return cls(forward, batch, held_out, n, offset_free)
+
+
+def make_forward(
+    model: nn.Module,
+    loss: Callable[..., Tensor] | str | None,
+    batch_loss: Callable[..., Tensor] | None,
+    train: Batch,
+    val: Batch | None = None,
+) -> Forward:
+    """Model and loss as one module, with everything that can be checked without running it checked.
+
+    Raises:
+        TaskError: no loss, two losses, an unknown name, or data that the loss cannot take.
+    """
+    if (loss is None) == (batch_loss is None):
+        raise TaskError("loss: give exactly one of loss=f(outputs, targets) and batch_loss=f(model, batch).")
+    if isinstance(loss, str):
+        if loss not in NAMED_LOSSES:
+            raise TaskError(f"loss: expected a function or one of {', '.join(NAMED_LOSSES)}, got '{loss}'.")
+        loss = NAMED_LOSSES[loss]
+    for function in (loss, batch_loss):
+        if function is not None and not callable(function):
+            raise TaskError(f"loss: expected a function, got {type(function).__name__}.")
+    if val is not None and val.structure != train.structure:
+        raise TaskError("val: expected the same nesting of tensors as train.")
+    if loss is not None:
+        match train.structure:
+            case {"tuple": [_, _]} | {"list": [_, _]}:
+                pass
+            case _:
+                raise TaskError(
+                    "train: with loss=f(outputs, targets) expected a pair (inputs, targets); for batches of another "
+                    "form give batch_loss=f(model, batch)."
+                )
+    return Forward(model, loss, batch_loss, train.structure)
+
+
+def check_forward(forward: Forward, batch: Batch) -> None:
+    """Run the loss once on a few samples.
+
+    Raises:
+        TaskError: it fails, or does not return one number.
+    """
+    few = batch.take(slice(0, 2))
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            loss, _ = forward(*_to_device(few, forward).tensors)
+    except Exception as failure:
+        raise TaskError(
+            f"model and loss fail on the training data ({type(failure).__name__}: {failure}); check that train has "
+            "the form that the model and the loss take."
+        ) from failure
+    if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TaskError(f"loss: expected one number, the mean over the batch, got {got}.")
+
+
+def is_offset_free(forward: Forward, batch: Batch) -> bool:
+    """Whether the loss stays as it is when one constant per output is added to every sample's outputs."""
+    if forward.loss is None or len(batch) < 2:
+        return False
+    few = _to_device(batch.take(slice(0, 64)), forward)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        loss, outputs = forward(*few.tensors)
+        if outputs is None or outputs.ndim != 2 or not outputs.is_floating_point():
+            return False
+        scale = outputs.std().clamp_min(1.0).double()
+        offset = torch.linspace(-1, 1, outputs.shape[1], dtype=torch.float64).cos() + torch.arange(outputs.shape[1])
+        shifted = forward.loss(outputs.double() + scale * offset.to(outputs.device), few.nested()[1])
+        plain = forward.loss(outputs.double(), few.nested()[1])
+    return bool((shifted - plain).abs() <= 1e-6 * plain.abs())
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Dropout off and normalisation by saved statistics; every training flag is put back."""
+    flags = [(child, child.training) for child in module.modules()]
+    try:
+        for child, _ in flags:
+            child.training = False
+        yield
+    finally:
+        for child, flag in flags:
+            child.training = flag
+
+
+def load_factory(reference: str) -> Task:
+    """Import "package.module:factory" and call it; the only way that user code enters an analysis.
+
+    Raises:
+        TaskError: it cannot be imported, fails, or returns something else than a Task.
+    """
+    module_name, _, function_name = reference.partition(":")
+    if not module_name or not function_name:
+        raise TaskError(f"--task: expected package.module:factory, got '{reference}'.")
+    try:
+        factory = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as failure:
+        raise TaskError(
+            f"--task {reference}: cannot be imported ({failure}); run from the folder that holds it."
+        ) from failure
+    try:
+        task = factory()
+    except TaskError:
+        raise
+    except Exception as failure:
+        raise TaskError(f"--task {reference}: failed ({type(failure).__name__}: {failure}).") from failure
+    if not isinstance(task, Task):
+        raise TaskError(
+            f"--task {reference}: expected it to return groktrace.Task.from_model(...), got {type(task).__name__}."
+        )
+    return task
+
+
+def _to_device(batch: Batch, module: nn.Module) -> Batch:
+    """The batch on the device of the module's weights."""
+    weight = next(module.parameters(), None)
+    return batch if weight is None else batch.to(weight.device)

@@ -1,0 +1,1 @@
+"""The tempered posterior and its samplers: numerics on stacked tensors, no files, no printing."""

@@ -1,0 +1,76 @@
+"""Temperature, localisation, step size and run length from the curvature and size of the network."""
+
+import math
+
+from groktrace.errors import SettingsError
+from groktrace.sampling.settings import SamplingSettings
+
+# ε = 2c/(s·nβ·h_max + γ): c = 0.9 of the way to where the stiffest direction overshoots; s because curvature grows off
+# the minimum and power iteration comes from below.
+STEP_FRACTION = 0.9
+CURVATURE_SAFETY = 1.5
+BURN_IN_RELAXATIONS = 3.0
+DRAW_RELAXATIONS = 4.0
+MIN_DRAWS = 64
+MAX_STEPS = 100_000
+
+
+def posterior_scale(
+    settings: SamplingSettings, n: int, dimension: int, norm_squared: float, top_curvature: float
+) -> tuple[float, float]:
+    """nβ and γ: as given, or from the two scale-free dials.
+
+    γ = D/(ρ²‖w*‖²), so that the flat directions spread to E‖w − w*‖ ≈ ρ‖w*‖; nβ = κγ/h_max, so that curvatures down
+    to h_max/κ count.
+
+    Args:
+        settings: nbeta, localization, locality (ρ), resolution (κ).
+        n: number of training samples.
+        dimension: D.
+        norm_squared: typical ‖w*‖² after memorisation.
+        top_curvature: typical h_max after memorisation.
+
+    Returns:
+        nβ and γ.
+
+    Raises:
+        SettingsError: a dial is asked for where the network leaves it undefined.
+    """
+    localization = settings.localization
+    if localization is None:
+        if not norm_squared > 0:
+            raise SettingsError("localization: cannot be derived where all weights are zero; give a number.")
+        localization = dimension / (settings.locality**2 * norm_squared)
+    if settings.nbeta == "wbic":
+        if n < 2:
+            raise SettingsError(f"nbeta: 'wbic' is n/log n and needs at least 2 samples, got {n}; give a number.")
+        return n / math.log(n), localization
+    if settings.nbeta is not None:
+        return float(settings.nbeta), float(localization)
+    if not top_curvature > 0:
+        raise SettingsError("nbeta: cannot be derived where the loss has no curvature; give a number.")
+    return settings.resolution * localization / top_curvature, localization
+
+
+def step_size(nbeta: float, localization: float, top_curvature: float) -> float:
+    """ε for one snapshot; `top_curvature` is its h_max."""
+    return 2 * STEP_FRACTION / (CURVATURE_SAFETY * nbeta * top_curvature + localization)
+
+
+def run_length(settings: SamplingSettings, localization: float, epsilon: float) -> tuple[int, int]:
+    """Burn-in and first round of draws, in steps.
+
+    A flat direction forgets its start in 2/(εγ) steps.
+
+    Args:
+        settings: burn_in and draws, where given.
+        localization: γ.
+        epsilon: ε.
+    """
+    relaxation = 2 / (epsilon * localization)
+    burn_in = min(math.ceil(BURN_IN_RELAXATIONS * relaxation), MAX_STEPS // 2)
+    draws = min(max(MIN_DRAWS, math.ceil(DRAW_RELAXATIONS * relaxation)), MAX_STEPS // 2)
+    return (
+        burn_in if settings.burn_in is None else settings.burn_in,
+        draws if settings.draws is None else settings.draws,
+    )

@@ -1,0 +1,246 @@
+"""Chains of many snapshots as one stack: burn-in, draws, restarts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from groktrace.sampling import langevin
+from groktrace.sampling.calibration import MAX_STEPS, run_length
+from groktrace.sampling.langevin import LangevinConfig, LangevinState, generator_for
+from groktrace.sampling.posterior import StackedLoss
+from groktrace.sampling.settings import SamplingSettings
+
+MAX_HALVINGS = 6
+MAX_GROWTH = 16
+# Stacks beyond the processor's cache gain nothing (measured); a GPU wants more at once.
+WORKING_SET_BYTES = {"cpu": 32 * 2**20}
+WORKING_SET_BYTES_ELSEWHERE = 2**31
+_STATE_VECTORS = 8
+_CHECK_EVERY = 64
+
+
+@dataclass(frozen=True)
+class Traces:
+    """One snapshot's draws after burn-in, in units of U (nats).
+
+    Attributes:
+        excess: nβ(L(w) − L(w*)), [draws, chains].
+        pull: (w − w*)·nβ∇L(w), [draws, chains].
+        spread: γ‖w − w*‖², [draws, chains].
+        paired: ¼nβ(w_a − w_b)·(∇L(w_a) − ∇L(w_b)) for neighbouring chains a, b, [draws, pairs]. Its expectation is
+            ½nβE[(w − w̄)·∇L], without any estimate of the mean w̄: the chains are independent.
+        step_size: ε in the end.
+        burn_in: steps discarded.
+        halvings: times that ε was halved because the chains diverged.
+    """
+
+    excess: Tensor
+    pull: Tensor
+    spread: Tensor
+    paired: Tensor
+    step_size: float
+    burn_in: int
+    halvings: int = 0
+
+    def is_finite(self) -> bool:
+        """Whether no chain diverged."""
+        return bool(torch.isfinite(self.excess).all() and torch.isfinite(self.pull).all())
+
+
+def rows_per_stack(loss: StackedLoss, weights: Tensor) -> int:
+    """How many chains are advanced at once: as many as fit the working set.
+
+    Args:
+        loss: of one row.
+        weights: w*, [1, D].
+    """
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss.gradients(weights)
+    for shared in loss.tensors:
+        seen.pop(shared.untyped_storage().data_ptr(), None)
+    row = sum(seen.values()) + _STATE_VECTORS * weights.numel() * weights.element_size()
+    budget = WORKING_SET_BYTES.get(weights.device.type, WORKING_SET_BYTES_ELSEWHERE)
+    return max(1, budget // row) if loss.vectorised else 1
+
+
+def sample(
+    loss: StackedLoss,
+    anchors: Tensor,
+    steps: Sequence[int],
+    settings: SamplingSettings,
+    nbeta: float,
+    localization: float,
+    step_sizes: Sequence[float],
+    enough: Callable[[Traces], bool],
+) -> list[Traces]:
+    """Run all chains of S snapshots.
+
+    Args:
+        loss: of S rows.
+        anchors: w* of each snapshot, [S, D].
+        steps: the training step of each, the key of its noise.
+        settings: chains, batch size, run length.
+        nbeta: nβ.
+        localization: γ.
+        step_sizes: ε of each snapshot; halved, up to six times, where chains diverge.
+        enough: whether a snapshot's draws suffice; asked only where `settings.draws` is None.
+
+    Returns:
+        Traces of each snapshot; not finite where the chains diverged at every step size tried.
+    """
+    results: dict[int, Traces] = {}
+    pending = list(range(len(steps)))
+    for halvings in range(MAX_HALVINGS + 1):
+        rows = torch.tensor(pending, device=anchors.device)
+        epsilons = [step_sizes[s] / 2**halvings for s in pending]
+        group = _Group(
+            loss.select(rows),
+            anchors[rows],
+            [steps[s] for s in pending],
+            settings,
+            nbeta,
+            localization,
+            epsilons,
+        )
+        for s, traces in zip(pending, group.run(enough), strict=True):
+            results[s] = replace(traces, halvings=halvings)
+        pending = [s for s in pending if not results[s].is_finite()]
+        if not pending or settings.step_size is not None:
+            break
+    return [results[s] for s in range(len(steps))]
+
+
+class _Group:
+    """The chains of some snapshots in flight."""
+
+    def __init__(
+        self,
+        loss: StackedLoss,
+        anchors: Tensor,
+        steps: Sequence[int],
+        settings: SamplingSettings,
+        nbeta: float,
+        localization: float,
+        epsilons: Sequence[float],
+    ) -> None:
+        self.settings = settings
+        self.epsilons = epsilons
+        self.lengths = [run_length(settings, localization, epsilon) for epsilon in epsilons]
+        device, chains = anchors.device, settings.chains
+        each = torch.arange(len(anchors), device=device).repeat_interleave(chains)
+        self.loss = loss.select(each)
+        self.anchors = anchors[each]
+        step_size = torch.tensor(epsilons, dtype=anchors.dtype, device=device)[each]
+        self.config = LangevinConfig(settings.method, nbeta, localization, step_size)
+        keys = [(step, chain) for step in steps for chain in range(chains)]
+        noise = [generator_for(settings.seed, step, chain, "noise", device) for step, chain in keys]
+        self.state = langevin.init(self.config, self.anchors, noise)
+        samples = len(loss.tensors[0])
+        self.batches: list[torch.Generator] | None = None
+        if settings.batch_size is not None and settings.batch_size < samples:
+            self.batches = [generator_for(settings.seed, step, chain, "batch", device) for step, chain in keys]
+        self.samples = samples
+        self.base, self.base_gradients = self.loss.gradients(self.anchors)
+
+    def run(self, enough: Callable[[Traces], bool]) -> list[Traces]:
+        """Burn in, draw, and go on with those snapshots whose draws are not enough yet."""
+        count, chains = len(self.epsilons), self.settings.chains
+        record = self._advance(max(burn_in + draws for burn_in, draws in self.lengths))
+        traces = []
+        for s, (burn_in, draws) in enumerate(self.lengths):
+            piece = record[burn_in : burn_in + draws, :, s * chains : (s + 1) * chains]
+            traces.append(self._traces(piece, self.epsilons[s], burn_in))
+        active = list(range(count))
+        while self.settings.draws is None:
+            going = [
+                i
+                for i, s in enumerate(active)
+                if traces[s].is_finite() and len(traces[s].excess) < self._limit(s) and not enough(traces[s])
+            ]
+            if not going:
+                break
+            self._keep(going)
+            active = [active[i] for i in going]
+            record = self._advance(max(len(traces[s].excess) for s in active))
+            for i, s in enumerate(active):
+                more = record[: len(traces[s].excess), :, i * chains : (i + 1) * chains]
+                piece = self._traces(more, self.epsilons[s], traces[s].burn_in)
+                joined = {
+                    name: torch.cat([getattr(traces[s], name), getattr(piece, name)])
+                    for name in ("excess", "pull", "spread", "paired")
+                }
+                traces[s] = replace(piece, **joined)
+        return traces
+
+    def _limit(self, s: int) -> int:
+        return min(MAX_GROWTH * self.lengths[s][1], MAX_STEPS)
+
+    def _keep(self, snapshots: list[int]) -> None:
+        """Drop all other snapshots from the stack."""
+        chains = self.settings.chains
+        rows = torch.tensor([s * chains + c for s in snapshots for c in range(chains)], device=self.anchors.device)
+        self.loss = self.loss.select(rows)
+        self.anchors = self.anchors[rows]
+        self.config = replace(self.config, step_size=self.config.step_size[rows])
+        self.state = self.state.select(rows)
+        self.base, self.base_gradients = self.base[rows], self.base_gradients[rows]
+        if self.batches is not None:
+            self.batches = [self.batches[r] for r in rows.tolist()]
+
+    def _advance(self, count: int) -> Tensor:
+        """Make `count` steps; [count, 4, R]: excess, pull, spread, paired."""
+        rows, dimension = self.anchors.shape
+        chains, nbeta = self.settings.chains, self.config.nbeta
+        record = torch.full((count, 4, rows), torch.nan, dtype=torch.float64, device=self.anchors.device)
+        weights = torch.empty_like(self.anchors)
+        state: LangevinState = self.state
+        for t in range(count):
+            displacement = state.displacement
+            torch.add(self.anchors, displacement, out=weights)
+            excess, gradients = self._evaluate(weights)
+            record[t, 0] = nbeta * excess
+            record[t, 1] = nbeta * torch.linalg.vecdot(displacement, gradients)
+            record[t, 2] = self.config.localization * torch.linalg.vecdot(displacement, displacement)
+            if chains > 1:
+                w, g = displacement.view(-1, chains, dimension), gradients.view(-1, chains, dimension)
+                if chains == 2:
+                    paired = torch.linalg.vecdot(w[:, :1] - w[:, 1:], g[:, :1] - g[:, 1:]).expand(-1, 2)
+                else:
+                    paired = torch.linalg.vecdot(w - w.roll(-1, 1), g - g.roll(-1, 1))
+                record[t, 3] = 0.25 * nbeta * paired.reshape(-1)
+            langevin.step(self.config, state, gradients)
+            if t % _CHECK_EVERY == _CHECK_EVERY - 1 and not torch.isfinite(record[t, 0]).any():
+                break
+        return record
+
+    def _evaluate(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """L(w) − L(w*) and ∇L(w) of each row, [R] and [R, D]."""
+        if self.batches is None:
+            losses, gradients = self.loss.gradients(weights)
+            return losses - self.base, gradients
+        index = torch.stack(
+            [
+                torch.randint(self.samples, (self.settings.batch_size,), generator=generator, device=weights.device)
+                for generator in self.batches
+            ]
+        )
+        losses, gradients = self.loss.gradients(weights, index)
+        if self.settings.method == "sgld":
+            return losses - self.base, gradients
+        # Control variate at w* and paired losses (Baker et al. 2019): both errors shrink with ‖w − w*‖.
+        base, base_gradients = self.loss.gradients(self.anchors, index)
+        return losses - base, gradients.sub_(base_gradients).add_(self.base_gradients)
+
+    def _traces(self, piece: Tensor, epsilon: float, burn_in: int) -> Traces:
+        piece = piece.cpu()
+        pairs = {1: 0, 2: 1}.get(self.settings.chains, self.settings.chains)
+        return Traces(piece[:, 0], piece[:, 1], piece[:, 2], piece[:, 3, :pairs], epsilon, burn_in)

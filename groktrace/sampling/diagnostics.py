@@ -1,0 +1,75 @@
+"""What a chain's traces say about its own trustworthiness; pure functions, draws on the first axis, chains on the second."""
+
+import torch
+from torch import Tensor
+
+
+def effective_sample_size(trace: Tensor) -> float:
+    """Number of independent draws that the trace is worth (Vehtari et al. 2021, arXiv 1903.08008; Geyer 1992).
+
+    Args:
+        trace: [draws, chains].
+
+    Returns:
+        At least 1, at most draws × chains; that maximum for a constant trace.
+    """
+    draws, chains = trace.shape
+    trace = trace.double()
+    centred = trace - trace.mean(0)
+    length = 1 << (2 * draws - 1).bit_length()
+    spectrum = torch.fft.rfft(centred, n=length, dim=0).abs().square()
+    covariance = torch.fft.irfft(spectrum, n=length, dim=0)[:draws] / draws
+    within = covariance[0].mean() * draws / (draws - 1)
+    total = within * (draws - 1) / draws
+    if chains > 1:
+        total = total + trace.mean(0).var()
+    if not total > 0:
+        return float(draws * chains)
+    correlation = 1 - (within - covariance.mean(1)) / total
+    correlation[0] = 1.0
+    # Sums of neighbouring correlations are positive and decreasing for a reversible chain; cut where they stop being so.
+    pairs = correlation[: draws // 2 * 2].view(-1, 2).sum(1)
+    negative = (pairs <= 0).nonzero()
+    pairs = pairs[: int(negative[0]) if len(negative) else len(pairs)]
+    time = -1 + 2 * torch.cummin(pairs, 0).values.sum() if len(pairs) else torch.tensor(1.0)
+    return float(draws * chains / time.clamp_min(1.0))
+
+
+def standard_error(trace: Tensor) -> float:
+    """Standard error of the trace's mean, [draws, chains], from its effective sample size."""
+    return float(trace.double().var() / effective_sample_size(trace)) ** 0.5
+
+
+def split_rhat(trace: Tensor) -> float:
+    """Split R-hat of a trace [draws, chains]: 1 where all half-chains agree (Vehtari et al. 2021)."""
+    half = len(trace) // 2
+    halves = torch.cat([trace[:half], trace[-half:]], dim=1).double()
+    within = halves.var(0).mean()
+    if half < 2 or not within > 0:
+        return 1.0
+    between = half * halves.mean(0).var()
+    return float((((half - 1) / half * within + between / half) / within).sqrt())
+
+
+def drift(trace: Tensor) -> float:
+    """Change of the mean between the halves of a trace [draws, chains], relative to the mean."""
+    half = len(trace) // 2
+    mean = trace.double().mean()
+    return float((trace[-half:].double().mean() - trace[:half].double().mean()) / mean.abs().clamp_min(1e-300))
+
+
+def virial_ratio(pull: Tensor, spread: Tensor, dimension: int) -> float:
+    """(E[(w−w*)·nβ∇L] + γE‖w−w*‖²)/D: 1 in equilibrium whatever the loss (integration by parts).
+
+    Args:
+        pull: (w−w*)·nβ∇L, [draws, chains].
+        spread: γ‖w−w*‖², [draws, chains].
+        dimension: D.
+    """
+    return float(pull.double().mean() + spread.double().mean()) / dimension
+
+
+def anharmonicity(pull: Tensor, excess: Tensor) -> float:
+    """½E[(w−w*)·nβ∇L]/λ̂: 1 for a quadratic bowl, k for a loss of degree 2k; arguments [draws, chains]."""
+    mean = float(excess.double().mean())
+    return 0.5 * float(pull.double().mean()) / mean if mean else float("inf")

@@ -1,0 +1,89 @@
+"""What can be chosen about the sampling, checked once, here."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from groktrace.errors import SettingsError
+
+METHODS = ("averaged", "sgld")
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How the posterior around a snapshot is sampled.
+
+    Attributes:
+        method: "averaged" (averaged-noise Langevin: Leimkuhler & Matthews 2013, arXiv 1203.5428) or "sgld" (Welling &
+            Teh 2011, as published).
+        nbeta: nβ, inverse temperature times sample count; "wbic" for n/log n; None to derive it from `resolution`.
+        localization: γ, the pull towards w*; None to derive it from `locality`.
+        locality: wanted distance of the chains from w*, relative to ‖w*‖.
+        resolution: κ = nβ·h_max/γ; curvatures down to h_max/κ count.
+        chains: independent chains a snapshot; the centred estimate needs two.
+        draws: draws a chain after burn-in; None to grow until `rtol` is met.
+        burn_in: discarded steps a chain; None for three relaxation times of the flat directions.
+        step_size: ε; None to derive it from each snapshot's curvature.
+        batch_size: samples a gradient; None for all stored ones.
+        rtol: wanted standard error relative to the estimate, where `draws` is None.
+        seed: of every random number drawn.
+
+    Raises:
+        SettingsError: a value is outside what it may be.
+    """
+
+    method: Literal["averaged", "sgld"] = "averaged"
+    nbeta: float | Literal["wbic"] | None = None
+    localization: float | None = None
+    locality: float = 0.3
+    resolution: float = 10.0
+    chains: int = 2
+    draws: int | None = None
+    burn_in: int | None = None
+    step_size: float | None = None
+    batch_size: int | None = None
+    rtol: float = 0.02
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise SettingsError(f"method: expected one of {', '.join(METHODS)}, got '{self.method}'.")
+        if self.nbeta != "wbic":
+            _positive("nbeta", self.nbeta, " or 'wbic'")
+        for name in ("localization", "locality", "resolution", "step_size", "rtol"):
+            _positive(name, getattr(self, name))
+        for name, least in (("chains", 1), ("draws", 2), ("burn_in", 0), ("batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise SettingsError(f"{name}: expected a whole number of at least {least}, got {value!r}.")
+        if self.method == "sgld" and None in (self.step_size, self.draws, self.burn_in):
+            raise SettingsError(
+                "method: 'sgld' takes its settings as given; set step_size, draws and burn_in (and nbeta and "
+                "localization), or use method='averaged', which finds them."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def _positive(name: str, value: Any, more: str = "") -> None:
+    """Refuse anything but None and finite positive numbers."""
+    if value is None and name not in ("locality", "resolution", "rtol"):
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and value > 0):
+        raise SettingsError(f"{name}: expected a positive number{more}, got {value!r}.")
+
+
+# arXiv 2603.01192, as published.
+PAPER = SamplingSettings(
+    method="sgld",
+    nbeta=30.0,
+    localization=5.0,
+    step_size=1e-4,
+    chains=3,
+    burn_in=100,
+    draws=600,
+    batch_size=128,
+)
