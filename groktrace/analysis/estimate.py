@@ -195,6 +195,6 @@ def choose_scale(
 
 
 def _precise(traces: Traces, rtol: float) -> bool:
-    """Whether λ̂ is known to `rtol`; off a minimum, where λ̂ is no measure of the basin, no more draws are spent on it."""
+    """Whether λ̂ is known to `rtol`; off a minimum, where it is no measure of the basin, no more draws are spent."""
     llc = float(traces.excess.mean())
-    return standard_error(traces.excess) <= rtol * abs(llc) or off_minimum(llc, float(traces.paired.mean()))
+    return standard_error(traces.excess) <= rtol * abs(llc) or off_minimum(traces)

@@ -1,5 +1,6 @@
 """Loss, accuracy, size and curvature of snapshots: what can be said of them without sampling."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -35,8 +36,25 @@ class Survey:
     top_curvature: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+        """Plain JSON values; what is not finite becomes None."""
+        values = asdict(self)
+        return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "Survey":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a value is of the wrong kind.
+            TypeError: a value is missing or unknown.
+        """
+        if type(value.get("step")) is not int:
+            raise ValueError("step")
+        for name, number in value.items():
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+                raise ValueError(name)
+        always = {name: math.nan for name in ("train_loss", "norm_squared", "top_curvature") if value.get(name) is None}
+        return cls(**{**value, **always})
 
 
 def stack_weights(

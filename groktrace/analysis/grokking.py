@@ -3,16 +3,22 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
+from groktrace.analysis.trajectory import Trajectory
+
+THRESHOLD = 0.95
+
 
 @dataclass(frozen=True)
 class Grokking:
     """When a run memorised and when it generalised.
 
     Attributes:
-        memorised_at: first step with training accuracy ≥ 0.95; None if never.
-        generalised_at: first step with validation accuracy ≥ 0.95; None if never.
-        severity: the grokking severity measure, 1[final validation accuracy ≥ 0.95] times the mean over training time of
-            |training accuracy − validation accuracy|.
+        memorised_at: first step with training accuracy ≥ 0.95; None if never, or not known.
+        generalised_at: first step with validation accuracy ≥ 0.95; None if never, or not known.
+        severity: the grokking severity measure, 1[final validation accuracy ≥ 0.95] times the mean over training time
+            of |training accuracy − validation accuracy|; None where the accuracies are not known.
     """
 
     memorised_at: int | None
@@ -22,3 +28,26 @@ class Grokking:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+
+def measure_grokking(trajectory: Trajectory) -> Grokking:
+    """When the run memorised and generalised, and how far apart the two were.
+
+    The severity is GSM = 1[acc_val(T) ≥ 0.95]/T · Σ_t |acc_train(t) − acc_val(t)| (Cullen et al. 2026,
+    arXiv 2603.01192), the sum over steps by the trapezoidal rule between snapshots.
+    """
+    steps = trajectory.column("step")
+    train, val = trajectory.column("train_accuracy"), trajectory.column("val_accuracy")
+    severity = None
+    known = np.isfinite(train) & np.isfinite(val)
+    if known.sum() >= 2:
+        gap = np.abs(train - val)[known]
+        at = steps[known]
+        mean_gap = float(np.sum((gap[1:] + gap[:-1]) / 2 * np.diff(at)) / (at[-1] - at[0]))
+        severity = mean_gap if val[known][-1] >= THRESHOLD else 0.0
+    return Grokking(_first(steps, train), _first(steps, val), severity)
+
+
+def _first(steps: np.ndarray, accuracy: np.ndarray) -> int | None:
+    reached = np.flatnonzero(accuracy >= THRESHOLD)
+    return int(steps[reached[0]]) if len(reached) else None

@@ -14,6 +14,8 @@ MAX_ANHARMONICITY = 0.1
 MAX_RHAT = 1.1
 MAX_DISTANCE = 0.5
 
+OFF_MINIMUM = "not at a minimum: the loss falls on moving away from the snapshot"
+
 
 @dataclass(frozen=True)
 class LLCEstimate:
@@ -60,9 +62,19 @@ class LLCEstimate:
         return {**asdict(self), "reasons": list(self.reasons)}
 
 
-def off_minimum(llc: float, centred: float | None) -> bool:
-    """Whether λ̂ says that the loss falls on moving away from w*; `centred` is λ_c, NaN or None where unknown."""
-    return llc < 0 or (centred is not None and llc < 0.5 * centred)
+def off_minimum(traces: Traces) -> bool:
+    """Whether the loss falls on moving away from w*, so that λ̂ measures a slope and not the basin.
+
+    In equilibrium λ_c − ½E[(w − w*)·nβ∇L] = ½γ‖w̄ − w*‖²: the chains' mean has moved off w*, downhill. With a single
+    chain only λ̂ < 0 tells.
+    """
+    llc = float(traces.excess.mean())
+    if llc < 0 or not traces.paired.shape[1]:
+        return llc < 0
+    series = traces.paired.mean(1, keepdim=True)
+    centred = float(series.mean())
+    error = math.hypot(diagnose.standard_error(traces.excess), diagnose.standard_error(series))
+    return llc < 0.9 * centred - 3 * error and 0.5 * float(traces.pull.mean()) < 0.97 * centred
 
 
 def unusable(reason: str, settings: SamplingSettings, nbeta: float, localization: float) -> LLCEstimate:
@@ -110,8 +122,8 @@ def summarise(
     rhat, ess = diagnose.split_rhat(traces.excess), diagnose.effective_sample_size(traces.excess)
     virial_error = diagnose.standard_error(traces.pull + traces.spread) / dimension
     reasons = []
-    if off_minimum(llc, centred):
-        reasons.append("not at a minimum: the loss falls on moving away from the snapshot")
+    if off_minimum(traces):
+        reasons.append(OFF_MINIMUM)
     else:
         # Off a minimum the slope, not the shape of the bowl, sets this ratio.
         ratio_error = diagnose.standard_error(0.5 * traces.pull - traces.excess) / llc if llc else 0.0

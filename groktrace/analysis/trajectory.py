@@ -1,7 +1,16 @@
 """λ̂ along a training run."""
 
-from dataclasses import asdict, dataclass
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from groktrace.errors import RunError, SettingsError
+from groktrace.run.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -28,12 +37,43 @@ class Point:
     train_accuracy: float | None = None
     val_loss: float | None = None
     val_accuracy: float | None = None
-    metrics: dict[str, float] | None = None
-    diagnostics: dict[str, float | None] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    diagnostics: dict[str, float | None] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "reasons": list(self.reasons)}
+        """Plain JSON values; what is not finite becomes None."""
+        return _plain({**asdict(self), "reasons": list(self.reasons)})
+
+    @classmethod
+    def from_dict(cls, value: Any) -> "Point":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key is missing, unknown, or of the wrong kind.
+        """
+        if not isinstance(value, dict) or value.keys() - cls.__dataclass_fields__.keys():
+            raise ValueError("not a point")
+        if type(value.get("step")) is not int or value["step"] < 0 or type(value.get("reliable")) is not bool:
+            raise ValueError("step or reliable")
+        for name in _NUMBERS:
+            number = value.get(name)
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+                raise ValueError(name)
+        if not all(isinstance(value.get(name), dict) for name in ("metrics", "diagnostics")):
+            raise ValueError("metrics or diagnostics")
+        return cls(**{**value, "reasons": tuple(str(reason) for reason in value["reasons"])})
+
+
+_NUMBERS = (
+    "llc",
+    "stderr",
+    "llc_centred",
+    "stderr_centred",
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +87,7 @@ class Trajectory:
         resolution, locality: the dials they came from; None where they were given as numbers.
         method: "averaged" or "sgld"; None for curves measured elsewhere.
         run: where the snapshots lie.
+        unreadable: snapshots that were left out, each as one line that names the file and the reason.
     """
 
     points: tuple[Point, ...]
@@ -57,3 +98,106 @@ class Trajectory:
     locality: float | None = None
     method: str | None = None
     run: str | None = None
+    unreadable: tuple[str, ...] = ()
+
+    @classmethod
+    def from_arrays(
+        cls,
+        steps: Sequence[int],
+        llc: Sequence[float],
+        stderr: Sequence[float],
+        *,
+        n: int | None = None,
+        train_loss: Sequence[float] | None = None,
+        train_accuracy: Sequence[float] | None = None,
+        val_loss: Sequence[float] | None = None,
+        val_accuracy: Sequence[float] | None = None,
+        reliable: Sequence[bool] | None = None,
+    ) -> "Trajectory":
+        """A trajectory from curves measured elsewhere.
+
+        Args:
+            steps: training steps, ascending, [T].
+            llc: λ̂ at each, [T].
+            stderr: standard errors, [T].
+            n: number of training samples.
+            train_loss: mean loss over the training samples, [T], where known.
+            train_accuracy: fraction of right predictions there, [T].
+            val_loss: the same on validation samples, [T].
+            val_accuracy: the same, [T].
+            reliable: which of the points are to be trusted, [T]; all by default.
+
+        Raises:
+            SettingsError: lengths differ, steps do not ascend, or a standard error is negative.
+        """
+        columns = {
+            "llc": llc,
+            "stderr": stderr,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+        }
+        steps = [int(step) for step in steps]
+        for name, column in [*columns.items(), ("reliable", reliable)]:
+            if column is not None and len(column) != len(steps):
+                raise SettingsError(f"{name}: expected {len(steps)} values, one a step, got {len(column)}.")
+        if any(after <= before for before, after in itertools.pairwise(steps)):
+            raise SettingsError("steps: expected them to ascend.")
+        if any(value < 0 for value in stderr):
+            raise SettingsError("stderr: expected no negative values.")
+        points = tuple(
+            Point(
+                step,
+                reliable=True if reliable is None else bool(reliable[i]),
+                **{name: None if column is None else _finite(column[i]) for name, column in columns.items()},
+            )
+            for i, step in enumerate(steps)
+        )
+        return cls(points, n=n)
+
+    def column(self, name: str) -> np.ndarray:
+        """One attribute of all points, [T]; NaN where it is not known."""
+        values = [getattr(point, name) for point in self.points]
+        return np.array([math.nan if value is None else value for value in values], dtype=float)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return _plain(
+            {**own, "points": [point.to_dict() for point in self.points], "unreadable": list(self.unreadable)}
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the trajectory as JSON, whole or not at all."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: Path) -> "Trajectory":
+        """Read what `save` wrote.
+
+        Raises:
+            RunError: the file is missing or damaged.
+        """
+        value = read_json(path)
+        try:
+            points = tuple(Point.from_dict(point) for point in value["points"])
+            if any(after.step <= before.step for before, after in itertools.pairwise(points)):
+                raise ValueError("steps do not ascend")
+            rest = {name: value.get(name) for name in cls.__dataclass_fields__ if name not in ("points", "unreadable")}
+            return cls(points, unreadable=tuple(str(line) for line in value.get("unreadable", ())), **rest)
+        except (KeyError, TypeError, ValueError, AttributeError) as failure:
+            raise RunError(f"{path}: damaged ({failure}); remove it and analyse again.") from failure
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    """JSON values: numbers that are not finite become None."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from groktrace.errors import TaskError
 
-# A leaf is its index among the flat tensors; the rest is plain JSON: {"tuple": [...]}, {"list": [...]}, {"dict": {...}}.
+# A leaf is its index among the flat tensors; the rest is JSON: {"tuple": [...]}, {"list": [...]}, {"dict": {...}}.
 Structure = int | dict[str, Any]
 
 

@@ -1,5 +1,6 @@
 """Reading a run directory; everything in it is checked before it is used."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 from groktrace.errors import RunError, SnapshotError, TaskError
 from groktrace.run import layout
 from groktrace.run.batch import Batch, check_lengths, unflatten
-from groktrace.run.files import read_json, read_tensors
+from groktrace.run.files import read_json, read_metadata, read_tensors
 from groktrace.run.task import Task
 
 
@@ -32,7 +33,7 @@ class WeightSpec:
     trainable: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """The weights at one training step, read when asked for.
 
@@ -53,6 +54,15 @@ class Snapshot:
             SnapshotError: the file is damaged, or holds other tensors than the run's network has.
         """
         return self._read()[0]
+
+    def fingerprint(self) -> str:
+        """A digest of step and weights, from the file's header alone.
+
+        Raises:
+            SnapshotError: the header is damaged.
+        """
+        metadata = read_metadata(self.path, SnapshotError)
+        return hashlib.sha256(f"{self.step}:{metadata.get('digests')}".encode()).hexdigest()[:32]
 
     def metrics(self) -> dict[str, float]:
         """What the training script logged for this snapshot.

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from groktrace.errors import TaskError
 from groktrace.run.batch import Batch, Structure, collect, unflatten
 
 MAX_SAMPLES = 8192
 NAMED_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cross_entropy": F.cross_entropy,
-    "mse": F.mse_loss,
+    "cross_entropy": functional.cross_entropy,
+    "mse": functional.mse_loss,
 }
 _MODEL_PREFIX = "model."
 
@@ -183,7 +183,7 @@ def is_offset_free(forward: Forward, batch: Batch) -> bool:
         return False
     few = _to_device(batch.take(slice(0, 64)), forward)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        loss, outputs = forward(*few.tensors)
+        _, outputs = forward(*few.tensors)
         if outputs is None or outputs.ndim != 2 or not outputs.is_floating_point():
             return False
         scale = outputs.std().clamp_min(1.0).double()

@@ -1,4 +1,4 @@
-"""What a chain's traces say about its own trustworthiness; pure functions, draws on the first axis, chains on the second."""
+"""What a chain's traces say about its own trustworthiness; pure functions of arrays [draws, chains]."""
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def effective_sample_size(trace: Tensor) -> float:
         return float(draws * chains)
     correlation = 1 - (within - covariance.mean(1)) / total
     correlation[0] = 1.0
-    # Sums of neighbouring correlations are positive and decreasing for a reversible chain; cut where they stop being so.
+    # Sums of neighbouring correlations are positive and decreasing for a reversible chain; cut where they are not.
     pairs = correlation[: draws // 2 * 2].view(-1, 2).sum(1)
     negative = (pairs <= 0).nonzero()
     pairs = pairs[: int(negative[0]) if len(negative) else len(pairs)]

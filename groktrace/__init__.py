@@ -1,0 +1,17 @@
+"""See grokking as a phase transition: local learning coefficients along any PyTorch training run."""
+
+from groktrace.analysis.estimate import estimate_llc as estimate_llc
+from groktrace.analysis.grokking import Grokking as Grokking
+from groktrace.analysis.grokking import measure_grokking as measure_grokking
+from groktrace.analysis.llc import LLCEstimate as LLCEstimate
+from groktrace.analysis.replay import analyze as analyze
+from groktrace.analysis.trajectory import Point as Point
+from groktrace.analysis.trajectory import Trajectory as Trajectory
+from groktrace.analysis.transitions import Transition as Transition
+from groktrace.analysis.transitions import find_transitions as find_transitions
+from groktrace.errors import GroktraceError as GroktraceError
+from groktrace.run.store import Run as Run
+from groktrace.run.store import Snapshot as Snapshot
+from groktrace.run.store import open_run as open_run
+from groktrace.run.task import Task as Task
+from groktrace.sampling.settings import SamplingSettings as SamplingSettings

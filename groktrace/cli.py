@@ -1,0 +1,229 @@
+"""The command line: parse, call, print."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from groktrace.errors import GroktraceError
+
+INCOMPLETE = 3
+INTERRUPTED = 130
+
+
+class _Group(click.Group):
+    """Turns groktrace's own errors into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (GroktraceError, OSError) as failure:
+            if isinstance(failure, BrokenPipeError):
+                raise
+            raise click.ClickException(str(failure)) from failure
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted; what is finished is kept: the same command goes on from there.", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="groktrace")
+def main() -> None:
+    """See grokking as a phase transition: local learning coefficients along a training run."""
+
+
+_run = click.argument("run", type=click.Path(path_type=Path))
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
+
+
+def _nbeta(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
+    if value is None or value == "wbic":
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise click.BadParameter(f"expected a number or 'wbic', got '{value}'") from None
+
+
+@main.command()
+@_run
+@click.option(
+    "--preset",
+    type=click.Choice(["auto", "paper"]),
+    default="auto",
+    show_default=True,
+    help="auto: settings found from the run; paper: the published SGLD settings.",
+)
+@click.option("--nbeta", callback=_nbeta, metavar="F|wbic", help="Inverse temperature times sample count.")
+@click.option("--localization", type=float, help="Strength of the pull towards the snapshot.")
+@click.option("--locality", type=float, help="Wanted distance of the chains, relative to the weights' norm [0.3].")
+@click.option("--resolution", type=float, help="Curvatures down to h_max/resolution count [10].")
+@click.option("--method", type=click.Choice(["averaged", "sgld"]), help="Sampler [averaged].")
+@click.option("--chains", type=int, help="Independent chains a snapshot [2].")
+@click.option("--draws", type=int, help="Draws a chain; grows until --rtol is met where not given.")
+@click.option("--burn-in", type=int, help="Discarded steps a chain.")
+@click.option("--step-size", type=float, help="Step size; found from the curvature where not given.")
+@click.option("--batch-size", type=int, help="Samples a gradient; all where not given.")
+@click.option("--rtol", type=float, help="Wanted relative standard error [0.02].")
+@click.option("--seed", type=int, help="Seed of the sampling [0].")
+@click.option("--device", help="Where to compute, such as cpu or cuda:0; a GPU where there is one.")
+@click.option(
+    "--task",
+    metavar="M:F",
+    help="package.module:factory that returns groktrace.Task.from_model(...); "
+    "imports your code. Only needed where the recording could not keep model and loss.",
+)
+@click.option("--logdir", type=click.Path(path_type=Path), help="Where TensorBoard's files go [RUN/tensorboard].")
+@_json
+def analyze(
+    run: Path, preset: str, task: str | None, device: str | None, logdir: Path | None, as_json: bool, **given: Any
+) -> None:
+    """Replay the snapshots of RUN into an LLC trajectory, find its phase transitions, write TensorBoard files."""
+    from groktrace.analysis import replay
+    from groktrace.analysis.grokking import measure_grokking
+    from groktrace.analysis.transitions import find_transitions
+    from groktrace.reporting import console
+    from groktrace.run import layout
+    from groktrace.run.store import open_run
+    from groktrace.run.task import load_factory
+    from groktrace.sampling.settings import PAPER, SamplingSettings
+
+    chosen = {name: value for name, value in given.items() if value is not None}
+    settings = replace(PAPER if preset == "paper" else SamplingSettings(), **chosen)
+    opened = open_run(run)
+    if task is not None:
+        sys.path.insert(0, os.getcwd())
+    with _Phases() as phases:
+        trajectory = replay.analyze(
+            opened,
+            task=None if task is None else load_factory(task),
+            task_name=task,
+            device=device,
+            progress=phases.report,
+            **settings.to_dict(),
+        )
+    transitions, grokking = find_transitions(trajectory), measure_grokking(trajectory)
+    from groktrace.reporting.tensorboard import write_events
+
+    logs = logdir or run / layout.TENSORBOARD_FOLDER
+    write_events(trajectory, transitions, grokking, logs)
+    _print(as_json, trajectory, transitions, grokking, console.transitions_table)
+    if not as_json:
+        click.echo(f"\nSee it:  tensorboard --logdir {logdir or run}")
+    _exit_incomplete(trajectory)
+
+
+@main.command()
+@_run
+@_json
+def show(run: Path, as_json: bool) -> None:
+    """Print the trajectory and the transitions that were last found for RUN."""
+    from groktrace.analysis.grokking import measure_grokking
+    from groktrace.analysis.replay import latest_trajectory
+    from groktrace.analysis.transitions import find_transitions
+    from groktrace.reporting import console
+
+    trajectory = latest_trajectory(run)
+    _print(as_json, trajectory, find_transitions(trajectory), measure_grokking(trajectory), console.summary)
+    _exit_incomplete(trajectory)
+
+
+@main.command()
+@_run
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A .png, .pdf or .svg file.")
+def plot(run: Path, output: Path) -> None:
+    """Draw the trajectory that was last found for RUN."""
+    from groktrace.analysis.grokking import measure_grokking
+    from groktrace.analysis.replay import latest_trajectory
+    from groktrace.analysis.transitions import find_transitions
+    from groktrace.reporting.figures import save_figure
+
+    trajectory = latest_trajectory(run)
+    save_figure(trajectory, find_transitions(trajectory), measure_grokking(trajectory), output)
+    click.echo(f"Figure: {output}")
+
+
+@main.command()
+@_run
+def check(run: Path) -> None:
+    """Read every file of RUN and verify it against its digests."""
+    from groktrace.errors import SnapshotError, TaskError
+    from groktrace.run.store import open_run
+
+    opened = open_run(run)
+    damaged = []
+    for snapshot in opened.snapshots:
+        try:
+            snapshot.load()
+        except SnapshotError as failure:
+            damaged.append(str(failure))
+    whole = len(opened.snapshots) - len(damaged)
+    click.echo(f"{run}: {whole} of {len(opened.snapshots)} snapshots whole")
+    try:
+        task = opened.task
+        click.echo(f"model, loss and data: whole ({len(task.train)} of {task.n} training samples kept)")
+    except TaskError as failure:
+        click.echo(f"model, loss and data: not recorded ({failure})")
+    for line in damaged:
+        click.echo(line, err=True)
+    if damaged:
+        sys.exit(INCOMPLETE)
+
+
+class _Phases:
+    """One progress display after another, as an analysis goes from phase to phase."""
+
+    def __init__(self) -> None:
+        self._label: str | None = None
+        self._done = 0
+        self._display: Any = None
+
+    def __enter__(self) -> "_Phases":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._display is not None:
+            self._display.__exit__(*error)
+
+    def report(self, phase: str, done: int, total: int) -> None:
+        """Show that `done` of `total` snapshots have passed `phase`."""
+        from groktrace.reporting.console import Progress
+
+        if phase != self._label:
+            self.__exit__(None, None, None)
+            self._label, self._done = phase, 0
+            self._display = Progress(total, phase).__enter__()
+        self._display.advance(done - self._done)
+        self._done = done
+
+
+def _print(as_json: bool, trajectory: Any, transitions: Any, grokking: Any, text: Callable[..., str]) -> None:
+    from groktrace.reporting import console
+
+    if as_json:
+        click.echo(json.dumps(console.as_json(trajectory, transitions, grokking), allow_nan=False))
+    elif text is console.transitions_table:
+        click.echo(text(transitions, grokking))
+    else:
+        click.echo(text(trajectory, transitions, grokking))
+
+
+def _exit_incomplete(trajectory: Any) -> None:
+    """Name unreadable and untrustworthy snapshots on stderr and leave with exit code 3, if there are any.
+
+    Being off a minimum is no failure: every snapshot early in training is.
+    """
+    from groktrace.analysis.llc import OFF_MINIMUM
+
+    doubtful = [point for point in trajectory.points if set(point.reasons) - {OFF_MINIMUM}]
+    for line in trajectory.unreadable:
+        click.echo(f"unreadable: {line}", err=True)
+    for point in doubtful:
+        click.echo(f"unreliable: step {point.step}: {'; '.join(point.reasons)}", err=True)
+    if doubtful or trajectory.unreadable:
+        sys.exit(INCOMPLETE)

@@ -1,0 +1,44 @@
+import math
+
+import pytest
+
+from groktrace.errors import SettingsError
+from groktrace.sampling.calibration import posterior_scale, run_length, step_size
+from groktrace.sampling.settings import SamplingSettings
+
+
+def test_dials_give_locality_and_resolution():
+    nbeta, gamma = posterior_scale(SamplingSettings(locality=0.2, resolution=25.0), 300, 1000, 50.0, 0.1)
+    # E‖w − w*‖² of flat directions is D/γ = (ρ‖w*‖)²; h_max over the cutoff γ/nβ is the resolution.
+    assert 1000 / gamma == pytest.approx(0.2**2 * 50.0)
+    assert 0.1 * nbeta / gamma == pytest.approx(25.0)
+
+
+def test_numbers_are_taken_as_they_are_and_wbic_is_n_over_log_n():
+    assert posterior_scale(SamplingSettings(nbeta=30.0, localization=5.0), 10, 10, math.nan, math.nan) == (30.0, 5.0)
+    assert posterior_scale(SamplingSettings(nbeta="wbic", localization=5.0), 317, 10, 1.0, 1.0)[0] == pytest.approx(
+        317 / math.log(317)
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "n", "norm", "curvature", "message"),
+    [
+        ({}, 10, 0.0, 1.0, "localization: cannot be derived where all weights are zero"),
+        ({"localization": 1.0}, 10, 1.0, 0.0, "nbeta: cannot be derived where the loss has no curvature"),
+        ({"nbeta": "wbic", "localization": 1.0}, 1, 1.0, 1.0, "nbeta: 'wbic' is n/log n and needs at least 2 samples"),
+    ],
+)
+def test_undefined_dials_are_refused(settings, n, norm, curvature, message):
+    with pytest.raises(SettingsError, match=message):
+        posterior_scale(SamplingSettings(**settings), n, 10, norm, curvature)
+
+
+def test_step_is_stable_and_run_length_covers_the_flat_directions():
+    nbeta, gamma, top = 1000.0, 2.0, 0.3
+    epsilon = step_size(nbeta, gamma, top)
+    assert epsilon * (1.5 * nbeta * top + gamma) < 4
+    burn_in, draws = run_length(SamplingSettings(), gamma, epsilon)
+    assert burn_in * epsilon * gamma / 2 >= 3
+    assert draws * epsilon * gamma / 2 >= 4
+    assert run_length(SamplingSettings(burn_in=7, draws=9), gamma, epsilon) == (7, 9)

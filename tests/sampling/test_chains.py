@@ -1,0 +1,168 @@
+"""Whole chains against exact answers: harmonic bowls at every temperature, with and without a minimum at w*."""
+
+import math
+
+import pytest
+import torch
+
+from groktrace.sampling.calibration import step_size
+from groktrace.sampling.chains import rows_per_stack, sample
+from groktrace.sampling.diagnostics import standard_error
+from groktrace.sampling.posterior import StackedLoss, WeightLayout
+from groktrace.sampling.settings import SamplingSettings
+
+SPECTRUM = torch.cat([torch.zeros(20), torch.logspace(-3, 0, 40)]).double()
+
+
+def draw(loss, anchors, settings, nbeta, gamma, top=1.0, steps=None, enough=lambda traces: True, epsilons=None):
+    steps = list(range(len(anchors))) if steps is None else steps
+    epsilons = epsilons or [step_size(nbeta, gamma, top)] * len(anchors)
+    return sample(loss, anchors, steps, settings, nbeta, gamma, epsilons, enough)
+
+
+def soft_rank(nbeta, gamma):
+    """½Σ nβh/(nβh + γ): λ̂ of a harmonic bowl, exactly."""
+    return float(0.5 * (nbeta * SPECTRUM / (nbeta * SPECTRUM + gamma)).sum())
+
+
+@pytest.mark.parametrize(("nbeta", "gamma"), [(10.0, 1.0), (100.0, 1.0), (30.0, 5.0)])
+def test_llc_of_a_bowl_is_its_soft_rank(bowl, nbeta, gamma):
+    settings = SamplingSettings(chains=4, draws=3000)
+    (traces,) = draw(bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, nbeta, gamma)
+    for estimate, series in (
+        (traces.excess.mean(), traces.excess),
+        (traces.paired.mean(), traces.paired.mean(1, keepdim=True)),
+        (0.5 * traces.pull.mean(), traces.excess),
+    ):
+        error = standard_error(series)
+        assert error < 0.04 * soft_rank(nbeta, gamma)
+        assert float(estimate) == pytest.approx(soft_rank(nbeta, gamma), abs=3.5 * error)
+
+
+def test_off_the_minimum_the_centred_estimate_holds_and_the_plain_one_has_the_known_offset(bowl):
+    nbeta, gamma = 100.0, 1.0
+    minimum = torch.where(SPECTRUM > 0, 0.5, 0.0)
+    settings = SamplingSettings(chains=4, draws=3000)
+    (traces,) = draw(bowl(SPECTRUM, minimum=minimum), torch.zeros(1, 60).double(), settings, nbeta, gamma)
+    total = nbeta * SPECTRUM + gamma
+    mean = nbeta * SPECTRUM * minimum / total
+    offset = 0.5 * nbeta * float((SPECTRUM * ((mean - minimum).square() - minimum.square())).sum())
+    assert offset < -soft_rank(nbeta, gamma)
+    series = traces.paired.mean(1, keepdim=True)
+    assert float(series.mean()) == pytest.approx(soft_rank(nbeta, gamma), abs=3.5 * standard_error(series))
+    assert float(traces.excess.mean()) == pytest.approx(
+        soft_rank(nbeta, gamma) + offset, abs=3.5 * standard_error(traces.excess)
+    )
+
+
+def test_the_estimate_does_not_depend_on_the_step_size(bowl):
+    settings = SamplingSettings(chains=4, draws=4000, burn_in=2000)
+    epsilon = step_size(100.0, 1.0, 1.0)
+    for factor in (0.2, 1.0, 1.8):
+        (traces,) = draw(bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, 100.0, 1.0, epsilons=[factor * epsilon])
+        assert float(traces.excess.mean()) == pytest.approx(
+            soft_rank(100.0, 1.0), abs=3.5 * standard_error(traces.excess)
+        )
+
+
+def test_virial_identity_holds_for_a_quartic_loss():
+    layout = WeightLayout(("w",), ((50,),))
+    loss = StackedLoss(lambda weights, t: (weights["w"].pow(4).sum(), None), layout, (torch.ones(4),), {})
+    (traces,) = draw(loss, torch.zeros(1, 50), SamplingSettings(chains=4, draws=3000), 100.0, 1.0, top=3.0)
+    virial = traces.pull + traces.spread
+    assert float(virial.mean()) == pytest.approx(50, abs=3.5 * standard_error(virial))
+    assert float(traces.pull.mean() / traces.excess.mean()) == pytest.approx(4, rel=1e-4)
+
+
+def test_results_do_not_depend_on_what_is_stacked_with_them(bowl):
+    settings = SamplingSettings(draws=50)
+    anchors = torch.stack([torch.full((60,), 0.1 * s) for s in range(4)]).double()
+    together = draw(bowl(SPECTRUM), anchors, settings, 10.0, 1.0, steps=[0, 50, 100, 150])
+    for s in (1, 3):
+        (alone,) = draw(bowl(SPECTRUM), anchors[s : s + 1], settings, 10.0, 1.0, steps=[50 * s])
+        torch.testing.assert_close(alone.excess, together[s].excess, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(alone.paired, together[s].paired, rtol=1e-9, atol=1e-9)
+
+
+def test_diverging_chains_are_halved_until_they_hold_and_counted(bowl):
+    stable = step_size(10.0, 1.0, 1.0)
+    anchors = torch.zeros(2, 60).double()
+    settings = SamplingSettings(burn_in=200, draws=2000)
+    good, bad = draw(bowl(SPECTRUM), anchors, settings, 10.0, 1.0, epsilons=[stable, 16 * stable])
+    assert good.halvings == 0
+    assert bad.is_finite()
+    assert bad.halvings in (3, 4)
+    assert bad.step_size == pytest.approx(16 * stable / 2**bad.halvings)
+
+
+def test_an_explicit_step_size_is_left_alone(bowl):
+    settings = SamplingSettings(burn_in=10, draws=2000, step_size=50.0)
+    (traces,) = draw(bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, 10.0, 1.0, epsilons=[50.0])
+    assert not traces.is_finite()
+    assert traces.halvings == 0
+
+
+def test_draws_grow_until_they_are_enough_and_only_where_they_are_not(bowl):
+    asked = []
+
+    def enough(traces):
+        asked.append(len(traces.excess))
+        return len(traces.excess) >= 300
+
+    anchors = torch.zeros(2, 60).double()
+    epsilons = [step_size(10.0, 1.0, 1.0), 0.2 * step_size(10.0, 1.0, 1.0)]
+    short, long = draw(bowl(SPECTRUM), anchors, SamplingSettings(), 10.0, 1.0, enough=enough, epsilons=epsilons)
+    assert 300 <= len(short.excess) < 600
+    assert 300 <= len(long.excess) < 900
+    assert min(asked) < 300
+    # What came first is what a run without growth gives.
+    first, _ = draw(bowl(SPECTRUM), anchors, SamplingSettings(), 10.0, 1.0, epsilons=epsilons)
+    torch.testing.assert_close(short.excess[: len(first.excess)], first.excess, rtol=1e-12, atol=1e-12)
+
+
+def regression(n=200, d=8):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(n, d, generator=generator).double()
+    truth = torch.randn(d, generator=generator).double()
+    y = x @ truth + 0.5 * torch.randn(n, generator=generator).double()
+    best = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+    layout = WeightLayout(("w",), ((d,),))
+    loss = StackedLoss(lambda w, t: (0.5 * (t[0] @ w["w"] - t[1]).square().mean(), None), layout, (x, y), {})
+    return loss, best, torch.linalg.eigvalsh(x.T @ x / n)
+
+
+def test_minibatches_with_control_variate_agree_with_the_full_batch():
+    loss, best, eigenvalues = regression()
+    nbeta, gamma = 200.0, 1.0
+    exact = float(0.5 * (nbeta * eigenvalues / (nbeta * eigenvalues + gamma)).sum())
+    settings = SamplingSettings(chains=4, draws=4000, batch_size=20)
+    (traces,) = draw(loss, best[None], settings, nbeta, gamma, top=4 * float(eigenvalues.max()))
+    # The gradient's remaining noise widens the posterior a little: 3 % beside the statistical error.
+    assert float(traces.excess.mean()) == pytest.approx(exact, abs=0.03 * exact + 3 * standard_error(traces.excess))
+
+
+def test_published_sgld_scores_minibatch_losses_against_the_full_loss():
+    loss, best, _ = regression()
+    settings = SamplingSettings(method="sgld", chains=2, draws=5, burn_in=0, step_size=1e-12, batch_size=10)
+    (traces,) = draw(loss, best[None], settings, 30.0, 5.0, epsilons=[1e-12])
+    full = loss.losses(best[None])[0]
+    assert traces.excess.shape == (5, 2)
+    # Hardly moved: what differs from zero is the minibatch's own loss, times nβ.
+    x, y = loss.tensors
+    one = 30.0 * (0.5 * (x @ best - y).square() - full)
+    assert float(traces.excess.abs().max()) <= float(one.abs().max())
+    assert float(traces.excess.std()) == pytest.approx(float(one.std()) / math.sqrt(10), rel=0.8)
+
+
+def test_single_chains_have_no_centred_estimate(bowl):
+    (traces,) = draw(bowl(SPECTRUM), torch.zeros(1, 60).double(), SamplingSettings(chains=1, draws=5), 10.0, 1.0)
+    assert traces.paired.shape == (5, 0)
+
+
+def test_stack_size_counts_what_a_chain_keeps():
+    layout = WeightLayout(("w",), ((100,),))
+    x = torch.ones(1000, 100)
+    loss = StackedLoss(lambda w, t: (torch.tanh(t[0] * w["w"]).square().mean(), None), layout, (x,), {})
+    rows = rows_per_stack(loss, torch.zeros(1, 100))
+    # The backward pass needs one activation of 400 kB; the shared samples, as large, do not count.
+    assert 32 * 2**20 // 800_000 < rows <= 32 * 2**20 // 400_000

@@ -1,0 +1,56 @@
+import math
+
+import pytest
+import torch
+
+from groktrace.sampling import diagnostics
+
+
+def autoregressive(draws, chains, memory, seed=0):
+    noise = torch.randn(draws + 200, chains, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    out = torch.zeros_like(noise)
+    for t in range(1, len(noise)):
+        out[t] = memory * out[t - 1] + math.sqrt(1 - memory**2) * noise[t]
+    return out[200:]
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.5, 0.9])
+def test_effective_sample_size_of_an_autoregressive_series(memory):
+    found = [diagnostics.effective_sample_size(autoregressive(2000, 2, memory, seed)) for seed in range(5)]
+    expected = 4000 * (1 - memory) / (1 + memory)
+    assert sum(found) / 5 == pytest.approx(expected, rel=0.15)
+
+
+def test_standard_error_covers_the_mean():
+    covered = 0
+    for seed in range(200):
+        trace = autoregressive(300, 2, 0.8, seed)
+        covered += abs(float(trace.mean())) <= 1.96 * diagnostics.standard_error(trace)
+    # 95 % of 200, give or take three standard deviations of a binomial.
+    assert 180 <= covered <= 200
+
+
+def test_constant_traces_are_worth_all_their_draws():
+    assert diagnostics.effective_sample_size(torch.ones(10, 3)) == 30
+    assert diagnostics.standard_error(torch.ones(10, 3)) == 0
+
+
+def test_rhat_tells_chains_that_disagree_and_chains_that_drift():
+    agreeing = autoregressive(500, 4, 0.0)
+    assert diagnostics.split_rhat(agreeing) == pytest.approx(1, abs=0.02)
+    apart = agreeing + torch.tensor([0.0, 0.0, 3.0, 3.0])
+    assert diagnostics.split_rhat(apart) > 1.5
+    drifting = agreeing + torch.linspace(0, 5, 500)[:, None]
+    assert diagnostics.split_rhat(drifting) > 1.3
+
+
+def test_drift_is_relative_to_the_mean():
+    trace = torch.cat([torch.full((50, 2), 9.0), torch.full((50, 2), 11.0)])
+    assert diagnostics.drift(trace) == pytest.approx(0.2)
+
+
+def test_virial_and_anharmonicity_in_closed_form():
+    assert diagnostics.virial_ratio(torch.full((4, 2), 3.0), torch.full((4, 2), 7.0), 10) == pytest.approx(1)
+    # For L of degree 2k, w·∇L = 2k·L.
+    excess = torch.rand(100, 2, dtype=torch.float64)
+    assert diagnostics.anharmonicity(4 * excess, excess) == pytest.approx(2)

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Set up, train the reference example, analyse it, draw it. Everything lands in runs/demo, which is made anew.
+source "$(dirname "$0")/setup.sh"
+
+run=runs/demo
+rm -rf "$run" "$run.png"
+echo
+echo "1. Training a quadratic network on addition mod 23 (examples/modular_addition.py)"
+.venv/bin/python examples/modular_addition.py --out "$run"
+echo
+echo "2. Replaying its snapshots: groktrace analyze $run"
+.venv/bin/groktrace analyze "$run" > "$run/transitions.txt"
+.venv/bin/groktrace plot "$run" -o "$run.png"
+echo
+cat "$run/transitions.txt" | sed 's|tensorboard --logdir|.venv/bin/tensorboard --logdir|'
