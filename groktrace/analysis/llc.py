@@ -11,6 +11,7 @@ from groktrace.sampling.settings import SamplingSettings
 # What is tolerated before a number is called unreliable; in each case plus three standard errors of the diagnostic.
 MAX_VIRIAL_GAP = 0.02
 MAX_ANHARMONICITY = 0.1
+MAX_ANHARMONICITY_FAR = 0.05
 MAX_RHAT = 1.1
 MAX_DISTANCE = 0.5
 
@@ -118,24 +119,28 @@ def summarise(
     virial = diagnose.virial_ratio(traces.pull, traces.spread, dimension)
     anharmonicity = diagnose.anharmonicity(traces.pull, traces.excess)
     distance = math.sqrt(float(traces.spread.mean()) / localization)
-    relative_distance = distance / norm if norm > 0 else None
+    relative_distance = distance / norm if norm > 0 else math.inf
     rhat, ess = diagnose.split_rhat(traces.excess), diagnose.effective_sample_size(traces.excess)
     virial_error = diagnose.standard_error(traces.pull + traces.spread) / dimension
     reasons = []
-    if off_minimum(traces):
+    ratio_error = diagnose.standard_error(0.5 * traces.pull - traces.excess) / abs(llc) if llc else 0.0
+    far = relative_distance > MAX_DISTANCE
+    bent = abs(anharmonicity - 1) > (MAX_ANHARMONICITY_FAR if far else MAX_ANHARMONICITY) + 3 * ratio_error
+    # Distance alone does no harm: in a quadratic bowl the estimate is exact however wide it is.
+    if far and llc > 0 and (bent or off_minimum(traces)):
+        reasons.append(
+            f"not local: the chains are {relative_distance:.2f}‖w*‖ away, where the loss is no longer quadratic "
+            f"(anharmonicity {anharmonicity:.2f}, expected 1); use a larger localization"
+        )
+    elif off_minimum(traces):
         reasons.append(OFF_MINIMUM)
-    else:
-        # Off a minimum the slope, not the shape of the bowl, sets this ratio.
-        ratio_error = diagnose.standard_error(0.5 * traces.pull - traces.excess) / llc if llc else 0.0
-        if abs(anharmonicity - 1) > MAX_ANHARMONICITY + 3 * ratio_error:
-            reasons.append(f"not quadratic within reach (anharmonicity {anharmonicity:.2f}, expected 1)")
+    elif bent:
+        reasons.append(f"not quadratic within reach (anharmonicity {anharmonicity:.2f}, expected 1)")
     if abs(virial - 1) > MAX_VIRIAL_GAP + 3 * virial_error:
         reasons.append(f"not equilibrated (virial ratio {virial:.3f}, expected 1); needs a longer burn-in")
     # Half-chains of m effective draws differ by chance: R-hat is then about √(1 + 1/m).
     if rhat > max(MAX_RHAT, math.sqrt(1 + 10 * chains / ess)):
         reasons.append(f"chains disagree (split R-hat {rhat:.2f})")
-    if relative_distance is not None and relative_distance > MAX_DISTANCE:
-        reasons.append(f"not local (the chains are {relative_distance:.2f}‖w*‖ away); use a larger localization")
     if stderr > 2 * settings.rtol * max(abs(llc), 1e-300) and not reasons:
         reasons.append(f"too few draws (standard error {100 * stderr / max(abs(llc), 1e-300):.1f} %)")
     return LLCEstimate(
@@ -158,7 +163,7 @@ def summarise(
             "rhat": rhat,
             "ess": ess,
             "drift": diagnose.drift(traces.excess),
-            "distance": relative_distance,
+            "distance": relative_distance if norm > 0 else None,
             "halvings": traces.halvings,
         },
     )

@@ -1,0 +1,243 @@
+"""What a recording writes at its start: the network's description, the data, and the loss as a program."""
+
+import contextlib
+import importlib.metadata
+import math
+import random
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from groktrace.errors import SettingsError
+from groktrace.recording.capture import STORABLE, find_aliases
+from groktrace.recording.schedule import Schedule
+from groktrace.recording.writer import now
+from groktrace.run import files, layout
+from groktrace.run.batch import Batch, collect
+from groktrace.run.store import WeightSpec
+from groktrace.run.task import MAX_SAMPLES, Forward, check_forward, evaluation_mode, is_offset_free, make_forward
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the analysis needs besides weights.
+
+    Attributes:
+        n: number of training samples, or None without data.
+        data: the entry "data" of run.json.
+        tensors: contents of data.safetensors.
+        program: contents of program.json, or None where the model could not be traced.
+        problem: why it could not.
+    """
+
+    n: int | None = None
+    data: dict[str, Any] | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    program: dict[str, Any] | None = None
+    problem: Exception | None = None
+
+
+def prepare_evaluation(model: nn.Module, train: Any, val: Any, loss: Any, batch_loss: Any, seed: int) -> Evaluation:
+    """Collect the data, try the loss on them, and trace model and loss.
+
+    Args:
+        model: the plain model; left as it is.
+        train: training data, see `watch`.
+        val: validation data, or None.
+        loss: see `watch`.
+        batch_loss: see `watch`.
+        seed: chooses the subset of large sets.
+
+    Raises:
+        TaskError: data, loss and model do not fit together.
+        SettingsError: the data cannot be stored.
+    """
+    with left_untouched(model):
+        batch, n = collect(train, "train", MAX_SAMPLES, seed)
+        data = {"train": _describe_batch(batch, n), "val": None}
+        tensors = _name_tensors("train", batch)
+        held_out = None
+        if val is not None:
+            held_out, n_val = collect(val, "val", MAX_SAMPLES, seed)
+            data["val"] = _describe_batch(held_out, n_val)
+            tensors |= _name_tensors("val", held_out)
+        forward = make_forward(model, loss, batch_loss, batch, held_out)
+        with evaluation_mode(forward):
+            check_forward(forward, batch)
+            offset_free = _offset_free(forward, batch)
+            try:
+                program, constants = _trace(forward, batch)
+            except Exception as failure:  # whatever tracing trips over, the weights can still be recorded
+                return Evaluation(n, data, tensors, None, failure)
+    tensors |= {f"constant.{name}": value.detach().cpu().contiguous().clone() for name, value in constants.items()}
+    return Evaluation(n, data, tensors, {**program, "offset_free": offset_free})
+
+
+def _offset_free(forward: Forward, batch: Batch) -> bool:
+    try:
+        return is_offset_free(forward, batch)
+    except Exception:  # a loss that only takes the model's own dtype, say; then nothing is known
+        return False
+
+
+def _trace(forward: Forward, batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Model and loss as JSON, and the constant tensors it refers to."""
+    from groktrace.run.program import Program
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's own remarks mean nothing to who trains
+        program = Program.trace(forward, batch)
+        return program.to_json(), program.constants
+
+
+def _describe_batch(batch: Batch, samples: int) -> dict[str, Any]:
+    return {"structure": batch.structure, "samples": samples, "stored": len(batch)}
+
+
+def _name_tensors(what: str, batch: Batch) -> dict[str, Tensor]:
+    for tensor in batch.tensors:
+        if tensor.dtype not in STORABLE or tensor.layout != torch.strided:
+            raise SettingsError(f"{what}: {tensor.dtype} ({tensor.layout}) data cannot be stored; convert them.")
+    return {f"{what}.{i}": tensor.contiguous() for i, tensor in enumerate(batch.tensors)}
+
+
+@contextlib.contextmanager
+def left_untouched(model: nn.Module) -> Iterator[None]:
+    """Put random generators and the model's buffers back as they were: datasets and models may change them."""
+    gpus = {tensor.device.index for tensor in model.parameters() if tensor.is_cuda}
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.no_grad():
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.random.fork_rng(devices=sorted(gpus)):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+def describe_run(
+    model: nn.Module,
+    specs: dict[str, WeightSpec],
+    evaluation: Evaluation,
+    optimizer: Any,
+    schedule: Schedule,
+    task: str | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Contents of run.json.
+
+    Args:
+        model: the plain model.
+        specs: its tensors.
+        evaluation: data and loss.
+        optimizer: the optimizer, or None.
+        schedule: the steps that are kept.
+        task: the user's "package.module:factory", or None.
+        seed: as given to `watch`.
+    """
+    return {
+        "format": layout.FORMAT_VERSION,
+        "groktrace": _version(),
+        "torch": torch.__version__,
+        "created": now(),
+        "weights": {
+            name: {
+                "shape": list(spec.shape),
+                "dtype": str(spec.dtype).removeprefix("torch."),
+                "trainable": spec.trainable,
+            }
+            for name, spec in specs.items()
+        },
+        "aliases": find_aliases(model),
+        "n": evaluation.n,
+        "seed": seed,
+        "schedule": schedule.description,
+        "optimizer": None if optimizer is None else _describe_optimizer(optimizer),
+        "data": evaluation.data,
+        "task": task,
+    }
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("groktrace")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+def _describe_optimizer(optimizer: Any) -> dict[str, Any]:
+    groups = [
+        {str(key): plain for key, value in group.items() if key != "params" and (plain := _plain(value)) is not None}
+        for group in optimizer.param_groups
+    ]
+    return {"name": type(optimizer).__name__, "groups": groups}
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON, or None if it is no plain value."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, list | tuple) and None not in (items := [_plain(item) for item in value]):
+        return items
+    return None
+
+
+def write_start(root: Path, info: dict[str, Any], evaluation: Evaluation) -> bool:
+    """Write run.json and what belongs to it, run.json last; a recording that is there already is brought up to date.
+
+    Args:
+        root: the run directory; made if missing.
+        info: contents of run.json.
+        evaluation: data and program; without data those that are there stay.
+
+    Returns:
+        Whether the data that were there before were others.
+
+    Raises:
+        OSError: the file system refused.
+        RunError: files that are there already are damaged.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    run_path, data_path, program_path = (
+        root / name for name in (layout.RUN_FILE, layout.DATA_FILE, layout.PROGRAM_FILE)
+    )
+    before = files.read_json(run_path) if run_path.exists() else None
+    changed = False
+    if before is not None:
+        info = {**info, "created": before.get("created", info["created"]), "task": info["task"] or before.get("task")}
+    if evaluation.data is not None:
+        changed = before is not None and data_path.exists() and _samples_differ(data_path, evaluation.tensors)
+        metadata = {"groktrace": str(layout.FORMAT_VERSION), "time": now()}
+        files.write_tensors(data_path, evaluation.tensors, metadata)
+        if evaluation.program is None:
+            program_path.unlink(missing_ok=True)  # an older one would belong to other data
+        else:
+            files.write_json(program_path, evaluation.program)
+    elif before is not None:
+        info = {**info, "n": before["n"], "data": before["data"]}
+    files.write_json(run_path, info)
+    (root / layout.WEIGHTS_FOLDER).mkdir(exist_ok=True)
+    return changed
+
+
+def _samples_differ(path: Path, tensors: dict[str, Tensor]) -> bool:
+    old, _ = files.read_tensors(path)
+    names = {name for name in old.keys() | tensors.keys() if not name.startswith("constant.")}
+    return any(name not in old or name not in tensors or not _same(old[name], tensors[name]) for name in names)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and files.digest(a) == files.digest(b)

@@ -1,0 +1,147 @@
+"""λ̂ of whole models against closed forms and exact spectra."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from groktrace.analysis.estimate import estimate_llc
+from groktrace.errors import SettingsError, TaskError
+
+
+def half_square(outputs, targets):
+    return 0.5 * (outputs - targets).square().sum(1).mean()
+
+
+def exact_spectrum(model, loss, train):
+    names = [name for name, _ in model.named_parameters()]
+    shapes = [p.shape for p in model.parameters()]
+
+    def flat_loss(flat):
+        parts = flat.split([shape.numel() for shape in shapes])
+        weights = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+        return loss(torch.func.functional_call(model, weights, (train[0],)), train[1])
+
+    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    return torch.linalg.eigvalsh(torch.autograd.functional.hessian(flat_loss, flat)).double()
+
+
+@pytest.mark.parametrize(
+    ("d", "p", "k", "llc"),
+    [(6, 3, 4, 16.0), (4, 2, 12, 10.0)],  # ½·min(K(d + p − 1), p·d(d + 1)/2): under- and over-parameterised
+)
+def test_generic_quadratic_teachers_have_half_their_rank(teacher, d, p, k, llc):
+    model, train = teacher(d, p, k)
+    found = estimate_llc(model, half_square, train, nbeta=1e4, localization=1.0, chains=4, burn_in=4000, draws=10_000)
+    assert found.llc == pytest.approx(llc, rel=0.05)
+    assert found.llc_centred == pytest.approx(llc, rel=0.05)
+
+
+def test_default_settings_give_the_soft_rank_of_the_exact_spectrum(teacher):
+    model, train = teacher(10, 5, 12)
+    found = estimate_llc(model, half_square, train, chains=4)
+    spectrum = exact_spectrum(model, half_square, train)
+    cutoff = found.localization / found.nbeta
+    soft_rank = float(0.5 * (spectrum / (spectrum + cutoff)).sum())
+    assert found.reliable, found.reasons
+    assert found.stderr <= 0.02 * found.llc
+    assert found.llc == pytest.approx(soft_rank, abs=3.5 * found.stderr + 0.03 * soft_rank)
+    # The rule: E‖w − w*‖ of flat directions is 0.3‖w*‖, and h_max over the cutoff is 10.
+    norm_squared = sum(float(w.detach().square().sum()) for w in model.parameters())
+    assert spectrum.numel() / found.localization == pytest.approx(0.09 * norm_squared, rel=1e-4)
+    assert float(spectrum.max()) / cutoff == pytest.approx(10, rel=0.05)
+
+
+def test_linear_regression_is_exact_at_any_temperature():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 20, generator=generator) * torch.logspace(-1.5, 0, 20)
+    model = nn.Linear(20, 1, bias=False)
+    y = model(x).detach()
+    spectrum = torch.linalg.eigvalsh(x.double().T @ x.double() / 100)
+    for nbeta, gamma in [(100.0, 1.0), ("wbic", 0.5)]:
+        found = estimate_llc(model, half_square, (x, y), nbeta=nbeta, localization=gamma, rtol=0.01, chains=4)
+        scale = found.nbeta * spectrum
+        assert found.nbeta == (100 if nbeta == 100.0 else pytest.approx(100 / math.log(100)))
+        assert found.llc == pytest.approx(float(0.5 * (scale / (scale + gamma)).sum()), abs=3.5 * found.stderr)
+        assert found.reliable, found.reasons
+
+
+def test_off_a_minimum_the_number_is_kept_and_the_reason_given():
+    x = torch.randn(100, 20, generator=torch.Generator().manual_seed(0))
+    model = nn.Linear(20, 1, bias=False)
+    found = estimate_llc(model, half_square, (x, model(x).detach() + x.sum(1, keepdim=True)), nbeta=100, localization=1)
+    assert found.llc < 0
+    assert found.reasons == ("not at a minimum: the loss falls on moving away from the snapshot",)
+    assert found.llc_centred == pytest.approx(10, rel=0.1)
+
+
+def test_planted_failures_are_named(teacher):
+    x = torch.randn(100, 20, generator=torch.Generator().manual_seed(0))
+    model = nn.Linear(20, 1, bias=False)
+    train = (x, model(x).detach())
+    few = {"nbeta": 100.0, "localization": 1e-3, "chains": 2}
+    cold = estimate_llc(model, half_square, train, burn_in=0, draws=50, step_size=1e-4, **few)
+    assert any("not equilibrated" in reason for reason in cold.reasons)
+    wild = estimate_llc(model, half_square, train, burn_in=10, draws=2000, step_size=1.0, **few)
+    assert (wild.llc, wild.reliable) == (None, False)
+    assert "diverging" in wild.reasons[0]
+    quadratic, data = teacher(6, 3, 4)
+    far = estimate_llc(quadratic, half_square, data, nbeta=1.0, localization=0.1)
+    assert any("not local" in reason for reason in far.reasons)
+    short = estimate_llc(model, half_square, train, nbeta=100.0, localization=1.0, burn_in=100, draws=4)
+    assert any("too few draws" in reason for reason in short.reasons)
+
+
+def test_nothing_of_the_model_is_changed():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    estimate_llc(model, "cross_entropy", (torch.arange(24.0).view(8, 3), torch.tensor([0, 1] * 4)), draws=4)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(module.training for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_frozen_parameters_stay_where_they_are():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    model[0].requires_grad_(False)
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+    found = estimate_llc(
+        model,
+        half_square,
+        (x, model(x).detach()),
+        nbeta=1e6,
+        localization=1e-2,
+        burn_in=3000,
+        draws=3000,
+        step_size=None,
+    )
+    # Four weights are left, all of them determined.
+    assert found.llc == pytest.approx(2, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        ({"nbeta": -1.0}, SettingsError, "nbeta: expected a positive number"),
+        ({"steps": 5}, SettingsError, "settings: unknown steps; expected some of method, nbeta"),
+        ({"device": "tpu9"}, SettingsError, "device: 'tpu9' cannot be used here"),
+        ({"loss": "hinge"}, TaskError, "loss: expected a function or one of cross_entropy, mse, got 'hinge'"),
+        ({"train": (torch.zeros(3, 2), torch.zeros(4, 1))}, TaskError, r"equally many samples, got \[3, 4\]"),
+        ({"train": (torch.zeros(0, 2), torch.zeros(0, 1))}, TaskError, "at least one sample, got an empty set"),
+        ({"loss": lambda o, t: o - t}, TaskError, r"expected one number, the mean over the batch, got a tensor"),
+        ({"train": (torch.full((3, 2), math.nan), torch.zeros(3, 1))}, TaskError, "expected a finite loss .* got nan"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    arguments = {"loss": "mse", "train": (torch.ones(3, 2), torch.ones(3, 1)), **call}
+    with pytest.raises(error, match=message):
+        estimate_llc(nn.Linear(2, 1), arguments.pop("loss"), arguments.pop("train"), **arguments)
+
+
+def test_a_model_without_trainable_weights_is_refused():
+    model = nn.Linear(2, 1).requires_grad_(False)
+    with pytest.raises(TaskError, match="at least one trainable real-valued parameter, found none"):
+        estimate_llc(model, "mse", (torch.ones(3, 2), torch.ones(3, 1)))

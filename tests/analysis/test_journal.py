@@ -1,0 +1,58 @@
+import multiprocessing
+
+import pytest
+
+from groktrace.analysis.journal import append_lines, exclusive, read_lines
+from groktrace.errors import RunError
+
+
+def test_lines_come_back_in_order(tmp_path):
+    path = tmp_path / "j.jsonl"
+    assert read_lines(path) == []
+    append_lines(path, [{"a": 1}, {"a": 2}])
+    append_lines(path, [{"a": 3}])
+    assert read_lines(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
+
+
+def test_an_interrupted_line_is_dropped_wherever_it_was_cut(tmp_path):
+    path = tmp_path / "j.jsonl"
+    append_lines(path, [{"a": 1}, {"b": "two"}])
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        kept = read_lines(path)
+        assert kept == [{"a": 1}, {"b": "two"}][: whole[:length].count(b"\n")]
+        append_lines(path, [{"c": 3}])
+        assert read_lines(path) == [*kept, {"c": 3}]
+
+
+def test_damage_in_the_middle_is_refused(tmp_path):
+    path = tmp_path / "j.jsonl"
+    path.write_text('{"a": 1}\n{"a"; 2}\n{"a": 3}\n')
+    with pytest.raises(RunError, match=r"j\.jsonl: line 2 is damaged .*; remove the file to redo it"):
+        read_lines(path)
+
+
+def _hold(folder, ready, release):
+    with exclusive(folder):
+        ready.set()
+        release.wait(30)
+
+
+def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, release = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, ready, release))
+    process.start()
+    try:
+        assert ready.wait(30)
+        with (
+            pytest.raises(RunError, match=rf"another analysis \(process {process.pid}\) is writing here"),
+            exclusive(tmp_path),
+        ):
+            pass
+    finally:
+        release.set()
+        process.join()
+    with exclusive(tmp_path):
+        pass

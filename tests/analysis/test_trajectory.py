@@ -1,0 +1,82 @@
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.errors import RunError, SettingsError
+
+numbers = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+points = st.builds(
+    Point,
+    step=st.integers(0, 10**9),
+    llc=numbers,
+    stderr=numbers,
+    llc_centred=numbers,
+    stderr_centred=numbers,
+    reliable=st.booleans(),
+    reasons=st.lists(st.text()).map(tuple),
+    train_loss=numbers,
+    val_accuracy=numbers,
+    metrics=st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False)),
+    diagnostics=st.dictionaries(st.text(), numbers),
+)
+
+
+@given(st.lists(points, unique_by=lambda point: point.step).map(lambda some: sorted(some, key=lambda p: p.step)))
+def test_saving_and_loading_changes_nothing(tmp_path_factory, some):
+    path = tmp_path_factory.mktemp("t") / "trajectory.json"
+    trajectory = Trajectory(tuple(some), n=317, nbeta=1.5, method="averaged", run="r", unreadable=("a: bad",))
+    trajectory.save(path)
+    assert Trajectory.load(path) == trajectory
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from(["points", "step", "llc", "reliable", "reasons", "metrics", "unreadable"]), json_values)
+def test_damaged_files_are_refused_or_harmless(tmp_path_factory, key, value):
+    path = tmp_path_factory.mktemp("t") / "trajectory.json"
+    document = Trajectory((Point(1, 2.0, 0.1), Point(2, 3.0, 0.1))).to_dict()
+    (document if key in document else document["points"][0])[key] = value
+    path.write_text(json.dumps(document))
+    try:
+        Trajectory.load(path)
+    except RunError as refusal:
+        message = str(refusal)
+    else:
+        return
+    assert str(path) in message
+
+
+def test_what_is_not_finite_is_saved_as_unknown(tmp_path):
+    Trajectory((Point(0, math.nan, math.inf),)).save(tmp_path / "t.json")
+    (point,) = Trajectory.load(tmp_path / "t.json").points
+    assert (point.llc, point.stderr) == (None, None)
+
+
+def test_columns_hold_nan_where_nothing_is_known():
+    trajectory = Trajectory.from_arrays([0, 5], [1.0, math.nan], [0.1, 0.1], val_loss=[2.0, 3.0])
+    assert trajectory.column("llc")[0] == 1.0
+    assert math.isnan(trajectory.column("llc")[1])
+    assert math.isnan(trajectory.column("train_loss")[0])
+    assert trajectory.column("val_loss").tolist() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([0, 1], [1.0], [0.1, 0.1]), "llc: expected 2 values, one a step, got 1"),
+        (([1, 1], [1.0, 2.0], [0.1, 0.1]), "steps: expected them to ascend"),
+        (([0, 1], [1.0, 2.0], [0.1, -0.1]), "stderr: expected no negative values"),
+    ],
+)
+def test_curves_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(SettingsError, match=message):
+        Trajectory.from_arrays(*arguments)

@@ -1,0 +1,132 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.transitions import find_transitions, segment
+
+STEPS = np.arange(0, 3050, 50)
+
+
+def curve(values, error=5.0, seed=0, steps=STEPS, **more):
+    values = np.asarray(values, dtype=float)
+    noisy = values + error * np.random.default_rng(seed).standard_normal(len(values))
+    return Trajectory.from_arrays(steps, noisy, np.full(len(values), error), **more)
+
+
+def hump(rise=1000.0, fall=400.0, low=100.0, peak_at=200, fall_to=1200):
+    """Rises linearly to the peak, falls linearly, stays."""
+    return np.interp(STEPS, [0, peak_at, fall_to, 3000], [low, low + rise, low + rise - fall, low + rise - fall])
+
+
+def test_a_hump_is_one_rise_and_one_fall():
+    rise, fall = find_transitions(curve(hump()))
+    assert (rise.kind, fall.kind) == ("complexification", "simplification")
+    assert rise.step == pytest.approx(100, abs=25)
+    assert fall.step == pytest.approx(700, abs=50)
+    assert fall.step_low <= 700 <= fall.step_high
+    assert fall.step_high - fall.step_low <= 200
+    assert 150 <= fall.onset <= 300
+    assert 1050 <= fall.end <= 1250
+    assert fall.delta_llc == pytest.approx(-400, abs=5 * fall.stderr)
+    assert 1 < fall.stderr < 15
+    assert fall.llc_after == pytest.approx(700, abs=10)
+
+
+def test_a_step_is_dated_between_its_two_snapshots():
+    (fall,) = find_transitions(curve(np.where(STEPS < 1510, 900.0, 700.0)))
+    assert 1450 <= fall.step_low <= fall.step <= fall.step_high <= 1600
+    assert (fall.onset, fall.end) == (1500, 1550)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_is_found_in_a_flat_series(seed):
+    assert find_transitions(curve(np.full(61, 900.0), error=30.0, seed=seed)) == []
+
+
+def test_small_changes_are_not_transitions_however_certain():
+    assert find_transitions(curve(np.linspace(900, 880, 61), error=0.5)) == []
+
+
+def test_jitter_of_the_training_beyond_the_sampling_error_is_allowed_for():
+    jitter = 60 * np.random.default_rng(1).standard_normal(61)
+    assert find_transitions(curve(900 + jitter, error=1.0)) == []
+
+
+def test_log_spaced_steps():
+    steps = np.unique(np.geomspace(1, 100_000, 80).astype(int))
+    values = np.interp(np.log(steps), np.log([1, 100, 10_000, 30_000, 100_000]), [100, 1000, 1000, 500, 500])
+    rise, fall = find_transitions(curve(values, steps=steps))
+    assert rise.step < 100 < fall.onset
+    assert fall.step == pytest.approx(17_300, rel=0.15)
+
+
+def test_too_few_points_say_nothing():
+    assert find_transitions(curve([1.0, 500.0, 900.0, 100.0], steps=[0, 1, 2, 3])) == []
+    assert find_transitions(curve([500.0] * 5, steps=range(5))) == []
+    assert find_transitions(Trajectory(())) == []
+
+
+def labels(trajectory):
+    return [transition.label for transition in find_transitions(trajectory)]
+
+
+def test_labels_follow_the_training_loss():
+    falling_loss = np.interp(STEPS, [0, 200, 3000], [1.0, 0.01, 0.0])
+    assert labels(curve(hump(), train_loss=falling_loss)) == ["memorisation", "generalisation"]
+    assert labels(curve(hump())) == [None, None]
+    # λ falls while the loss is still high: no evidence of generalisation.
+    late = np.interp(STEPS, [0, 200, 1200, 3000], [1.0, 0.5, 0.45, 0.0])
+    assert labels(curve(hump(), train_loss=late))[1] is None
+    # A fall of a tenth, as control networks show that merely lose weight norm.
+    assert labels(curve(hump(fall=110.0), train_loss=falling_loss)) == ["memorisation", None]
+
+
+def test_validation_confirms_or_contradicts():
+    loss = np.interp(STEPS, [0, 200, 3000], [1.0, 0.01, 0.0])
+    learns = np.interp(STEPS, [0, 200, 800, 3000], [0.1, 0.1, 1.0, 1.0])
+    confirmed = find_transitions(curve(hump(), train_loss=loss, val_accuracy=learns))[1]
+    assert confirmed.evidence.endswith("validation confirms: accuracy 0.10 before, 1.00 at its end")
+    contradicted = find_transitions(curve(hump(), train_loss=loss, val_accuracy=np.full(61, 0.1)))[1]
+    assert "validation contradicts" in contradicted.evidence
+
+
+def test_the_centred_estimate_is_used_where_every_point_has_it():
+    centred = hump()
+    plain = np.where(STEPS < 150, -3000.0, centred)
+    points = tuple(
+        Point(int(step), float(p), 5.0, float(c), 5.0, step >= 150, ())
+        for step, p, c in zip(STEPS, plain, centred, strict=True)
+    )
+    rise, _ = find_transitions(Trajectory(points))
+    assert rise.llc_before == pytest.approx(100, abs=60)
+
+
+def test_unreliable_points_are_passed_over_where_there_is_no_centred_estimate():
+    values = np.where(STEPS < 150, -3000.0, 800.0)
+    assert find_transitions(curve(values, reliable=STEPS >= 150)) == []
+    assert len(find_transitions(curve(values))) == 1
+
+
+def test_segmentation_is_the_exact_optimum():
+    rng = np.random.default_rng(4)
+    value = np.concatenate([rng.normal(0, 1, 6), rng.normal(30, 1, 6)])
+    variance = np.ones(12)
+    fit = segment(value, variance)
+
+    def cost(bounds):
+        total = 0.0
+        for start, end in itertools.pairwise(bounds):
+            x = np.arange(start, end)
+            line = np.polyval(np.polyfit(x, value[start:end], 1), x)
+            total += ((value[start:end] - line) ** 2).sum() + 3 * np.log(12)
+        return total
+
+    every = [[0, *cuts, 12] for cuts in [(), *[(a,) for a in range(2, 11)]]]
+    every += [[0, a, b, 12] for a in range(2, 9) for b in range(a + 2, 11)]
+    assert fit.starts == min(every, key=cost)[:-1] == [0, 6]
+    x = np.arange(6)
+    np.testing.assert_allclose(fit.value[:6], np.polyval(np.polyfit(x, value[:6], 1), x), atol=1e-9)
+    # Variance of a fitted line at its end: 1/m + (x − x̄)²/Σ(x − x̄)².
+    assert fit.variance[0] == pytest.approx(1 / 6 + 2.5**2 / 17.5)

@@ -1,0 +1,115 @@
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from groktrace.recording.prepare import left_untouched, prepare_evaluation
+from groktrace.recording.watch import watch
+from groktrace.run import files, layout
+from groktrace.run.store import check_info
+
+
+def read(root):
+    info = json.loads((root / layout.RUN_FILE).read_text())
+    check_info(info, root)
+    return info
+
+
+def test_what_is_written_at_the_start(make_training, tmp_path):
+    training = make_training(torch.optim.AdamW, betas=(0.9, 0.98), lr=torch.tensor(0.5))
+    val = (training.x[:2], training.y[:2])
+    watch(training.model, training.optimizer, **training.data, val=val, out=tmp_path / "run", seed=3).close()
+    info = read(tmp_path / "run")
+    assert (info["format"], info["n"], info["seed"], info["task"]) == (layout.FORMAT_VERSION, 6, 3, None)
+    assert info["torch"] == torch.__version__
+    assert info["weights"]["0.weight"] == {"shape": [4, 3], "dtype": "float32", "trainable": True}
+    assert info["schedule"] == {"kind": "every", "every": 100}
+    assert info["optimizer"]["name"] == "AdamW"
+    (group,) = info["optimizer"]["groups"]
+    assert (group["betas"], group["lr"]) == ([0.9, 0.98], 0.5)
+    assert "params" not in group
+    nesting = {"tuple": [0, 1]}
+    assert info["data"]["train"] == {"structure": nesting, "samples": 6, "stored": 6}
+    assert info["data"]["val"] == {"structure": nesting, "samples": 2, "stored": 2}
+    tensors, _ = files.read_tensors(tmp_path / "run" / layout.DATA_FILE)
+    assert tensors.keys() == {"train.0", "train.1", "val.0", "val.1", "constant.offset"}
+    assert torch.equal(tensors["train.1"], training.y)
+    program = json.loads((tmp_path / "run" / layout.PROGRAM_FILE).read_text())
+    assert program == {"nodes": [], "offset_free": False}
+
+
+def test_weights_alone(training, tmp_path):
+    watch(training.model, out=tmp_path / "run").close()
+    info = read(tmp_path / "run")
+    assert info["n"] is info["data"] is info["optimizer"] is None
+    assert {entry.name for entry in (tmp_path / "run").iterdir()} == {layout.RUN_FILE, layout.WEIGHTS_FOLDER}
+
+
+def test_large_sets_are_represented_by_a_subset():
+    x, model = torch.randn(10_000, 1), nn.Linear(1, 1)
+    evaluation = prepare_evaluation(model, (x, x), None, "mse", None, 0)
+    assert evaluation.data["train"]["samples"] == evaluation.n == 10_000
+    assert evaluation.data["train"]["stored"] == len(evaluation.tensors["train.0"]) < 10_000
+
+
+def test_awkward_data_can_be_written(tmp_path):
+    x = torch.randn(2, 5).t()
+    assert not x.is_contiguous()
+    evaluation = prepare_evaluation(nn.Linear(2, 2), (x, x), None, "mse", None, 0)
+    files.write_tensors(tmp_path / "d", evaluation.tensors, {})
+    assert torch.equal(files.read_tensors(tmp_path / "d")[0]["train.1"], x)
+
+
+def test_offset_free_losses_are_recognised_and_odd_ones_tolerated():
+    x, y = torch.randn(6, 2), torch.tensor([0, 1, 1, 0, 1, 0])
+    model = nn.Linear(2, 2)
+
+    def singles_only(outputs, targets):
+        assert outputs.dtype == torch.float32
+        return nn.functional.cross_entropy(outputs, targets)
+
+    assert not prepare_evaluation(model, (x, y), None, singles_only, None, 0).program["offset_free"]
+    mse = prepare_evaluation(model, (x, x), None, "mse", None, 0)
+    assert not mse.program["offset_free"]
+
+
+def test_compares_sets_that_ask_for_random_numbers():
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            return torch.rand(2) + random.random() + np.random.rand(), torch.rand(1)
+
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    prepare_evaluation(nn.Linear(2, 1), Noisy(), None, "mse", None, 0)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert (states[2] == np.random.get_state()[1]).all()
+
+
+def test_buffers_that_a_model_changes_are_put_back():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 2))
+            self.register_buffer("calls", torch.tensor(0))
+
+        def forward(self, x):
+            self.calls += 1
+            return x @ self.weight
+
+    model, x = Counting(), torch.randn(3, 2)
+    prepare_evaluation(model, (x, x), None, "mse", None, 0)
+    assert model.calls == 0
+
+
+def test_left_untouched_on_errors():
+    state = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError), left_untouched(nn.Linear(1, 1)):
+        torch.rand(1)
+        raise ZeroDivisionError
+    assert torch.equal(state, torch.get_rng_state())

@@ -1,0 +1,304 @@
+import errno
+import gc
+import json
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from groktrace.errors import GroktraceError
+from groktrace.recording import hooks
+from groktrace.recording.watch import _open_recorders, watch
+from groktrace.run import files, layout
+from groktrace.run.store import open_run
+
+
+def steps_of(recorder):
+    return layout.snapshot_steps(recorder.out)
+
+
+def test_the_plain_loop(training, tmp_path):
+    recorder = watch(training.model, training.optimizer, **training.data, out=tmp_path / "run", every=10)
+    training.update(20)
+    expected = {name: value.clone() for name, value in training.model.state_dict().items()}
+    training.update(5)
+    assert recorder.steps == 25
+    recorder.close()
+    recorder.close()
+    assert recorder.out == tmp_path / "run"
+    run = open_run(recorder.out)
+    assert [snapshot.step for snapshot in run.snapshots] == [0, 10, 20, 25]
+    weights = run.snapshots[2].load()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    size = sum(snapshot.path.stat().st_size for snapshot in run.snapshots)
+    assert f"closed: 25 steps, 4 snapshots, {size} bytes, training blocked 0." in repr(recorder)
+
+
+def test_the_last_step_is_kept_once(training, tmp_path):
+    with watch(training.model, training.optimizer, out=tmp_path / "run", every=5) as recorder:
+        assert "open: 0 steps" in repr(recorder)
+        training.update(10)
+    assert steps_of(recorder) == [0, 5, 10]
+    training.update(5)  # nobody counts any more
+    assert recorder.steps == 10
+    assert steps_of(recorder) == [0, 5, 10]
+
+
+def test_without_updates_the_first_step_is_kept(training, tmp_path):
+    watch(training.model, training.optimizer, out=tmp_path / "run").close()
+    assert layout.snapshot_steps(tmp_path / "run") == [0]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("log", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
+        ([3, 7], [0, 3, 7, 12]),
+        (lambda step: step == 4, [0, 4, 12]),
+    ],
+    ids=["log", "steps", "function"],
+)
+def test_schedules(training, tmp_path, schedule, expected):
+    with watch(training.model, training.optimizer, out=tmp_path / "run", schedule=schedule) as recorder:
+        training.update(12)
+    assert steps_of(recorder) == expected
+
+
+def test_loops_without_an_optimizer(training, tmp_path):
+    with watch(training.model, out=tmp_path / "run", every=2) as recorder:
+        for _ in range(5):
+            training.update()
+            recorder.step()
+    assert steps_of(recorder) == [0, 2, 4, 5]
+
+
+def test_step_besides_an_optimizer_is_told_and_not_counted(training, tmp_path):
+    with watch(training.model, training.optimizer, out=tmp_path / "run") as recorder:
+        training.update()
+        with pytest.warns(RuntimeWarning, match="does nothing where watch"):
+            recorder.step()
+        recorder.step()
+        assert recorder.steps == 1
+
+
+def test_an_optimizer_that_does_not_train_is_told(training, tmp_path):
+    idle = torch.optim.SGD(training.model.parameters(), lr=1.0)
+    recorder = watch(training.model, idle, out=tmp_path / "run")
+    training.update(3)
+    with pytest.warns(RuntimeWarning, match="the weights changed, but no update was seen"):
+        recorder.close()
+    assert steps_of(recorder) == [0]
+
+
+def test_logged_metrics_go_with_the_next_snapshot(training, tmp_path):
+    with watch(training.model, training.optimizer, out=tmp_path / "run", every=2) as recorder:
+        training.update()
+        recorder.log(loss=torch.tensor(0.5), rate=1)
+        recorder.log(rate=2)
+        training.update(2)
+        with pytest.warns(RuntimeWarning, match="could not convert string"):
+            recorder.log(name="x")
+    assert [snapshot.metrics() for snapshot in open_run(recorder.out).snapshots] == [{}, {"loss": 0.5, "rate": 2.0}, {}]
+
+
+def test_a_snapshot_is_of_one_moment(training, tmp_path, monkeypatch):
+    gate, write = threading.Event(), files.write_tensors
+    monkeypatch.setattr(files, "write_tensors", lambda *args: gate.wait(10) and write(*args))
+    before = {name: value.clone() for name, value in training.model.state_dict().items()}
+    with watch(training.model, out=tmp_path / "run") as recorder:
+        with torch.no_grad():
+            for parameter in training.model.parameters():
+                parameter.fill_(7)
+        gate.set()
+        recorder.step()
+    first, last = (snapshot.load() for snapshot in open_run(recorder.out).snapshots)
+    assert all(torch.equal(first[name], before[name]) for name in before)
+    assert all((value == 7).all() for value in last.values())
+
+
+def test_a_full_disk_is_told_once_and_later_snapshots_are_written(training, tmp_path, monkeypatch):
+    write, full = files.write_tensors, [False]
+
+    def write_or_fail(*args):
+        if full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*args)
+
+    monkeypatch.setattr(files, "write_tensors", write_or_fail)
+    recorder = watch(training.model, training.optimizer, out=tmp_path / "run", every=1)
+    recorder._writer.wait()
+    with pytest.warns(RuntimeWarning) as caught:
+        full[0] = True
+        training.update(3)
+        recorder._writer.wait()
+        full[0] = False
+        training.update(2)
+        recorder.close()
+    assert len(caught) == 1
+    assert "OSError: [Errno 28] No space left on device" in str(caught[0].message)
+    assert recorder.steps == 5
+    assert steps_of(recorder) == [0, 4, 5]
+
+
+def test_the_last_step_is_tried_again_on_close(training, tmp_path, monkeypatch):
+    recorder = watch(training.model, training.optimizer, out=tmp_path / "run", every=1)
+    recorder._writer.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_file", lambda *_: 1 / 0)
+        training.update()
+        recorder._writer.wait()
+    with pytest.warns(RuntimeWarning, match="ZeroDivisionError"):
+        recorder.close()
+    assert steps_of(recorder) == [0, 1]
+
+
+def test_our_errors_do_not_reach_the_training(training, tmp_path):
+    def schedule(step):
+        return step == 4 or 1 / (step - 2)
+
+    with watch(training.model, training.optimizer, out=tmp_path / "run", schedule=schedule) as recorder:
+        with pytest.warns(RuntimeWarning, match=r"ZeroDivisionError: division by zero.*training goes on"):
+            training.update(3)
+        training.update(2)
+    assert steps_of(recorder) == [0, 1, 3, 4, 5]
+
+
+def test_warnings_that_are_errors_do_not_reach_the_training(training, tmp_path, capsys):
+    with watch(training.model, training.optimizer, out=tmp_path / "run", schedule=lambda step: 1 / 0):
+        training.update(3)
+    assert capsys.readouterr().err.count("ZeroDivisionError") == 1
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_skipped_updates_do_not_count(make_training, tmp_path, fused):
+    training = make_training(torch.optim.AdamW, fused=fused)
+    scaler = torch.amp.GradScaler("cpu")
+    with watch(training.model, training.optimizer, out=tmp_path / "run", every=2) as recorder:
+        for update in range(9):
+            training.optimizer.zero_grad()
+            loss = nn.functional.mse_loss(training.model(training.x), training.y)
+            scaler.scale(loss * (float("inf") if update in (1, 2, 6) else 1.0)).backward()
+            scaler.step(training.optimizer)
+            scaler.update()
+        assert recorder.steps == 6
+    assert steps_of(recorder) == [0, 2, 4, 6]
+
+
+def test_accumulated_gradients_are_one_update(training, tmp_path):
+    with watch(training.model, training.optimizer, out=tmp_path / "run", every=1) as recorder:
+        for micro in range(8):
+            training.model(training.x).square().mean().backward()
+            if micro % 4 == 3:
+                training.optimizer.step()
+    assert steps_of(recorder) == [0, 1, 2]
+
+
+def test_wrapped_optimizer_and_compiled_model(training, tmp_path):
+    wrapper = type("Wrapper", (), {"optimizer": training.optimizer})()
+    compiled = torch.compile(training.model, backend="eager")
+    with watch(nn.DataParallel(compiled), wrapper, **training.data, out=tmp_path / "run") as recorder:
+        training.update()
+    weights = open_run(recorder.out).snapshots[-1].load()
+    assert all(torch.equal(weights[name], value) for name, value in training.model.state_dict().items())
+
+
+def test_the_model_is_free_after_close(training, tmp_path):
+    recorder = watch(training.model, training.optimizer, **training.data, out=tmp_path / "run")
+    training.update()
+    assert recorder in _open_recorders
+    recorder.close()
+    assert recorder not in _open_recorders
+    model = weakref.ref(training.model)
+    training.model = training.optimizer = None
+    gc.collect()
+    assert model() is None
+
+
+def test_of_several_processes_the_first_writes(training, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    with watch(training.model, training.optimizer, **training.data, out=tmp_path / "run", every=1) as recorder:
+        training.update(2)
+    assert "2 steps; another process" in repr(recorder)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def wrong(training, tmp_path):
+    other = nn.Linear(1, 1)
+    return {
+        "every": ({"every": 0}, "every: expected a whole number"),
+        "schedule": ({"schedule": "weekly"}, "schedule: expected 'log'"),
+        "both schedules": ({"every": 3, "schedule": "log"}, "every, schedule: give one"),
+        "loss name": ({"loss": "hinge"}, "one of cross_entropy, mse, got 'hinge'"),
+        "lengths": ({"train": (training.x, training.y[:3])}, r"equally many samples, got \[6, 3\]"),
+        "two losses": ({"batch_loss": lambda model, batch: 0}, "exactly one of loss="),
+        "no loss": ({"loss": None}, "exactly one of loss="),
+        "no train": ({"train": None}, "loss: of no use without train"),
+        "loss fails": ({"train": (training.y, training.y)}, "fail on the training data"),
+        "not a model": ({"model": lambda x: x}, "model: expected a torch.nn.Module, got function"),
+        "no parameters": ({"model": nn.ReLU()}, "model: expected a network with parameters"),
+        "wrong optimizer": ({"optimizer": torch.optim.SGD(other.parameters())}, "holds none of the model's"),
+        "not an optimizer": ({"optimizer": 3}, "optimizer: expected a torch.optim.Optimizer"),
+        "task": ({"task": "module.factory"}, "task: expected 'package.module:factory'"),
+        "task type": ({"task": print}, "task: expected 'package.module:factory'"),
+        "out type": ({"out": 7}, "out: expected the path of a folder"),
+        "out is a file": ({"out": tmp_path / "file"}, "is a file"),
+        "out below a file": ({"out": tmp_path / "file" / "run"}, "is a file"),
+        "out remote": ({"out": "s3://bucket/run"}, "out: only local folders"),
+        "start": ({"start_step": -1}, "start_step: expected a whole number"),
+        "seed": ({"seed": 0.5}, "seed: expected a whole number"),
+        "data type": ({"train": (training.x, training.y.to(torch.complex128)), "loss": lambda a, b: a.sum()}, "stored"),
+    }
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("every", "schedule", "both schedules", "loss name", "lengths", "two losses", "no loss", "no train"),
+        *("loss fails", "not a model", "no parameters", "wrong optimizer", "not an optimizer", "task", "task type"),
+        *("out type", "out is a file", "out below a file", "out remote", "start", "seed", "data type"),
+    ],
+)
+def test_wrong_arguments(training, tmp_path, wrong, case):
+    (tmp_path / "file").touch()
+    changes, message = wrong[case]
+    arguments = {"model": training.model, "optimizer": training.optimizer, **training.data, "out": tmp_path / "run"}
+    with pytest.raises(GroktraceError, match=message):
+        watch(**(arguments | changes))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    assert not training.optimizer._optimizer_step_post_hooks
+
+
+def test_out_that_cannot_be_written(training, tmp_path, monkeypatch):
+    def refuse(path, data):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(files, "write_file", refuse)
+    with pytest.raises(GroktraceError, match=r"cannot be written \(Permission denied\)"):
+        watch(training.model, training.optimizer, out=tmp_path / "run")
+
+
+def test_failed_tracing_is_told_and_weights_are_kept(training, tmp_path, program):
+    program.failure = ValueError("a branch\ndepends on data")
+    with pytest.warns(RuntimeWarning, match=r"--task mine.tasks:make` \(a branch depends on data\)"):
+        recorder = watch(
+            training.model, training.optimizer, **training.data, task="mine.tasks:make", out=tmp_path / "run"
+        )
+    training.update()
+    recorder.close()
+    assert steps_of(recorder) == [0, 1]
+    assert not (recorder.out / layout.PROGRAM_FILE).exists()
+    assert json.loads((recorder.out / layout.RUN_FILE).read_text())["task"] == "mine.tasks:make"
+
+
+def test_the_counted_hook_is_one(training, tmp_path):
+    assert hooks.hookable(training.optimizer) is training.optimizer
+    first = watch(training.model, training.optimizer, out=tmp_path / "a", every=1)
+    with watch(training.model, training.optimizer, out=tmp_path / "b", every=1) as second:
+        training.update(2)
+    first.close()
+    assert first.steps == second.steps == 2

@@ -1,0 +1,82 @@
+import errno
+import json
+import threading
+from datetime import datetime
+
+import pytest
+import torch
+
+from groktrace.recording.writer import Writer, now, remove_leftovers
+from groktrace.run import files, layout
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / layout.WEIGHTS_FOLDER).mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def writer(root):
+    writer = Writer(root)
+    yield writer
+    writer.close()
+
+
+def test_writes_tensors_and_metadata(root, writer):
+    writer.submit(12, {"w": torch.arange(4.0)}, {"loss": 0.5})
+    writer.close()
+    path = layout.snapshot_path(root, 12)
+    tensors, metadata = files.read_tensors(path)
+    assert torch.equal(tensors["w"], torch.arange(4.0))
+    assert (metadata["groktrace"], metadata["step"]) == (str(layout.FORMAT_VERSION), "12")
+    assert json.loads(metadata["metrics"]) == {"loss": 0.5}
+    assert datetime.fromisoformat(metadata["time"]).utcoffset().total_seconds() == 0
+    assert (writer.written, writer.bytes, writer.last_step) == (1, path.stat().st_size, 12)
+
+
+def test_the_next_snapshot_waits_for_the_one_in_flight(monkeypatch, writer):
+    gate, done = threading.Event(), []
+    monkeypatch.setattr(files, "write_tensors", lambda path, *_: gate.wait(10) and done.append(path.name) or 1)
+    writer.submit(1, {}, {})
+    second = threading.Thread(target=writer.submit, args=(2, {}, {}))
+    second.start()
+    second.join(0.05)
+    assert second.is_alive()
+    assert not done
+    gate.set()
+    second.join()
+    writer.wait()
+    assert done == ["000000000001.safetensors", "000000000002.safetensors"]
+
+
+def test_goes_on_after_an_error(root, monkeypatch, writer):
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_file", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        writer.submit(1, {"w": torch.ones(1)}, {})
+        writer.wait()
+    assert writer.error.errno == errno.ENOSPC
+    writer.submit(2, {"w": torch.ones(1)}, {})
+    writer.wait()
+    assert layout.snapshot_steps(root) == [2]
+    assert writer.last_step == 2
+
+
+def test_close_twice_and_submit_afterwards(writer):
+    writer.close()
+    writer.close()
+    writer.submit(1, {}, {})
+    with pytest.raises(RuntimeError, match="has ended"):
+        writer.wait()
+
+
+def test_removes_only_leftovers(root):
+    folder = root / layout.WEIGHTS_FOLDER
+    for name in (f"{files.TEMPORARY_PREFIX}x", "000000000001.safetensors", "notes.txt"):
+        (folder / name).touch()
+    remove_leftovers(root)
+    assert sorted(entry.name for entry in folder.iterdir()) == ["000000000001.safetensors", "notes.txt"]
+
+
+def test_now_is_in_utc():
+    assert now().endswith("+00:00")
