@@ -227,3 +227,7 @@ def _exit_incomplete(trajectory: Any) -> None:
         click.echo(f"unreliable: step {point.step}: {'; '.join(point.reasons)}", err=True)
     if doubtful or trajectory.unreadable:
         sys.exit(INCOMPLETE)
+
+
+if __name__ == "__main__":
+    main()

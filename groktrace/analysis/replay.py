@@ -188,7 +188,8 @@ class _Snapshots:
         known: dict[str, Result] = {}
         for record in read_lines(journal):
             try:
-                known[str(record.pop("snapshot"))] = parse(record)
+                fingerprint = str(record.pop("snapshot"))
+                known[fingerprint] = parse(record)
             except (KeyError, TypeError, ValueError) as failure:
                 raise RunError(f"{journal}: damaged ({failure}); remove the file to redo it.") from failure
         ordered = list(self.prints)

@@ -1,6 +1,6 @@
 """Weights and buffers off the model, under the plain model's own names."""
 
-import warnings
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -132,9 +132,7 @@ class Capture:
 def _allocate(spec: WeightSpec, pinned: bool) -> Tensor:
     """One CPU buffer, in memory that the GPU can write to directly where that helps."""
     if pinned:
-        try:
+        with contextlib.suppress(RuntimeError):  # where there is no more of it, the other kind works, only slower
             return torch.empty(spec.shape, dtype=spec.dtype, device="cpu", pin_memory=True)
-        except RuntimeError as failure:  # pageable memory works too, only slower
-            warnings.warn(f"groktrace: no pinned memory ({failure}); snapshots take longer.", RuntimeWarning, 2)
     # Zeros, not empty: the pages are touched here and not during the first snapshot.
     return torch.zeros(spec.shape, dtype=spec.dtype, device="cpu")

@@ -100,10 +100,12 @@ class Recorder:
             if self._writer is not None:
                 self._writer.close()
                 self._report()
-        finally:
-            self._model = self._optimizer = self._capture = self._hooks = None
-            if self in _open_recorders:
-                _open_recorders.remove(self)
+        except BaseException:  # Ctrl-C while waiting; the end of the process tries again
+            self._closed = False
+            raise
+        self._model = self._optimizer = self._capture = self._hooks = None
+        if self in _open_recorders:
+            _open_recorders.remove(self)
 
     def __enter__(self) -> "Recorder":
         return self
@@ -275,11 +277,13 @@ def watch(
     start = _first_step(start_step, optimizer, earlier)
     writes = _is_writer()
     if writes:
-        _check_folder(root, specs, start, resuming=earlier is not None)
+        # An explicit start_step may contradict the open recording; then it is refused as after a restart.
+        _check_folder(root, specs, start, resuming=earlier is not None and start == earlier.steps)
     evaluation = Evaluation() if train is None else prepare_evaluation(model, train, val, loss, batch_loss, seed)
     capture = Capture(model, specs)
-    if earlier is not None:
-        earlier.close()
+    for recorder in list(_open_recorders):
+        if recorder.out == root:  # a folder has one recording at a time, so this one takes over
+            recorder.close()
     if writes:
         info = describe_run(model, specs, evaluation, optimizer, plan, task, seed)
         try:
@@ -325,9 +329,8 @@ def _first_step(start_step: int | None, optimizer: Any, earlier: Recorder | None
         return start_step
     if earlier is not None:
         return earlier.steps
-    if optimizer is None:
-        return 0
-    counts = [state["step"] for state in optimizer.state.values() if isinstance(state, dict) and "step" in state]
+    states = getattr(optimizer, "state", {}).values()
+    counts = [state["step"] for state in states if isinstance(state, dict) and "step" in state]
     return max((int(count) for count in counts), default=0)
 
 

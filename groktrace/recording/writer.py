@@ -1,13 +1,17 @@
 """The background thread that writes snapshots."""
 
+import contextlib
 import json
 import threading
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
 from torch import Tensor
 
 from groktrace.run import files, layout
+
+_PROCESS_START = time.time()  # that of this import, which comes soon after
 
 
 def now() -> str:
@@ -16,9 +20,14 @@ def now() -> str:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove temporary files that a killed recording left among the snapshots."""
+    """Remove temporary files that a killed recording left among the snapshots.
+
+    Those younger than this process stay: another process may be writing them, and readers pass over them anyway.
+    """
     for entry in (root / layout.WEIGHTS_FOLDER).glob(f"{files.TEMPORARY_PREFIX}*"):
-        entry.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if entry.stat().st_mtime < _PROCESS_START:
+                entry.unlink()
 
 
 class Writer:

@@ -116,12 +116,12 @@ def collect(data: Any, what: str, max_samples: int, seed: int) -> tuple[Batch, i
     Raises:
         TaskError: the data have another form, no samples, or unequal lengths.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def choose(n: int) -> Tensor | slice:
         if n <= max_samples:
             return slice(None)
-        return torch.randperm(n, generator=generator)[:max_samples].sort().values
+        return torch.randperm(n, generator=generator, device="cpu")[:max_samples].sort().values
 
     if isinstance(data, list) and data and not isinstance(data[0], Tensor):
         data = _concatenate(data, what)

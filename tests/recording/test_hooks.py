@@ -100,7 +100,7 @@ def test_sees_through_wrappers(wrap):
 
 @pytest.mark.parametrize("thing", [object(), [1], Wrapper(None), nn.Linear(1, 1)])
 def test_refuses_what_cannot_be_hooked(thing):
-    with pytest.raises(SettingsError, match="optimizer: expected a torch.optim.Optimizer"):
+    with pytest.raises(SettingsError, match=r"optimizer: expected a torch\.optim\.Optimizer"):
         hookable(thing)
 
 

@@ -76,7 +76,17 @@ def test_offset_free_losses_are_recognised_and_odd_ones_tolerated():
     assert not mse.program["offset_free"]
 
 
-def test_compares_sets_that_ask_for_random_numbers():
+def test_models_with_their_own_loss():
+    def batch_loss(model, batch):
+        return (model(batch["x"]) - batch["y"]).square().mean()
+
+    batch = {"x": torch.randn(4, 2), "y": torch.randn(4, 1)}
+    evaluation = prepare_evaluation(nn.Linear(2, 1), batch, None, None, batch_loss, 0)
+    assert evaluation.data["train"]["structure"] == {"dict": {"x": 0, "y": 1}}
+    assert evaluation.program["offset_free"] is False
+
+
+def test_data_sets_that_draw_random_numbers_leave_the_generators_alone():
     class Noisy(torch.utils.data.Dataset):
         def __len__(self):
             return 4
@@ -84,8 +94,9 @@ def test_compares_sets_that_ask_for_random_numbers():
         def __getitem__(self, i):
             return torch.rand(2) + random.random() + np.random.rand(), torch.rand(1)
 
+    model = nn.Linear(2, 1)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-    prepare_evaluation(nn.Linear(2, 1), Noisy(), None, "mse", None, 0)
+    prepare_evaluation(model, Noisy(), None, "mse", None, 0)
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == random.getstate()
     assert (states[2] == np.random.get_state()[1]).all()
@@ -108,8 +119,15 @@ def test_buffers_that_a_model_changes_are_put_back():
 
 
 def test_left_untouched_on_errors():
+    model = nn.BatchNorm1d(1)
+
+    def fail():
+        with left_untouched(model):
+            model.running_mean.fill_(torch.rand(1).item())
+            raise ZeroDivisionError
+
     state = torch.get_rng_state()
-    with pytest.raises(ZeroDivisionError), left_untouched(nn.Linear(1, 1)):
-        torch.rand(1)
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert model.running_mean == 0
     assert torch.equal(state, torch.get_rng_state())

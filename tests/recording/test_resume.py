@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -70,6 +71,7 @@ def test_start_step_continues_and_overwrites_nothing(make_training, root):
     created = json.loads((root / layout.RUN_FILE).read_text())["created"]
     torn = root / layout.WEIGHTS_FOLDER / f"{files.TEMPORARY_PREFIX}torn"
     torn.touch()
+    os.utime(torn, (0, 0))
     assert record(make_training(), root, 6, start_step=3) == [0, 2, 3, 4, 5, 6, 8, 9]
     assert not torn.exists()
     after = bytes_of(root)
@@ -105,12 +107,35 @@ def test_a_second_watch_replaces_the_first(training, root):
     assert layout.snapshot_steps(root) == [0, 2, 3, 6, 7]
 
 
+def test_a_second_watch_may_not_count_from_zero_again(training, root):
+    first = watch(training.model, training.optimizer, out=root, every=1)
+    assert watch(training.model, training.optimizer, out=root, every=1, start_step=0).steps == 0  # no update between
+    training.update(3)
+    with pytest.raises(SettingsError, match=r"up to step [23]\. To continue"):  # 3 may still be in flight
+        watch(training.model, training.optimizer, out=root, every=1, start_step=0)
+    assert "closed" in repr(first)
+    with watch(training.model, training.optimizer, out=root, every=1) as third:
+        training.update(1)
+    assert third.steps == 4
+    assert layout.snapshot_steps(root) == [0, 1, 2, 3, 4]
+
+
 def test_a_second_watch_without_an_optimizer(training, root):
     first = watch(training.model, out=root)
     first.step()
     with watch(training.model, out=root) as second:
         second.step()
     assert layout.snapshot_steps(root) == [0, 1, 2]
+
+
+def test_another_training_into_the_folder_closes_the_first(make_training, root):
+    first, training = make_training(), make_training()
+    earlier = watch(first.model, first.optimizer, out=root)
+    first.update(3)
+    with watch(training.model, training.optimizer, out=root, start_step=3):
+        assert "closed: 3 steps" in repr(earlier)
+        training.update(1)
+    assert layout.snapshot_steps(root) == [0, 3, 4]
 
 
 def test_wrong_arguments_leave_the_first_open(training, root):

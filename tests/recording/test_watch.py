@@ -1,16 +1,19 @@
 import errno
 import gc
 import json
+import tempfile
 import threading
 import weakref
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from torch import nn
 
 from groktrace.errors import GroktraceError
-from groktrace.recording import hooks
-from groktrace.recording.watch import _open_recorders, watch
+from groktrace.recording.watch import _close_all, _open_recorders, watch
 from groktrace.run import files, layout
 from groktrace.run.store import open_run
 
@@ -129,14 +132,18 @@ def test_a_full_disk_is_told_once_and_later_snapshots_are_written(training, tmp_
 
     monkeypatch.setattr(files, "write_tensors", write_or_fail)
     recorder = watch(training.model, training.optimizer, out=tmp_path / "run", every=1)
-    recorder._writer.wait()
-    with pytest.warns(RuntimeWarning) as caught:
+
+    def train():
+        recorder._writer.wait()
         full[0] = True
         training.update(3)
         recorder._writer.wait()
         full[0] = False
         training.update(2)
         recorder.close()
+
+    with pytest.warns(RuntimeWarning) as caught:
+        train()
     assert len(caught) == 1
     assert "OSError: [Errno 28] No space left on device" in str(caught[0].message)
     assert recorder.steps == 5
@@ -153,6 +160,23 @@ def test_the_last_step_is_tried_again_on_close(training, tmp_path, monkeypatch):
     with pytest.warns(RuntimeWarning, match="ZeroDivisionError"):
         recorder.close()
     assert steps_of(recorder) == [0, 1]
+
+
+def test_an_interrupted_close_is_made_up_for_at_exit(training, tmp_path, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    recorder = watch(training.model, training.optimizer, out=tmp_path / "run")
+    training.update(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder._capture, "copy", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            recorder.close()
+    assert recorder in _open_recorders
+    _close_all()
+    assert steps_of(recorder) == [0, 3]
+    assert recorder not in _open_recorders
+    assert not recorder._writer._thread.is_alive()
 
 
 def test_our_errors_do_not_reach_the_training(training, tmp_path):
@@ -185,6 +209,24 @@ def test_skipped_updates_do_not_count(make_training, tmp_path, fused):
             scaler.update()
         assert recorder.steps == 6
     assert steps_of(recorder) == [0, 2, 4, 6]
+
+
+@given(st.lists(st.booleans(), max_size=15), st.integers(1, 5))
+@hypothesis_settings(max_examples=25, deadline=None)
+def test_a_count_that_is_set_right_late_misses_no_snapshot(skipped, every):
+    weight = nn.Linear(1, 1, bias=False)
+    truth = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with watch(weight, out=folder, every=every) as recorder:
+            for skip in skipped:
+                truth += not skip
+                nn.init.constant_(weight.weight, truth)
+                recorder._update(torch.tensor(float(skip)))
+            nn.init.constant_(weight.weight, truth)
+            assert recorder.steps == truth
+        kept = {snapshot.step: snapshot.load() for snapshot in open_run(folder).snapshots if snapshot.step}
+    assert kept.keys() == ({*range(every, truth + 1, every), truth} - {0})
+    assert all(tensors["weight"] == step for step, tensors in kept.items())
 
 
 def test_accumulated_gradients_are_one_update(training, tmp_path):
@@ -295,8 +337,7 @@ def test_failed_tracing_is_told_and_weights_are_kept(training, tmp_path, program
     assert json.loads((recorder.out / layout.RUN_FILE).read_text())["task"] == "mine.tasks:make"
 
 
-def test_the_counted_hook_is_one(training, tmp_path):
-    assert hooks.hookable(training.optimizer) is training.optimizer
+def test_one_training_into_two_folders(training, tmp_path):
     first = watch(training.model, training.optimizer, out=tmp_path / "a", every=1)
     with watch(training.model, training.optimizer, out=tmp_path / "b", every=1) as second:
         training.update(2)

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import threading
 from datetime import datetime
 
@@ -37,7 +38,7 @@ def test_writes_tensors_and_metadata(root, writer):
 
 def test_the_next_snapshot_waits_for_the_one_in_flight(monkeypatch, writer):
     gate, done = threading.Event(), []
-    monkeypatch.setattr(files, "write_tensors", lambda path, *_: gate.wait(10) and done.append(path.name) or 1)
+    monkeypatch.setattr(files, "write_tensors", lambda path, *_: (gate.wait(10) and done.append(path.name)) or 1)
     writer.submit(1, {}, {})
     second = threading.Thread(target=writer.submit, args=(2, {}, {}))
     second.start()
@@ -74,8 +75,11 @@ def test_removes_only_leftovers(root):
     folder = root / layout.WEIGHTS_FOLDER
     for name in (f"{files.TEMPORARY_PREFIX}x", "000000000001.safetensors", "notes.txt"):
         (folder / name).touch()
+        os.utime(folder / name, (0, 0))
+    young = f"{files.TEMPORARY_PREFIX}y"  # another process may be writing it
+    (folder / young).touch()
     remove_leftovers(root)
-    assert sorted(entry.name for entry in folder.iterdir()) == ["000000000001.safetensors", "notes.txt"]
+    assert sorted(entry.name for entry in folder.iterdir()) == [young, "000000000001.safetensors", "notes.txt"]
 
 
 def test_now_is_in_utc():

@@ -1,0 +1,201 @@
+"""The operations that a recorded program may call: those of ATen that only compute, and arithmetic on sizes."""
+
+import math
+import operator
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groktrace.errors import TaskError
+
+MAX_LITERAL_ELEMENTS = 2**28  # that a document may ask for in so many words
+MAX_ELEMENTS = 2**31
+
+_TARGET = re.compile(r"aten\.([A-Za-z0-9_]{1,80})\.([A-Za-z0-9_]{1,80})", re.ASCII)
+# Of the operations with a leading underscore some check no bounds; these do, and traces hold them.
+_PRIVATE = re.compile(
+    "_(to_copy|unsafe_view|conj|softmax|log_softmax|safe_softmax|prelu_kernel|trilinear|native_batch_norm_legit"
+    "|native_batch_norm_legit_no_training|weight_norm|weight_norm_interface|adaptive_avg_pool[23]d|embedding_bag"
+    "|upsample_(bilinear|bicubic)2d_aa|cdist_forward|euclidean_dist|fft_(r2c|c2c|c2r)|linalg_(det|slogdet|svd|eigh))"
+)
+# Arguments that say how much to allocate.
+_SIZE_NAMES = frozenset(
+    ["size", "steps", "n", "m", "N", "s", "window_length", "num_classes", "row", "col", "repeats", "output_size", "pad"]
+) | frozenset(["scale_factors", "arange.end", "range.end", "tile.dims"])
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    f"sym.{function.__name__}": function
+    for function in (
+        *(operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod, operator.pow),
+        *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_, operator.or_),
+        *(operator.neg, operator.not_, abs, max, min, float, int, math.sqrt),
+    )
+}
+ARITHMETIC_NAMES: dict[Any, str] = {function: name for name, function in _ARITHMETIC.items()} | {
+    torch.sym_max: "sym.max",
+    torch.sym_min: "sym.min",
+    torch.sym_float: "sym.float",
+    torch.sym_int: "sym.int",
+    torch.sym_not: "sym.not_",
+    torch.sym_sqrt: "sym.sqrt",
+    operator.getitem: "getitem",
+}
+# Methods, because under vmap they see the sizes of one row.
+_SIZES: dict[str, Callable[..., Any]] = {
+    "aten.sym_size.int": lambda tensor, dim: tensor.size(dim),
+    "aten.sym_stride.int": lambda tensor, dim: tensor.stride(dim),
+    "aten.sym_numel.default": lambda tensor: tensor.numel(),
+    "aten.item.default": lambda tensor: tensor.item(),
+}
+
+
+class RefusedError(Exception):
+    """Why a document is not a graph that may run."""
+
+
+class RandomError(Exception):
+    """What makes a loss more than a function of weights and data."""
+
+
+def find_operation(target: str, args: list[Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    """What a node's target names, if it does nothing but compute.
+
+    Args:
+        target: as in the document.
+        args: the node's arguments; what is known only when the program runs is an object of another kind.
+        kwargs: the same, by name.
+
+    Raises:
+        RefusedError: the target is unknown, has side effects, or is told to make something absurdly large.
+        RandomError: it draws random numbers.
+    """
+    if target == "getitem":
+        return _getitem
+    if target in _ARITHMETIC:
+        return _on_numbers(_ARITHMETIC[target])
+    name, overload = found.groups() if (found := _TARGET.fullmatch(target)) else ("", "")
+    packet = getattr(torch.ops.aten, name, None) if name else None
+    if not isinstance(packet, torch._ops.OpOverloadPacket) or overload not in packet.overloads():
+        raise RefusedError(f"it calls '{target[:80]}', which is not an ATen operation")
+    op = getattr(packet, overload)
+    schema = op._schema
+    names = [argument.name for argument in schema.arguments]
+    if len(args) > len(names) or not kwargs.keys() <= set(names[len(args) :]):
+        raise RefusedError(f"it calls {target} with arguments that it does not take")
+    given = {argument.name: argument.default_value for argument in schema.arguments}
+    given |= dict(zip(names, args, strict=False)) | kwargs
+    private = re.match("_[^_]", name) and not _PRIVATE.fullmatch(name)
+    # Normalisation moves its running statistics without saying so in its schema.
+    moves = given.get("running_mean") is not None and given.get("training", given.get("use_input_stats", False))
+    # The tag sets operations on tensors apart from TorchScript's own, such as aten::save.
+    if torch.Tag.pt2_compliant_tag not in op.tags or schema.is_mutable or private or moves or "filename" in names:
+        raise RefusedError(f"it calls {target}, which may do more than compute")
+    if target in _SIZES:
+        return _SIZES[target]
+    if not schema.returns or not all(str(r.type) in ("Tensor", "List[Tensor]") for r in schema.returns):
+        raise RefusedError(f"it calls {target}, which does not return tensors")
+    if torch.Tag.nondeterministic_seeded in op.tags:
+        still = any(given.get(key) is False for key in ("train", "training"))
+        if not still and all(given.get(key) != 0 for key in ("p", "dropout", "dropout_p")):
+            raise RandomError(f"{target} draws random numbers")
+    if target in _REPLACED:
+        return _REPLACED[target]
+    if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        return _recurrent(op)
+    if _elements(name, given) > MAX_LITERAL_ELEMENTS:
+        raise RefusedError(f"it calls {target} for an absurd size")
+    if not any(key in _SIZE_NAMES or f"{name}.{key}" in _SIZE_NAMES for key in names):
+        return op
+
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        if _elements(name, given | dict(zip(names, args, strict=False)) | kwargs) > MAX_ELEMENTS:
+            raise TaskError(f"the recorded program calls {target} for an absurd size.")
+        return op(*args, **kwargs)
+
+    return bounded
+
+
+def _elements(name: str, given: dict[str, Any]) -> float:
+    """How many elements an operation is told to make, as far as its arguments say."""
+    if name in ("arange", "range"):
+        start, end, step = (given.get(key, default) for key, default in (("start", 0), ("end", 0), ("step", 1)))
+        if not all(type(value) in (int, float) for value in (start, end, step)):
+            return 0
+        return abs(end - start) / abs(step) if step else math.inf
+    if name == "eye":
+        given = {"m": given["n"]} | given
+    values = [given[key] for key in given if key in _SIZE_NAMES or f"{name}.{key}" in _SIZE_NAMES]
+    numbers = [number for value in values for number in (value if isinstance(value, list) else [value])]
+    return math.prod(max(1.0, abs(float(number))) for number in numbers if type(number) in (int, float))
+
+
+def _recurrent(op: Any) -> Callable[..., Any]:
+    """The fused layer, as the live model has it; where it can be neither stacked nor differentiated, its parts."""
+
+    def layer(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return op(*args, **kwargs)
+        except RuntimeError:
+            enabled = torch._C._get_mkldnn_enabled()
+            torch._C._set_mkldnn_enabled(False)
+            try:
+                return op.decompose(*args, **kwargs)
+            finally:
+                torch._C._set_mkldnn_enabled(enabled)
+
+    return layer
+
+
+def _fill_tensor(tensor: Tensor, value: Tensor) -> Tensor:
+    return value.to(tensor.dtype).expand_as(tensor).clone()
+
+
+def _slice_scatter(
+    tensor: Tensor, part: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Tensor:
+    size = tensor.size(dim)
+    return torch.slice_scatter(tensor, part, dim, start, size if end is None else min(end, size), step)
+
+
+def _normalise(tensor: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, momentum: float, eps: float) -> Any:
+    cudnn = torch.backends.cudnn.enabled
+    return torch.batch_norm(tensor, weight, bias, mean, var, False, momentum, eps, cudnn), None, None
+
+
+# What vmap cannot stack, or only row by row, in other words.
+_REPLACED: dict[str, Callable[..., Any]] = {
+    "aten.view.default": torch.ops.aten.reshape.default,  # stacked tensors may have strides that no view can keep
+    "aten._unsafe_view.default": torch.ops.aten.reshape.default,
+    "aten.reshape.default": torch.ops.aten.reshape.default,
+    "aten._native_batch_norm_legit_no_training.default": _normalise,
+    "aten.fill.Tensor": _fill_tensor,
+    "aten.slice_scatter.default": _slice_scatter,
+}
+
+
+def _getitem(values: Any, index: Any) -> Any:
+    """One of an operation's several results."""
+    if not isinstance(values, tuple | list) or type(index) is not int or not 0 <= index < len(values):
+        raise TaskError("the recorded program takes a result that an operation does not have.")
+    return values[index]
+
+
+def _on_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function on plain numbers only, which is what sizes are when a program runs."""
+
+    def compute(*values: Any) -> Any:
+        if not all(type(value) in (int, float, bool) for value in values):
+            raise TaskError("the recorded program does arithmetic on sizes with something that is no number.")
+        if function is operator.pow and type(values[-1]) is int and abs(values[-1]) > 64:
+            raise TaskError("the recorded program raises a size to an absurd power.")
+        try:
+            result = function(*values)
+        except (ArithmeticError, ValueError, TypeError) as failure:
+            raise TaskError(f"the recorded program's arithmetic on sizes fails ({failure}).") from failure
+        if type(result) is int and abs(result) >= 2**63:
+            raise TaskError("the recorded program computes an absurd size.")
+        return result
+
+    return compute

@@ -1,0 +1,320 @@
+"""The loss as a program: traced from the live model by torch.export, which nothing else touches, and kept as JSON."""
+
+import builtins
+import contextlib
+import io
+import json
+import logging
+import math
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from groktrace.errors import RunError, TaskError
+from groktrace.run.batch import Batch
+from groktrace.run.graph import FORMAT, Graph, build
+from groktrace.run.operations import ARITHMETIC_NAMES, RandomError, RefusedError
+from groktrace.run.task import Forward, evaluation_mode
+
+EXAMPLE_SAMPLES = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Model and loss as a graph of ATen calls.
+
+    Attributes:
+        graph: the calls, checked and ready.
+    """
+
+    graph: Graph
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """Tensors that the program needs and that are neither weights nor data."""
+        return self.graph.constants
+
+    def forward(self, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Loss and outputs on one batch.
+
+        Args:
+            weights: parameters and buffers by the model's own names; names the program does not use are ignored.
+            tensors: the batch's leaves.
+
+        Returns:
+            The mean loss, and the model's outputs if they are one tensor.
+
+        Raises:
+            TaskError: a weight or a batch tensor is missing, or the batch has a size the program was not traced for.
+        """
+        return self.graph.run(weights, tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        """The program as plain JSON, without its constants; `groktrace.run.graph` says what is in it."""
+        return json.loads(json.dumps(self.graph.document))
+
+    @classmethod
+    def from_json(cls, document: Any, constants: dict[str, Tensor], where: str) -> "Program":
+        """Rebuild a program; the document is taken as hostile.
+
+        Args:
+            document: what `to_json` returned; further keys beside its own are ignored.
+            constants: the program's constants.
+            where: the file's name, for messages.
+
+        Raises:
+            RunError: the document is damaged or calls something that is not allowed.
+        """
+        try:
+            return cls(build(document, constants))
+        except (RefusedError, RandomError) as failure:
+            raise RunError(f"{where}: not a program that groktrace wrote: {failure}.") from failure
+
+    @classmethod
+    def trace(cls, forward: Forward, batch: Batch) -> "Program":
+        """Trace model and loss in place; weights, flags, gradients and random generators stay as they are.
+
+        Args:
+            forward: model and loss.
+            batch: training samples; a few serve as the example.
+
+        Returns:
+            The program, rebuilt from its own JSON and checked against the live model. Its batch size is free where
+            that can be traced, and else the size of `batch`.
+
+        Raises:
+            TaskError: model and loss cannot be traced, or are not a function of weights and data alone.
+        """
+        model = getattr(forward.model, "_orig_mod", forward.model)
+        plain = Forward(model, forward.loss, forward.batch_loss, forward.structure)
+        device = next(model.parameters(), batch.tensors[0]).device
+        # Sizes of one are burnt into a trace, so a single sample is doubled.
+        few = batch.take(slice(0, EXAMPLE_SAMPLES) if len(batch) > 1 else torch.tensor([0, 0], device="cpu"))
+        with _undisturbed(device), _quiet(), evaluation_mode(plain):
+            try:
+                try:
+                    return cls(_trace(plain, few.to(device), dynamic=True))
+                except RandomError:
+                    raise
+                except Exception:
+                    return cls(_trace(plain, batch.to(device), dynamic=False))
+            except RandomError as failure:
+                raise TaskError(f"the loss is not a function of the weights alone: {failure}.") from failure
+            except RefusedError as failure:
+                raise TaskError(f"the model and loss cannot be recorded as a program: {failure}.") from failure
+            except Exception as failure:
+                reason = f"{type(failure).__name__}: {_line(failure)}"
+                raise TaskError(f"the model and loss cannot be traced by torch.export ({reason}).") from failure
+
+
+def _trace(plain: Forward, example: Batch, dynamic: bool) -> Graph:
+    """The graph, rebuilt from its own JSON and compared with the live model on all and on half of the example."""
+    document, constants = _export(plain, example, dynamic)
+    graph = build(json.loads(json.dumps(document)), constants)
+    _verify(graph, plain, example)
+    if dynamic and len(example) >= 4:
+        _verify(graph, plain, example.take(slice(0, len(example) // 2)))
+    return graph
+
+
+def _line(failure: Exception) -> str:
+    """The first line of a message, shortened."""
+    line = next((line.strip() for line in str(failure).splitlines() if line.strip()), "no message")
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
+def _export(plain: Forward, example: Batch, dynamic: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Trace in place; the document and the constants."""
+    from torch.export import Dim, export
+
+    shapes = (tuple({0: Dim("batch")} for _ in example.tensors),) if dynamic else None
+    with torch.enable_grad(), _symbolic_len():
+        exported = export(plain, example.tensors, strict=False, dynamic_shapes=shapes)
+    _keep_detached(exported.graph)
+    exported = exported.run_decompositions({})  # makes every call functional, and decomposes nothing
+    graph, signature = exported.graph, exported.graph_signature
+    results = graph.output_node().args[0]
+    outputs: list[torch.fx.Node | None] = []
+    for result, spec in zip(results, signature.output_specs, strict=True):
+        if spec.kind.name in ("PARAMETER_MUTATION", "USER_INPUT_MUTATION"):
+            raise RefusedError("it changes its weights or its data while it runs")
+        if spec.kind.name == "USER_OUTPUT":
+            outputs.append(result if isinstance(result, torch.fx.Node) else None)
+    live = {node for node in outputs if node is not None}
+    for node in reversed(graph.nodes):
+        if node in live:
+            live.update(node.all_input_nodes)  # leaves out assertions and what only moves buffers
+
+    known = dict(plain.model.named_buffers()) | dict(plain.model.named_parameters())
+    identity = {id(tensor): name for name, tensor in known.items()}
+    storage = {(t.data_ptr(), t.shape, t.stride(), t.dtype): name for name, t in known.items() if t.numel()}
+    state = dict(plain.named_parameters(remove_duplicate=False)) | dict(plain.named_buffers(remove_duplicate=False))
+    specs = {spec.arg.name: spec for spec in signature.input_specs}
+    inputs: list[dict[str, Any]] = []
+    nodes: list[dict[str, Any]] = []
+    constants: dict[str, Tensor] = {}
+    index: dict[torch.fx.Node, int] = {}
+    positions = {name: i for i, name in enumerate(signature.user_inputs)}
+    for node in graph.nodes:
+        if node not in live:
+            continue
+        index[node] = len(index)
+        if node.op == "call_function":
+            target = ARITHMETIC_NAMES.get(node.target) or str(node.target)
+            kwargs = {name: _encode(arg, index) for name, arg in node.kwargs.items()}
+            nodes.append({"target": target, "args": _encode(node.args, index), "kwargs": kwargs})
+            continue
+        if node.op != "placeholder":
+            raise RefusedError(f"it holds a {node.op} of {str(node.target)[:80]}")
+        if node.name in positions:
+            inputs.append({"data": positions[node.name]})
+            continue
+        name = specs[node.name].target
+        tensor = state[name] if name in state else exported.constants.get(name)
+        if not isinstance(tensor, Tensor):
+            raise RefusedError(f"it needs '{name}', which is not a tensor")
+        # A loss may hold the network's tensors by itself, to penalise them; they must not become constants.
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        weight = identity.get(id(tensor)) or storage.get(place)
+        if weight is not None:
+            inputs.append({"weight": weight, "dtype": str(tensor.dtype).removeprefix("torch.")})
+        else:
+            inputs.append({"constant": name})
+            constants[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    document = {
+        "format": FORMAT,
+        "static_batch": None if dynamic else len(example),
+        "data": len(example.tensors),
+        "inputs": inputs,
+        "nodes": nodes,
+        "outputs": [None if node is None else index[node] for node in outputs],
+    }
+    return document, constants
+
+
+def _keep_detached(graph: torch.fx.Graph) -> None:
+    """Write down what torch.no_grad() blocks do to gradients; decomposing would forget it."""
+    for node in list(graph.nodes):
+        if getattr(node.target, "__name__", "") == "wrap_with_set_grad_enabled" and node.args[0] is False:
+            for user in list(node.users):
+                if isinstance(user.meta.get("val"), Tensor) and user.op == "call_function":
+                    with graph.inserting_after(user):
+                        cut = graph.call_function(torch.ops.aten.detach.default, (user,))
+                    cut.meta = dict(user.meta)
+                    user.replace_all_uses_with(cut, delete_user_cb=lambda other, cut=cut: other is not cut)
+
+
+def _encode(value: Any, index: Mapping[torch.fx.Node, int]) -> Any:
+    """An argument of a traced call as JSON."""
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else {"float": str(value)}
+        case torch.fx.Node():
+            return {"ref": index[value]}
+        case list() | tuple():
+            return [_encode(item, index) for item in value]
+        case torch.dtype():
+            return {"dtype": str(value).removeprefix("torch.")}
+        case torch.memory_format():
+            return {"memory_format": str(value).removeprefix("torch.")}
+        case torch.device():
+            return {"device": "run"}
+        case torch.layout() if value == torch.strided:
+            return {"layout": "strided"}
+    raise RefusedError(f"it passes a {type(value).__name__} to an operation")
+
+
+def _verify(graph: Graph, plain: Forward, example: Batch) -> None:
+    """Compare loss and gradient with those of the live model.
+
+    Raises:
+        RandomError: the live loss differs from one evaluation to the next.
+        RefusedError: the program's loss or gradient is another one.
+    """
+
+    def buffers() -> dict[str, Tensor]:
+        return {name: buffer.clone() for name, buffer in plain.model.named_buffers()}  # the model may move its own
+
+    def live() -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            moved = {f"model.{name}": buffer for name, buffer in buffers().items()}
+            return torch.func.functional_call(plain, moved, example.tensors)[0]
+
+    weights = dict(plain.model.named_parameters()) | buffers()
+    with torch.enable_grad():
+        expected, again = live(), live()
+        loss, _ = graph.run(weights, example.tensors)
+    if not _same(expected, again):
+        raise RandomError("two evaluations of it differ")
+    if not _same(expected, loss):
+        raise RefusedError(f"traced, the loss is {loss.item()!r}; live, it is {expected.item()!r}")
+    moving = [parameter for parameter in plain.model.parameters() if parameter.requires_grad]
+    try:
+        wanted, got = (
+            torch.autograd.grad(value, moving, allow_unused=True, materialize_grads=True) for value in (expected, loss)
+        )
+    except RuntimeError as failure:
+        raise RefusedError(f"its gradient with respect to the weights fails ({_line(failure)})") from failure
+    error = math.hypot(*(float((a - b).float().norm()) for a, b in zip(wanted, got, strict=True)))
+    # A custom autograd.Function, such as a straight-through estimator, is traced without its own backward.
+    if error > 1e-3 * math.hypot(*(float(a.float().norm()) for a in wanted)):
+        raise RefusedError("traced, the loss has another gradient than live; does it hold a custom autograd.Function?")
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    """Bitwise on the CPU; sums on other devices may run in any order."""
+    return torch.allclose(left, right, rtol=0 if left.device.type == "cpu" else 1e-4, atol=0, equal_nan=True)
+
+
+@contextlib.contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Put every random generator back, run compiled parts as plain Python, and keep attention unfused."""
+    python, legacy, fast = random.getstate(), numpy.random.get_state(), torch.backends.mha.get_fastpath_enabled()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        random.setstate(python)
+        numpy.random.set_state(legacy)
+
+
+@contextlib.contextmanager
+def _symbolic_len() -> Iterator[None]:
+    """Let len(tensor) be the free batch size; by itself it is a plain number, which would be burnt into the trace."""
+    plain_len = builtins.len
+
+    def tensor_len(value: Any, /) -> Any:
+        return value.shape[0] if isinstance(value, Tensor) and value.ndim else plain_len(value)
+
+    builtins.len = tensor_len
+    try:
+        yield
+    finally:
+        builtins.len = plain_len
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing of torch.export's warnings, log lines and printed graphs reaches the user's terminal."""
+    loggers = [item for name, item in logging.root.manager.loggerDict.items() if name.split(".")[0] == "torch"]
+    loggers = [item for item in loggers if isinstance(item, logging.Logger) and not item.disabled]
+    try:
+        for logger in loggers:
+            logger.disabled = True
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger in loggers:
+            logger.disabled = False

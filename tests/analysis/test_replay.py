@@ -1,0 +1,172 @@
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+import groktrace
+from groktrace.analysis import replay
+from groktrace.errors import RunError, SnapshotError, TaskError
+from groktrace.run import layout
+
+FAST = {"draws": 20, "burn_in": 20}
+
+
+def count_samplings(monkeypatch):
+    calls = []
+    original = replay.estimate_stack
+
+    def counting(task, sampled, weights, *rest):
+        calls.append(len(weights))
+        return original(task, sampled, weights, *rest)
+
+    monkeypatch.setattr(replay, "estimate_stack", counting)
+    return calls
+
+
+def test_points_carry_what_is_known_of_each_snapshot(small_run):
+    trajectory = groktrace.analyze(small_run, **FAST)
+    assert [point.step for point in trajectory.points] == [0, 10, 20, 30, 40, 50]
+    assert trajectory.n == 60
+    assert trajectory.resolution == 10.0
+    last = trajectory.points[-1]
+    assert last.metrics["lr"] == pytest.approx(4.8)  # logged before the snapshot was taken
+    assert last.train_loss < trajectory.points[0].train_loss
+    assert 0 <= last.val_accuracy <= 1
+    assert last.diagnostics["virial"] == pytest.approx(1, abs=0.5)
+    assert trajectory.unreadable == ()
+
+
+def test_finished_snapshots_are_not_redone(small_run, monkeypatch):
+    calls = count_samplings(monkeypatch)
+    first = groktrace.analyze(small_run, **FAST)
+    assert sum(calls) == 6
+    again = groktrace.analyze(small_run, **FAST)
+    assert sum(calls) == 6
+    assert again == first
+    groktrace.analyze(small_run, **FAST, seed=1)
+    assert sum(calls) == 12
+
+
+def test_an_interrupted_analysis_goes_on_to_the_same_result(small_run, tmp_path, monkeypatch):
+    other = shutil.copytree(small_run, tmp_path / "other" / "run")
+    monkeypatch.setattr(replay, "stack_size", lambda *rest: 2)
+    whole = groktrace.analyze(small_run, **FAST)
+
+    def interrupt(phase, done, total):
+        if phase == "sampling" and done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        groktrace.analyze(other, **FAST, progress=interrupt)
+    calls = count_samplings(monkeypatch)
+    resumed = groktrace.analyze(other, **FAST)
+    assert sum(calls) == 2
+    assert resumed.points == whole.points
+
+
+def test_later_snapshots_are_measured_at_the_same_temperature(small_run, monkeypatch):
+    late = [layout.snapshot_path(small_run, step) for step in (40, 50)]
+    kept = [(path, path.read_bytes()) for path in late]
+    for path in late:
+        path.unlink()
+    before = groktrace.analyze(small_run, **FAST)
+    for path, data in kept:
+        path.write_bytes(data)
+    after = groktrace.analyze(small_run, **FAST)
+    assert len(after.points) == 6
+    assert (after.nbeta, after.localization) == (before.nbeta, before.localization)
+    assert after.points[:4] == before.points
+
+
+def test_one_bad_snapshot_costs_that_snapshot(small_run):
+    truncated, flipped = (layout.snapshot_path(small_run, step) for step in (20, 40))
+    truncated.write_bytes(truncated.read_bytes()[:100])
+    data = bytearray(flipped.read_bytes())
+    data[-1] ^= 1
+    flipped.write_bytes(data)
+    trajectory = groktrace.analyze(small_run, **FAST)
+    assert [point.step for point in trajectory.points] == [0, 10, 30, 50]
+    assert len(trajectory.unreadable) == 2
+    assert any("000000000020.safetensors" in line for line in trajectory.unreadable)
+    assert any("does not match its digest" in line for line in trajectory.unreadable)
+    # Also when the analysis is called again, and all else comes from the journal.
+    assert len(groktrace.analyze(small_run, **FAST).unreadable) == 2
+
+
+def test_snapshots_that_are_not_finite_are_named_and_the_rest_is_measured(tmp_path):
+    model = nn.Linear(2, 1)
+    x = torch.randn(10, 2, generator=torch.Generator().manual_seed(0))
+    with groktrace.watch(model, train=(x, x[:, :1]), loss="mse", out=tmp_path / "run", every=1) as recorder:
+        for _ in range(2):
+            recorder.step()
+        with torch.no_grad():
+            model.weight.fill_(float("nan"))
+        recorder.step()
+    trajectory = groktrace.analyze(tmp_path / "run", **FAST)
+    last = trajectory.points[-1]
+    assert (last.step, last.llc, last.reliable) == (3, None, False)
+    assert last.reasons == ("the weights or the loss at the snapshot are not finite",)
+    assert trajectory.points[0].llc is not None
+    assert json.loads(json.dumps(trajectory.to_dict(), allow_nan=False))
+
+
+def test_no_readable_snapshot_is_an_error(small_run):
+    for step in layout.snapshot_steps(small_run):
+        layout.snapshot_path(small_run, step).write_bytes(b"nothing")
+    with pytest.raises(RunError, match=r"none of its snapshots can be read; the first: .*000000000000"):
+        groktrace.analyze(small_run, **FAST)
+    assert not (small_run / layout.ANALYSIS_FOLDER).exists()
+
+
+def test_a_task_of_another_network_is_refused_before_anything_is_written(small_run):
+    task = groktrace.Task.from_model(nn.Linear(4, 3), train=(torch.zeros(5, 4), torch.zeros(5, 3)), loss="mse")
+    with pytest.raises(TaskError, match=r"cannot be evaluated on the recorded weights .* has to be of the network"):
+        groktrace.analyze(small_run, task=task, task_name="a:b", **FAST)
+    assert not (small_run / layout.ANALYSIS_FOLDER).exists()
+
+
+def test_a_given_task_gives_what_the_recorded_program_gives(small_run):
+    recorded = groktrace.open_run(small_run).task
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    train, val = recorded.train.nested(), recorded.val.nested()
+    task = groktrace.Task.from_model(model, train=train, loss="cross_entropy", val=val)
+    own = groktrace.analyze(small_run, **FAST)
+    given = groktrace.analyze(small_run, task=task, task_name="a:b", **FAST)
+    for a, b in zip(own.points, given.points, strict=True):
+        assert a.llc == pytest.approx(b.llc, rel=1e-3)
+        assert a.val_accuracy == b.val_accuracy
+
+
+def test_paper_settings_run_as_published(small_run):
+    settings = {"method": "sgld", "nbeta": 30.0, "localization": 5.0, "step_size": 1e-4, "chains": 3, "batch_size": 16}
+    trajectory = groktrace.analyze(small_run, **settings, burn_in=10, draws=30)
+    assert (trajectory.nbeta, trajectory.localization, trajectory.method) == (30.0, 5.0, "sgld")
+    assert (trajectory.resolution, trajectory.locality) == (None, None)
+
+
+def test_the_last_finished_analysis_is_found(small_run):
+    with pytest.raises(RunError, match="not analysed yet; run 'groktrace analyze"):
+        replay.latest_trajectory(small_run)
+    groktrace.analyze(small_run, **FAST)
+    latest = groktrace.analyze(small_run, **FAST, seed=3)
+    assert replay.latest_trajectory(small_run) == latest
+
+
+def test_damaged_results_are_named(small_run):
+    groktrace.analyze(small_run, **FAST)
+    (folder,) = (small_run / layout.ANALYSIS_FOLDER).iterdir()
+    (folder / "settings.json").write_text("{}")
+    with pytest.raises(RunError, match=r"settings\.json: damaged .* analyse again"):
+        groktrace.analyze(small_run, **FAST)
+
+
+def test_mismatched_shapes_are_named(small_run):
+    info = json.loads((small_run / layout.RUN_FILE).read_text())
+    info["weights"]["0.weight"]["shape"] = [8, 5]
+    (small_run / layout.RUN_FILE).write_text(json.dumps(info))
+    with pytest.raises(SnapshotError, match=r"'0.weight' should be float32\[8, 5\] as run.json says, but is"):
+        groktrace.open_run(small_run).snapshots[0].load()
+    with pytest.raises(RunError, match="none of its snapshots can be read"):
+        groktrace.analyze(small_run, **FAST)

@@ -1,0 +1,246 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import groktrace
+from groktrace.cli import main
+from groktrace.run import layout
+
+FAST = ["--draws", "20", "--burn-in", "20"]
+POINT_KEYS = {
+    "step", "llc", "stderr", "llc_centred", "reliable", "reasons",
+    "train_loss", "train_accuracy", "val_loss", "val_accuracy",
+}  # fmt: skip
+TRANSITION_KEYS = {
+    "kind", "label", "step", "step_low", "step_high", "onset", "end", "llc_before", "llc_after", "delta_llc", "stderr",
+}  # fmt: skip
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def test_json_is_one_object_as_promised(small_run):
+    result = invoke("analyze", small_run, "--json", *FAST)
+    assert result.exit_code in (0, 3)
+    found = json.loads(result.stdout)
+    assert found.keys() >= {
+        "run", "n", "nbeta", "localization", "resolution", "locality", "method", "trajectory", "transitions", "grokking",
+    }  # fmt: skip
+    assert found["n"] == 60
+    assert all(point.keys() >= POINT_KEYS for point in found["trajectory"])
+    assert found["grokking"].keys() >= {"memorised_at", "generalised_at", "severity"}
+    shown = invoke("show", small_run, "--json")
+    assert json.loads(shown.stdout) == found
+
+
+def test_transitions_in_json(reference_run):
+    _, found = reference_run
+    assert all(transition.keys() >= TRANSITION_KEYS for transition in found["transitions"])
+    assert len(found["transitions"]) == 2
+
+
+def test_the_reference_run_reads_well(reference_run, tmp_path):
+    out, _ = reference_run
+    analysed = invoke("analyze", out)
+    assert analysed.exit_code == 0
+    assert "generalisation" in analysed.stdout
+    assert f"tensorboard --logdir {out}" in analysed.stdout
+    shown = invoke("show", out)
+    assert "averaged" in shown.stdout
+    assert "simplification" in shown.stdout
+    figure = tmp_path / "figure.png"
+    assert invoke("plot", out, "-o", figure).exit_code == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert (out / "tensorboard").is_dir()
+
+
+def test_check_counts_what_is_whole(small_run):
+    assert "6 of 6 snapshots whole" in invoke("check", small_run).stdout
+    path = layout.snapshot_path(small_run, 30)
+    path.write_bytes(path.read_bytes()[:-1])
+    result = invoke("check", small_run)
+    assert result.exit_code == 3
+    assert "5 of 6 snapshots whole" in result.stdout
+    assert "000000000030.safetensors" in result.stderr
+
+
+def test_unreadable_snapshots_are_named_and_the_exit_code_tells(small_run):
+    layout.snapshot_path(small_run, 30).write_bytes(b"")
+    result = invoke("analyze", small_run, *FAST)
+    assert result.exit_code == 3
+    assert "unreadable: " in result.stderr
+    assert "000000000030.safetensors" in result.stderr
+
+
+def no_snapshots(run):
+    for step in layout.snapshot_steps(run):
+        layout.snapshot_path(run, step).unlink()
+
+
+def foreign(run):
+    (run / "run.json").unlink()
+
+
+def other_data(run):
+    (run / "run.json").write_text('{"hello": 1}')
+
+
+def newer(run):
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**info, "format": 99, "groktrace": "7.0"}))
+
+
+def truncated(run):
+    for step in layout.snapshot_steps(run):
+        path = layout.snapshot_path(run, step)
+        path.write_bytes(path.read_bytes()[:200])
+
+
+def mismatched(run):
+    info = json.loads((run / "run.json").read_text())
+    info["weights"]["0.weight"]["shape"] = [8, 5]
+    (run / "run.json").write_text(json.dumps(info))
+
+
+def no_program(run):
+    (run / "program.json").unlink()
+
+
+def bad_program(run):
+    (run / "program.json").write_text('{"offset_free": false}')
+
+
+def bad_data(run):
+    (run / "data.safetensors").write_bytes((run / "data.safetensors").read_bytes()[:-5])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (no_snapshots, "holds no snapshots"),
+        (foreign, "is not a directory that groktrace.watch"),
+        (other_data, "not a groktrace run file"),
+        (newer, r"format 99, written by groktrace 7\.0; this groktrace reads format 1"),
+        (truncated, "none of its snapshots can be read"),
+        (mismatched, r"'0\.weight' should be float32\[8, 5\]"),
+        (no_program, "holds no model and loss to evaluate; pass --task"),
+        (bad_program, r"program\.json"),
+        (bad_data, r"data\.safetensors: not a whole safetensors file"),
+    ],
+)
+def test_bad_runs_get_one_line_and_stay_as_they_are(small_run, spoil, message):
+    spoil(small_run)
+    before = files_of(small_run)
+    result = invoke("analyze", small_run)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stderr.startswith("Error: ")
+    assert re.search(message, result.stderr), result.stderr
+    assert files_of(small_run) == before
+
+
+def write_task(folder, body):
+    (folder / "mytask.py").write_text(
+        "import torch\nfrom torch import nn\nimport groktrace\nx, y = torch.zeros(4, 4), torch.zeros(4).long()\n"
+        "model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))\n"
+        f"def make():\n    return {body}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("groktrace.Task.from_model(model, train=(x, y), loss='hinge')", "cross_entropy, mse, got 'hinge'"),
+        ("groktrace.Task.from_model(model, train=(x, y[:2]), loss='mse')", "equally many samples, got [4, 2]"),
+        ("model", "expected it to return groktrace.Task.from_model(...), got Sequential"),
+        ("1 / 0", "failed (ZeroDivisionError: division by zero)"),
+        ("groktrace.Task.from_model(nn.Linear(4, 3), train=(x, y), loss='cross_entropy')", "that was recorded"),
+    ],
+)
+def test_bad_tasks_get_one_line_and_change_nothing(small_run, tmp_path, monkeypatch, body, message):
+    write_task(tmp_path, body)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mytask", raising=False)
+    before = files_of(small_run)
+    result = invoke("analyze", small_run, "--task", "mytask:make")
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert files_of(small_run) == before
+
+
+def test_a_task_of_ones_own(small_run, tmp_path, monkeypatch):
+    write_task(tmp_path, "groktrace.Task.from_model(model, train=(x, y), loss='cross_entropy')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mytask", raising=False)
+    no_program(small_run)
+    result = invoke("analyze", small_run, "--task", "mytask:make", "--json", *FAST)
+    assert json.loads(result.stdout)["n"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--nbeta", "-3"], 1, "nbeta: expected a positive number or 'wbic', got -3.0"),
+        (["--nbeta", "warm"], 2, "expected a number or 'wbic', got 'warm'"),
+        (["--rtol", "0"], 1, "rtol: expected a positive number, got 0.0"),
+        (["--method", "sgld"], 1, "'sgld' takes its settings as given"),
+        (["--device", "tpu9"], 1, "device: 'tpu9' cannot be used here"),
+        (["--frobnicate"], 2, "No such option"),
+    ],
+)
+def test_bad_options_are_named(small_run, arguments, code, message):
+    before = files_of(small_run)
+    result = invoke("analyze", small_run, *arguments)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert files_of(small_run) == before
+
+
+def test_missing_runs_and_results_are_named(small_run, tmp_path):
+    assert "no such directory" in invoke("show", tmp_path / "nowhere").stderr
+    assert "not analysed yet" in invoke("show", small_run).stderr
+    groktrace.analyze(small_run, draws=20, burn_in=20)
+    assert invoke("plot", small_run, "-o", tmp_path / "figure.xyz").exit_code == 1
+
+
+def test_the_paper_preset_and_overrides(small_run):
+    result = invoke("analyze", small_run, "--preset", "paper", "--draws", "5", "--burn-in", "5", "--json")
+    found = json.loads(result.stdout)
+    assert (found["method"], found["nbeta"], found["localization"]) == ("sgld", 30.0, 5.0)
+
+
+def test_logdir_takes_the_event_files_elsewhere(small_run, tmp_path):
+    invoke("analyze", small_run, "--logdir", tmp_path / "logs", *FAST)
+    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+    assert not (small_run / "tensorboard").exists()
+
+
+def test_interrupting_keeps_what_is_finished(small_run):
+    command = [sys.executable, "-m", "groktrace.cli", "analyze", str(small_run), "--draws", "50000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list((small_run / "analysis").glob("*/settings.json")):
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert output == ""
+    assert "Interrupted; what is finished is kept" in errors
+    assert "Traceback" not in errors

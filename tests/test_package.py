@@ -1,0 +1,56 @@
+"""What importing groktrace costs, and which way its packages may depend on each other."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import groktrace
+
+ROOT = Path(groktrace.__file__).parent
+# A package may import those before it. `run` comes first: recording writes what analysis reads.
+ORDER = ["errors", "run", "recording", "sampling", "analysis", "reporting", "cli"]
+MAY_NOT = {"sampling": {"run", "recording"}, "analysis": {"recording"}, "reporting": {"recording"}}
+
+
+def imported_parts(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "groktrace" and len(parts) > 1:
+                yield parts[1]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    if part == "__init__":
+        return
+    for other in imported_parts(path):
+        assert ORDER.index(other) <= ORDER.index(part), f"{path} imports {other}"
+        assert other not in MAY_NOT.get(part, ()), f"{path} imports {other}"
+
+
+def test_import_is_light():
+    heavy = ("tensorboard", "click", "matplotlib", "torch._dynamo", "torch.utils.tensorboard", "PIL")
+    code = f"import groktrace, sys; print([name for name in {heavy!r} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_only_one_module_touches_torch_export():
+    users = [path.name for path in ROOT.rglob("*.py") if "torch.export" in path.read_text()]
+    assert users == ["program.py"]
+
+
+def test_public_names_are_documented():
+    public = [name for name in vars(groktrace) if not name.startswith("_") and name[0].isalpha()]
+    things = [getattr(groktrace, name) for name in public]
+    for thing in things:
+        if callable(thing):
+            assert thing.__doc__, thing
+            assert thing.__module__.startswith("groktrace")
