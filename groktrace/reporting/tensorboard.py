@@ -57,7 +57,7 @@ def write_events(trajectory: Trajectory, transitions: Sequence[Transition], grok
             "accuracy/train": trajectory.column("train_accuracy"),
             "accuracy/val": trajectory.column("val_accuracy"),
         }
-        for group, attribute in (("logged", "metrics"), ("diagnostics", "diagnostics")):
+        for group, attribute in (("logged", "metrics"), ("sampler", "diagnostics")):
             records = [getattr(point, attribute) for point in trajectory.points]
             for name in sorted({name for record in records for name in record}):
                 found = [record.get(name) for record in records]
@@ -79,7 +79,8 @@ def write_events(trajectory: Trajectory, transitions: Sequence[Transition], grok
         with SummaryWriter(str(logdir / name)) as writer:
             low, high = float(known.min()), float(known.max())
             for i in range(_LINE_POINTS):
-                writer.add_scalar(CURVE, low if i == 0 else high, each.step + i)
+                for tag in (CURVE, "llc/lower", "llc/upper"):  # all three, for the chart with the band asks for them
+                    writer.add_scalar(tag, low if i == 0 else high, each.step + i)
 
 
 def _run_name(transition: Transition) -> str:

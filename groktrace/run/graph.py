@@ -67,6 +67,7 @@ class Graph:
         constants: the tensors it needs that are neither weights nor data.
         steps: its calls, in order.
         dtypes: the floating dtypes that the weights had when it was traced.
+        attention: whether it calls scaled_dot_product_attention.
     """
 
     document: dict[str, Any]

@@ -27,8 +27,8 @@ def test_curves_hold_what_was_measured(grokked, tmp_path):
     assert scalars(tmp_path / "trajectory", "accuracy/val")[5] == (300, pytest.approx(0.62))
     assert scalars(tmp_path / "trajectory", "logged/lr")[0] == (0, pytest.approx(0.003))
     tags = read(tmp_path / "trajectory").Tags()
-    assert "diagnostics/virial" in tags["scalars"]
-    assert "diagnostics/distance" not in tags["scalars"]  # never known
+    assert "sampler/virial" in tags["scalars"]
+    assert "sampler/distance" not in tags["scalars"]  # never known
     assert tags["images"] == ["trajectory"]
     assert {"transitions/text_summary", "settings/text_summary"} <= set(tags["tensors"])
 
