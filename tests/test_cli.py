@@ -37,7 +37,8 @@ def test_json_is_one_object_as_promised(small_run):
     assert result.exit_code in (0, 3)
     found = json.loads(result.stdout)
     assert found.keys() >= {
-        "run", "n", "nbeta", "localization", "resolution", "locality", "method", "trajectory", "transitions", "grokking",
+        "run", "n", "nbeta", "localization", "resolution", "locality", "method",
+        "trajectory", "transitions", "grokking",
     }  # fmt: skip
     assert found["n"] == 60
     assert all(point.keys() >= POINT_KEYS for point in found["trajectory"])

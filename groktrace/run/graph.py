@@ -42,6 +42,7 @@ class _Ref:
     """The value at `index`: an input, a node's result, the device, or a dtype of the weights."""
 
     index: int
+    kind: str = ""  # "Device" or "ScalarType", if it is one
 
 
 @dataclass(frozen=True)
@@ -242,10 +243,10 @@ def _decode(value: Any, index: int, special: dict[str, int], depth: int = 0) -> 
         case {"float": "inf" | "-inf" | "nan" as name, **rest} if not rest:
             return float(name)
         case {"device": "run", **rest} if not rest:
-            return _Ref(special["run"])
+            return _Ref(special["run"], "Device")
         case {"dtype": str(name), **rest} if not rest and name in _DTYPES:
             place = special.get(f"torch.{name}")
-            return _DTYPES[name] if place is None else _Ref(place)
+            return _DTYPES[name] if place is None else _Ref(place, "ScalarType")
         case {"memory_format": str(name), **rest} if not rest and name in _FORMATS:
             return _FORMATS[name]
         case {"layout": "strided", **rest} if not rest:

@@ -18,9 +18,27 @@ _TARGET = re.compile(r"aten\.([A-Za-z0-9_]{1,80})\.([A-Za-z0-9_]{1,80})", re.ASC
 # Of the operations with a leading underscore some check no bounds; these do, and traces hold them.
 _PRIVATE = re.compile(
     "_(to_copy|unsafe_view|conj|softmax|log_softmax|safe_softmax|prelu_kernel|trilinear|native_batch_norm_legit"
-    "|native_batch_norm_legit_no_training|weight_norm|weight_norm_interface|adaptive_avg_pool[23]d|embedding_bag"
-    "|upsample_(bilinear|bicubic)2d_aa|cdist_forward|euclidean_dist|fft_(r2c|c2c|c2r)|linalg_(det|slogdet|svd|eigh))"
+    "|native_batch_norm_legit_no_training|weight_norm|adaptive_avg_pool[23]d"
+    "|upsample_(bilinear|bicubic)2d_aa|cdist_forward|euclidean_dist|linalg_(det|slogdet|svd|eigh))"
 )
+# Of the public ones, these trust indices, sizes or statistics that they are given and leave memory or hang on wrong
+# ones (found by calling every operation with wrong arguments); a traced loss has hardly a use for them.
+_TRUSTING = re.compile(
+    ".*(backward|mkldnn|fbgemm|quanti|qparams|sparse|cudnn|miopen|mps_|gather_stats|batch_norm_(stats|elemt|update)).*"
+    "|special_.*_polynomial_.*|ctc_loss|segment_reduce|lu_unpack|resize.*|set|pin_memory|to_padded_tensor|combinations"
+)
+# What may stand for each kind of argument; a dtype by its number would not be checked by anything.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "Tensor": (bool, int, float),  # traces hold numbers there
+    "int": (int,),
+    "float": (int, float),
+    "number": (bool, int, float),
+    "bool": (bool,),
+    "str": (str,),
+    "ScalarType": (torch.dtype,),
+    "Layout": (torch.layout,),
+    "MemoryFormat": (torch.memory_format,),
+}
 # Arguments that say how much to allocate.
 _SIZE_NAMES = frozenset(
     ["size", "steps", "n", "m", "N", "s", "window_length", "num_classes", "row", "col", "repeats", "output_size", "pad"]
@@ -85,13 +103,21 @@ def find_operation(target: str, args: list[Any], kwargs: dict[str, Any]) -> Call
     if len(args) > len(names) or not kwargs.keys() <= set(names[len(args) :]):
         raise RefusedError(f"it calls {target} with arguments that it does not take")
     given = {argument.name: argument.default_value for argument in schema.arguments}
-    given |= dict(zip(names, args, strict=False)) | kwargs
+    passed = dict(zip(names, args, strict=False)) | kwargs
+    for argument in schema.arguments:
+        if argument.name in passed and not _fits(str(argument.real_type), passed[argument.name]):
+            raise RefusedError(f"it calls {target} with a {argument.name} of the wrong kind")
+    given |= passed
     private = re.match("_[^_]", name) and not _PRIVATE.fullmatch(name)
     # Normalisation moves its running statistics without saying so in its schema.
     moves = given.get("running_mean") is not None and given.get("training", given.get("use_input_stats", False))
     # The tag sets operations on tensors apart from TorchScript's own, such as aten::save.
     if torch.Tag.pt2_compliant_tag not in op.tags or schema.is_mutable or private or moves or "filename" in names:
         raise RefusedError(f"it calls {target}, which may do more than compute")
+    # Without statistics to normalise by, some kernels read from nowhere.
+    bare = "batch_norm" in name and given.get("running_mean") is None and given.get("training") is not True
+    if _TRUSTING.fullmatch(name) or bare:
+        raise RefusedError(f"it calls {target}, which does not check its arguments")
     if target in _SIZES:
         return _SIZES[target]
     if not schema.returns or not all(str(r.type) in ("Tensor", "List[Tensor]") for r in schema.returns):
@@ -115,6 +141,19 @@ def find_operation(target: str, args: list[Any], kwargs: dict[str, Any]) -> Call
         return op(*args, **kwargs)
 
     return bounded
+
+
+def _fits(kind: str, value: Any) -> bool:
+    """Whether a literal may stand for an argument of that kind; a reference may for all but dtypes and the like."""
+    if kind.startswith("Optional["):
+        return value is None or _fits(kind[9:-1], value)
+    if kind.startswith("List["):
+        items = value if isinstance(value, list) else [value]  # one number may stand for a list of equal ones
+        return all(_fits(kind[5:-1], item) for item in items)
+    special = getattr(value, "kind", None)
+    if special is not None:
+        return special == (kind if kind in ("Device", "ScalarType", "Layout", "MemoryFormat") else "")
+    return type(value) in _KINDS.get(kind, ())
 
 
 def _elements(name: str, given: dict[str, Any]) -> float:
@@ -159,6 +198,12 @@ def _slice_scatter(
     return torch.slice_scatter(tensor, part, dim, start, size if end is None else min(end, size), step)
 
 
+def _weight_norm(direction: Tensor, size: Tensor, dim: int = 0) -> Tensor:
+    if not direction.numel() or not size.numel() or not direction.ndim:  # the kernel divides by these
+        raise TaskError("the recorded program normalises an empty weight.")
+    return torch._weight_norm(direction, size, dim)
+
+
 def _normalise(tensor: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, momentum: float, eps: float) -> Any:
     cudnn = torch.backends.cudnn.enabled
     return torch.batch_norm(tensor, weight, bias, mean, var, False, momentum, eps, cudnn), None, None
@@ -170,6 +215,7 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "aten._unsafe_view.default": torch.ops.aten.reshape.default,
     "aten.reshape.default": torch.ops.aten.reshape.default,
     "aten._native_batch_norm_legit_no_training.default": _normalise,
+    "aten._weight_norm.default": _weight_norm,
     "aten.fill.Tensor": _fill_tensor,
     "aten.slice_scatter.default": _slice_scatter,
 }
