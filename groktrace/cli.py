@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,8 @@ from groktrace.errors import GroktraceError
 
 INCOMPLETE = 3
 INTERRUPTED = 130
+# Snapshots that share a reason are named up to this many.
+MAX_NAMED = 3
 
 
 class _Group(click.Group):
@@ -220,11 +223,17 @@ def _exit_incomplete(trajectory: Any) -> None:
     """
     from groktrace.analysis.llc import OFF_MINIMUM
 
-    doubtful = [point for point in trajectory.points if set(point.reasons) - {OFF_MINIMUM}]
+    doubtful: dict[str, list[str]] = {}
+    for point in trajectory.points:
+        for reason in set(point.reasons) - {OFF_MINIMUM}:
+            doubtful.setdefault(re.split("[(:]", reason)[0], []).append(f"step {point.step}: {reason}")
     for line in trajectory.unreadable:
         click.echo(f"unreadable: {line}", err=True)
-    for point in doubtful:
-        click.echo(f"unreliable: step {point.step}: {'; '.join(point.reasons)}", err=True)
+    for lines in doubtful.values():
+        for line in lines[:MAX_NAMED]:
+            click.echo(f"unreliable: {line}", err=True)
+        if len(lines) > MAX_NAMED:
+            click.echo(f"unreliable: and {len(lines) - MAX_NAMED} more snapshots likewise; --json has all", err=True)
     if doubtful or trajectory.unreadable:
         sys.exit(INCOMPLETE)
 

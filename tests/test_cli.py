@@ -223,6 +223,10 @@ def test_missing_runs_and_results_are_named(small_run, tmp_path):
 
 def test_the_paper_preset_and_overrides(small_run):
     result = invoke("analyze", small_run, "--preset", "paper", "--draws", "5", "--burn-in", "5", "--json")
+    # Far too short for its step size: all six are called out, three of them by name.
+    assert result.exit_code == 3
+    assert len(re.findall("unreliable: step .* not equilibrated", result.stderr)) == 3
+    assert "unreliable: and 3 more snapshots likewise" in result.stderr
     found = json.loads(result.stdout)
     assert (found["method"], found["nbeta"], found["localization"]) == ("sgld", 30.0, 5.0)
 

@@ -1,9 +1,12 @@
 """Batches of samples: any nesting of tuples, lists and dicts of tensors, flat and with its structure beside it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,10 +134,16 @@ def collect(data: Any, what: str, max_samples: int, seed: int) -> tuple[Batch, i
         index = choose(n)
         return Batch(tuple(tensor.detach()[index].cpu().clone() for tensor in tensors), structure), n
     if isinstance(data, torch.utils.data.DataLoader):
+        if data.batch_sampler is None:
+            raise TaskError(
+                f"{what}: a DataLoader with batch_size=None says nothing of samples; give its batches as a list, or "
+                "its dataset."
+            )
         dataset, merge = data.dataset, data.collate_fn
     else:
         dataset, merge = data, torch.utils.data.default_collate
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+    streamed = isinstance(dataset, torch.utils.data.IterableDataset)
+    if streamed or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise TaskError(
             f"{what}: expected (inputs, targets) tensors, a dict of tensors, a list of batches, a Dataset with "
             f"a length, or a DataLoader over one, got {type(data).__name__}."
@@ -144,13 +153,30 @@ def collect(data: Any, what: str, max_samples: int, seed: int) -> tuple[Batch, i
         raise TaskError(f"{what}: expected at least one sample, got an empty set.")
     index = choose(n)
     wanted: Iterable[int] = range(n) if isinstance(index, slice) else index.tolist()
-    # Datasets may augment at random: what they draw must not reach the training's own generators.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        items = merge([dataset[i] for i in wanted])
+    with _own_randomness(seed):
+        samples = [dataset[i] for i in wanted]
+        try:
+            items = merge(samples)
+        except Exception as failure:
+            raise TaskError(f"{what}: the samples cannot be put into one batch ({failure}).") from failure
     tensors, structure = flatten(tuple(items) if isinstance(items, list) else items)
     check_lengths(tensors, what)
     return Batch(tuple(tensor.detach().cpu().clone() for tensor in tensors), structure), n
+
+
+@contextlib.contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    """Datasets may augment at random: what they draw depends on the seed, and never on or in the training's own draws."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPUs' generators too
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def _concatenate(batches: list[Any], what: str) -> Any:

@@ -39,13 +39,12 @@ def write_file(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with contextlib.suppress(OSError):  # the file is in its place; not every system can open or sync folders
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -77,6 +76,7 @@ def digest(tensor: Tensor) -> str:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
     """Write named tensors as safetensors with a digest of each; returns the bytes written."""
+    tensors = {name: tensor.resolve_conj().resolve_neg() for name, tensor in tensors.items()}  # the file holds raw bytes
     digests = json.dumps({name: digest(tensor) for name, tensor in tensors.items()})
     data = save_tensors(tensors, {**metadata, "digests": digests})
     write_file(path, data)
@@ -120,7 +120,7 @@ def read_tensors(path: Path, error: type[GroktraceError] = RunError) -> tuple[di
         digests = json.loads(metadata.get("digests", "null"))
     except OSError as failure:
         raise error(f"{path}: cannot be read ({failure.strerror or failure}).") from failure
-    except (SafetensorError, ValueError, KeyError, RecursionError) as failure:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as failure:
         raise error(f"{path}: not a whole safetensors file ({failure}).") from failure
     if not isinstance(digests, dict):
         raise error(f"{path}: holds no digests; groktrace did not write it.")

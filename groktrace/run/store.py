@@ -88,7 +88,7 @@ class Snapshot:
         try:
             metrics = json.loads(metadata.get("metrics", "{}"))
             return tensors, {str(key): float(value) for key, value in metrics.items()}
-        except (ValueError, TypeError, AttributeError) as failure:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as failure:
             raise SnapshotError(f"{self.path}: its logged metrics are damaged ({failure}).") from failure
 
 
@@ -132,19 +132,22 @@ class Run:
             raise RunError(f"{program_path}: not a groktrace program.")
         program = Program.from_json(document, constants, where=str(program_path))
         data = self.info["data"]
+        if data is None:
+            raise RunError(f"{self.root / layout.RUN_FILE}: names no data, but {layout.DATA_FILE} is there.")
         train = _read_batch(data["train"], "train", tensors, data_path)
-        val = _read_batch(data["val"], "val", tensors, data_path) if data.get("val") else None
+        val = _read_batch(data["val"], "val", tensors, data_path) if data["val"] is not None else None
         return Task(program.forward, train, val, self.info["n"], document["offset_free"])
 
 
 def _read_batch(entry: Any, name: str, tensors: dict[str, Tensor], path: Path) -> Batch:
     """One of the recorded sets of samples."""
-    keys = sorted((key for key in tensors if key.startswith(f"{name}.")), key=lambda key: int(key.rpartition(".")[2]))
-    leaves = tuple(tensors[key] for key in keys)
+    prefix = f"{name}."
     try:
+        keys = sorted((key for key in tensors if key.startswith(prefix)), key=lambda key: int(key[len(prefix) :]))
+        leaves = tuple(tensors[key] for key in keys)
         check_lengths(leaves, name)
         unflatten(entry["structure"], leaves)
-    except (TaskError, KeyError, TypeError) as failure:
+    except (TaskError, KeyError, TypeError, ValueError, RecursionError) as failure:
         raise RunError(f"{path}: the recorded {name} data are damaged ({failure}).") from failure
     return Batch(leaves, entry["structure"])
 
@@ -186,14 +189,14 @@ def check_info(info: Any, path: Path) -> dict[str, WeightSpec]:
         )
     try:
         specs = {
-            str(name): WeightSpec(_shape(entry["shape"]), _dtype(entry["dtype"]), bool(entry["trainable"]))
+            str(name): WeightSpec(_shape(entry["shape"]), _dtype(entry["dtype"]), _flag(entry["trainable"]))
             for name, entry in info["weights"].items()
         }
         n, data = info["n"], info["data"]
-        if not (n is None or (type(n) is int and n > 0)) or not (data is None or isinstance(data, dict)):
-            raise ValueError("n or data")
-        if data is not None and n is None:
+        if not (n is None or (type(n) is int and n > 0)) or (data is not None and n is None):
             raise ValueError("n")
+        if data is not None and not (isinstance(data, dict) and {"train", "val"} <= data.keys()):
+            raise ValueError("data")
     except (KeyError, TypeError, ValueError, AttributeError) as failure:
         raise RunError(f"{path}: damaged: {failure} is missing or not what it should be.") from failure
     return specs
@@ -206,10 +209,16 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def _dtype(value: Any) -> torch.dtype:
-    dtype = getattr(torch, value, None) if isinstance(value, str) else None
+    dtype = vars(torch).get(value) if isinstance(value, str) else None
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype {value!r}")
     return dtype
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"trainable {value!r}")
+    return value
 
 
 def _describe(shape: Sequence[int], dtype: torch.dtype) -> str:

@@ -181,17 +181,24 @@ def is_offset_free(forward: Forward, batch: Batch) -> bool:
     """Whether the loss stays as it is when one constant per output is added to every sample's outputs."""
     if forward.loss is None or len(batch) < 2:
         return False
-    few = _to_device(batch.take(slice(0, 64)), forward)
+    few = batch.take(slice(0, 64))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        _, outputs = forward(*few.tensors)
+        _, outputs = forward(*_to_device(few, forward).tensors)
         if outputs is None or outputs.ndim != 2 or not outputs.is_floating_point():
             return False
-        scale = outputs.std().clamp_min(1.0)
-        offset = scale * (1 + torch.arange(outputs.shape[1], device=outputs.device, dtype=outputs.dtype).cos())
-        targets = few.nested()[1]
-        plain, shifted = forward.loss(outputs, targets), forward.loss(outputs + offset, targets)
-        # A loss that sees the offset changes by the order of scale²; what rounding leaves is far below.
-        return bool((shifted - plain).abs() <= 1e-3 * plain.abs() + 1e-6 * scale.square())
+        # In double precision, where a change stands clear of rounding, and on the CPU, where outputs that the loss
+        # does not take are an exception; on a GPU they may end the process.
+        outputs = outputs.cpu().double()
+        targets = Batch(tuple(t.double() if t.is_floating_point() else t for t in few.tensors), few.structure).nested()[1]
+        try:
+            plain = forward.loss(outputs, targets)
+            scale = torch.stack((outputs.std(), plain.abs())).max().clamp_min(1.0)
+            offset = scale * (1 + torch.arange(outputs.shape[1], device="cpu", dtype=outputs.dtype).cos())
+            shifted = forward.loss(outputs + offset, targets)
+        except Exception:
+            return False
+        # A loss that sees the offset changes at least by the order of itself or of scale.
+        return bool((shifted - plain).abs() <= 1e-6 * plain.abs() + 1e-12 * scale.square())
 
 
 @contextlib.contextmanager
@@ -218,7 +225,7 @@ def load_factory(reference: str) -> Task:
         raise TaskError(f"--task: expected package.module:factory, got '{reference}'.")
     try:
         factory = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as failure:
+    except Exception as failure:  # a module may fail in any way while it is imported
         raise TaskError(
             f"--task {reference}: cannot be imported ({failure}); run from the folder that holds it."
         ) from failure
