@@ -166,7 +166,7 @@ def collect(data: Any, what: str, max_samples: int, seed: int) -> tuple[Batch, i
 
 @contextlib.contextmanager
 def _own_randomness(seed: int) -> Iterator[None]:
-    """Datasets may augment at random: what they draw depends on the seed, and never on or in the training's own draws."""
+    """Datasets may augment at random: their draws follow `seed`, and the training's generators stay as they are."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):

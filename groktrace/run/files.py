@@ -76,7 +76,8 @@ def digest(tensor: Tensor) -> str:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
     """Write named tensors as safetensors with a digest of each; returns the bytes written."""
-    tensors = {name: tensor.resolve_conj().resolve_neg() for name, tensor in tensors.items()}  # the file holds raw bytes
+    # The file holds raw bytes, and so no tensor that is conjugated or negated only when read.
+    tensors = {name: tensor.resolve_conj().resolve_neg() for name, tensor in tensors.items()}
     digests = json.dumps({name: digest(tensor) for name, tensor in tensors.items()})
     data = save_tensors(tensors, {**metadata, "digests": digests})
     write_file(path, data)

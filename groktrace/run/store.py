@@ -135,7 +135,7 @@ class Run:
         if data is None:
             raise RunError(f"{self.root / layout.RUN_FILE}: names no data, but {layout.DATA_FILE} is there.")
         train = _read_batch(data["train"], "train", tensors, data_path)
-        val = _read_batch(data["val"], "val", tensors, data_path) if data["val"] is not None else None
+        val = _read_batch(data["val"], "val", tensors, data_path) if data.get("val") is not None else None
         return Task(program.forward, train, val, self.info["n"], document["offset_free"])
 
 
@@ -162,13 +162,16 @@ def open_run(path: str | Path) -> Run:
         RunError: it is missing, not groktrace's, of a newer format, damaged, or without snapshots.
     """
     root = Path(path)
-    if not root.is_dir():
-        raise RunError(f"{root}: no such directory; expected one that groktrace.watch(out=...) wrote.")
-    if not (root / layout.RUN_FILE).exists():
-        raise RunError(f"{root}: holds no {layout.RUN_FILE}, so it is not a directory that groktrace.watch() wrote.")
+    try:
+        if not root.is_dir():
+            raise RunError(f"{root}: no such directory; expected one that groktrace.watch(out=...) wrote.")
+        if not (root / layout.RUN_FILE).exists():
+            raise RunError(f"{root}: holds no {layout.RUN_FILE}, so groktrace.watch() did not write it.")
+        steps = layout.snapshot_steps(root)
+    except OSError as failure:
+        raise RunError(f"{root}: cannot be read ({failure.strerror or failure}).") from failure
     info = read_json(root / layout.RUN_FILE)
     specs = check_info(info, root / layout.RUN_FILE)
-    steps = layout.snapshot_steps(root)
     if not steps:
         raise RunError(f"{root}: holds no snapshots; the training has not kept one yet, or they were removed.")
     return Run(root, info, specs, tuple(Snapshot(s, layout.snapshot_path(root, s), specs) for s in steps))
@@ -195,7 +198,7 @@ def check_info(info: Any, path: Path) -> dict[str, WeightSpec]:
         n, data = info["n"], info["data"]
         if not (n is None or (type(n) is int and n > 0)) or (data is not None and n is None):
             raise ValueError("n")
-        if data is not None and not (isinstance(data, dict) and {"train", "val"} <= data.keys()):
+        if data is not None and not (isinstance(data, dict) and "train" in data):
             raise ValueError("data")
     except (KeyError, TypeError, ValueError, AttributeError) as failure:
         raise RunError(f"{path}: damaged: {failure} is missing or not what it should be.") from failure

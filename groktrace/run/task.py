@@ -189,7 +189,8 @@ def is_offset_free(forward: Forward, batch: Batch) -> bool:
         # In double precision, where a change stands clear of rounding, and on the CPU, where outputs that the loss
         # does not take are an exception; on a GPU they may end the process.
         outputs = outputs.cpu().double()
-        targets = Batch(tuple(t.double() if t.is_floating_point() else t for t in few.tensors), few.structure).nested()[1]
+        tensors = [tensor.double() if tensor.is_floating_point() else tensor for tensor in few.tensors]
+        targets = unflatten(few.structure, tensors)[1]
         try:
             plain = forward.loss(outputs, targets)
             scale = torch.stack((outputs.std(), plain.abs())).max().clamp_min(1.0)
