@@ -166,7 +166,9 @@ def open_run(path: str | Path) -> Run:
         if not root.is_dir():
             raise RunError(f"{root}: no such directory; expected one that groktrace.watch(out=...) wrote.")
         if not (root / layout.RUN_FILE).exists():
-            raise RunError(f"{root}: holds no {layout.RUN_FILE}, so groktrace.watch() did not write it.")
+            raise RunError(
+                f"{root}: holds no {layout.RUN_FILE}, so it is not a directory that groktrace.watch() wrote."
+            )
         steps = layout.snapshot_steps(root)
     except OSError as failure:
         raise RunError(f"{root}: cannot be read ({failure.strerror or failure}).") from failure

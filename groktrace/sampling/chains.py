@@ -15,7 +15,7 @@ from groktrace.sampling.settings import SamplingSettings
 MAX_HALVINGS = 6
 MAX_GROWTH = 16
 # Stacks beyond the processor's cache gain nothing (measured); a GPU wants more at once.
-WORKING_SET_BYTES = {"cpu": 32 * 2**20}
+WORKING_SET_BYTES = {"cpu": 12 * 2**20}
 WORKING_SET_BYTES_ELSEWHERE = 2**31
 _STATE_VECTORS = 8
 _CHECK_EVERY = 64

@@ -22,7 +22,7 @@ class SamplingSettings:
         resolution: κ = nβ·h_max/γ; curvatures down to h_max/κ count.
         chains: independent chains a snapshot; the centred estimate needs two.
         draws: draws a chain after burn-in; None to grow until `rtol` is met.
-        burn_in: discarded steps a chain; None for three relaxation times of the flat directions.
+        burn_in: discarded steps a chain; None for 2.5 relaxation times of the flat directions.
         step_size: ε; None to derive it from each snapshot's curvature.
         batch_size: samples a gradient; None for all stored ones.
         rtol: wanted standard error relative to the estimate, where `draws` is None.

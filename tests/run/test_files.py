@@ -181,6 +181,14 @@ def test_a_digest_takes_weights_that_need_gradients():
     assert files.digest(weight) == files.digest(torch.ones(2))
 
 
+def test_one_element_of_a_larger_tensor_round_trips(tmp_path):
+    one = torch.arange(6.0).view(3, 2)[1:2, 1]
+    assert one.stride() == (2,)
+    assert files.digest(one) == files.digest(torch.tensor([3.0]))
+    files.write_tensors(tmp_path / "t", {"one": one}, {})
+    assert files.read_tensors(tmp_path / "t")[0]["one"].tolist() == [3.0]
+
+
 @pytest.mark.parametrize("view", [lambda z: z.conj(), lambda z: z.conj().imag, lambda z: z.conj()[:1].real])
 def test_conjugated_tensors_are_written_as_they_read(tmp_path, view):
     tensor = view(torch.tensor([1 + 2j, 3 - 4j]))
@@ -214,7 +222,7 @@ def test_a_changed_byte_is_refused_or_harmless(tmp_path):
     header_end = 8 + int.from_bytes(whole[:8], "little")
     harmless = set()
     for position in range(len(whole)):
-        for mask in (1, 2, 4, 8, 16, 32, 64, 128, 255):
+        for mask in (1, 2, 4, 32, 255):
             damaged = bytearray(whole)
             damaged[position] ^= mask
             path.write_bytes(damaged)
@@ -238,7 +246,7 @@ def test_a_tensor_of_the_header_cannot_be_moved_onto_another(tmp_path):
     swapped = whole.replace(b"[0,4]", b"[X]").replace(b"[4,8]", b"[0,4]").replace(b"[X]", b"[4,8]")
     assert len(swapped) == len(whole)
     path.write_bytes(swapped)
-    with pytest.raises(RunError, match="tensor 'a' does not match its digest; the file is damaged"):
+    with pytest.raises(RunError, match=r"tensor '[ab]' does not match its digest; the file is damaged"):
         files.read_tensors(path)
 
 
