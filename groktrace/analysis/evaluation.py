@@ -139,11 +139,10 @@ def _measure(
     def one(batch: Batch) -> tuple[float, float | None]:
         nonlocal offset
         loss, outputs = task.forward(weights, batch.to(device).tensors)
-        if outputs is None:
+        pair = batch.to(device).nested()
+        if outputs is None or not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], Tensor):
             return float(loss), None
-        targets = batch.to(device).nested()[1]
-        if not isinstance(targets, Tensor):
-            return float(loss), None
+        targets = pair[1]
         if task.offset_free and batch is task.train:
             # The loss cannot see this mean, so neither may the predictions (Gromov 2023's network has it at 30-50 %).
             offset = (outputs - targets).mean(0) if targets.shape == outputs.shape else None

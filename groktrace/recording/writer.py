@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import threading
 import time
 from datetime import datetime, timezone
@@ -110,6 +111,6 @@ class Writer:
             "groktrace": str(layout.FORMAT_VERSION),
             "step": str(step),
             "time": now(),
-            "metrics": json.dumps(metrics),
+            "metrics": json.dumps({k: v if math.isfinite(v) else None for k, v in metrics.items()}, allow_nan=False),
         }
         return files.write_tensors(layout.snapshot_path(self._root, step), tensors, metadata)

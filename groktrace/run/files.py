@@ -69,10 +69,12 @@ def read_json(path: Path, error: type[GroktraceError] = RunError) -> Any:
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes in row-major order, as hexadecimal."""
+    """SHA-256 of a tensor's dtype and shape, such as "float32[46, 128]:", and its row-major bytes; hexadecimal."""
     whole = tensor.detach().cpu().contiguous()
+    state = hashlib.sha256(f"{str(whole.dtype).removeprefix('torch.')}{list(whole.shape)}:".encode())
     flat = whole.as_strided((whole.numel(),), (1,))  # one element alone is contiguous with any stride
-    return hashlib.sha256(flat.view(torch.uint8).numpy() if flat.numel() else b"").hexdigest()
+    state.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return state.hexdigest()
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:

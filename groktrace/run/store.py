@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,7 +88,7 @@ class Snapshot:
                 )
         try:
             metrics = json.loads(metadata.get("metrics", "{}"))
-            return tensors, {str(key): float(value) for key, value in metrics.items()}
+            return tensors, {str(key): math.nan if value is None else float(value) for key, value in metrics.items()}
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as failure:
             raise SnapshotError(f"{self.path}: its logged metrics are damaged ({failure}).") from failure
 

@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import os
 import threading
 from datetime import datetime
@@ -7,6 +8,7 @@ from datetime import datetime
 import pytest
 import torch
 
+import groktrace
 from groktrace.recording.writer import Writer, now, remove_leftovers
 from groktrace.run import files, layout
 
@@ -84,3 +86,13 @@ def test_removes_only_leftovers(root):
 
 def test_now_is_in_utc():
     assert now().endswith("+00:00")
+
+
+def test_metrics_that_are_not_finite_come_back_as_such(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    with groktrace.watch(model, out=tmp_path / "run", every=1) as recorder:
+        recorder.log(loss=float("nan"), lr=0.5)
+        recorder.step()
+    metrics = groktrace.open_run(tmp_path / "run").snapshots[1].metrics()
+    assert math.isnan(metrics["loss"])
+    assert metrics["lr"] == 0.5

@@ -166,14 +166,18 @@ def test_tensors_of_every_dtype_round_trip(tmp_path, dtype):
         assert torch.equal(back[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
 
 
+def prefix(tensor):
+    return f"{str(tensor.dtype)[6:]}{list(tensor.shape)}:".encode()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_digest_is_that_of_the_bytes_in_row_major_order(dtype):
     matrix = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]]).to(dtype)
     raw = bytes(matrix.reshape(-1).view(torch.uint8).tolist())
-    assert files.digest(matrix) == hashlib.sha256(raw).hexdigest()
+    assert files.digest(matrix) == hashlib.sha256(prefix(matrix) + raw).hexdigest()
     assert files.digest(matrix.T) == files.digest(matrix.T.contiguous()) != files.digest(matrix)
-    assert files.digest(matrix[0, 0]) == hashlib.sha256(raw[: matrix.element_size()]).hexdigest()
-    assert files.digest(matrix[:0]) == hashlib.sha256(b"").hexdigest()
+    assert files.digest(matrix[0, 0]) == hashlib.sha256(prefix(matrix[0, 0]) + raw[: matrix.element_size()]).hexdigest()
+    assert files.digest(matrix[:0]) == hashlib.sha256(prefix(matrix[:0])).hexdigest()
 
 
 def test_a_digest_takes_weights_that_need_gradients():
@@ -305,3 +309,13 @@ def test_tensor_files_that_cannot_be_read_are_named(tmp_path, read):
         read(tmp_path / "missing")
     with pytest.raises(SnapshotError, match=r"cannot be read \(Is a directory\)"):
         read(tmp_path, SnapshotError)
+
+
+def test_a_header_that_calls_the_bytes_another_type_is_noticed(tmp_path):
+    path = tmp_path / "t.safetensors"
+    files.write_tensors(path, {"a": torch.arange(4)}, {})
+    data = path.read_bytes()
+    for other in (b"F64", b"U64"):
+        path.write_bytes(data.replace(b"I64", other))
+        with pytest.raises(RunError, match="tensor 'a' does not match its digest"):
+            files.read_tensors(path)
