@@ -72,6 +72,7 @@ def _nbeta(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 @click.option("--burn-in", type=int, help="Discarded steps a chain.")
 @click.option("--step-size", type=float, help="Step size; found from the curvature where not given.")
 @click.option("--batch-size", type=int, help="Samples a gradient; all where not given.")
+@click.option("--parameters", multiple=True, metavar="PATTERN", help="Let only these weights move (refined LLC).")
 @click.option("--rtol", type=float, help="Wanted relative standard error [0.02].")
 @click.option("--seed", type=int, help="Seed of the sampling [0].")
 @click.option("--device", help="Where to compute, such as cpu or cuda:0; a GPU where there is one.")
@@ -96,7 +97,7 @@ def analyze(
     from groktrace.run.task import load_factory
     from groktrace.sampling.settings import PAPER, SamplingSettings
 
-    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen = {name: value for name, value in given.items() if value not in (None, ())}
     settings = replace(PAPER if preset == "paper" else SamplingSettings(), **chosen)
     opened = open_run(run)
     if task is not None:

@@ -1,5 +1,6 @@
 """λ̂ of one or of several stacked points of weight space."""
 
+import fnmatch
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -38,18 +39,27 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def weight_layout(specs: dict[str, tuple[tuple[int, ...], torch.dtype, bool]]) -> WeightLayout:
+def weight_layout(
+    specs: dict[str, tuple[tuple[int, ...], torch.dtype, bool]], patterns: Sequence[str] | None = None
+) -> WeightLayout:
     """The sampled weights among all tensors of a network.
 
     Args:
         specs: (shape, dtype, trainable) by name.
+        patterns: shell-style patterns of the names to sample; None for all.
 
     Raises:
         TaskError: there is nothing to sample.
+        SettingsError: a pattern fits none of the trainable weights.
     """
     chosen = {name: shape for name, (shape, dtype, trainable) in specs.items() if trainable and dtype.is_floating_point}
     if not sum(math.prod(shape) for shape in chosen.values()):
         raise TaskError("weights: expected at least one trainable real-valued parameter, found none.")
+    for pattern in patterns or ():
+        if not fnmatch.filter(chosen, pattern):
+            raise SettingsError(f"parameters: '{pattern}' fits none of the trainable weights: {', '.join(chosen)}.")
+    if patterns is not None:
+        chosen = {name: s for name, s in chosen.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
     return WeightLayout(tuple(chosen), tuple(chosen.values()))
 
 
@@ -147,7 +157,9 @@ def estimate_llc(
     task = Task.from_model(model, loss=loss, batch_loss=batch_loss, train=train, seed=chosen.seed)
     parameters = dict(model.named_parameters())
     weights = {name: t.detach() for name, t in (parameters | dict(model.named_buffers())).items()}
-    layout = weight_layout({name: (tuple(t.shape), t.dtype, t.requires_grad) for name, t in parameters.items()})
+    layout = weight_layout(
+        {name: (tuple(t.shape), t.dtype, t.requires_grad) for name, t in parameters.items()}, chosen.parameters
+    )
     surveyed = survey(task, layout, [weights], [0], place, chosen.seed)
     if not math.isfinite(surveyed[0].train_loss):
         raise TaskError(f"loss: expected a finite loss at the weights given, got {surveyed[0].train_loss}.")

@@ -71,7 +71,9 @@ def analyze(
     place = choose_device(device)
     run = run if isinstance(run, Run) else open_run(run)
     evaluated = run.task if task is None else task
-    sampled = weight_layout({name: (spec.shape, spec.dtype, spec.trainable) for name, spec in run.specs.items()})
+    sampled = weight_layout(
+        {name: (spec.shape, spec.dtype, spec.trainable) for name, spec in run.specs.items()}, chosen.parameters
+    )
     snapshots = _Snapshots(run)
     first = snapshots.first()
     # A task of another network is refused here, before anything is written.

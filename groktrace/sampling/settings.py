@@ -26,6 +26,7 @@ class SamplingSettings:
         step_size: ε; None to derive it from each snapshot's curvature.
         batch_size: samples a gradient; None for all stored ones.
         rtol: wanted standard error relative to the estimate, where `draws` is None.
+        parameters: names, or patterns such as "blocks.0.*", of the weights that move, for a refined LLC; None for all.
         seed: of every random number drawn.
 
     Raises:
@@ -43,6 +44,7 @@ class SamplingSettings:
     step_size: float | None = None
     batch_size: int | None = None
     rtol: float = 0.02
+    parameters: tuple[str, ...] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -56,6 +58,13 @@ class SamplingSettings:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise SettingsError(f"{name}: expected a whole number of at least {least}, got {value!r}.")
+        if isinstance(self.parameters, str):
+            object.__setattr__(self, "parameters", (self.parameters,))
+        if self.parameters is not None:
+            names = tuple(self.parameters)
+            if not names or not all(isinstance(name, str) for name in names):
+                raise SettingsError(f"parameters: expected names or patterns of weights, got {self.parameters!r}.")
+            object.__setattr__(self, "parameters", names)
         if self.method == "sgld" and None in (self.step_size, self.draws, self.burn_in):
             raise SettingsError(
                 "method: 'sgld' takes its settings as given; set step_size, draws and burn_in (and nbeta and "

@@ -115,6 +115,21 @@ def test_frozen_parameters_stay_where_they_are():
     assert found.llc == pytest.approx(float(0.5 * (scale / (scale + 1.0)).sum()), abs=3.5 * found.stderr)
 
 
+def test_refined_llc_moves_only_the_named_parameters():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+    train = (x, model(x).detach())
+    common = {"nbeta": 100.0, "localization": 1.0, "seed": 5}
+    refined = estimate_llc(model, half_square, train, parameters="1.*", **common)
+    model[0].requires_grad_(False)
+    frozen = estimate_llc(model, half_square, train, **common)
+    assert refined.llc == pytest.approx(frozen.llc, rel=1e-4)
+    with pytest.raises(
+        SettingsError, match=r"parameters: '2\.\*' fits none of the trainable weights: 1\.weight, 1\.bias"
+    ):
+        estimate_llc(model, half_square, train, parameters=["2.*"], **common)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
