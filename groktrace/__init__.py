@@ -5,6 +5,8 @@ from groktrace.analysis.grokking import Grokking as Grokking
 from groktrace.analysis.grokking import measure_grokking as measure_grokking
 from groktrace.analysis.llc import LLCEstimate as LLCEstimate
 from groktrace.analysis.replay import analyze as analyze
+from groktrace.analysis.temperature import TemperatureCurve as TemperatureCurve
+from groktrace.analysis.temperature import temperature_curve as temperature_curve
 from groktrace.analysis.trajectory import Point as Point
 from groktrace.analysis.trajectory import Trajectory as Trajectory
 from groktrace.analysis.transitions import Transition as Transition

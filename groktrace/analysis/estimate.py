@@ -154,17 +154,42 @@ def estimate_llc(
     """
     chosen = make_settings(settings)
     place = choose_device(device)
-    task = Task.from_model(model, loss=loss, batch_loss=batch_loss, train=train, seed=chosen.seed)
+    task, layout, weights, surveyed = prepare_point(model, loss, train, batch_loss, chosen, place)
+    nbeta, localization = choose_scale(chosen, task.n, layout, [surveyed])
+    return estimate_stack(task, layout, [weights], [surveyed], chosen, nbeta, localization, place)[0]
+
+
+def prepare_point(
+    model: nn.Module,
+    loss: Callable[..., Tensor] | str | None,
+    train: Any,
+    batch_loss: Callable[..., Tensor] | None,
+    settings: SamplingSettings,
+    device: torch.device,
+) -> tuple[Task, WeightLayout, dict[str, Tensor], Survey]:
+    """What sampling around a live model needs: task, sampled weights, all tensors by name, and their survey.
+
+    Args:
+        model: the network at w*.
+        loss: see `estimate_llc`.
+        train: see `estimate_llc`.
+        batch_loss: see `estimate_llc`.
+        settings: of the sampling.
+        device: where to compute.
+
+    Raises:
+        TaskError: model, loss and data do not fit together, or are not finite.
+        SettingsError: `settings.parameters` fits no weights.
+    """
+    task = Task.from_model(model, loss=loss, batch_loss=batch_loss, train=train, seed=settings.seed)
     parameters = dict(model.named_parameters())
     weights = {name: t.detach() for name, t in (parameters | dict(model.named_buffers())).items()}
-    layout = weight_layout(
-        {name: (tuple(t.shape), t.dtype, t.requires_grad) for name, t in parameters.items()}, chosen.parameters
-    )
-    surveyed = survey(task, layout, [weights], [0], place, chosen.seed)
-    if not math.isfinite(surveyed[0].train_loss):
-        raise TaskError(f"loss: expected a finite loss at the weights given, got {surveyed[0].train_loss}.")
-    nbeta, localization = choose_scale(chosen, task.n, layout, surveyed)
-    return estimate_stack(task, layout, [weights], surveyed, chosen, nbeta, localization, place)[0]
+    specs = {name: (tuple(t.shape), t.dtype, t.requires_grad) for name, t in parameters.items()}
+    layout = weight_layout(specs, settings.parameters)
+    (surveyed,) = survey(task, layout, [weights], [0], device, settings.seed)
+    if not math.isfinite(surveyed.train_loss):
+        raise TaskError(f"loss: expected a finite loss at the weights given, got {surveyed.train_loss}.")
+    return task, layout, weights, surveyed
 
 
 def make_settings(settings: dict[str, Any]) -> SamplingSettings:

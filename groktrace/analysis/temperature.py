@@ -1,0 +1,113 @@
+"""λ̂ against temperature: what is resolved at each nβ, and the plateau that is an absolute value."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from groktrace.analysis.estimate import (
+    choose_device,
+    choose_scale,
+    estimate_stack,
+    make_settings,
+    prepare_point,
+)
+from groktrace.analysis.llc import LLCEstimate
+from groktrace.errors import SettingsError
+
+# A plateau is this many neighbouring temperatures or more whose λ̂ agree within this fraction and their errors.
+PLATEAU_POINTS = 3
+PLATEAU_WIDTH = 0.05
+RESOLUTIONS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+
+@dataclass(frozen=True)
+class TemperatureCurve:
+    """λ̂(nβ) at one point of weight space and one γ.
+
+    Attributes:
+        estimates: one a temperature, nβ ascending.
+        plateau: mean λ̂ over the longest plateau; None where there is none.
+        plateau_nbeta: least and largest nβ of it; None where there is none.
+    """
+
+    estimates: tuple[LLCEstimate, ...]
+    plateau: float | None
+    plateau_nbeta: tuple[float, float] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        estimates = [estimate.to_dict() for estimate in self.estimates]
+        return {**asdict(self), "estimates": estimates, "plateau_nbeta": self.plateau_nbeta and [*self.plateau_nbeta]}
+
+
+def temperature_curve(
+    model: nn.Module,
+    loss: Callable[..., Tensor] | str | None,
+    train: Any,
+    nbetas: Sequence[float] | None = None,
+    *,
+    batch_loss: Callable[..., Tensor] | None = None,
+    device: str | torch.device | None = None,
+    **settings: Any,
+) -> TemperatureCurve:
+    """λ̂ of a model at several nβ and one γ.
+
+    Near a minimum λ̂(nβ) = ½Σ nβh/(nβh + γ): it grows by half for every direction that comes into sight, and stands
+    still between the curvatures that count and those that do not. Only a plateau is an absolute learning coefficient.
+
+    Args:
+        model: the network at w*; it is not changed.
+        loss: loss(outputs, targets) as a mean over the batch, "cross_entropy", "mse", or None with `batch_loss`.
+        train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader.
+        nbetas: the temperatures; by default those of resolution 1 to 300.
+        batch_loss: batch_loss(model, batch) for models that compute their own loss.
+        device: where to compute; a GPU where there is one.
+        **settings: see `groktrace.SamplingSettings`; `nbeta` is not among them.
+
+    Raises:
+        SettingsError: a setting is outside what it may be.
+        TaskError: model, loss and data do not fit together, or are not finite.
+    """
+    if "nbeta" in settings:
+        raise SettingsError("nbeta: a temperature curve takes several; give them as nbetas.")
+    chosen = make_settings(settings)
+    place = choose_device(device)
+    task, layout, weights, surveyed = prepare_point(model, loss, train, batch_loss, chosen, place)
+    middle, localization = choose_scale(chosen, task.n, layout, [surveyed])
+    if nbetas is None:
+        nbetas = [middle * resolution / chosen.resolution for resolution in RESOLUTIONS]
+    for nbeta in nbetas:
+        make_settings({"nbeta": nbeta})
+    estimates = tuple(
+        estimate_stack(task, layout, [weights], [surveyed], chosen, float(nbeta), localization, place)[0]
+        for nbeta in sorted(nbetas)
+    )
+    span = find_plateau(estimates)
+    if span is None:
+        return TemperatureCurve(estimates, None, None)
+    chosen_ones = estimates[span[0] : span[1]]
+    value = float(np.mean([estimate.llc for estimate in chosen_ones]))
+    return TemperatureCurve(estimates, value, (chosen_ones[0].nbeta, chosen_ones[-1].nbeta))
+
+
+def find_plateau(estimates: Sequence[LLCEstimate]) -> tuple[int, int] | None:
+    """First and one past the last of the longest run of estimates that agree; None where there is no such run.
+
+    Args:
+        estimates: nβ ascending.
+    """
+    best: tuple[int, int] | None = None
+    for start in range(len(estimates)):
+        for end in range(start + PLATEAU_POINTS, len(estimates) + 1):
+            run = estimates[start:end]
+            if any(each.llc is None for each in run):
+                continue
+            values = np.array([each.llc for each in run])
+            allowed = PLATEAU_WIDTH * values.mean() + 2 * max(each.stderr for each in run)
+            if np.ptp(values) <= allowed and (best is None or end - start > best[1] - best[0]):
+                best = (start, end)
+    return best

@@ -1,0 +1,74 @@
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import groktrace
+from groktrace.analysis.llc import LLCEstimate
+from groktrace.analysis.temperature import find_plateau
+from groktrace.errors import SettingsError
+
+
+def half_square(outputs, targets):
+    return 0.5 * (outputs - targets).square().sum(1).mean()
+
+
+@pytest.fixture
+def two_scales():
+    """Linear regression with ten stiff and ten all but flat directions, and its exact spectrum."""
+    x = torch.randn(200, 20, generator=torch.Generator().manual_seed(0))
+    x[:, 10:] *= 1e-3
+    model = nn.Linear(20, 1, bias=False)
+    return model, (x, model(x).detach()), torch.linalg.eigvalsh(x.double().T @ x.double() / 200)
+
+
+def test_the_curve_is_the_soft_rank_and_its_plateau_the_number_of_stiff_directions(two_scales):
+    model, train, spectrum = two_scales
+    nbetas = [1.0, 100.0, 300.0, 1000.0]
+    curve = groktrace.temperature_curve(model, half_square, train, nbetas, localization=1.0, chains=4)
+    for nbeta, found in zip(nbetas, curve.estimates, strict=True):
+        exact = float(0.5 * (nbeta * spectrum / (nbeta * spectrum + 1.0)).sum())
+        assert found.nbeta == nbeta
+        assert found.llc == pytest.approx(exact, abs=3.5 * found.stderr)
+    assert curve.plateau == pytest.approx(5, rel=0.05)
+    assert curve.plateau_nbeta == (100.0, 1000.0)
+    assert json.loads(json.dumps(curve.to_dict()))["plateau_nbeta"] == [100.0, 1000.0]
+
+
+def test_default_temperatures_are_those_of_the_resolutions(two_scales):
+    model, train, spectrum = two_scales
+    curve = groktrace.temperature_curve(model, half_square, train, draws=4, burn_in=4)
+    ratios = [found.nbeta * float(spectrum.max()) / found.localization for found in curve.estimates]
+    assert ratios == pytest.approx([1, 3, 10, 30, 100, 300], rel=0.05)
+
+
+def estimates(values, error=0.01):
+    def one(nbeta, llc):
+        return LLCEstimate(llc, error, None, None, True, (), nbeta, 1.0, 0.1, 2, 10, 10, 0.0, {})
+
+    return [one(10.0**i, value) for i, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("values", "span"),
+    [
+        ([1.0, 2.0, 5.0, 5.1, 5.0, 5.05, 9.0], (2, 6)),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], None),
+        ([5.0, 5.0], None),
+        ([5.0, 5.0, None, 5.0, 5.0, 5.0], (3, 6)),
+    ],
+)
+def test_plateaus(values, span):
+    assert find_plateau(estimates(values)) == span
+
+
+def test_wrong_temperatures_are_named(two_scales):
+    model, train, _ = two_scales
+    with pytest.raises(SettingsError, match=r"nbeta: expected a positive number or 'wbic', got -1\.0"):
+        groktrace.temperature_curve(model, half_square, train, [1.0, -1.0])
+    with pytest.raises(SettingsError, match="nbeta: a temperature curve takes several; give them as nbetas"):
+        groktrace.temperature_curve(model, half_square, train, nbeta=3.0)
+    with pytest.raises(SettingsError, match="nbeta: expected a positive number or 'wbic', got nan"):
+        groktrace.temperature_curve(model, half_square, train, [math.nan])
