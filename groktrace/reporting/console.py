@@ -1,18 +1,22 @@
 """Text for people and JSON for programs; progress that suits a terminal and a log file alike."""
 
 import json
-import shutil
+import math
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from groktrace.analysis.grokking import Grokking
+from groktrace.analysis.temperature import TemperatureCurve
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.analysis.transitions import Transition
 
 MAX_ROWS = 25
 HEARTBEAT_SECONDS = 30.0
+TICK_SECONDS = 1.0
 
 
 def as_json(trajectory: Trajectory, transitions: Sequence[Transition], grokking: Grokking) -> dict[str, Any]:
@@ -33,8 +37,8 @@ def as_json(trajectory: Trajectory, transitions: Sequence[Transition], grokking:
         "locality": plain["locality"],
         "method": plain["method"],
         "trajectory": plain["points"],
-        "transitions": [transition.to_dict() for transition in transitions],
-        "grokking": grokking.to_dict(),
+        "transitions": [_finite_values(each.to_dict()) for each in transitions],
+        "grokking": _finite_values(grokking.to_dict()),
         "unreadable": plain["unreadable"],
     }
 
@@ -46,34 +50,50 @@ def transitions_table(transitions: Sequence[Transition], grokking: Grokking) -> 
         transitions: in step order.
         grokking: of the same run.
     """
-    lines = []
     if transitions:
-        rows = [("transition", "label", "step", "90 % interval", "onset - end", "λ before", "after", "change")]
-        rows += [
-            (
-                each.kind,
-                each.label or "-",
-                str(each.step),
-                f"{each.step_low} - {each.step_high}",
-                f"{each.onset} - {each.end}",
-                _number(each.llc_before),
-                _number(each.llc_after),
-                f"{each.delta_llc:+.4g} ± {each.stderr:.2g}",
-            )
-            for each in transitions
-        ]
-        lines += _aligned(rows)
+        lines = _aligned(transition_rows(transitions))
         lines += ["", *(f"step {each.step}: {each.evidence}" for each in transitions if each.evidence)]
     else:
-        lines.append("No transition found.")
+        lines = ["No transition found."]
+    if by_accuracy(grokking):
+        lines += ["", by_accuracy(grokking)]
+    return "\n".join(lines)
+
+
+def transition_rows(transitions: Sequence[Transition]) -> list[tuple[str, ...]]:
+    """The table of transitions, its heading first.
+
+    Args:
+        transitions: in step order.
+    """
+    heading = ("transition", "label", "step", "90 % interval", "onset - end", "λ before", "after", "change")
+    return [heading] + [
+        (
+            each.kind,
+            each.label or "-",
+            str(each.step),
+            f"{each.step_low} - {each.step_high}",
+            f"{each.onset} - {each.end}",
+            number(each.llc_before),
+            number(each.llc_after),
+            f"{number(each.delta_llc, '+')} ± {number(each.stderr)}",
+        )
+        for each in transitions
+    ]
+
+
+def by_accuracy(grokking: Grokking) -> str:
+    """What the accuracies say of memorisation and generalisation, in a sentence; empty if nothing.
+
+    Args:
+        grokking: measured on the run.
+    """
     known = [
         f"memorised at step {grokking.memorised_at}" if grokking.memorised_at is not None else None,
         f"generalised at step {grokking.generalised_at}" if grokking.generalised_at is not None else None,
-        f"grokking severity {grokking.severity:.3f}" if grokking.severity is not None else None,
+        f"grokking severity {number(grokking.severity)}" if _finite(grokking.severity) is not None else None,
     ]
-    if any(known):
-        lines += ["", "By accuracy: " + ", ".join(part for part in known if part) + "."]
-    return "\n".join(lines)
+    return "By accuracy: " + ", ".join(part for part in known if part) + "." if any(known) else ""
 
 
 def summary(trajectory: Trajectory, transitions: Sequence[Transition], grokking: Grokking) -> str:
@@ -90,23 +110,55 @@ def summary(trajectory: Trajectory, transitions: Sequence[Transition], grokking:
         numbers = (point.llc, point.stderr, point.llc_centred, point.stderr_centred, point.train_loss)
         more = (point.train_accuracy, point.val_loss, point.val_accuracy)
         rows.append(
-            (str(point.step), *(_number(value) for value in (*numbers, *more)), "" if point.reliable else _why(point))
+            (str(point.step), *(number(value) for value in (*numbers, *more)), "" if point.reliable else _why(point))
         )
     hidden = len(trajectory.points) - len(points)
     lines = [settings_line(trajectory), "", *_aligned(rows)]
     if hidden:
-        lines.append(f"({hidden} of {len(trajectory.points)} snapshots not shown; --json has all)")
+        doubtful = sum(not each.reliable for each in trajectory.points) - sum(not each.reliable for each in points)
+        among = f", {doubtful} of them unreliable" if doubtful else ""
+        lines.append(f"({hidden} of {len(trajectory.points)} snapshots not shown{among}; --json has all)")
     return "\n".join([*lines, "", transitions_table(transitions, grokking)])
+
+
+def temperature_table(curve: TemperatureCurve) -> str:
+    """λ̂ at each temperature as an aligned table, and the plateau.
+
+    Args:
+        curve: nβ ascending.
+    """
+    rows = [("nβ", "λ̂", "±", "λ_c", "±", "")]
+    for each in curve.estimates:
+        values = (each.nbeta, each.llc, each.stderr, each.llc_centred, each.stderr_centred)
+        rows.append((*(number(value) for value in values), "; ".join(each.reasons)))
+    if curve.plateau is None:
+        last = "No plateau: λ̂ depends on nβ throughout, and no value of it is the absolute one."
+    else:
+        low, high = curve.plateau_nbeta
+        last = f"Plateau: λ̂ = {number(curve.plateau)} from nβ = {number(low)} to {number(high)}."
+    return "\n".join([*_aligned(rows), "", last])
+
+
+def number(value: float | None, sign: str = "") -> str:
+    """Three digits, or all before the point; a dash for what is not known.
+
+    Args:
+        value: the number.
+        sign: "+" to write the sign of positive numbers too.
+    """
+    if _finite(value) is None:
+        return "-"
+    return f"{value:{sign}.0f}" if 99.95 <= abs(value) < 1e7 else f"{value:{sign}.3g}"
 
 
 def settings_line(trajectory: Trajectory) -> str:
     """What the trajectory was measured with, in one line."""
     parts = [
-        f"{len(trajectory.points)} snapshots",
+        f"{len(trajectory.points)} snapshot{'' if len(trajectory.points) == 1 else 's'}",
         f"n = {trajectory.n}" if trajectory.n is not None else None,
         f"method {trajectory.method}" if trajectory.method else None,
-        f"nβ = {_number(trajectory.nbeta)}" if trajectory.nbeta is not None else None,
-        f"γ = {_number(trajectory.localization)}" if trajectory.localization is not None else None,
+        f"nβ = {number(trajectory.nbeta)}" if trajectory.nbeta is not None else None,
+        f"γ = {number(trajectory.localization)}" if trajectory.localization is not None else None,
         f"resolution {trajectory.resolution:g}" if trajectory.resolution is not None else None,
         f"locality {trajectory.locality:g}" if trajectory.locality is not None else None,
     ]
@@ -115,12 +167,12 @@ def settings_line(trajectory: Trajectory) -> str:
 
 
 class Progress:
-    """Progress of long work: a bar on a terminal, elsewhere one line every 30 seconds.
+    """Progress of long work: a bar on a terminal, elsewhere one line every 30 seconds; both go on while work stalls.
 
     Args:
         total: how much there is to do.
         label: what is being done.
-        stream: where to show it.
+        stream: where to show it; standard error by default.
         clock: seconds, for tests.
     """
 
@@ -133,30 +185,50 @@ class Progress:
         self._done = 0
         self._terminal = self._stream.isatty()
         self._began = self._shown = clock()
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        # One step of the work may take minutes, and silence looks like a hang.
+        self._ticker = threading.Thread(target=self._tick, name="groktrace-progress", daemon=True)
 
     def __enter__(self) -> "Progress":
         if self._terminal:
             self._draw()
+        self._ticker.start()
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._ended.set()
+        self._ticker.join()
         if self._terminal:
             self._draw()
             self._write("\n")
-        elif error is None and self._done >= self._total:
-            self._write(f"{self._label}: {self._total} done in {_duration(self._clock() - self._began)}\n")
+        elif error is None:
+            count = f"{self._total}" if self._done >= self._total else f"{self._done} of {self._total}"
+            self._write(f"{self._label}: {count} done in {_duration(self._clock() - self._began)}\n")
 
-    def advance(self, count: int = 1) -> None:
-        """Tell that `count` more are done."""
-        self._done += count
+    def advance(self, n: int = 1) -> None:
+        """Tell that `n` more are done."""
+        with self._lock:
+            self._done += n
+            self._show(0.05, self._done >= self._total)
+
+    def _tick(self) -> None:
+        while not self._ended.wait(TICK_SECONDS):
+            with self._lock:
+                self._show(TICK_SECONDS, False)
+
+    def _show(self, pause: float, last: bool) -> None:
         now = self._clock()
         if self._terminal:
-            if now - self._shown >= 0.05 or self._done >= self._total:
+            if last or now - self._shown >= pause:
                 self._shown = now
                 self._draw()
-        elif now - self._shown >= HEARTBEAT_SECONDS and self._done < self._total:
+        elif not last and now - self._shown >= HEARTBEAT_SECONDS:
             self._shown = now
-            self._write(f"{self._label}: {self._done} of {self._total}, {self._times()}\n")
+            self._write(f"{self._label}: {self._done} of {self._total} ({self._percent()}), {self._times()}\n")
+
+    def _percent(self) -> str:
+        return f"{100 * min(self._done / self._total, 1.0):.0f} %" if self._total else "100 %"
 
     def _times(self) -> str:
         elapsed = self._clock() - self._began
@@ -165,10 +237,10 @@ class Progress:
         return f"{_duration(elapsed)}, about {_duration(elapsed / self._done * (self._total - self._done))} left"
 
     def _draw(self) -> None:
-        share = self._done / self._total if self._total else 1.0
-        text = f"{self._label} {self._done}/{self._total} {self._times()}"
-        width = shutil.get_terminal_size().columns - 1
+        text = f"{self._label} {self._percent()} {self._done}/{self._total} {self._times()}"
+        width = _columns(self._stream) - 1
         room = min(30, width - len(text) - 3)
+        share = min(self._done / self._total, 1.0) if self._total else 1.0
         bar = f"[{'#' * int(share * room):<{room}}] " if room >= 5 else ""
         self._write("\r" + (bar + text)[:width].ljust(width))
 
@@ -177,13 +249,23 @@ class Progress:
         self._stream.flush()
 
 
+def _columns(stream: TextIO) -> int:
+    """Width of the stream's own terminal: standard output may well go to a file while this is shown."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):  # io.UnsupportedOperation is both
+        return 80
+
+
 def _thinned(points: Sequence[Point], transitions: Sequence[Transition]) -> list[Point]:
-    """At most about 25 points: evenly spread ones, and those at each transition's onset, middle and end."""
+    """At most 25 points: evenly spread ones, and those about each transition unless these are too many."""
     if len(points) <= MAX_ROWS:
         return list(points)
     marks = {step for each in transitions for step in (each.onset, each.end, each.step_low, each.step_high)}
     chosen = {i for i, point in enumerate(points) if point.step in marks} | {0, len(points) - 1}
-    stride = -(-len(points) // max(MAX_ROWS - len(chosen), 5))
+    if len(chosen) > MAX_ROWS - 10:
+        chosen = {0, len(points) - 1}
+    stride = -(-len(points) // (MAX_ROWS - len(chosen)))
     chosen |= set(range(0, len(points), stride))
     return [points[i] for i in sorted(chosen)]
 
@@ -193,10 +275,12 @@ def _why(point: Point) -> str:
     return point.reasons[0].split(":")[0].split(" (")[0] if point.reasons else "unreliable"
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _finite_values(plain: dict[str, Any]) -> dict[str, Any]:
+    return {name: _finite(value) for name, value in plain.items()}
 
 
 def _duration(seconds: float) -> str:

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from groktrace.analysis.grokking import Grokking
+from groktrace.analysis.grokking import THRESHOLD, Grokking
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.analysis.transitions import Transition
 from groktrace.errors import GroktraceError, SettingsError
+from groktrace.reporting.console import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".pdf", ".svg")
 # Okabe & Ito: told apart by colour-blind readers; the line styles tell them apart in grey.
 LLC, RISE, FALL, TRAIN, VAL = "#0072B2", "#E69F00", "#009E73", "#444444", "#CC79A7"
+DPI = 160
+SMALL = 8.5  # size of legend and labels, in points
 
 
 def shown_curve(trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
@@ -27,10 +30,9 @@ def shown_curve(trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
         Values and standard errors, [T] each; NaN where there is neither.
     """
     reliable = trajectory.column("reliable") > 0
-    centred, centred_error = trajectory.column("llc_centred"), trajectory.column("stderr_centred")
-    value = np.where(reliable, trajectory.column("llc"), centred)
-    error = np.where(reliable, trajectory.column("stderr"), centred_error)
-    return value, error
+    value = np.where(reliable, trajectory.column("llc"), trajectory.column("llc_centred"))
+    error = np.where(reliable, trajectory.column("stderr"), trajectory.column("stderr_centred"))
+    return np.where(np.isfinite(value), value, np.nan), np.where(np.isfinite(error), error, np.nan)
 
 
 def save_figure(trajectory: Trajectory, transitions: Sequence[Transition], grokking: Grokking, path: Path) -> None:
@@ -48,7 +50,7 @@ def save_figure(trajectory: Trajectory, transitions: Sequence[Transition], grokk
     """
     if path.suffix.lower() not in SUFFIXES:
         raise SettingsError(f"output: expected a file ending in {', '.join(SUFFIXES)}, got '{path}'.")
-    trajectory_figure(trajectory, transitions, grokking).savefig(path, dpi=160)
+    trajectory_figure(trajectory, transitions, grokking).savefig(path)
 
 
 def trajectory_figure(trajectory: Trajectory, transitions: Sequence[Transition], grokking: Grokking) -> "Figure":
@@ -67,99 +69,180 @@ def trajectory_figure(trajectory: Trajectory, transitions: Sequence[Transition],
         from matplotlib.figure import Figure
     except ImportError as failure:
         raise GroktraceError("figures need matplotlib: pip install 'groktrace[plot]'") from failure
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(8, 6), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     steps = trajectory.column("step")
-    _draw_llc(upper, trajectory, steps)
-    _draw_transitions(upper, lower, transitions, steps)
-    _draw_training(lower, trajectory, steps)
     if _log_spaced(steps):
         lower.set_xscale("symlog", linthresh=max(1.0, float(steps[steps > 0].min())))
     lower.set_xlabel("training step")
     for axes in (upper, lower):
-        axes.spines[["top"]].set_visible(False)
+        axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.02)
-    upper.spines[["right"]].set_visible(False)
+        axes.grid(axis="y", color="0.92", lw=0.6)
+        axes.set_axisbelow(True)
+    handles = [
+        *_draw_llc(upper, trajectory, steps),
+        *_draw_thresholds(lower, grokking),
+        *_draw_transitions(upper, lower, transitions),
+        *_draw_training(lower, trajectory, steps),
+    ]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=SMALL)
+    _name_transitions(figure, upper, transitions)
     return figure
 
 
-def _draw_llc(axes: "Axes", trajectory: Trajectory, steps: np.ndarray) -> None:
+def _draw_llc(axes: "Axes", trajectory: Trajectory, steps: np.ndarray) -> list[Any]:
     value, error = shown_curve(trajectory)
+    raw = trajectory.column("llc")
     reliable = trajectory.column("reliable") > 0
     known = np.isfinite(value)
-    axes.fill_between(steps, value - 1.96 * error, value + 1.96 * error, where=known, color=LLC, alpha=0.25, lw=0)
+    low, high = value - 1.96 * error, value + 1.96 * error
+    axes.fill_between(steps, low, high, where=known, color=LLC, alpha=0.25, lw=0)
     many = len(steps) > 200
-    axes.plot(steps[known], value[known], color=LLC, lw=1.5)
-    size = 1.5 if many else 3.5
-    axes.plot(steps[reliable], value[reliable], "o", color=LLC, ms=size, label="λ̂ (band: 95 %)")
-    doubtful = known & ~reliable
-    if doubtful.any():
-        axes.plot(
-            steps[doubtful],
-            value[doubtful],
-            "o",
-            color=LLC,
-            mfc="white",
-            ms=size + 1,
-            label="λ_c, where λ̂ is not reliable",
-        )
-    axes.set_ylabel("local learning coefficient")
-    if known.any():
-        low, high = float(np.nanmin(value)), float(np.nanmax(value))
-        room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
-        # Above, room for the transitions' names.
-        axes.set_ylim(low - room, high + 3.2 * room)
-        axes.legend(loc="lower right", frameon=False, fontsize=9)
+    if not many:
+        # A band has no width to be seen at a point that stands alone.
+        axes.vlines(steps[known], low[known], high[known], color=LLC, alpha=0.5, lw=1)
+    axes.plot(steps[known], value[known], color=LLC, lw=1.0 if many else 1.5)
+    hollow = {"color": LLC, "mfc": "white", "ls": "", "ms": 2.5 if many else 4.5}
+    handles = []
+    if (known & reliable).any():
+        label = r"$\hat\lambda$ with 95 % band"
+        shown = steps[known & reliable], value[known & reliable]
+        handles += axes.plot(*shown, "o", color=LLC, ms=1.5 if many else 3.5, label=label)
+    if (known & ~reliable).any():
+        label = r"$\lambda_c$, where $\hat\lambda$ is unreliable"
+        handles += axes.plot(steps[known & ~reliable], value[known & ~reliable], marker="o", **hollow, label=label)
+    axes.set_ylabel(r"local learning coefficient $\lambda$")
+    left_over = np.isfinite(raw) & ~known
+    frame = np.concatenate([value[known], low[reliable & known], high[reliable & known]])
+    frame = frame[np.isfinite(frame)] if known.any() else raw[left_over]
+    if left_over.any():
+        handles += axes.plot(steps[left_over], raw[left_over], marker="D", **hollow, label=r"$\hat\lambda$, unreliable")
+    if len(frame):
+        # Values that are not to be trusted must not squash those that are.
+        room = 0.08 * float(np.ptp(frame)) or 0.1 * abs(float(frame[0])) or 1.0
+        axes.set_ylim(float(frame.min()) - room, float(frame.max()) + room)
     else:
         axes.text(0.5, 0.5, "no snapshot has a usable λ̂", transform=axes.transAxes, ha="center")
+    return handles
 
 
-def _draw_transitions(upper: "Axes", lower: "Axes", transitions: Sequence[Transition], steps: np.ndarray) -> None:
-    from matplotlib.transforms import blended_transform_factory
+def _draw_transitions(upper: "Axes", lower: "Axes", transitions: Sequence[Transition]) -> list[Any]:
+    from matplotlib.patches import Patch
 
-    for order, each in enumerate(transitions):
-        colour = RISE if each.delta_llc > 0 else FALL
-        style = "--" if each.delta_llc > 0 else "-"
+    for each in transitions:
+        colour, style = _look(each)
         for axes in (upper, lower):
             axes.axvspan(each.onset, each.end, color=colour, alpha=0.10, lw=0)
+            axes.axvspan(each.step_low, each.step_high, color=colour, alpha=0.25, lw=0)
             axes.axvline(each.step, color=colour, ls=style, lw=1.5)
-        upper.axvspan(each.step_low, each.step_high, color=colour, alpha=0.25, lw=0)
-        where = blended_transform_factory(upper.transData, upper.transAxes)
-        right = each.step > steps[0] + 0.75 * (steps[-1] - steps[0]) and not _log_spaced(steps)
-        upper.annotate(
-            f"{each.label or each.kind}: λ {each.delta_llc:+.0f} at step {each.step}",
-            (each.step, 0.975 - 0.075 * (order % 2)),
+    if not transitions:
+        return []
+    return [
+        Patch(color="0.5", alpha=0.15, lw=0, label="transition, onset to end"),
+        Patch(color="0.5", alpha=0.45, lw=0, label="midpoint, 90 % interval"),
+    ]
+
+
+def _name_transitions(figure: "Figure", axes: "Axes", transitions: Sequence[Transition]) -> None:
+    """A label for each transition above the panel, in as many rows as it takes for none to touch another."""
+    from matplotlib.transforms import blended_transform_factory
+
+    if not transitions:
+        return
+    figure.draw_without_rendering()  # only then is the panel as wide as it will be
+    frame, pixels = axes.get_window_extent(), figure.dpi / 72
+    where = blended_transform_factory(axes.transData, axes.transAxes)
+    placed: list[tuple[int, float, float, float]] = []  # row, left, right and line of each label
+    # From the right: an earlier label goes above a later one, so that its line passes left of it.
+    for each in sorted(transitions, key=lambda each: -each.step):
+        colour, style = _look(each)
+        interval = f"{each.step} ({each.step_low}–{each.step_high})"
+        label = f"{each.label or each.kind} at step {interval}, Δλ = {number(each.delta_llc, '+')}".replace("-", "−")
+        probe = axes.text(0, 0, label, fontsize=SMALL)
+        width = probe.get_window_extent().width
+        probe.remove()
+        line = axes.transData.transform((each.step, 0))[0]
+        left = max(min(line, frame.x1 - width), frame.x0)
+        right = left + width
+        gap = 8 * pixels
+        row = 0
+        # Neither over another label, nor with either's line through the other, unless there is no other way.
+        while row <= len(placed) and any(
+            (row == other and left < end + gap and start < right + gap)
+            or (row < other and left - gap < at < right + gap)
+            or (row > other and start - gap < line < end + gap)
+            for other, start, end, at in placed
+        ):
+            row += 1
+        row = min(row, 1 + max((other for other, *_ in placed), default=-1))
+        placed.append((row, left, right, line))
+        axes.annotate(
+            label,
+            (each.step, 1.0),
             xycoords=where,
-            xytext=(-5 if right else 5, 0),
+            xytext=((left - line) / pixels, 5 + 15 * row),
             textcoords="offset points",
-            ha="right" if right else "left",
-            va="top",
-            fontsize=9,
-            color="black",
-            bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1.5},
+            va="bottom",
+            fontsize=SMALL,
+            zorder=4 - 0.01 * row,  # a line that must pass below another label does so behind it
+            bbox={"facecolor": "white", "lw": 0, "pad": 1},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "ls": style,
+                "lw": 1.5,
+                "shrinkA": 0,
+                "shrinkB": 0,
+                "relpos": ((line - left) / width, 0.0),
+            },
         )
 
 
-def _draw_training(axes: "Axes", trajectory: Trajectory, steps: np.ndarray) -> None:
+def _draw_thresholds(axes: "Axes", grokking: Grokking) -> list[Any]:
+    marks = [(grokking.memorised_at, TRAIN), (grokking.generalised_at, VAL)]
+    for step, colour in marks:
+        if step is not None:
+            axes.plot(step, THRESHOLD, "v", color=colour, mec="white", ms=7, zorder=4)
+    if all(step is None for step, _ in marks):
+        return []
+    from matplotlib.lines import Line2D
+
+    return [Line2D([], [], marker="v", ls="", color="0.5", label=f"accuracy first ≥ {THRESHOLD}")]
+
+
+def _draw_training(axes: "Axes", trajectory: Trajectory, steps: np.ndarray) -> list[Any]:
     losses = axes.twinx()
     handles: list[Any] = []
-    for name, colour, width in (("train", TRAIN, 2.0), ("val", VAL, 1.5)):
+    for name, colour, width in (("train", TRAIN, 2.2), ("val", VAL, 1.4)):
         label = {"train": "training", "val": "validation"}[name]
         accuracy, loss = trajectory.column(f"{name}_accuracy"), trajectory.column(f"{name}_loss")
-        if np.isfinite(accuracy).any():
-            handles += axes.plot(steps, accuracy, color=colour, lw=width, label=f"{label} accuracy")
-        positive = np.where(loss > 0, loss, np.nan)
-        if np.isfinite(positive).any():
-            handles += losses.plot(steps, positive, color=colour, lw=width, ls=":", label=f"{label} loss")
+        for panel, column, style, what in ((axes, accuracy, "-", "accuracy"), (losses, loss, ":", "loss")):
+            known = np.isfinite(column) & ((column > 0) | (what == "accuracy"))
+            if known.any():
+                marker = "o" if known.sum() < 3 else None  # a line through one point is not seen
+                line = {"color": colour, "ls": style, "marker": marker, "ms": 3, "lw": width}
+                handles += panel.plot(steps[known], column[known], **line, label=f"{label} {what}")
     axes.set_ylim(-0.03, 1.05)
-    axes.set_ylabel("accuracy")
+    axes.set_ylabel("accuracy (solid)")
     losses.set_ylabel("loss (dotted)")
+    losses.spines[["top"]].set_visible(False)
     if any(line.axes is losses for line in handles):
         losses.set_yscale("log")
-    losses.spines[["top"]].set_visible(False)
-    if handles:
-        axes.legend(handles, [line.get_label() for line in handles], loc="center right", frameon=False, fontsize=9)
+    else:
+        losses.set_axis_off()
+    if not any(line.axes is axes for line in handles):
+        axes.yaxis.set_visible(False)
+    if not handles:
+        axes.text(0.5, 0.5, "neither accuracies nor losses are known", transform=axes.transAxes, ha="center")
+    return handles
+
+
+def _look(transition: Transition) -> tuple[str, str]:
+    """Colour and line style of a rise or a fall."""
+    return (RISE, "--") if transition.delta_llc > 0 else (FALL, "-")
 
 
 def _log_spaced(steps: np.ndarray) -> bool:

@@ -1,8 +1,6 @@
 """TensorBoard event files: the LLC curve with its band, its transitions as labelled vertical lines, and the rest."""
 
-import json
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,17 +11,17 @@ from groktrace.analysis.grokking import Grokking
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.analysis.transitions import Transition
 from groktrace.errors import GroktraceError
-from groktrace.reporting.console import settings_json, settings_line
+from groktrace.reporting.console import by_accuracy, settings_json, settings_line, transition_rows
 from groktrace.reporting.figures import shown_curve, trajectory_figure
 
 CURVE = "llc/mean"
 CURVE_RUN = "trajectory"
-# Which folders below the log folder are ours to replace.
-OWNED_FILE = "groktrace.json"
+# The ending of the event files that are ours to replace.
+SUFFIX = ".groktrace"
 _LAYOUT = {"LLC": {"local learning coefficient, 95 %": ["Margin", [CURVE, "llc/lower", "llc/upper"]]}}
 # A line needs its points at steps of their own: those sharing one collapse. Several at the top, so that smoothing does
-# not shorten it.
-_LINE_POINTS = 12
+# not shorten it; in short runs fewer, so that it stays upright.
+_LINE_POINTS = range(4, 13)
 
 
 def write_events(trajectory: Trajectory, transitions: Sequence[Transition], grokking: Grokking, logdir: Path) -> None:
@@ -39,11 +37,8 @@ def write_events(trajectory: Trajectory, transitions: Sequence[Transition], grok
         logdir: where the event files go; what others wrote there stays.
     """
     _remove_own(logdir)
-    names = [_run_name(each) for each in transitions]
-    logdir.mkdir(parents=True, exist_ok=True)
-    (logdir / OWNED_FILE).write_text(json.dumps([CURVE_RUN, *names]) + "\n")
     value, error = shown_curve(trajectory)
-    with SummaryWriter(str(logdir / CURVE_RUN)) as writer:
+    with _writer(logdir / CURVE_RUN) as writer:
         writer.add_custom_scalars(_LAYOUT)
         steps = [point.step for point in trajectory.points]
         columns = {
@@ -57,6 +52,7 @@ def write_events(trajectory: Trajectory, transitions: Sequence[Transition], grok
             "accuracy/train": trajectory.column("train_accuracy"),
             "accuracy/val": trajectory.column("val_accuracy"),
         }
+        # Not "diagnostics": TensorBoard unfolds only the first two groups by name, and the LLC must be one of them.
         for group, attribute in (("logged", "metrics"), ("sampler", "diagnostics")):
             records = [getattr(point, attribute) for point in trajectory.points]
             for name in sorted({name for record in records for name in record}):
@@ -75,12 +71,19 @@ def write_events(trajectory: Trajectory, transitions: Sequence[Transition], grok
         else:
             writer.add_image("trajectory", _pixels(figure), steps[-1] if steps else 0, dataformats="HWC")
     known = value[np.isfinite(value)]
-    for each, name in zip(transitions, names, strict=True):
-        with SummaryWriter(str(logdir / name)) as writer:
-            low, high = float(known.min()), float(known.max())
-            for i in range(_LINE_POINTS):
+    span = steps[-1] - steps[0] if steps else 0
+    count = min(max(span // 200, _LINE_POINTS[0]), _LINE_POINTS[-1])
+    for each in transitions:
+        low, high = (known.min(), known.max()) if len(known) else sorted((each.llc_before, each.llc_after))
+        with _writer(logdir / _run_name(each)) as writer:
+            for i in range(count):
                 for tag in (CURVE, "llc/lower", "llc/upper"):  # all three, for the chart with the band asks for them
-                    writer.add_scalar(tag, low if i == 0 else high, each.step + i)
+                    writer.add_scalar(tag, float(high if i else low), each.step + i)
+
+
+def _writer(folder: Path) -> SummaryWriter:
+    # The purge makes a TensorBoard that is already open forget what it read from the files that are replaced.
+    return SummaryWriter(str(folder), purge_step=0, filename_suffix=SUFFIX)
 
 
 def _run_name(transition: Transition) -> str:
@@ -91,36 +94,22 @@ def _run_name(transition: Transition) -> str:
 
 
 def _remove_own(logdir: Path) -> None:
-    """Remove the event files of an earlier call, and only those."""
-    try:
-        names = json.loads((logdir / OWNED_FILE).read_text())
-    except (OSError, ValueError):
-        return
-    for name in names if isinstance(names, list) else []:
-        # A name that leads out of the folder is not ours, whatever the file says.
-        if isinstance(name, str) and Path(name).name == name and not (logdir / name).is_symlink():
-            for path in (logdir / name).glob("events.out.tfevents.*"):
-                path.unlink()
-            if (logdir / name).is_dir() and not any((logdir / name).iterdir()):
-                shutil.rmtree(logdir / name)
+    """Remove the event files of an earlier call, and the folders that this leaves empty."""
+    for path in logdir.glob(f"*/events.out.tfevents.*{SUFFIX}"):
+        if not path.parent.is_symlink():
+            path.unlink()
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
 
 
 def _table(transitions: Sequence[Transition], grokking: Grokking) -> str:
-    """The transitions as a Markdown table."""
-    if not transitions:
-        return "No transition found."
-    lines = [
-        "| kind | label | step | 90 % interval | onset – end | λ before | after | change | evidence |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {each.kind} | {each.label or '–'} | {each.step} | {each.step_low} – {each.step_high} "
-        f"| {each.onset} – {each.end} | {each.llc_before:.4g} | {each.llc_after:.4g} "
-        f"| {each.delta_llc:+.4g} ± {each.stderr:.2g} | {each.evidence} |"
-        for each in transitions
-    ]
-    lines += ["", f"By accuracy: memorised at {grokking.memorised_at}, generalised at {grokking.generalised_at}."]
-    return "\n".join(lines)
+    """The transitions as a Markdown table, with what each label rests on below."""
+    parts = ["No transition found."]
+    if transitions:
+        heading, *rows = transition_rows(transitions)
+        parts = ["\n".join("| " + " | ".join(row) + " |" for row in [heading, ["---"] * len(heading), *rows])]
+        parts += [f"Step {each.step}: {each.evidence}." for each in transitions if each.evidence]
+    return "\n\n".join([*parts, by_accuracy(grokking)])
 
 
 def _pixels(figure: object) -> np.ndarray:

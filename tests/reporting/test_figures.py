@@ -1,7 +1,14 @@
+import itertools
+import math
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from matplotlib.text import Text
 
+from groktrace.analysis.grokking import measure_grokking
+from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.errors import GroktraceError, SettingsError
 from groktrace.reporting.figures import save_figure, shown_curve, trajectory_figure
 
@@ -34,13 +41,64 @@ def test_unreliable_points_neither_set_the_axis_nor_look_reliable(grokked):
     assert value[-1] == 836
     upper = trajectory_figure(*grokked).axes[0]
     assert upper.get_ylim()[0] > -100
+    assert upper.get_ylim()[1] < 1500
     filled, hollow = (line for line in upper.lines if line.get_marker() == "o")
     assert len(hollow.get_xdata()) == 3
     assert hollow.get_markerfacecolor() == "white"
     assert len(filled.get_xdata()) == 9
 
 
+def test_values_without_a_stand_in_are_hollow_and_do_not_set_the_axis():
+    steps = list(range(0, 1000, 100))
+    trajectory = Trajectory.from_arrays(steps, [-3000.0] + [5.0] * 9, [0.1] * 10, reliable=[False] + [True] * 9)
+    upper = trajectory_figure(trajectory, [], measure_grokking(trajectory)).axes[0]
+    assert upper.get_ylim() == pytest.approx((4.8 - 0.0314, 5.2 + 0.0314), abs=0.01)
+    (hollow,) = [line for line in upper.lines if line.get_markerfacecolor() == "white"]
+    assert hollow.get_ydata() == [-3000]
+
+
+def test_values_that_are_not_finite_are_left_out(tmp_path):
+    points = tuple(Point(step, value, 0.1, train_loss=value) for step, value in enumerate([1.0, math.inf, math.nan]))
+    trajectory = Trajectory(points)
+    assert np.array_equal(shown_curve(trajectory)[0], [1, math.nan, math.nan], equal_nan=True)
+    save_figure(trajectory, [], measure_grokking(trajectory), tmp_path / "figure.png")
+
+
+def labels(figure):
+    return [text for text in figure.axes[0].texts if " at step " in text.get_text()]
+
+
 def test_transitions_are_named_in_the_figure(grokked):
     trajectory, transitions, grokking = grokked
-    texts = [text.get_text() for text in trajectory_figure(trajectory, transitions, grokking).axes[0].texts]
-    assert texts[1] == f"generalisation: λ {transitions[1].delta_llc:+.0f} at step {transitions[1].step}"
+    fall = transitions[1]
+    texts = [text.get_text() for text in labels(trajectory_figure(trajectory, transitions, grokking))]
+    expected = f"generalisation at step {fall.step} ({fall.step_low}–{fall.step_high}), Δλ = −{-fall.delta_llc:.0f}"
+    assert texts.count(expected) == 1
+    assert len(texts) == 2
+
+
+@pytest.mark.parametrize("at", [[20, 300, 420, 1500, 1600, 2500, 2900], [0, 0, 10, 2990, 3000]])
+def test_labels_neither_touch_nor_leave_the_figure(grokked, at):
+    trajectory, (first, *_), grokking = grokked
+    transitions = [replace(first, step=step, step_low=step, step_high=step) for step in at]
+    figure = trajectory_figure(trajectory, transitions, grokking)
+    figure.canvas.draw()
+    boxes = [Text.get_window_extent(label) for label in labels(figure)]
+    assert len(boxes) == len(at)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
+
+
+def test_the_legend_covers_no_curve(grokked):
+    figure = trajectory_figure(*grokked)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert {"training accuracy", "validation loss"} <= {text.get_text() for text in legend.get_texts()}
+    assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in figure.axes)
+
+
+def test_what_is_not_known_has_no_axis(grokked):
+    trajectory, transitions, grokking = grokked
+    unknown = replace(trajectory, points=tuple(replace(p, train_loss=None, val_loss=None) for p in trajectory.points))
+    *_, losses = trajectory_figure(unknown, transitions, grokking).axes
+    assert not losses.axison

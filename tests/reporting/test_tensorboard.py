@@ -1,9 +1,11 @@
 import sys
+from dataclasses import replace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
+from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.reporting.tensorboard import write_events
 
 
@@ -58,6 +60,8 @@ def test_the_table_of_transitions_is_text(grokked, tmp_path):
     (event,) = read(tmp_path / "trajectory").Tensors("transitions/text_summary")
     text = event.tensor_proto.string_val[0].decode()
     assert "| simplification | generalisation |" in text
+    assert f"Step {grokked[1][1].step}: λ falls by" in text
+    assert "generalised at step 600" in text
 
 
 def test_writing_again_replaces_and_spares_what_others_wrote(grokked, tmp_path):
@@ -71,19 +75,48 @@ def test_writing_again_replaces_and_spares_what_others_wrote(grokked, tmp_path):
     write_events(trajectory, [], grokking, tmp_path)
     assert len(scalars(tmp_path / "trajectory", "llc/mean")) == 12
     assert other.read_text() == beside.read_text() == "keep"
-    assert {path.name for path in tmp_path.iterdir()} == {"mine", "trajectory", "groktrace.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "trajectory"}
 
 
-def test_the_list_of_own_folders_cannot_lead_elsewhere(grokked, tmp_path):
-    outside = tmp_path / "outside" / "events.out.tfevents.1"
+def test_event_files_of_others_in_the_same_folder_stay(grokked, tmp_path):
+    logs = tmp_path / "logs"
+    other = logs / "trajectory" / "events.out.tfevents.1.host.2.0"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"")
+    outside = tmp_path / "outside" / "events.out.tfevents.1.host.2.0.groktrace"
     outside.parent.mkdir()
     outside.write_text("keep")
-    logs = tmp_path / "logs"
-    logs.mkdir()
     (logs / "link").symlink_to(outside.parent)
-    (logs / "groktrace.json").write_text('["../outside", "link", 7]')
     write_events(*grokked, logs)
+    assert other.exists()
     assert outside.read_text() == "keep"
+
+
+def test_an_open_tensorboard_forgets_the_earlier_result(grokked, tmp_path):
+    trajectory, transitions, grokking = grokked
+    write_events(trajectory, transitions, grokking, tmp_path)
+    accumulator = read(tmp_path / "trajectory")
+    write_events(trajectory, transitions, grokking, tmp_path)
+    accumulator.Reload()
+    assert [event.step for event in accumulator.Scalars("llc/mean")] == [point.step for point in trajectory.points]
+
+
+def test_lines_of_short_runs_stay_upright(grokked, tmp_path):
+    trajectory, transitions, grokking = grokked
+    short = replace(trajectory, points=trajectory.points[:4])
+    write_events(short, [replace(transitions[1], step=90)], grokking, tmp_path)
+    (folder,) = [path for path in tmp_path.iterdir() if path.name.startswith("generalisation at 90 ")]
+    assert [step for step, _ in scalars(folder, "llc/mean")] == [90, 91, 92, 93]
+
+
+def test_a_line_has_a_height_even_where_the_curve_is_not_known(grokked, tmp_path):
+    _, transitions, grokking = grokked
+    points = tuple(Point(step, None, None, reliable=False) for step in range(5))
+    write_events(Trajectory(points), transitions[1:], grokking, tmp_path)
+    (folder,) = [path for path in tmp_path.iterdir() if path.name.startswith("generalisation")]
+    values = [value for _, value in scalars(folder, "llc/mean")]
+    assert values[0] == pytest.approx(transitions[1].llc_after)
+    assert values[-1] == pytest.approx(transitions[1].llc_before)
 
 
 def test_without_matplotlib_all_but_the_figure_is_written(grokked, tmp_path, monkeypatch):
