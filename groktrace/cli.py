@@ -83,13 +83,28 @@ def _nbeta(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     "imports your code. Only needed where the recording could not keep model and loss.",
 )
 @click.option("--logdir", type=click.Path(path_type=Path), help="Where TensorBoard's files go [RUN/tensorboard].")
+@click.option(
+    "--temperature-curve",
+    "curve_step",
+    type=int,
+    metavar="STEP",
+    help="Instead of the trajectory, print λ̂ of the snapshot of STEP at several temperatures, and its plateau.",
+)
 @_json
 def analyze(
-    run: Path, preset: str, task: str | None, device: str | None, logdir: Path | None, as_json: bool, **given: Any
+    run: Path,
+    preset: str,
+    task: str | None,
+    device: str | None,
+    logdir: Path | None,
+    curve_step: int | None,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Replay the snapshots of RUN into an LLC trajectory, find its phase transitions, write TensorBoard files."""
     from groktrace.analysis import replay
     from groktrace.analysis.grokking import measure_grokking
+    from groktrace.analysis.temperature import temperature_curve_at
     from groktrace.analysis.transitions import find_transitions
     from groktrace.reporting import console
     from groktrace.run import layout
@@ -102,10 +117,14 @@ def analyze(
     opened = open_run(run)
     if task is not None:
         sys.path.insert(0, os.getcwd())
+    loaded = None if task is None else load_factory(task)
+    if curve_step is not None:
+        _print_curve(temperature_curve_at(opened, curve_step, task=loaded, device=device, **chosen), as_json)
+        return
     with _Phases() as phases:
         trajectory = replay.analyze(
             opened,
-            task=None if task is None else load_factory(task),
+            task=loaded,
             task_name=task,
             device=device,
             progress=phases.report,
@@ -215,6 +234,12 @@ def _print(as_json: bool, trajectory: Any, transitions: Any, grokking: Any, text
         click.echo(text(transitions, grokking))
     else:
         click.echo(text(trajectory, transitions, grokking))
+
+
+def _print_curve(curve: Any, as_json: bool) -> None:
+    from groktrace.reporting import console
+
+    click.echo(json.dumps(curve.to_dict(), allow_nan=False) if as_json else console.temperature_table(curve))
 
 
 def _exit_incomplete(trajectory: Any) -> None:

@@ -231,6 +231,22 @@ def test_the_paper_preset_and_overrides(small_run):
     assert (found["method"], found["nbeta"], found["localization"]) == ("sgld", 30.0, 5.0)
 
 
+def test_a_temperature_curve_of_one_snapshot(small_run):
+    arguments = ["analyze", small_run, "--temperature-curve", "50", *FAST]
+    text = invoke(*arguments).stdout
+    assert text.splitlines()[0].split() == ["nβ", "λ̂", "±", "λ_c", "±"]
+    assert "lateau" in text.splitlines()[-1]
+    found = json.loads(invoke(*arguments, "--json").stdout)
+    assert len(found["estimates"]) == 6
+    assert not (small_run / "analysis").exists()
+    wrong = invoke("analyze", small_run, "--temperature-curve", "51")
+    assert (wrong.exit_code, wrong.stderr) == (
+        1,
+        "Error: step: there is no snapshot of step 51; the nearest is of step 50.\n",
+    )
+    assert "a temperature curve takes several" in invoke(*arguments, "--nbeta", "3").stderr
+
+
 def test_logdir_takes_the_event_files_elsewhere(small_run, tmp_path):
     invoke("analyze", small_run, "--logdir", tmp_path / "logs", *FAST)
     assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))

@@ -14,9 +14,15 @@ from groktrace.analysis.estimate import (
     estimate_stack,
     make_settings,
     prepare_point,
+    weight_layout,
 )
+from groktrace.analysis.evaluation import Survey, survey
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.errors import SettingsError
+from groktrace.run.store import Run
+from groktrace.run.task import Task
+from groktrace.sampling.posterior import WeightLayout
+from groktrace.sampling.settings import SamplingSettings
 
 # A plateau is this many neighbouring temperatures or more whose λ̂ agree within this fraction and their errors.
 PLATEAU_POINTS = 3
@@ -72,26 +78,80 @@ def temperature_curve(
         SettingsError: a setting is outside what it may be.
         TaskError: model, loss and data do not fit together, or are not finite.
     """
-    if "nbeta" in settings:
-        raise SettingsError("nbeta: a temperature curve takes several; give them as nbetas.")
-    chosen = make_settings(settings)
+    chosen = _curve_settings(settings)
     place = choose_device(device)
     task, layout, weights, surveyed = prepare_point(model, loss, train, batch_loss, chosen, place)
-    middle, localization = choose_scale(chosen, task.n, layout, [surveyed])
+    return _measure_curve(task, layout, weights, surveyed, chosen, nbetas, place)
+
+
+def temperature_curve_at(
+    run: Run,
+    step: int,
+    nbetas: Sequence[float] | None = None,
+    *,
+    task: Task | None = None,
+    device: str | torch.device | None = None,
+    **settings: Any,
+) -> TemperatureCurve:
+    """λ̂ of one recorded snapshot at several nβ and one γ, see `temperature_curve`.
+
+    Args:
+        run: a run directory.
+        step: the snapshot's training step.
+        nbetas: the temperatures; by default those of resolution 1 to 300.
+        task: loss and data, where the recording could not keep them.
+        device: where to compute; a GPU where there is one.
+        **settings: see `groktrace.SamplingSettings`; `nbeta` is not among them.
+
+    Raises:
+        SettingsError: there is no such snapshot, or a setting is outside what it may be.
+        SnapshotError: the snapshot is damaged.
+        TaskError: the recording holds no loss to evaluate, or it is not finite at the snapshot.
+    """
+    chosen = _curve_settings(settings)
+    place = choose_device(device)
+    found = [snapshot for snapshot in run.snapshots if snapshot.step == step]
+    if not found:
+        nearest = min((snapshot.step for snapshot in run.snapshots), key=lambda other: abs(other - step))
+        raise SettingsError(f"step: there is no snapshot of step {step}; the nearest is of step {nearest}.")
+    weights = found[0].load()
+    specs = {name: (spec.shape, spec.dtype, spec.trainable) for name, spec in run.specs.items()}
+    layout = weight_layout(specs, chosen.parameters)
+    evaluated = run.task if task is None else task
+    (surveyed,) = survey(evaluated, layout, [weights], [step], place, chosen.seed)
+    return _measure_curve(evaluated, layout, weights, surveyed, chosen, nbetas, place)
+
+
+def _curve_settings(settings: dict[str, Any]) -> SamplingSettings:
+    if settings.get("nbeta") is not None:
+        raise SettingsError("nbeta: a temperature curve takes several; give them as nbetas.")
+    return make_settings(settings)
+
+
+def _measure_curve(
+    task: Task,
+    layout: WeightLayout,
+    weights: dict[str, Tensor],
+    surveyed: Survey,
+    settings: SamplingSettings,
+    nbetas: Sequence[float] | None,
+    device: torch.device,
+) -> TemperatureCurve:
+    middle, localization = choose_scale(settings, task.n, layout, [surveyed])
     if nbetas is None:
-        nbetas = [middle * resolution / chosen.resolution for resolution in RESOLUTIONS]
+        nbetas = [middle * resolution / settings.resolution for resolution in RESOLUTIONS]
     for nbeta in nbetas:
         make_settings({"nbeta": nbeta})
     estimates = tuple(
-        estimate_stack(task, layout, [weights], [surveyed], chosen, float(nbeta), localization, place)[0]
+        estimate_stack(task, layout, [weights], [surveyed], settings, float(nbeta), localization, device)[0]
         for nbeta in sorted(nbetas)
     )
     span = find_plateau(estimates)
     if span is None:
         return TemperatureCurve(estimates, None, None)
-    chosen_ones = estimates[span[0] : span[1]]
-    value = float(np.mean([estimate.llc for estimate in chosen_ones]))
-    return TemperatureCurve(estimates, value, (chosen_ones[0].nbeta, chosen_ones[-1].nbeta))
+    level = estimates[span[0] : span[1]]
+    value = float(np.mean([estimate.llc for estimate in level]))
+    return TemperatureCurve(estimates, value, (level[0].nbeta, level[-1].nbeta))
 
 
 def find_plateau(estimates: Sequence[LLCEstimate]) -> tuple[int, int] | None:
