@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groktrace.analysis.evaluation import Survey, stack_weights, survey
+from groktrace.analysis.evaluation import Survey, stack_weights, survey, training_loss
 from groktrace.analysis.llc import LLCEstimate, off_minimum, summarise, unusable
 from groktrace.errors import SettingsError, TaskError
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import posterior_scale, step_size
-from groktrace.sampling.chains import Traces, rows_per_stack, sample
+from groktrace.sampling.chains import Traces, sample
 from groktrace.sampling.diagnostics import standard_error
-from groktrace.sampling.posterior import WeightLayout
+from groktrace.sampling.posterior import StackedLoss, WeightLayout
 from groktrace.sampling.settings import SamplingSettings
 
 # A snapshot counts as fitted once its training loss has fallen to this fraction of the run's range.
@@ -63,33 +63,23 @@ def weight_layout(
     return WeightLayout(tuple(chosen), tuple(chosen.values()))
 
 
-def stack_size(task: Task, layout: WeightLayout, weights: dict[str, Tensor], chains: int, device: torch.device) -> int:
-    """How many snapshots are sampled at once, at least one."""
-    loss, anchors = stack_weights(task, layout, [weights], device)
-    return max(1, rows_per_stack(loss.probe(anchors), anchors) // chains)
-
-
 def estimate_stack(
-    task: Task,
-    layout: WeightLayout,
+    loss: StackedLoss,
     weights: Sequence[dict[str, Tensor]],
     surveys: Sequence[Survey],
     settings: SamplingSettings,
     nbeta: float,
     localization: float,
-    device: torch.device,
 ) -> list[LLCEstimate]:
     """λ̂ of several snapshots at once, at one (nβ, γ).
 
     Args:
-        task: loss and data.
-        layout: the sampled weights.
+        loss: the task's training loss.
         weights: tensors by name, of each snapshot.
         surveys: of the same snapshots.
         settings: of the sampling.
         nbeta: nβ.
         localization: γ.
-        device: where to compute.
     """
     estimates: list[LLCEstimate | None] = [None] * len(weights)
     usable = []
@@ -102,9 +92,9 @@ def estimate_stack(
             )
     if usable:
         surveys = [surveys[s] for s in usable]
-        loss, anchors = stack_weights(task, layout, [weights[s] for s in usable], device)
+        stacked, anchors = stack_weights(loss, [weights[s] for s in usable])
         traces = sample(
-            loss.probe(anchors),
+            stacked,
             anchors,
             [about.step for about in surveys],
             settings,
@@ -119,7 +109,7 @@ def estimate_stack(
                 settings,
                 loss=about.train_loss,
                 norm=math.sqrt(about.norm_squared),
-                dimension=layout.size,
+                dimension=loss.layout.size,
                 nbeta=nbeta,
                 localization=localization,
             )
@@ -154,9 +144,9 @@ def estimate_llc(
     """
     chosen = make_settings(settings)
     place = choose_device(device)
-    task, layout, weights, surveyed = prepare_point(model, loss, train, batch_loss, chosen, place)
-    nbeta, localization = choose_scale(chosen, task.n, layout, [surveyed])
-    return estimate_stack(task, layout, [weights], [surveyed], chosen, nbeta, localization, place)[0]
+    n, training, weights, surveyed = prepare_point(model, loss, train, batch_loss, chosen, place)
+    nbeta, localization = choose_scale(chosen, n, training.layout, [surveyed])
+    return estimate_stack(training, [weights], [surveyed], chosen, nbeta, localization)[0]
 
 
 def prepare_point(
@@ -166,8 +156,8 @@ def prepare_point(
     batch_loss: Callable[..., Tensor] | None,
     settings: SamplingSettings,
     device: torch.device,
-) -> tuple[Task, WeightLayout, dict[str, Tensor], Survey]:
-    """What sampling around a live model needs: task, sampled weights, all tensors by name, and their survey.
+) -> tuple[int, StackedLoss, dict[str, Tensor], Survey]:
+    """What sampling around a live model needs: n, the training loss, all tensors by name, and their survey.
 
     Args:
         model: the network at w*.
@@ -186,10 +176,11 @@ def prepare_point(
     weights = {name: t.detach() for name, t in (parameters | dict(model.named_buffers())).items()}
     specs = {name: (tuple(t.shape), t.dtype, t.requires_grad) for name, t in parameters.items()}
     layout = weight_layout(specs, settings.parameters)
-    (surveyed,) = survey(task, layout, [weights], [0], device, settings.seed)
+    training = training_loss(task, layout, weights, device)
+    (surveyed,) = survey(task, training, [weights], [0], settings.seed)
     if not math.isfinite(surveyed.train_loss):
         raise TaskError(f"loss: expected a finite loss at the weights given, got {surveyed.train_loss}.")
-    return task, layout, weights, surveyed
+    return task.n, training, weights, surveyed
 
 
 def make_settings(settings: dict[str, Any]) -> SamplingSettings:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -57,37 +57,52 @@ class Survey:
         return cls(**{**value, **always})
 
 
-def stack_weights(
-    task: Task, layout: WeightLayout, weights: Sequence[dict[str, Tensor]], device: torch.device
-) -> tuple[StackedLoss, Tensor]:
-    """The training loss of several snapshots, and their flat weights [S, D]."""
-    flat = torch.stack([layout.flatten(each) for each in weights]).to(device)
-    names = [name for name in weights[0] if name not in layout.names]
-    fixed = {name: torch.stack([as_float(each[name]) for each in weights]).to(device) for name in names}
-    return StackedLoss(task.forward, layout, task.train.to(device).tensors, fixed), flat
+def training_loss(task: Task, layout: WeightLayout, weights: dict[str, Tensor], device: torch.device) -> StackedLoss:
+    """The training loss of a network as it is stacked and differentiated, tried at one snapshot.
+
+    Args:
+        task: loss and data.
+        layout: the sampled weights.
+        weights: tensors by name, of any snapshot.
+        device: where to compute.
+    """
+    bare = StackedLoss(task.forward, layout, task.train.to(device).tensors, {})
+    loss, anchor = stack_weights(bare, [weights])
+    return loss.probe(anchor)
+
+
+def stack_weights(loss: StackedLoss, weights: Sequence[dict[str, Tensor]]) -> tuple[StackedLoss, Tensor]:
+    """The loss of several snapshots, and their flat weights [S, D].
+
+    Args:
+        loss: of the same network, of whatever snapshots.
+        weights: tensors by name, of each snapshot.
+    """
+    flat = torch.stack([loss.layout.flatten(each) for each in weights]).to(loss.device)
+    names = [name for name in weights[0] if name not in loss.layout.names]
+    fixed = {name: torch.stack([as_float(each[name]) for each in weights]).to(loss.device) for name in names}
+    return replace(loss, fixed=fixed), flat
 
 
 def survey(
     task: Task,
-    layout: WeightLayout,
+    loss: StackedLoss,
     weights: Sequence[dict[str, Tensor]],
     steps: Sequence[int],
-    device: torch.device,
     seed: int,
 ) -> list[Survey]:
     """Losses, accuracies and curvature of several snapshots.
 
     Args:
         task: loss and data.
-        layout: the sampled weights.
+        loss: the task's training loss.
         weights: tensors by name, of each snapshot.
         steps: the training step of each.
-        device: where to compute.
         seed: of the power iteration's start.
     """
+    device = loss.device
     measured = [_measure(task, {name: as_float(t).to(device) for name, t in each.items()}, device) for each in weights]
-    loss, anchors = stack_weights(task, layout, weights, device)
-    loss = loss.probe(anchors)
+    loss, anchors = stack_weights(loss, weights)
     start = torch.empty_like(anchors)
     for row, step in zip(start, steps, strict=True):
         row.normal_(generator=generator_for(seed, step, 0, "curvature", device))

@@ -14,10 +14,9 @@ from groktrace.analysis.estimate import (
     choose_scale,
     estimate_stack,
     make_settings,
-    stack_size,
     weight_layout,
 )
-from groktrace.analysis.evaluation import Survey, as_float, survey
+from groktrace.analysis.evaluation import Survey, as_float, survey, training_loss
 from groktrace.analysis.journal import append_lines, exclusive, read_lines
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.trajectory import Point, Trajectory
@@ -26,6 +25,7 @@ from groktrace.run import layout
 from groktrace.run.files import read_json, read_metadata, write_json
 from groktrace.run.store import Run, Snapshot, open_run
 from groktrace.run.task import Task
+from groktrace.sampling.chains import rows_per_stack
 from groktrace.sampling.posterior import WeightLayout
 from groktrace.sampling.settings import SamplingSettings
 
@@ -78,7 +78,8 @@ def analyze(
     first = snapshots.first()
     # A task of another network is refused here, before anything is written.
     _check_task(evaluated, first)
-    stack = stack_size(evaluated, sampled, first, chosen.chains, place)
+    loss = training_loss(evaluated, sampled, first, place)
+    rows = rows_per_stack(loss)
     report = progress or (lambda phase, done, total: None)
     folder = run.root / layout.ANALYSIS_FOLDER / _folder_name(run, chosen, task_name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,24 +87,25 @@ def analyze(
 
         def survey_group(group: _Group) -> list[Survey]:
             weights, steps = [weights for _, weights in group], [snapshot.step for snapshot, _ in group]
-            return survey(evaluated, sampled, weights, steps, place, chosen.seed)
+            return survey(evaluated, loss, weights, steps, chosen.seed)
 
         surveyed = snapshots.replay(
-            folder / _SURVEY_FILE, stack, survey_group, Survey.from_dict, lambda d, n: report("losses, curvature", d, n)
+            folder / _SURVEY_FILE, rows, survey_group, Survey.from_dict, lambda d, n: report("losses, curvature", d, n)
         )
         nbeta, localization = _fixed_scale(folder, chosen, evaluated.n, sampled, list(surveyed.values()))
 
         def sample_group(group: _Group) -> list[Point]:
             weights = [weights for _, weights in group]
             about = [surveyed[snapshot.step] for snapshot, _ in group]
-            estimates = estimate_stack(evaluated, sampled, weights, about, chosen, nbeta, localization, place)
+            estimates = estimate_stack(loss, weights, about, chosen, nbeta, localization)
             return [
                 _point(snapshot, each, estimate)
                 for (snapshot, _), each, estimate in zip(group, about, estimates, strict=True)
             ]
 
+        together = max(1, rows // chosen.chains)
         points = snapshots.replay(
-            folder / _POINTS_FILE, stack, sample_group, Point.from_dict, lambda d, n: report("sampling", d, n)
+            folder / _POINTS_FILE, together, sample_group, Point.from_dict, lambda d, n: report("sampling", d, n)
         )
         trajectory = Trajectory(
             tuple(points[step] for step in sorted(points)),

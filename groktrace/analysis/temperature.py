@@ -16,12 +16,12 @@ from groktrace.analysis.estimate import (
     prepare_point,
     weight_layout,
 )
-from groktrace.analysis.evaluation import Survey, survey
+from groktrace.analysis.evaluation import Survey, survey, training_loss
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.errors import SettingsError
 from groktrace.run.store import Run
 from groktrace.run.task import Task
-from groktrace.sampling.posterior import WeightLayout
+from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
 
 # A plateau is this many neighbouring temperatures or more whose λ̂ agree within this fraction and their errors.
@@ -80,8 +80,8 @@ def temperature_curve(
     """
     chosen = _curve_settings(settings)
     place = choose_device(device)
-    task, layout, weights, surveyed = prepare_point(model, loss, train, batch_loss, chosen, place)
-    return _measure_curve(task, layout, weights, surveyed, chosen, nbetas, place)
+    n, training, weights, surveyed = prepare_point(model, loss, train, batch_loss, chosen, place)
+    return _measure_curve(n, training, weights, surveyed, chosen, nbetas)
 
 
 def temperature_curve_at(
@@ -118,8 +118,9 @@ def temperature_curve_at(
     specs = {name: (spec.shape, spec.dtype, spec.trainable) for name, spec in run.specs.items()}
     layout = weight_layout(specs, chosen.parameters)
     evaluated = run.task if task is None else task
-    (surveyed,) = survey(evaluated, layout, [weights], [step], place, chosen.seed)
-    return _measure_curve(evaluated, layout, weights, surveyed, chosen, nbetas, place)
+    training = training_loss(evaluated, layout, weights, place)
+    (surveyed,) = survey(evaluated, training, [weights], [step], chosen.seed)
+    return _measure_curve(evaluated.n, training, weights, surveyed, chosen, nbetas)
 
 
 def _curve_settings(settings: dict[str, Any]) -> SamplingSettings:
@@ -129,21 +130,20 @@ def _curve_settings(settings: dict[str, Any]) -> SamplingSettings:
 
 
 def _measure_curve(
-    task: Task,
-    layout: WeightLayout,
+    n: int,
+    training: StackedLoss,
     weights: dict[str, Tensor],
     surveyed: Survey,
     settings: SamplingSettings,
     nbetas: Sequence[float] | None,
-    device: torch.device,
 ) -> TemperatureCurve:
-    middle, localization = choose_scale(settings, task.n, layout, [surveyed])
+    middle, localization = choose_scale(settings, n, training.layout, [surveyed])
     if nbetas is None:
         nbetas = [middle * resolution / settings.resolution for resolution in RESOLUTIONS]
     for nbeta in nbetas:
         make_settings({"nbeta": nbeta})
     estimates = tuple(
-        estimate_stack(task, layout, [weights], [surveyed], settings, float(nbeta), localization, device)[0]
+        estimate_stack(training, [weights], [surveyed], settings, float(nbeta), localization)[0]
         for nbeta in sorted(nbetas)
     )
     span = find_plateau(estimates)

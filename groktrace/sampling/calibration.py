@@ -5,8 +5,8 @@ import math
 from groktrace.errors import SettingsError
 from groktrace.sampling.settings import SamplingSettings
 
-# ε = 2c/(s·nβ·h_max + γ), with s because curvature grows off the minimum and power iteration comes from below. At c = 1
-# a direction of curvature s·h_max forgets its start in one step; twice that is where it becomes unstable.
+# ε = 2c/(s·nβ·h_max + γ), with s because curvature grows off the minimum and Lanczos iteration comes from below. At
+# c = 1 a direction of curvature s·h_max forgets its start in one step; twice that is where it becomes unstable.
 STEP_FRACTION = 1.0
 CURVATURE_SAFETY = 1.5
 # From 2.5 relaxation times on, the variance of even a flat direction is within e⁻⁵ of its own.

@@ -49,26 +49,14 @@ class Traces:
         return bool(torch.isfinite(self.excess).all() and torch.isfinite(self.pull).all())
 
 
-def rows_per_stack(loss: StackedLoss, weights: Tensor) -> int:
+def rows_per_stack(loss: StackedLoss) -> int:
     """How many chains are advanced at once: as many as fit the working set.
 
     Args:
-        loss: of one row.
-        weights: w*, [1, D].
+        loss: probed.
     """
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss.gradients(weights)
-    for shared in loss.tensors:
-        seen.pop(shared.untyped_storage().data_ptr(), None)
-    row = sum(seen.values()) + _STATE_VECTORS * weights.numel() * weights.element_size()
-    budget = WORKING_SET_BYTES.get(weights.device.type, WORKING_SET_BYTES_ELSEWHERE)
+    row = (loss.row_bytes or 0) + _STATE_VECTORS * loss.layout.size * 4
+    budget = WORKING_SET_BYTES.get(loss.device.type, WORKING_SET_BYTES_ELSEWHERE)
     return max(1, budget // row) if loss.vectorised else 1
 
 
@@ -150,6 +138,7 @@ class _Group:
             self.batches = [generator_for(settings.seed, step, chain, "batch", device) for step, chain in keys]
         self.samples = samples
         self.base, self.base_gradients = self.loss.gradients(self.anchors)
+        self.control = torch.empty_like(self.anchors) if self.batches is not None else None
 
     def run(self, enough: Callable[[Traces], bool]) -> list[Traces]:
         """Burn in, draw, and go on with those snapshots whose draws are not enough yet."""
@@ -195,18 +184,19 @@ class _Group:
         self.base, self.base_gradients = self.base[rows], self.base_gradients[rows]
         if self.batches is not None:
             self.batches = [self.batches[r] for r in rows.tolist()]
+            self.control = torch.empty_like(self.anchors)
 
     def _advance(self, count: int) -> Tensor:
         """Make `count` steps; [count, 4, R]: excess, pull, spread, paired."""
         rows, dimension = self.anchors.shape
         chains, nbeta = self.settings.chains, self.config.nbeta
         record = torch.full((count, 4, rows), torch.nan, dtype=torch.float64, device=self.anchors.device)
-        weights = torch.empty_like(self.anchors)
+        weights, gradients = torch.empty_like(self.anchors), torch.empty_like(self.anchors)
         state: LangevinState = self.state
         for t in range(count):
             displacement = state.displacement
             torch.add(self.anchors, displacement, out=weights)
-            excess, gradients = self._evaluate(weights)
+            excess = self._evaluate(weights, gradients)
             record[t, 0] = nbeta * excess
             record[t, 1] = nbeta * torch.linalg.vecdot(displacement, gradients)
             record[t, 2] = self.config.localization * torch.linalg.vecdot(displacement, displacement)
@@ -222,23 +212,23 @@ class _Group:
                 break
         return record
 
-    def _evaluate(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """L(w) − L(w*) and ∇L(w) of each row, [R] and [R, D]."""
+    def _evaluate(self, weights: Tensor, gradients: Tensor) -> Tensor:
+        """L(w) − L(w*) of each row, [R]; ∇L(w) goes into `gradients`, [R, D]."""
         if self.batches is None:
-            losses, gradients = self.loss.gradients(weights)
-            return losses - self.base, gradients
+            return self.loss.gradients(weights, out=gradients)[0] - self.base
         index = torch.stack(
             [
                 torch.randint(self.samples, (self.settings.batch_size,), generator=generator, device=weights.device)
                 for generator in self.batches
             ]
         )
-        losses, gradients = self.loss.gradients(weights, index)
+        losses, _ = self.loss.gradients(weights, index, gradients)
         if self.settings.method == "sgld":
-            return losses - self.base, gradients
+            return losses - self.base
         # Control variate at w* and paired losses (Baker et al. 2019): both errors shrink with ‖w − w*‖.
-        base, base_gradients = self.loss.gradients(self.anchors, index)
-        return losses - base, gradients.sub_(base_gradients).add_(self.base_gradients)
+        base, _ = self.loss.gradients(self.anchors, index, self.control)
+        gradients.sub_(self.control).add_(self.base_gradients)
+        return losses - base
 
     def _traces(self, piece: Tensor, epsilon: float, burn_in: int) -> Traces:
         piece = piece.cpu()

@@ -2,11 +2,17 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from groktrace.sampling.plan import CannotPlanError, Plan
+
+# Larger evaluations are not recorded as a plan: a recording holds every intermediate value, and saves little there.
+MAX_PLANNED_BYTES = 2**28
 
 Forward = Callable[[Mapping[str, Tensor], Sequence[Tensor]], tuple[Tensor, Tensor | None]]
 
@@ -56,6 +62,8 @@ class StackedLoss:
         tensors: the samples, shared by all rows.
         fixed: what is not sampled (buffers, frozen weights), [R, ...] each.
         vectorised: False for networks that cannot be stacked: rows are then evaluated one by one.
+        row_bytes: memory that one row's gradient takes; None where it was not measured.
+        plans: recorded gradients by the shapes they take, shared by all losses made of this one.
     """
 
     forward: Forward
@@ -63,19 +71,42 @@ class StackedLoss:
     tensors: tuple[Tensor, ...]
     fixed: dict[str, Tensor]
     vectorised: bool = True
+    row_bytes: int | None = None
+    plans: dict[Any, Plan | None] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the samples lie and everything is computed."""
+        return self.tensors[0].device
 
     def select(self, rows: Tensor) -> "StackedLoss":
         """The loss of some of the rows."""
         return replace(self, fixed={name: tensor[rows] for name, tensor in self.fixed.items()})
 
     def probe(self, weights: Tensor) -> "StackedLoss":
-        """This loss, or one that goes row by row if the network cannot be stacked; `weights` is [R, D]."""
-        rows = torch.zeros(2, dtype=torch.long, device=weights.device)
+        """This loss, with what one gradient tells of it: whether rows can be stacked, and how much memory one takes.
+
+        Args:
+            weights: of any of the rows, [1, D].
+        """
+        seen: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        twice = torch.zeros(2, dtype=torch.long, device=weights.device)
+        first = self.select(twice[:1])
         try:
-            self.select(rows).gradients(weights[rows])
+            self.select(twice)._differentiate(weights[twice])
         except (RuntimeError, ValueError):
-            return replace(self, vectorised=False)
-        return self
+            first = replace(first, vectorised=False)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            first._differentiate(weights)
+        for shared in self.tensors:
+            seen.pop(shared.untyped_storage().data_ptr(), None)
+        return replace(self, vectorised=first.vectorised, row_bytes=sum(seen.values()))
 
     def losses(self, weights: Tensor, index: Tensor | None = None) -> Tensor:
         """L of each row.
@@ -103,11 +134,61 @@ class StackedLoss:
                 rows.append(one(weights[r], {name: tensor[r] for name, tensor in self.fixed.items()}, tensors))
             return torch.stack(rows)
 
-    def gradients(self, weights: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """L and ∇L of each row: ([R], [R, D])."""
+    def gradients(
+        self, weights: Tensor, index: Tensor | None = None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """L and ∇L of each row.
+
+        Args:
+            weights: [R, D].
+            index: [R, B] samples for each row; None for all of them.
+            out: [R, D], to hold the gradients.
+
+        Returns:
+            [R] and [R, D].
+        """
+        plan = self._plan(weights, index)
+        if plan is None:
+            losses, gradients = self._differentiate(weights, index)
+        else:
+            losses, gradients = plan(*self._arguments(weights, index))
+            losses = losses.clone()
+        if out is None:
+            return losses, gradients if plan is None else gradients.clone()
+        return losses, out.copy_(gradients)
+
+    def _differentiate(self, weights: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         weights = weights.detach().requires_grad_(True)
         with torch.enable_grad():
             losses = self.losses(weights, index)
             # Rows are independent, so the gradient of the sum holds each row's own.
             (gradients,) = torch.autograd.grad(losses.sum(), weights)
         return losses.detach(), gradients
+
+    def _arguments(self, weights: Tensor, index: Tensor | None) -> list[Tensor]:
+        return [weights, *self.fixed.values(), *(() if index is None else (index,))]
+
+    def _plan(self, weights: Tensor, index: Tensor | None) -> Plan | None:
+        """The recorded gradient for so many rows, recorded now if it can be; None if it cannot."""
+        if not self.vectorised or self.row_bytes is None or self.row_bytes * len(weights) > MAX_PLANNED_BYTES:
+            return None
+        key = (len(weights), weights.dtype, None if index is None else index.shape)
+        if key not in self.plans:
+
+            def function(flat: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+                fixed = dict(zip(self.fixed, others, strict=False))
+                return replace(self, fixed=fixed)._differentiate(flat, None if index is None else others[-1])
+
+            try:
+                plan = Plan(function, self._arguments(weights, index))
+            except CannotPlanError:
+                plan = None
+            else:
+                # At another point too: what depends on values in a way that the recording missed shows there.
+                moved = weights * 1.01
+                expected = torch.cat([each.flatten() for each in self._differentiate(moved, index)])
+                got = torch.cat([each.flatten() for each in plan(*self._arguments(moved, index))])
+                if (got - expected).nan_to_num().norm() > 1e-3 * expected.nan_to_num().norm():
+                    plan = None
+            self.plans[key] = plan
+        return self.plans[key]

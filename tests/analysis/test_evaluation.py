@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from groktrace.analysis.evaluation import Survey, accuracy, survey
+from groktrace.analysis.evaluation import Survey, accuracy, survey, training_loss
 from groktrace.run.task import Task
 from groktrace.sampling.posterior import WeightLayout
 
@@ -42,7 +42,8 @@ def measured(loss, bias):
     task = Task.from_model(model, loss=loss, train=(x, x), val=(x[:6], x[:6]))
     layout = WeightLayout(("weight", "bias"), ((3, 3), (3,)))
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    return survey(task, layout, [weights, weights], [0, 7], torch.device("cpu"), 0)
+    loss = training_loss(task, layout, weights, torch.device("cpu"))
+    return survey(task, loss, [weights, weights], [0, 7], 0)
 
 
 def test_predictions_are_read_without_the_offset_that_the_loss_cannot_see():

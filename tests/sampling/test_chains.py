@@ -172,6 +172,6 @@ def test_stack_size_counts_what_a_chain_keeps():
     layout = WeightLayout(("w",), ((100,),))
     x = torch.ones(1000, 100)
     loss = StackedLoss(lambda w, t: (torch.tanh(t[0] * w["w"]).square().mean(), None), layout, (x,), {})
-    rows = rows_per_stack(loss, torch.zeros(1, 100))
+    rows = rows_per_stack(loss.probe(torch.zeros(1, 100)))
     # The backward pass needs one activation of 400 kB; the shared samples, as large, do not count.
     assert 12 * 2**20 // 800_000 < rows <= 12 * 2**20 // 400_000

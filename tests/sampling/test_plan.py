@@ -1,0 +1,127 @@
+"""A plan repeats a function's arithmetic exactly, or refuses to."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from groktrace.sampling.plan import CannotPlanError, Plan
+
+
+class Convolutional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3).eval()
+        self.out = nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.out(nn.functional.max_pool2d(self.norm(self.convolution(x)).relu(), 2).flatten(1))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, activation="gelu")
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, tokens):
+        return self.out(self.layer(self.embedding(tokens)).mean(1))
+
+
+IMAGES = torch.randn(10, 1, 6, 6, generator=torch.Generator().manual_seed(5))
+TOKENS = torch.randint(0, 7, (10, 5), generator=torch.Generator().manual_seed(6))
+NETWORKS = {
+    "perceptron": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Tanh(), nn.Linear(5, 4)), IMAGES),
+    "convolutional": (Convolutional, IMAGES),
+    "attention": (Attention, TOKENS),
+}
+
+
+def stacked_gradient(name):
+    """∇ of the mean cross-entropy of three stacked copies of a network, and their weights."""
+    make, inputs = NETWORKS[name]
+    torch.manual_seed(0)
+    model = make()
+    targets = torch.arange(len(inputs)) % 4
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    weights = [torch.stack([p.detach() * scale for scale in (1.0, 0.9, 1.2)]) for p in parameters]
+
+    def one(*tensors):
+        outputs = torch.func.functional_call(model, dict(zip(names, tensors, strict=True)), (inputs,))
+        return nn.functional.cross_entropy(outputs, targets)
+
+    def function(*tensors):
+        leaves = [tensor.detach().requires_grad_(True) for tensor in tensors]
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            losses = torch.func.vmap(one)(*leaves)
+            return losses.detach(), *torch.autograd.grad(losses.sum(), leaves)
+
+    return function, weights
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_plan_gives_the_same_bits_again_and_again(name):
+    function, weights = stacked_gradient(name)
+    plan = Plan(function, weights)
+    for factor in (1.0, 0.5, 1.0, -2.0):
+        arguments = [factor * each for each in weights]
+        for got, expected in zip(plan(*arguments), function(*arguments), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_arguments_are_left_as_they_are():
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    before = x.clone(), y.clone()
+    plan = Plan(lambda a, b: (((a * 2 + b).exp() - a).relu(), a.T @ b), (x, y))
+    plan(x, y)
+    assert torch.equal(x, before[0])
+    assert torch.equal(y, before[1])
+
+
+def test_values_that_are_needed_later_are_not_written_over():
+    def function(x):
+        a = x + 1
+        b = a * 3
+        c = a.T * 2  # a view of a lives on
+        d = b.exp()
+        return d, c + 1, b[0] + a[1], a
+
+    x = torch.linspace(-1, 1, 16).view(4, 4)
+    plan = Plan(function, (x,))
+    for argument in (x, 2 * x):
+        for got, expected in zip(plan(argument), function(argument), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_elementwise_operations_share_a_buffer():
+    def function(x):
+        for _ in range(6):
+            x = (x * 1.5).tanh()
+        return (x,)
+
+    plan = Plan(function, (torch.randn(100),))
+    outs = {kwargs["out"].data_ptr() for _, _, kwargs in plan._calls}
+    assert len(plan._calls) == 12
+    assert len(outs) == 1
+
+
+def test_what_depends_on_no_argument_is_computed_once():
+    constant = torch.randn(5, 5)
+    plan = Plan(lambda x: (x @ (constant @ constant).exp(),), (torch.randn(2, 5),))
+    assert len(plan._calls) == 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x + torch.randn_like(x),),
+        lambda x: (x[x > 0],),
+        lambda x: (x * x.sum().item(),),
+        lambda x: (x.clone().add_(1),),
+    ],
+    ids=["random", "unknown size", "value", "in place"],
+)
+def test_what_cannot_be_repeated_is_refused(function):
+    with pytest.raises(CannotPlanError):
+        Plan(function, (torch.ones(3),))
