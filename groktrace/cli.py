@@ -67,7 +67,7 @@ def _nbeta(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 @click.option("--locality", type=float, help="Wanted distance of the chains, relative to the weights' norm [0.3].")
 @click.option("--resolution", type=float, help="Curvatures down to h_max/resolution count [10].")
 @click.option("--method", type=click.Choice(["averaged", "sgld"]), help="Sampler [averaged].")
-@click.option("--chains", type=int, help="Independent chains a snapshot [2].")
+@click.option("--chains", type=int, help="Independent chains a snapshot [2; up to 16 for small networks].")
 @click.option("--draws", type=int, help="Draws a chain; grows until --rtol is met where not given.")
 @click.option("--burn-in", type=int, help="Discarded steps a chain.")
 @click.option("--step-size", type=float, help="Step size; found from the curvature where not given.")

@@ -13,7 +13,7 @@ from groktrace.analysis.evaluation import Survey, stack_weights, survey, trainin
 from groktrace.analysis.llc import LLCEstimate, off_minimum, summarise, unusable
 from groktrace.errors import SettingsError, TaskError
 from groktrace.run.task import Task
-from groktrace.sampling.calibration import posterior_scale, step_size
+from groktrace.sampling.calibration import posterior_scale, settle_chains, step_size
 from groktrace.sampling.chains import Traces, sample
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.posterior import StackedLoss, WeightLayout
@@ -70,6 +70,7 @@ def estimate_stack(
     settings: SamplingSettings,
     nbeta: float,
     localization: float,
+    n: int,
 ) -> list[LLCEstimate]:
     """λ̂ of several snapshots at once, at one (nβ, γ).
 
@@ -80,6 +81,7 @@ def estimate_stack(
         settings: of the sampling.
         nbeta: nβ.
         localization: γ.
+        n: number of training samples.
     """
     estimates: list[LLCEstimate | None] = [None] * len(weights)
     usable = []
@@ -107,6 +109,7 @@ def estimate_stack(
             estimates[s] = summarise(
                 trace,
                 settings,
+                n=n,
                 loss=about.train_loss,
                 norm=math.sqrt(about.norm_squared),
                 dimension=loss.layout.size,
@@ -145,8 +148,9 @@ def estimate_llc(
     chosen = make_settings(settings)
     place = choose_device(device)
     n, training, weights, surveyed = prepare_point(model, loss, train, batch_loss, chosen, place)
+    chosen = settle_chains(chosen, training.layout.size)
     nbeta, localization = choose_scale(chosen, n, training.layout, [surveyed])
-    return estimate_stack(training, [weights], [surveyed], chosen, nbeta, localization)[0]
+    return estimate_stack(training, [weights], [surveyed], chosen, nbeta, localization, n)[0]
 
 
 def prepare_point(

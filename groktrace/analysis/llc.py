@@ -10,8 +10,7 @@ from groktrace.sampling.settings import SamplingSettings
 
 # What is tolerated before a number is called unreliable; in each case plus three standard errors of the diagnostic.
 MAX_VIRIAL_GAP = 0.02
-MAX_ANHARMONICITY = 0.1
-MAX_ANHARMONICITY_FAR = 0.05
+MAX_ANHARMONICITY = 0.05
 MAX_RHAT = 1.1
 MAX_DISTANCE = 0.5
 
@@ -39,8 +38,11 @@ class LLCEstimate:
         draws: draws a chain after burn-in.
         burn_in: discarded steps a chain.
         loss: L_n(w*); None where it is not finite.
-        diagnostics: `virial` (1 in equilibrium), `anharmonicity` (1 in a quadratic bowl), `rhat`, `ess`, `drift`,
-            `distance` (E‖w − w*‖ relative to ‖w*‖), `halvings` of the step size.
+        diagnostics: `virial` (1 in equilibrium), `anharmonicity` (1 in a quadratic bowl, k for a loss of degree 2k,
+            where λ_c is k times λ̂), `rhat`, `ess`, `drift`, `distance` (E‖w − w*‖ relative to ‖w*‖), `halvings` of
+            the step size; `singular_fluctuation` ν = ½·β·Σ_i Var[ℓ_i], β = nβ/n, over the samples' losses ℓ_i (Watanabe
+            2009, functional variance; None where the loss is no mean over samples); `wbic` n·E[L_n] (Watanabe 2013;
+            None unless nβ = n/log n).
     """
 
     llc: float | None
@@ -89,6 +91,7 @@ def summarise(
     traces: Traces,
     settings: SamplingSettings,
     *,
+    n: int,
     loss: float,
     norm: float,
     dimension: int,
@@ -100,6 +103,7 @@ def summarise(
     Args:
         traces: the draws.
         settings: of the sampling.
+        n: number of training samples.
         loss: L_n(w*).
         norm: ‖w*‖.
         dimension: D.
@@ -125,8 +129,9 @@ def summarise(
     reasons = []
     ratio_error = diagnose.standard_error(0.5 * traces.pull - traces.excess) / abs(llc) if llc else 0.0
     far = relative_distance > MAX_DISTANCE
-    bent = abs(anharmonicity - 1) > (MAX_ANHARMONICITY_FAR if far else MAX_ANHARMONICITY) + 3 * ratio_error
-    # Distance alone does no harm: in a quadratic bowl the estimate is exact however wide it is.
+    bent = abs(anharmonicity - 1) > MAX_ANHARMONICITY + 3 * ratio_error
+    # Neither alone does harm: in a quadratic bowl the estimate is exact however wide it is, and a singular loss is of
+    # higher degree however close one looks.
     if far and llc > 0 and (bent or off_minimum(traces)):
         reasons.append(
             f"not local: the chains are {relative_distance:.2f}‖w*‖ away, where the loss is no longer quadratic "
@@ -134,8 +139,6 @@ def summarise(
         )
     elif off_minimum(traces):
         reasons.append(OFF_MINIMUM)
-    elif bent:
-        reasons.append(f"not quadratic within reach (anharmonicity {anharmonicity:.2f}, expected 1)")
     if abs(virial - 1) > MAX_VIRIAL_GAP + 3 * virial_error:
         reasons.append(f"not equilibrated (virial ratio {virial:.3f}, expected 1); needs a longer burn-in")
     # Half-chains of m effective draws differ by chance: R-hat is then about √(1 + 1/m).
@@ -165,5 +168,7 @@ def summarise(
             "drift": diagnose.drift(traces.excess),
             "distance": relative_distance if norm > 0 else None,
             "halvings": traces.halvings,
+            "singular_fluctuation": None if traces.fluctuation is None else float(traces.fluctuation.mean()),
+            "wbic": n * (loss + llc / nbeta) if settings.nbeta == "wbic" else None,
         },
     )

@@ -25,6 +25,7 @@ from groktrace.run import layout
 from groktrace.run.files import read_json, read_metadata, write_json
 from groktrace.run.store import Run, Snapshot, open_run
 from groktrace.run.task import Task
+from groktrace.sampling.calibration import settle_chains
 from groktrace.sampling.chains import rows_per_stack
 from groktrace.sampling.posterior import WeightLayout
 from groktrace.sampling.settings import SamplingSettings
@@ -74,6 +75,7 @@ def analyze(
     sampled = weight_layout(
         {name: (spec.shape, spec.dtype, spec.trainable) for name, spec in run.specs.items()}, chosen.parameters
     )
+    chosen = settle_chains(chosen, sampled.size)
     snapshots = _Snapshots(run)
     first = snapshots.first()
     # A task of another network is refused here, before anything is written.
@@ -97,7 +99,7 @@ def analyze(
         def sample_group(group: _Group) -> list[Point]:
             weights = [weights for _, weights in group]
             about = [surveyed[snapshot.step] for snapshot, _ in group]
-            estimates = estimate_stack(loss, weights, about, chosen, nbeta, localization)
+            estimates = estimate_stack(loss, weights, about, chosen, nbeta, localization, evaluated.n)
             return [
                 _point(snapshot, each, estimate)
                 for (snapshot, _), each, estimate in zip(group, about, estimates, strict=True)

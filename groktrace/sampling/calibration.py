@@ -1,6 +1,7 @@
 """Temperature, localisation, step size and run length from the curvature and size of the network."""
 
 import math
+from dataclasses import replace
 
 from groktrace.errors import SettingsError
 from groktrace.sampling.settings import SamplingSettings
@@ -14,6 +15,9 @@ BURN_IN_RELAXATIONS = 2.5
 DRAW_RELAXATIONS = 5.0
 MIN_DRAWS = 64
 MAX_STEPS = 100_000
+# Below so many weights in a stack of chains, a step costs the same however many there are.
+STACKED_WEIGHTS = 2**14
+MIN_CHAINS, MAX_CHAINS = 2, 16
 
 
 def posterior_scale(
@@ -75,3 +79,15 @@ def run_length(settings: SamplingSettings, localization: float, epsilon: float) 
         burn_in if settings.burn_in is None else settings.burn_in,
         draws if settings.draws is None else settings.draws,
     )
+
+
+def settle_chains(settings: SamplingSettings, dimension: int) -> SamplingSettings:
+    """The settings with a number of chains.
+
+    Args:
+        settings: chains, where given.
+        dimension: D.
+    """
+    if settings.chains is not None:
+        return settings
+    return replace(settings, chains=min(max(MIN_CHAINS, STACKED_WEIGHTS // dimension), MAX_CHAINS))

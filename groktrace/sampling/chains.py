@@ -19,6 +19,8 @@ WORKING_SET_BYTES = {"cpu": 12 * 2**20}
 WORKING_SET_BYTES_ELSEWHERE = 2**31
 _STATE_VECTORS = 8
 _CHECK_EVERY = 64
+# The losses of single samples are looked at in so many draws of each chain.
+_FLUCTUATION_DRAWS = 16
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Traces:
         step_size: ε in the end.
         burn_in: steps discarded.
         halvings: times that ε was halved because the chains diverged.
+        fluctuation: ½nβ times the mean over samples of the variance of a sample's loss over some of the draws, a
+            number a chain, [chains]; None where the loss is no mean over samples.
     """
 
     excess: Tensor
@@ -43,6 +47,7 @@ class Traces:
     step_size: float
     burn_in: int
     halvings: int = 0
+    fluctuation: Tensor | None = None
 
     def is_finite(self) -> bool:
         """Whether no chain diverged."""
@@ -139,15 +144,22 @@ class _Group:
         self.samples = samples
         self.base, self.base_gradients = self.loss.gradients(self.anchors)
         self.control = torch.empty_like(self.anchors) if self.batches is not None else None
+        self.single_losses: list[Tensor] = []
 
     def run(self, enough: Callable[[Traces], bool]) -> list[Traces]:
         """Burn in, draw, and go on with those snapshots whose draws are not enough yet."""
         count, chains = len(self.epsilons), self.settings.chains
-        record = self._advance(max(burn_in + draws for burn_in, draws in self.lengths))
+        record = self._advance(
+            max(burn_in + draws for burn_in, draws in self.lengths), max(burn_in for burn_in, _ in self.lengths)
+        )
         traces = []
         for s, (burn_in, draws) in enumerate(self.lengths):
             piece = record[burn_in : burn_in + draws, :, s * chains : (s + 1) * chains]
             traces.append(self._traces(piece, self.epsilons[s], burn_in))
+        if self.single_losses:
+            variance = torch.stack(self.single_losses).double().var(0).mean(1).view(count, chains).cpu()
+            traces = [replace(each, fluctuation=0.5 * self.config.nbeta * variance[s]) for s, each in enumerate(traces)]
+            self.single_losses = []
         active = list(range(count))
         while self.settings.draws is None:
             going = [
@@ -162,7 +174,9 @@ class _Group:
             record = self._advance(max(len(traces[s].excess) for s in active))
             for i, s in enumerate(active):
                 more = record[: len(traces[s].excess), :, i * chains : (i + 1) * chains]
-                piece = self._traces(more, self.epsilons[s], traces[s].burn_in)
+                piece = replace(
+                    self._traces(more, self.epsilons[s], traces[s].burn_in), fluctuation=traces[s].fluctuation
+                )
                 joined = {
                     name: torch.cat([getattr(traces[s], name), getattr(piece, name)])
                     for name in ("excess", "pull", "spread", "paired")
@@ -186,8 +200,16 @@ class _Group:
             self.batches = [self.batches[r] for r in rows.tolist()]
             self.control = torch.empty_like(self.anchors)
 
-    def _advance(self, count: int) -> Tensor:
-        """Make `count` steps; [count, 4, R]: excess, pull, spread, paired."""
+    def _advance(self, count: int, burn_in: int | None = None) -> Tensor:
+        """Make `count` steps; [count, 4, R]: excess, pull, spread, paired.
+
+        Args:
+            count: of steps.
+            burn_in: the step from which on the losses of single samples are looked at now and then; None for never.
+        """
+        looks = set()
+        if burn_in is not None and self.loss.separable:
+            looks = set(range(count - 1, burn_in - 1, -max(1, (count - burn_in) // _FLUCTUATION_DRAWS)))
         rows, dimension = self.anchors.shape
         chains, nbeta = self.settings.chains, self.config.nbeta
         record = torch.full((count, 4, rows), torch.nan, dtype=torch.float64, device=self.anchors.device)
@@ -207,6 +229,8 @@ class _Group:
                 else:
                     paired = torch.linalg.vecdot(w - w.roll(-1, 1), g - g.roll(-1, 1))
                 record[t, 3] = 0.25 * nbeta * paired.reshape(-1)
+            if t in looks:
+                self.single_losses.append(self.loss.sample_losses(weights))
             langevin.step(self.config, state, gradients)
             if t % _CHECK_EVERY == _CHECK_EVERY - 1 and not torch.isfinite(record[t, 0]).any():
                 break

@@ -13,6 +13,7 @@ from groktrace.sampling.plan import CannotPlanError, Plan
 
 # Larger evaluations are not recorded as a plan: a recording holds every intermediate value, and saves little there.
 MAX_PLANNED_BYTES = 2**28
+MAX_SINGLE_SAMPLES = 1024
 
 Forward = Callable[[Mapping[str, Tensor], Sequence[Tensor]], tuple[Tensor, Tensor | None]]
 
@@ -63,6 +64,7 @@ class StackedLoss:
         fixed: what is not sampled (buffers, frozen weights), [R, ...] each.
         vectorised: False for networks that cannot be stacked: rows are then evaluated one by one.
         row_bytes: memory that one row's gradient takes; None where it was not measured.
+        separable: whether it was found to be a mean over samples of losses of single samples.
         plans: recorded gradients by the shapes they take, shared by all losses made of this one.
     """
 
@@ -72,6 +74,7 @@ class StackedLoss:
     fixed: dict[str, Tensor]
     vectorised: bool = True
     row_bytes: int | None = None
+    separable: bool = False
     plans: dict[Any, Plan | None] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -106,7 +109,8 @@ class StackedLoss:
             first._differentiate(weights)
         for shared in self.tensors:
             seen.pop(shared.untyped_storage().data_ptr(), None)
-        return replace(self, vectorised=first.vectorised, row_bytes=sum(seen.values()))
+        found = replace(self, vectorised=first.vectorised, row_bytes=sum(seen.values()))
+        return replace(found, separable=found.select(twice[:1])._is_separable(weights))
 
     def losses(self, weights: Tensor, index: Tensor | None = None) -> Tensor:
         """L of each row.
@@ -133,6 +137,33 @@ class StackedLoss:
                 tensors = self.tensors if index is None else tuple(tensor[index[r]] for tensor in self.tensors)
                 rows.append(one(weights[r], {name: tensor[r] for name, tensor in self.fixed.items()}, tensors))
             return torch.stack(rows)
+
+    def sample_losses(self, weights: Tensor) -> Tensor:
+        """The losses of single samples, [R, m], of at most 1024 evenly spread samples; for separable losses."""
+
+        def one(flat: Tensor, fixed: dict[str, Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
+            alone = tuple(tensor.unsqueeze(0) for tensor in tensors)
+            return self.forward({**self.layout.unflatten(flat), **fixed}, alone)[0]
+
+        tensors = tuple(tensor[self._spread()] for tensor in self.tensors)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            of_samples = torch.func.vmap(one, in_dims=(None, None, 0))
+            return torch.func.vmap(of_samples, in_dims=(0, 0, None))(weights, self.fixed, tensors)
+
+    def _spread(self) -> Tensor:
+        count = len(self.tensors[0])
+        return torch.linspace(0, count - 1, min(count, MAX_SINGLE_SAMPLES), device=self.device).long()
+
+    def _is_separable(self, weights: Tensor) -> bool:
+        if not self.vectorised:
+            return False
+        weights = 1.1 * weights + 0.01  # at a perfect fit every loss is zero, and so are its parts
+        try:
+            singles = self.sample_losses(weights).mean()
+            together = self.losses(weights, self._spread()[None])[0]
+        except (RuntimeError, ValueError):
+            return False
+        return bool((singles - together).abs() <= 1e-4 * together.abs())
 
     def gradients(
         self, weights: Tensor, index: Tensor | None = None, out: Tensor | None = None

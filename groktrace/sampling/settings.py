@@ -20,7 +20,8 @@ class SamplingSettings:
         localization: γ, the pull towards w*; None to derive it from `locality`.
         locality: wanted distance of the chains from w*, relative to ‖w*‖.
         resolution: κ = nβ·h_max/γ; curvatures down to h_max/κ count.
-        chains: independent chains a snapshot; the centred estimate needs two.
+        chains: independent chains a snapshot; the centred estimate needs two. None for two, and up to 16 where the
+            network is so small that they cost little more than one.
         draws: draws a chain after burn-in; None to grow until `rtol` is met.
         burn_in: discarded steps a chain; None for 2.5 relaxation times of the flat directions.
         step_size: ε; None to derive it from each snapshot's curvature.
@@ -38,7 +39,7 @@ class SamplingSettings:
     localization: float | None = None
     locality: float = 0.3
     resolution: float = 10.0
-    chains: int = 2
+    chains: int | None = None
     draws: int | None = None
     burn_in: int | None = None
     step_size: float | None = None

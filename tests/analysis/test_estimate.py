@@ -93,6 +93,55 @@ def test_planted_failures_are_named(teacher):
     assert any("too few draws" in reason for reason in short.reasons)
 
 
+def test_a_singular_loss_is_no_failure():
+    # Π w_i² has no curvature at 0: λ̂ = D/4 for Σ w_i⁴, and half of the pull's expectation is twice that.
+    class Quartic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(40))
+
+        def forward(self, x):
+            return x * self.w.square()
+
+    model, x = Quartic(), torch.ones(4, 40)
+    settings = {"nbeta": 1e6, "localization": 1e-2, "burn_in": 2000, "draws": 4000, "step_size": 2e-5}
+    found = estimate_llc(model, half_square, (x, torch.zeros(4, 40)), **settings)
+    assert found.llc == pytest.approx(10, rel=0.05)
+    assert found.llc_centred == pytest.approx(20, rel=0.05)
+    assert found.diagnostics["anharmonicity"] == pytest.approx(2, rel=0.02)
+
+
+def test_singular_fluctuation_and_wbic_of_a_regular_model():
+    # In linear regression with noise of variance 1 both λ and ν are D/2 (Watanabe 2009, regular models).
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 10, generator=generator)
+    model = nn.Linear(10, 1, bias=False)
+    y = model(x).detach() + torch.randn(2000, 1, generator=generator)
+    with torch.no_grad():
+        model.weight.copy_(torch.linalg.lstsq(x, y).solution.T)
+    found = estimate_llc(model, half_square, (x, y), nbeta="wbic", localization=1.0, rtol=0.01)
+    assert found.llc == pytest.approx(5, rel=0.04)
+    assert found.diagnostics["singular_fluctuation"] == pytest.approx(5, rel=0.1)
+    assert found.diagnostics["wbic"] == pytest.approx(2000 * found.loss + found.llc * math.log(2000), rel=1e-6)
+
+
+def test_a_loss_that_couples_its_samples_has_no_singular_fluctuation(teacher):
+    def centred(outputs, targets):
+        return half_square(outputs - outputs.mean(0), targets - targets.mean(0))
+
+    model, train = teacher(6, 3, 4)
+    assert estimate_llc(model, centred, train, draws=20).diagnostics["singular_fluctuation"] is None
+    assert estimate_llc(model, half_square, train, draws=20).diagnostics["singular_fluctuation"] is not None
+
+
+def test_small_networks_get_more_chains():
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+    for inputs, chains in ((3, 16), (3000, 5), (20_000, 2)):
+        model = nn.Linear(inputs, 1, bias=False)
+        data = torch.ones(3, inputs) if inputs > 3 else x
+        assert estimate_llc(model, half_square, (data, model(data).detach()), draws=4).chains == chains
+
+
 def test_nothing_of_the_model_is_changed():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2)).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

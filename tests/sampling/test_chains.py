@@ -75,7 +75,7 @@ def test_virial_identity_holds_for_a_quartic_loss():
 
 
 def test_results_do_not_depend_on_what_is_stacked_with_them(bowl):
-    settings = SamplingSettings(draws=50)
+    settings = SamplingSettings(chains=2, draws=50)
     anchors = torch.stack([torch.full((60,), 0.1 * s) for s in range(4)]).double()
     together = draw(bowl(SPECTRUM), anchors, settings, 10.0, 1.0, steps=[0, 50, 100, 150])
     for s in (1, 3):
@@ -87,7 +87,7 @@ def test_results_do_not_depend_on_what_is_stacked_with_them(bowl):
 def test_diverging_chains_are_halved_until_they_hold_and_counted(bowl):
     stable = step_size(10.0, 1.0, 1.0)
     anchors = torch.zeros(2, 60).double()
-    settings = SamplingSettings(burn_in=200, draws=2000)
+    settings = SamplingSettings(chains=2, burn_in=200, draws=2000)
     good, bad = draw(bowl(SPECTRUM), anchors, settings, 10.0, 1.0, epsilons=[stable, 16 * stable])
     assert good.halvings == 0
     assert bad.is_finite()
@@ -96,7 +96,7 @@ def test_diverging_chains_are_halved_until_they_hold_and_counted(bowl):
 
 
 def test_an_explicit_step_size_is_left_alone(bowl):
-    settings = SamplingSettings(burn_in=10, draws=2000, step_size=50.0)
+    settings = SamplingSettings(chains=2, burn_in=10, draws=2000, step_size=50.0)
     (traces,) = draw(bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, 10.0, 1.0, epsilons=[50.0])
     assert not traces.is_finite()
     assert traces.halvings == 0
@@ -111,12 +111,12 @@ def test_draws_grow_until_they_are_enough_and_only_where_they_are_not(bowl):
 
     anchors = torch.zeros(2, 60).double()
     epsilons = [step_size(10.0, 1.0, 1.0), 0.2 * step_size(10.0, 1.0, 1.0)]
-    short, long = draw(bowl(SPECTRUM), anchors, SamplingSettings(), 10.0, 1.0, enough=enough, epsilons=epsilons)
+    short, long = draw(bowl(SPECTRUM), anchors, SamplingSettings(chains=2), 10.0, 1.0, enough=enough, epsilons=epsilons)
     assert 300 <= len(short.excess) < 600
     assert 300 <= len(long.excess) < 900
     assert min(asked) < 300
     # What came first is what a run without growth gives.
-    first, _ = draw(bowl(SPECTRUM), anchors, SamplingSettings(), 10.0, 1.0, epsilons=epsilons)
+    first, _ = draw(bowl(SPECTRUM), anchors, SamplingSettings(chains=2), 10.0, 1.0, epsilons=epsilons)
     torch.testing.assert_close(short.excess[: len(first.excess)], first.excess, rtol=1e-12, atol=1e-12)
 
 
