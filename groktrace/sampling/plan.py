@@ -125,7 +125,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable or any(tag in func.tags for tag in _UNREPEATABLE):
+        if func._schema.is_mutable or (any(tag in func.tags for tag in _UNREPEATABLE) and not _is_gather(func, args)):
             raise CannotPlanError(str(func))
         encoded = pytree.tree_map_only(Tensor, lambda tensor: _Ref(self.number(tensor)), (args, kwargs))
         value = func(*args, **kwargs)
@@ -229,6 +229,13 @@ def _writing_variant(target: Any) -> Callable[..., Any] | None:
         if outs == ["out"] and rest == wanted and torch.Tag.generated not in overload.tags:
             return overload
     return None
+
+
+def _is_gather(target: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an indexing operation takes elements by number, as many as there are numbers, and not by a mask."""
+    return target is _aten.index.Tensor and all(
+        index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1]
+    )
 
 
 def _tensors(value: Any) -> list[Tensor]:

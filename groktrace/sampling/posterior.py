@@ -178,6 +178,7 @@ class StackedLoss:
         Returns:
             [R] and [R, D].
         """
+        weights = weights.detach()
         plan = self._plan(weights, index)
         if plan is None:
             losses, gradients = self._differentiate(weights, index)

@@ -53,6 +53,64 @@ def test_minibatches_take_each_rows_own_samples(classifier, vectorised):
         torch.testing.assert_close(gradients[r], gradient)
 
 
+@pytest.mark.parametrize("index", [None, torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7], [19, 18, 0, 0]])])
+def test_a_probed_loss_repeats_recorded_operations_to_the_same_bits(classifier, index):
+    _, task, layout, rows, buffers, (x, y) = classifier
+    plain = StackedLoss(task.forward, layout, (x, y), buffers)
+    flat = torch.stack([layout.flatten(row) for row in rows])
+    probed = plain.probe(flat[:1])
+    assert (probed.vectorised, probed.separable) == (True, True)
+    out = torch.empty_like(flat)
+    for weights in (flat, 0.5 * flat):
+        expected = plain.gradients(weights, index)
+        found = probed.gradients(weights, index, out)
+        assert found[1] is out
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    (plan,) = probed.plans.values()
+    assert plan is not None
+    # Other rows of as many networks share the plan; their buffers are arguments of it.
+    order = torch.tensor([2, 0, 1])
+    swapped = None if index is None else index[order]
+    found, expected = probed.select(order).gradients(flat[order], swapped), plain.gradients(flat, index)
+    torch.testing.assert_close(found[1], expected[1][order])
+    assert len(probed.plans) == 1
+
+
+def test_gradients_survive_the_next_call(classifier):
+    _, task, layout, rows, buffers, (x, y) = classifier
+    flat = torch.stack([layout.flatten(row) for row in rows])
+    loss = StackedLoss(task.forward, layout, (x, y), buffers).probe(flat[:1])
+    losses, gradients = loss.gradients(flat)
+    kept = losses.clone(), gradients.clone()
+    loss.gradients(2 * flat)
+    assert torch.equal(losses, kept[0])
+    assert torch.equal(gradients, kept[1])
+
+
+def test_a_loss_that_cannot_be_recorded_is_differentiated_each_time():
+    layout = WeightLayout(("w",), ((2,),))
+
+    def forward(weights, tensors):
+        scratch = torch.zeros_like(weights["w"])
+        scratch.copy_(weights["w"])  # writes in place
+        return (scratch * weights["w"]).sum(), None
+
+    loss = StackedLoss(forward, layout, (torch.ones(1),), {}).probe(torch.ones(1, 2))
+    _, gradients = loss.gradients(torch.tensor([[1.0, 3.0], [-1.0, 0.5]]))
+    torch.testing.assert_close(gradients, torch.tensor([[2.0, 6.0], [-2.0, 1.0]]))
+    assert list(loss.plans.values()) == [None]
+
+
+def test_single_samples_of_a_separable_loss(classifier):
+    model, task, layout, rows, buffers, (x, y) = classifier
+    flat = torch.stack([layout.flatten(row) for row in rows])
+    singles = StackedLoss(task.forward, layout, (x, y), buffers).sample_losses(flat)
+    assert singles.shape == (3, 20)
+    for sample in (0, 19):
+        expected, _ = live(model, rows[1], buffers, 1, x[sample : sample + 1], y[sample : sample + 1])
+        torch.testing.assert_close(singles[1, sample], expected)
+
+
 def test_networks_that_cannot_be_stacked_go_row_by_row():
     layout = WeightLayout(("w",), ((2,),))
 
