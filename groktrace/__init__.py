@@ -1,5 +1,6 @@
 """See grokking as a phase transition: local learning coefficients along any PyTorch training run."""
 
+from groktrace import theory as theory
 from groktrace.analysis.estimate import estimate_llc as estimate_llc
 from groktrace.analysis.grokking import Grokking as Grokking
 from groktrace.analysis.grokking import measure_grokking as measure_grokking

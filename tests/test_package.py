@@ -11,8 +11,12 @@ import groktrace
 
 ROOT = Path(groktrace.__file__).parent
 # A package may import those before it. `run` comes first: recording writes what analysis reads.
-ORDER = ["errors", "run", "recording", "sampling", "analysis", "reporting", "cli"]
-MAY_NOT = {"sampling": {"run", "recording"}, "analysis": {"recording"}, "reporting": {"recording"}}
+ORDER = ["errors", "theory", "run", "recording", "sampling", "analysis", "reporting", "cli"]
+MAY_NOT = {
+    "sampling": {"run", "recording"},
+    "analysis": {"recording"},
+    "reporting": {"recording"},
+}
 
 
 def imported_parts(path):
