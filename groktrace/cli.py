@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from groktrace.errors import GroktraceError
+from groktrace.theory_commands import theory
 
 INCOMPLETE = 3
 INTERRUPTED = 130
@@ -39,6 +40,8 @@ class _Group(click.Group):
 def main() -> None:
     """See grokking as a phase transition: local learning coefficients along a training run."""
 
+
+main.add_command(theory)
 
 _run = click.argument("run", type=click.Path(path_type=Path))
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")

@@ -11,11 +11,12 @@ import groktrace
 
 ROOT = Path(groktrace.__file__).parent
 # A package may import those before it. `run` comes first: recording writes what analysis reads.
-ORDER = ["errors", "theory", "run", "recording", "sampling", "analysis", "reporting", "cli"]
+ORDER = ["errors", "theory", "run", "recording", "sampling", "analysis", "reporting", "theory_commands", "cli"]
 MAY_NOT = {
     "sampling": {"run", "recording"},
     "analysis": {"recording"},
     "reporting": {"recording"},
+    "theory_commands": {"run", "recording", "sampling", "analysis", "reporting"},
 }
 
 
