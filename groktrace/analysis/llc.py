@@ -126,6 +126,10 @@ def summarise(
     relative_distance = distance / norm if norm > 0 else math.inf
     rhat, ess = diagnose.split_rhat(traces.excess), diagnose.effective_sample_size(traces.excess)
     virial_error = diagnose.standard_error(traces.pull + traces.spread) / dimension
+    # A flat direction takes 2/(εγ) steps for each new value of w², which traces of few of them cannot tell themselves.
+    passes = len(traces.spread) * traces.step_size * localization / 2
+    if passes >= 1:
+        virial_error = max(virial_error, math.sqrt(2 / (dimension * chains * passes)))
     reasons = []
     ratio_error = diagnose.standard_error(0.5 * traces.pull - traces.excess) / abs(llc) if llc else 0.0
     far = relative_distance > MAX_DISTANCE
