@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from groktrace import theory
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -24,7 +26,6 @@ class KnownModel:
         nbeta: nβ at which λ̂ is measured.
         localization: γ.
         exact: λ; of a bowl, its value at this nβ and γ.
-        multiplicity: m; above 1, λ̂ approaches λ only like 1/log nβ.
     """
 
     name: str
@@ -35,7 +36,6 @@ class KnownModel:
     nbeta: float
     localization: float
     exact: float
-    multiplicity: int = 1
 
 
 class Quadratic(nn.Module):
@@ -166,20 +166,7 @@ def reduced_rank(m: int, h: int, n: int, r: int, nbeta: float, localization: flo
     generator = torch.Generator().manual_seed(seed)
     model = ReducedRank(m, h, n, r, generator)
     inputs = n**0.5 * torch.eye(n)
-    exact, multiplicity = reduced_rank_llc(m, h, n, r)
+    known = theory.reduced_rank_llc(m, h, n, r)
     train = (inputs, model(inputs).detach())
     name = f"M={m} H={h} N={n} r={r}"
-    return KnownModel(name, "reduced rank", model, half_square, train, nbeta, localization, exact, multiplicity)
-
-
-def reduced_rank_llc(m: int, h: int, n: int, r: int) -> tuple[float, int]:
-    """λ and multiplicity of reduced-rank regression (Aoyagi & Watanabe 2005)."""
-    if m + h < n + r:
-        return 0.5 * (h * m - h * r + n * r), 1
-    if n + h < m + r:
-        return 0.5 * (h * n - h * r + m * r), 1
-    if m + n < h + r:
-        return 0.5 * m * n, 1
-    odd = (m + h + n + r) % 2
-    eight = -((h + r) ** 2) - m * m - n * n + 2 * (h + r) * (m + n) + 2 * m * n + odd
-    return eight / 8, 1 + odd
+    return KnownModel(name, "reduced rank", model, half_square, train, nbeta, localization, known.llc)

@@ -55,22 +55,22 @@ FINITE_CORRECTION = 0.01
 LOCALITY = 0.3
 # Singular truths have no Hessian to go by: (nβ, γ) for all of them.
 SINGULAR_SCALE = (1e4, 1.0)
-LEARNING_RATES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+LEARNING_RATES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 # coverage
 SEEDS = 200
 COVERAGE = (0.90, 0.99)
 
 # insensitivity
-STEP_SCALES = (0.2, 0.5, 1.0, 1.4, 1.8)
+STEP_SCALES = (0.2, 0.5, 1.0, 1.8)
 STEP_TOLERANCE = 0.02
-BATCH_SIZES = (64, 128, 256)
+BATCH_SIZES = (64, 256)
 BATCH_TOLERANCE = 0.03
-PRECISE = 0.004
+PRECISE = 0.005
 # Plain SGLD takes this many draws a chain at our own step size, and proportionally more at smaller ones.
-SGLD_DRAWS = 2000
+SGLD_DRAWS = 600
 PROMISES = (0.05, 0.02, 0.01)
-PROMISE_SEEDS = 24
+PROMISE_SEEDS = 12
 # Root mean square of the relative errors over `PROMISE_SEEDS` seeds, in units of rtol: 1 plus two standard errors.
 PROMISE_SLACK = 1 + 2 / (2 * PROMISE_SEEDS) ** 0.5
 
@@ -139,7 +139,7 @@ def known_models() -> list[KnownModel]:
     ]
     teachers = [(5, 3, 2), (16, 5, 4), (6, 3, 4), (4, 2, 12), (4, 3, 20), (6, 2, 24), (5, 3, 30), (4, 3, 40)]
     pairs = [(5, 2, None), (7, 4, None), (11, 4, None), (7, 12, 24), (5, 20, None), (5, 40, None), (7, 40, 24)]
-    ranks = [(5, 3, 5, 1), (5, 3, 5, 2), (8, 4, 6, 2), (10, 2, 3, 1), (2, 9, 3, 0), (10, 6, 10, 3)]
+    ranks = [(5, 3, 5, 1), (5, 3, 5, 2), (8, 4, 6, 2), (2, 9, 3, 0)]
     return [
         *bowls,
         *[resolved(lambda d=d, p=p, k=k, **scale: teacher(d, p, k, **scale)) for d, p, k in teachers],
@@ -285,7 +285,7 @@ def coverage_cells() -> dict[str, tuple[KnownModel, float]]:
     small = bowl("D=20 cond 100", geometric(20, 100), 20, 1)
     flat = bowl("D=100 half flat, cond 1e3", geometric(50, 1e3, flat=50), 30, 1)
     wide = bowl("D=40 cond 1e4", geometric(40, 1e4), 40, 1)
-    cells = [(small, 0.05), (small, 0.02), (flat, 0.05), (flat, 0.02), (wide, 0.05)]
+    cells = [(small, 0.05), (flat, 0.05), (wide, 0.05), (small, 0.02), (flat, 0.02)]
     return {f"{known.name} rtol={rtol}": (known, rtol) for known, rtol in cells}
 
 
@@ -360,7 +360,7 @@ def run_insensitivity(out: Path, fresh: bool) -> list[Verdict]:
     small = teacher(16, 5, 4, math.nan, math.nan)
     grokked = trained(out, "grokked p=23")
     verdicts = []
-    for known, chains in ((flat, 16), (small, 16), (grokked, 4)):
+    for known, chains in ((grokked, 2), (small, 8), (flat, 8)):
         common = {"chains": chains, "rtol": PRECISE}
         verdicts += vary_step(table, known, common)
         if known is not flat:
@@ -461,7 +461,7 @@ def hold_to_promise(table: Table, known: KnownModel) -> list[Verdict]:
     """Errors against a long reference where the estimate claims to have met rtol."""
     automatic = estimate(known, chains=2)
     scale = {"nbeta": automatic.nbeta, "localization": automatic.localization}
-    key = record(table, known, "long reference", 32, scale | {"chains": 32, "draws": 6000, "seed": 10_000})
+    key = record(table, known, "long reference", 32, scale | {"chains": 32, "draws": 3000, "seed": 10_000})
     reference = table.number(key, "λ̂")
     rows, verdicts = [], []
     for rtol in PROMISES:

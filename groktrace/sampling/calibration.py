@@ -12,7 +12,8 @@ STEP_FRACTION = 1.0
 CURVATURE_SAFETY = 1.5
 # From 2.5 relaxation times on, the variance of even a flat direction is within e⁻⁵ of its own.
 BURN_IN_RELAXATIONS = 2.5
-DRAW_RELAXATIONS = 5.0
+# Draws of all chains together, at first; each chain takes one at least.
+DRAW_RELAXATIONS = 10.0
 MIN_DRAWS = 64
 MAX_STEPS = 100_000
 # Below so many weights in a stack of chains, a step costs the same however many there are.
@@ -68,13 +69,14 @@ def run_length(settings: SamplingSettings, localization: float, epsilon: float) 
     A flat direction forgets its start in 2/(εγ) steps.
 
     Args:
-        settings: burn_in and draws, where given.
+        settings: chains; burn_in and draws, where given.
         localization: γ.
         epsilon: ε.
     """
     relaxation = 2 / (epsilon * localization)
     burn_in = min(math.ceil(BURN_IN_RELAXATIONS * relaxation), MAX_STEPS // 2)
-    draws = min(max(MIN_DRAWS, math.ceil(DRAW_RELAXATIONS * relaxation)), MAX_STEPS // 2)
+    share = max(1.0, DRAW_RELAXATIONS / settings.chains)
+    draws = min(max(MIN_DRAWS, math.ceil(share * relaxation)), MAX_STEPS // 2)
     return (
         burn_in if settings.burn_in is None else settings.burn_in,
         draws if settings.draws is None else settings.draws,

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from groktrace.errors import SettingsError
-from groktrace.sampling.calibration import posterior_scale, run_length, step_size
+from groktrace.sampling.calibration import posterior_scale, run_length, settle_chains, step_size
 from groktrace.sampling.settings import SamplingSettings
 
 
@@ -38,7 +38,14 @@ def test_step_is_stable_and_run_length_covers_the_flat_directions():
     nbeta, gamma, top = 1000.0, 2.0, 0.3
     epsilon = step_size(nbeta, gamma, top)
     assert epsilon * (1.5 * nbeta * top + gamma) < 4
-    burn_in, draws = run_length(SamplingSettings(), gamma, epsilon)
-    assert burn_in * epsilon * gamma / 2 >= 2.5
-    assert draws * epsilon * gamma / 2 >= 5
-    assert run_length(SamplingSettings(burn_in=7, draws=9), gamma, epsilon) == (7, 9)
+    for chains, relaxations in ((1, 10), (2, 5), (16, 1)):
+        burn_in, draws = run_length(SamplingSettings(chains=chains), gamma, epsilon)
+        assert burn_in * epsilon * gamma / 2 >= 2.5
+        assert draws * epsilon * gamma / 2 == pytest.approx(relaxations, rel=0.01)
+    assert run_length(SamplingSettings(chains=2, burn_in=7, draws=9), gamma, epsilon) == (7, 9)
+
+
+@pytest.mark.parametrize(("dimension", "chains"), [(2, 16), (3000, 5), (8832, 2), (10**9, 2)])
+def test_small_networks_get_more_chains(dimension, chains):
+    assert settle_chains(SamplingSettings(), dimension).chains == chains
+    assert settle_chains(SamplingSettings(chains=3), dimension).chains == 3
