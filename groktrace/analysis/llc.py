@@ -13,6 +13,7 @@ MAX_VIRIAL_GAP = 0.02
 MAX_ANHARMONICITY = 0.05
 MAX_RHAT = 1.1
 MAX_DISTANCE = 0.5
+MAX_HEATING = 0.03
 
 OFF_MINIMUM = "not at a minimum: the loss falls on moving away from the snapshot"
 
@@ -38,11 +39,11 @@ class LLCEstimate:
         draws: draws a chain after burn-in.
         burn_in: discarded steps a chain.
         loss: L_n(w*); None where it is not finite.
-        diagnostics: `virial` (1 in equilibrium), `anharmonicity` (1 in a quadratic bowl, k for a loss of degree 2k,
-            where λ_c is k times λ̂), `rhat`, `ess`, `drift`, `distance` (E‖w − w*‖ relative to ‖w*‖), `halvings` of
-            the step size; `singular_fluctuation` ν = ½·β·Σ_i Var[ℓ_i], β = nβ/n, over the samples' losses ℓ_i (Watanabe
-            2009, functional variance; None where the loss is no mean over samples); `wbic` n·E[L_n] (Watanabe 2013;
-            None unless nβ = n/log n).
+        diagnostics: `virial` (1 in equilibrium); `anharmonicity` (1 in a quadratic bowl, k for a loss of degree 2k,
+            where λ_c is k times λ̂); `rhat`, `ess`, `drift`; `distance` (E‖w − w*‖ relative to ‖w*‖); `halvings` of
+            the step size; `heating` (what minibatch noise adds to λ̂ at most, relative to it); `singular_fluctuation`
+            ν = ½·β·Σ_i Var[ℓ_i], β = nβ/n, over the samples' losses ℓ_i (Watanabe 2009; None where the loss is no mean
+            over samples); `wbic` n·E[L_n] (Watanabe 2013; None unless nβ = n/log n).
     """
 
     llc: float | None
@@ -132,7 +133,8 @@ def summarise(
         virial_error = max(virial_error, math.sqrt(2 / (dimension * chains * passes)))
     reasons = []
     ratio_error = diagnose.standard_error(0.5 * traces.pull - traces.excess) / abs(llc) if llc else 0.0
-    far = relative_distance > MAX_DISTANCE
+    # Where all weights are zero there is no length to compare with.
+    far = norm > 0 and relative_distance > MAX_DISTANCE
     bent = abs(anharmonicity - 1) > MAX_ANHARMONICITY + 3 * ratio_error
     # Neither alone does harm: in a quadratic bowl the estimate is exact however wide it is, and a singular loss is of
     # higher degree however close one looks.
@@ -145,6 +147,11 @@ def summarise(
         reasons.append(OFF_MINIMUM)
     if abs(virial - 1) > MAX_VIRIAL_GAP + 3 * virial_error:
         reasons.append(f"not equilibrated (virial ratio {virial:.3f}, expected 1); needs a longer burn-in")
+    if traces.heating > MAX_HEATING:
+        reasons.append(
+            f"heated by minibatch noise, by up to {100 * traces.heating:.0f} %; use a larger batch_size or a smaller "
+            "step_size"
+        )
     # Half-chains of m effective draws differ by chance: R-hat is then about √(1 + 1/m).
     if rhat > max(MAX_RHAT, math.sqrt(1 + 10 * chains / ess)):
         reasons.append(f"chains disagree (split R-hat {rhat:.2f})")
@@ -172,6 +179,7 @@ def summarise(
             "drift": diagnose.drift(traces.excess),
             "distance": relative_distance if norm > 0 else None,
             "halvings": traces.halvings,
+            "heating": traces.heating,
             "singular_fluctuation": None if traces.fluctuation is None else float(traces.fluctuation.mean()),
             "wbic": n * (loss + llc / nbeta) if settings.nbeta == "wbic" else None,
         },

@@ -19,6 +19,10 @@ WORKING_SET_BYTES = {"cpu": 12 * 2**20}
 WORKING_SET_BYTES_ELSEWHERE = 2**31
 _STATE_VECTORS = 8
 _CHECK_EVERY = 64
+# Minibatch noise may raise λ̂ by this fraction, by what a second batch tells at every so many steps.
+MAX_HEATING = 0.02
+MIN_COOLING = 1 / 32
+_HEATING_EVERY = 16
 # The losses of single samples are looked at in so many draws of each chain.
 _FLUCTUATION_DRAWS = 16
 
@@ -38,6 +42,8 @@ class Traces:
         halvings: times that ε was halved because the chains diverged.
         fluctuation: ½nβ times the mean over samples of the variance of a sample's loss over some of the draws, a
             number a chain, [chains]; None where the loss is no mean over samples.
+        heating: what the noise of minibatch gradients adds to λ̂ at most, relative to it: it widens the posterior along
+            a direction by ¼ε·nβ²·Var[g], so that 2λ̂ grows by at most ¼ε·nβ²·tr Cov[g].
     """
 
     excess: Tensor
@@ -48,6 +54,7 @@ class Traces:
     burn_in: int
     halvings: int = 0
     fluctuation: Tensor | None = None
+    heating: float = 0.0
 
     def is_finite(self) -> bool:
         """Whether no chain diverged."""
@@ -84,7 +91,8 @@ def sample(
         settings: chains, batch size, run length.
         nbeta: nβ.
         localization: γ.
-        step_sizes: ε of each snapshot; halved, up to six times, where chains diverge.
+        step_sizes: ε of each snapshot; halved where chains diverge, reduced where minibatch noise heats them, six times
+            at most.
         enough: whether a snapshot's draws suffice; asked only where `settings.draws` is None.
 
     Returns:
@@ -92,9 +100,10 @@ def sample(
     """
     results: dict[int, Traces] = {}
     pending = list(range(len(steps)))
-    for halvings in range(MAX_HALVINGS + 1):
+    epsilon, halvings = list(step_sizes), [0] * len(steps)
+    for _ in range(MAX_HALVINGS + 1):
         rows = torch.tensor(pending, device=anchors.device)
-        epsilons = [step_sizes[s] / 2**halvings for s in pending]
+        epsilons = [epsilon[s] for s in pending]
         group = _Group(
             loss.select(rows),
             anchors[rows],
@@ -105,8 +114,13 @@ def sample(
             epsilons,
         )
         for s, traces in zip(pending, group.run(enough), strict=True):
-            results[s] = replace(traces, halvings=halvings)
-        pending = [s for s in pending if not results[s].is_finite()]
+            results[s] = replace(traces, halvings=halvings[s])
+            if not traces.is_finite():
+                epsilon[s] /= 2
+                halvings[s] += 1
+            elif traces.heating > MAX_HEATING:
+                epsilon[s] *= max(0.8 * MAX_HEATING / traces.heating, MIN_COOLING)
+        pending = [s for s in pending if epsilon[s] != results[s].step_size]
         if not pending or settings.step_size is not None:
             break
     return [results[s] for s in range(len(steps))]
@@ -144,6 +158,7 @@ class _Group:
         self.samples = samples
         self.base, self.base_gradients = self.loss.gradients(self.anchors)
         self.control = torch.empty_like(self.anchors) if self.batches is not None else None
+        self.noise: list[Tensor] = []
         self.single_losses: list[Tensor] = []
 
     def run(self, enough: Callable[[Traces], bool]) -> list[Traces]:
@@ -156,6 +171,11 @@ class _Group:
         for s, (burn_in, draws) in enumerate(self.lengths):
             piece = record[burn_in : burn_in + draws, :, s * chains : (s + 1) * chains]
             traces.append(self._traces(piece, self.epsilons[s], burn_in))
+        if self.noise:
+            noise = torch.stack(self.noise).double().mean(0).view(count, chains).mean(1).cpu()
+            traces = [
+                replace(each, heating=float(noise[s]) / abs(float(each.pull.mean()))) for s, each in enumerate(traces)
+            ]
         if self.single_losses:
             variance = torch.stack(self.single_losses).double().var(0).mean(1).view(count, chains).cpu()
             traces = [replace(each, fluctuation=0.5 * self.config.nbeta * variance[s]) for s, each in enumerate(traces)]
@@ -174,14 +194,12 @@ class _Group:
             record = self._advance(max(len(traces[s].excess) for s in active))
             for i, s in enumerate(active):
                 more = record[: len(traces[s].excess), :, i * chains : (i + 1) * chains]
-                piece = replace(
-                    self._traces(more, self.epsilons[s], traces[s].burn_in), fluctuation=traces[s].fluctuation
-                )
+                piece = self._traces(more, self.epsilons[s], traces[s].burn_in)
                 joined = {
                     name: torch.cat([getattr(traces[s], name), getattr(piece, name)])
                     for name in ("excess", "pull", "spread", "paired")
                 }
-                traces[s] = replace(piece, **joined)
+                traces[s] = replace(traces[s], **joined)
         return traces
 
     def _limit(self, s: int) -> int:
@@ -219,6 +237,8 @@ class _Group:
             displacement = state.displacement
             torch.add(self.anchors, displacement, out=weights)
             excess = self._evaluate(weights, gradients)
+            if burn_in is not None and t >= burn_in and t % _HEATING_EVERY == 0 and self._corrected:
+                self.noise.append(self._gradient_noise(weights, gradients))
             record[t, 0] = nbeta * excess
             record[t, 1] = nbeta * torch.linalg.vecdot(displacement, gradients)
             record[t, 2] = self.config.localization * torch.linalg.vecdot(displacement, displacement)
@@ -240,19 +260,30 @@ class _Group:
         """L(w) − L(w*) of each row, [R]; ∇L(w) goes into `gradients`, [R, D]."""
         if self.batches is None:
             return self.loss.gradients(weights, out=gradients)[0] - self.base
+        # Without replacement: the noise of a batch is then smaller, and none where it holds everything.
+        size, device = self.settings.batch_size, weights.device
         index = torch.stack(
-            [
-                torch.randint(self.samples, (self.settings.batch_size,), generator=generator, device=weights.device)
-                for generator in self.batches
-            ]
+            [torch.randperm(self.samples, generator=generator, device=device)[:size] for generator in self.batches]
         )
         losses, _ = self.loss.gradients(weights, index, gradients)
-        if self.settings.method == "sgld":
+        if not self._corrected:
             return losses - self.base
         # Control variate at w* and paired losses (Baker et al. 2019): both errors shrink with ‖w − w*‖.
         base, _ = self.loss.gradients(self.anchors, index, self.control)
         gradients.sub_(self.control).add_(self.base_gradients)
         return losses - base
+
+    @property
+    def _corrected(self) -> bool:
+        """Whether gradients are of minibatches, with a control variate; the published method has none."""
+        return self.batches is not None and self.settings.method != "sgld"
+
+    def _gradient_noise(self, weights: Tensor, gradients: Tensor) -> Tensor:
+        """¼ε·nβ²·tr Cov[g] of each row, from a second batch, [R]."""
+        other = torch.empty_like(gradients)
+        self._evaluate(weights, other)
+        scale = 0.25 * self.config.step_size * self.config.nbeta**2
+        return scale * 0.5 * (gradients - other).square().sum(1)
 
     def _traces(self, piece: Tensor, epsilon: float, burn_in: int) -> Traces:
         piece = piece.cpu()

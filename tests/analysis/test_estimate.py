@@ -202,3 +202,22 @@ def test_a_model_without_trainable_weights_is_refused():
     model = nn.Linear(2, 1).requires_grad_(False)
     with pytest.raises(TaskError, match="at least one trainable real-valued parameter, found none"):
         estimate_llc(model, "mse", (torch.ones(3, 2), torch.ones(3, 1)))
+
+
+def test_minibatch_noise_is_kept_small_or_named():
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(400, 30, generator=generator)
+    model = nn.Linear(30, 1, bias=False)
+    train = (x, model(x).detach())
+    scale = 3000.0 * torch.linalg.eigvalsh(x.double().T @ x.double() / 400)
+    exact = float(0.5 * (scale / (scale + 10.0)).sum())
+    common = {"nbeta": 3000.0, "localization": 10.0, "rtol": 0.01}
+    found = estimate_llc(model, half_square, train, batch_size=32, **common)
+    assert found.reliable, found.reasons
+    assert found.llc == pytest.approx(exact, abs=3.5 * found.stderr + 0.02 * exact)
+    assert 0 < found.diagnostics["heating"] <= 0.02
+    full = estimate_llc(model, half_square, train, **common)
+    assert full.diagnostics["heating"] == 0
+    hot = estimate_llc(model, half_square, train, batch_size=32, step_size=full.step_size, **common)
+    assert hot.llc > 1.1 * exact
+    assert any("heated by minibatch noise" in reason for reason in hot.reasons)
