@@ -277,7 +277,7 @@ def listed(names: Sequence[str]) -> str:
 
 # --- coverage --------------------------------------------------------------------------------------------------------
 
-COVERAGE_COLUMNS = ["run", "cell", "exact", "λ̂", "stderr", "λ_c", "λ_c stderr"]
+COVERAGE_COLUMNS = ["run", "cell", "exact", "λ̂", "λ̂ stderr", "λ_c", "λ_c stderr"]
 
 
 def coverage_cells() -> dict[str, tuple[KnownModel, float]]:
@@ -295,7 +295,7 @@ def measure_seed(known: KnownModel, rtol: float, seed: int) -> Row:
     return {
         "exact": known.exact,
         "λ̂": found.llc,
-        "stderr": found.stderr,
+        "λ̂ stderr": found.stderr,
         "λ_c": found.llc_centred,
         "λ_c stderr": found.stderr_centred,
     }
