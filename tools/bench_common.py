@@ -1,0 +1,183 @@
+"""What the benchmarks share: results that are kept as they come, contenders in turn, tables."""
+
+import csv
+import hashlib
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import groktrace
+from groktrace.run.files import write_json
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A figure and the limit that it is held to.
+
+    Attributes:
+        claim: what is measured.
+        measured: the figure; None where the peer was not there.
+        limit: what it must reach.
+        at_least: whether more is better.
+        unit: of both.
+    """
+
+    claim: str
+    measured: float | None
+    limit: float
+    at_least: bool
+    unit: str = "×"
+
+    def row(self) -> Row:
+        """One line of the table of verdicts."""
+        sign = "≥" if self.at_least else "≤"
+        if self.measured is None:
+            measured, verdict = "–", "not measured"
+        else:
+            met = self.measured >= self.limit if self.at_least else self.measured <= self.limit
+            measured, verdict = f"{self.measured:.4g} {self.unit}", "met" if met else "NOT MET"
+        return {"bar": self.claim, "limit": f"{sign} {self.limit:g} {self.unit}", "measured": measured, "": verdict}
+
+
+class Store:
+    """Finished parts of one benchmark, in one JSON file; those of other code or settings are dropped.
+
+    Args:
+        folder: where the file lies.
+        name: of the benchmark.
+        settings: whatever the results depend on.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{name}.json"
+        self.name = name
+        about = {"settings": settings, "code": _code_digest(), **environment()}
+        self.content: dict[str, Any] = {"about": about}
+        if self.path.exists():
+            kept = json.loads(self.path.read_text())
+            if kept.get("about") == json.loads(json.dumps(about)):
+                self.content = kept
+            else:
+                say(f"{self.path}: of other code or settings; starting anew")
+
+    def cached(self, key: str, compute: Callable[[], Any]) -> Any:
+        """The value kept under `key`, or the computed one, which is then kept."""
+        if key not in self.content:
+            say(f"{self.name}: {key}")
+            self.content[key] = compute()
+            write_json(self.path, self.content)
+        return self.content[key]
+
+    def finish(self, title: str, rows: Sequence[Row], bars: Sequence[Bar], notes: Sequence[str] = ()) -> None:
+        """Keep and print a finished table."""
+        self.content |= {"rows": list(rows), "bars": [vars(bar) for bar in bars], "notes": list(notes)}
+        write_json(self.path, self.content)
+        with open(self.path.with_suffix(".csv"), "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f"\n### {title}\n\n{markdown(rows)}\n")
+        for note in notes:
+            print(f"- {note}")
+
+
+def environment() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "processor": _processor(),
+    }
+
+
+def say(line: str) -> None:
+    """Progress."""
+    print(f"[{time.strftime('%H:%M:%S')}] {line}", file=sys.stderr, flush=True)
+
+
+def in_turn(
+    store: Store, group: str, contenders: Mapping[str, Callable[[int], Any]], rounds: int
+) -> dict[str, list[Any]]:
+    """Measure contenders one after the other, and all of them again: A B C A B C.
+
+    Args:
+        store: keeps every finished round; a round is never split between processes.
+        group: the key of the rounds.
+        contenders: by name, from the round's number to a measurement in JSON values.
+        rounds: how often.
+
+    Returns:
+        Measurements of each contender, one a round.
+    """
+    measured = [
+        store.cached(f"{group}, round {r}", lambda r=r: {name: measure(r) for name, measure in contenders.items()})
+        for r in range(rounds)
+    ]
+    return {name: [each[name] for each in measured] for name in contenders}
+
+
+def seconds_a_step(run: Callable[[int], Any], steps: int) -> float:
+    """Time of one step, what comes before the first one taken off; `run` has to have run before.
+
+    Args:
+        run: makes a number of steps.
+        steps: timed.
+    """
+    few = 2
+    start = time.perf_counter()
+    run(few)
+    between = time.perf_counter()
+    run(few + steps)
+    end = time.perf_counter()
+    return ((end - between) - (between - start)) / steps
+
+
+def ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
+    """times/others, round by round."""
+    return [a / b for a, b in zip(times, others, strict=True)]
+
+
+def spread(values: Sequence[float], scale: float = 1.0, digits: int = 3) -> str:
+    """Median (min–max)."""
+    low, middle, high = (f"{scale * f(values):.{digits}g}" for f in (min, statistics.median, max))
+    return f"{middle} ({low}–{high})"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table whose columns are the keys of the rows."""
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *([row[name] for name in head] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _code_digest() -> str:
+    """A digest of groktrace's own source and of the benchmarks'."""
+    digest = hashlib.sha256()
+    for folder in (Path(groktrace.__file__).parent, Path(__file__).parent):
+        for path in sorted(folder.rglob("*.py")):
+            if folder != Path(__file__).parent or path.name.startswith("bench_"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
