@@ -270,7 +270,7 @@ def bench_memory(folder: Path, settings: Settings) -> None:
     }
     limit = budget / MIB + 1024
     bar = Bar("memory: peak resident size (budget + 1 GiB)", round(found["peak"] / MIB), limit, False, "MiB")
-    notes = ["Resident memory of a fresh process; one chain and two draws a snapshot, curvature included."]
+    notes = ["Resident memory of a fresh process; one chain and four draws a snapshot, curvature included."]
     store.finish("Memory, p = 53, K = 1024", [row], [bar], notes)
 
 
@@ -302,7 +302,7 @@ def measure_own_memory(root: Path) -> None:
     """Analyse a run with few draws; print this process's memory before and at its peak as JSON."""
     imported = _peak_bytes()
     start = time.perf_counter()
-    found = groktrace.analyze(root, device="cpu", chains=1, burn_in=0, draws=2)
+    found = groktrace.analyze(root, device="cpu", chains=1, burn_in=0, draws=4)
     seconds = time.perf_counter() - start
     expected = len(list((root / layout.WEIGHTS_FOLDER).glob("*.safetensors")))
     if len(found.points) != expected:

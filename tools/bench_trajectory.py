@@ -65,7 +65,7 @@ class TrajectorySettings:
         (2, 30, 60),
     )
     quick_error: float = 0.018
-    lrs: tuple[float, ...] = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4)
+    lrs: tuple[float, ...] = (1.25e-5, 2.5e-5, 5e-5, 1e-4, 2e-4)
     peer_run: tuple[int, int, int] = (PAPER.chains, PAPER.burn_in, PAPER.draws)
     peer_snapshots: int = 6
 
