@@ -12,7 +12,8 @@ from groktrace.sampling.langevin import LangevinConfig, LangevinState, generator
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
 
-MAX_HALVINGS = 6
+# Restarts; a step size that chains only just survive is too large for them, so each restart halves it twice.
+MAX_RESTARTS = 8
 MAX_GROWTH = 16
 # Stacks beyond the processor's cache gain nothing (measured); a GPU wants more at once.
 WORKING_SET_BYTES = {"cpu": 12 * 2**20}
@@ -91,8 +92,8 @@ def sample(
         settings: chains, batch size, run length.
         nbeta: nβ.
         localization: γ.
-        step_sizes: ε of each snapshot; halved where chains diverge, reduced where minibatch noise heats them, six times
-            at most.
+        step_sizes: ε of each snapshot; quartered where chains diverge, reduced where minibatch noise heats them, eight
+            times at most.
         enough: whether a snapshot's draws suffice; asked only where `settings.draws` is None.
 
     Returns:
@@ -101,7 +102,7 @@ def sample(
     results: dict[int, Traces] = {}
     pending = list(range(len(steps)))
     epsilon, halvings = list(step_sizes), [0] * len(steps)
-    for _ in range(MAX_HALVINGS + 1):
+    for _ in range(MAX_RESTARTS + 1):
         rows = torch.tensor(pending, device=anchors.device)
         epsilons = [epsilon[s] for s in pending]
         group = _Group(
@@ -116,8 +117,8 @@ def sample(
         for s, traces in zip(pending, group.run(enough), strict=True):
             results[s] = replace(traces, halvings=halvings[s])
             if not traces.is_finite():
-                epsilon[s] /= 2
-                halvings[s] += 1
+                epsilon[s] /= 4
+                halvings[s] += 2
             elif traces.heating > MAX_HEATING:
                 epsilon[s] *= max(0.8 * MAX_HEATING / traces.heating, MIN_COOLING)
         pending = [s for s in pending if epsilon[s] != results[s].step_size]
