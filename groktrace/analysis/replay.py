@@ -105,7 +105,7 @@ def analyze(
                 for (snapshot, _), each, estimate in zip(group, about, estimates, strict=True)
             ]
 
-        together = max(1, rows // chosen.chains)
+        together = max(1, rows_per_stack(loss, chosen.batch_size) // chosen.chains)
         points = snapshots.replay(
             folder / _POINTS_FILE, together, sample_group, Point.from_dict, lambda d, n: report("sampling", d, n)
         )

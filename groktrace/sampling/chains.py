@@ -12,8 +12,7 @@ from groktrace.sampling.langevin import LangevinConfig, LangevinState, generator
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
 
-# Restarts; a step size that chains only just survive is too large for them, so each restart halves it twice.
-MAX_RESTARTS = 8
+MAX_RESTARTS = 16
 MAX_GROWTH = 16
 # Stacks beyond the processor's cache gain nothing (measured); a GPU wants more at once.
 WORKING_SET_BYTES = {"cpu": 12 * 2**20}
@@ -62,13 +61,14 @@ class Traces:
         return bool(torch.isfinite(self.excess).all() and torch.isfinite(self.pull).all())
 
 
-def rows_per_stack(loss: StackedLoss) -> int:
+def rows_per_stack(loss: StackedLoss, batch_size: int | None = None) -> int:
     """How many chains are advanced at once: as many as fit the working set.
 
     Args:
         loss: probed.
+        batch_size: samples a gradient; None for all.
     """
-    row = (loss.row_bytes or 0) + _STATE_VECTORS * loss.layout.size * 4
+    row = loss.gradient_bytes(batch_size) + _STATE_VECTORS * loss.layout.size * 4
     budget = WORKING_SET_BYTES.get(loss.device.type, WORKING_SET_BYTES_ELSEWHERE)
     return max(1, budget // row) if loss.vectorised else 1
 
@@ -92,8 +92,8 @@ def sample(
         settings: chains, batch size, run length.
         nbeta: nβ.
         localization: γ.
-        step_sizes: ε of each snapshot; quartered where chains diverge, reduced where minibatch noise heats them, eight
-            times at most.
+        step_sizes: ε of each snapshot; halved where chains diverge, reduced where minibatch noise heats them, 16 times
+            at most.
         enough: whether a snapshot's draws suffice; asked only where `settings.draws` is None.
 
     Returns:
@@ -102,6 +102,7 @@ def sample(
     results: dict[int, Traces] = {}
     pending = list(range(len(steps)))
     epsilon, halvings = list(step_sizes), [0] * len(steps)
+    confirmed: set[int] = set()
     for _ in range(MAX_RESTARTS + 1):
         rows = torch.tensor(pending, device=anchors.device)
         epsilons = [epsilon[s] for s in pending]
@@ -117,8 +118,13 @@ def sample(
         for s, traces in zip(pending, group.run(enough), strict=True):
             results[s] = replace(traces, halvings=halvings[s])
             if not traces.is_finite():
+                epsilon[s] /= 2
+                halvings[s] += 1
+            elif halvings[s] and s not in confirmed:
+                # A step that chains only just survive is too large to be exact; this one is well inside.
                 epsilon[s] /= 4
                 halvings[s] += 2
+                confirmed.add(s)
             elif traces.heating > MAX_HEATING:
                 epsilon[s] *= max(0.8 * MAX_HEATING / traces.heating, MIN_COOLING)
         pending = [s for s in pending if epsilon[s] != results[s].step_size]

@@ -45,9 +45,11 @@ def standard_error(trace: Tensor) -> float:
 def split_rhat(trace: Tensor) -> float:
     """Split R-hat of a trace [draws, chains]: 1 where all half-chains agree (Vehtari et al. 2021)."""
     half = len(trace) // 2
+    if half < 2:
+        return 1.0
     halves = torch.cat([trace[:half], trace[-half:]], dim=1).double()
     within = halves.var(0).mean()
-    if half < 2 or not within > 0:
+    if not within > 0:
         return 1.0
     between = half * halves.mean(0).var()
     return float((((half - 1) / half * within + between / half) / within).sqrt())

@@ -63,7 +63,7 @@ class StackedLoss:
         tensors: the samples, shared by all rows.
         fixed: what is not sampled (buffers, frozen weights), [R, ...] each.
         vectorised: False for networks that cannot be stacked: rows are then evaluated one by one.
-        row_bytes: memory that one row's gradient takes; None where it was not measured.
+        row_bytes: memory that one row's gradient takes with all samples; None where it was not measured.
         separable: whether it was found to be a mean over samples of losses of single samples.
         plans: recorded gradients by the shapes they take, shared by all losses made of this one.
     """
@@ -138,6 +138,11 @@ class StackedLoss:
                 rows.append(one(weights[r], {name: tensor[r] for name, tensor in self.fixed.items()}, tensors))
             return torch.stack(rows)
 
+    def gradient_bytes(self, batch_size: int | None = None) -> int:
+        """About how much memory one row's gradient takes, with so many samples; None for all."""
+        share = 1.0 if batch_size is None else min(1.0, batch_size / len(self.tensors[0]))
+        return int(share * (self.row_bytes or 0))
+
     def sample_losses(self, weights: Tensor) -> Tensor:
         """The losses of single samples, [R, m], of at most 1024 evenly spread samples; for separable losses."""
 
@@ -202,7 +207,8 @@ class StackedLoss:
 
     def _plan(self, weights: Tensor, index: Tensor | None) -> Plan | None:
         """The recorded gradient for so many rows, recorded now if it can be; None if it cannot."""
-        if not self.vectorised or self.row_bytes is None or self.row_bytes * len(weights) > MAX_PLANNED_BYTES:
+        row = self.gradient_bytes(None if index is None else index.shape[1])
+        if not self.vectorised or self.row_bytes is None or row * len(weights) > MAX_PLANNED_BYTES:
             return None
         key = (len(weights), weights.dtype, None if index is None else index.shape)
         if key not in self.plans:

