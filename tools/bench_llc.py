@@ -157,7 +157,7 @@ def _step_case(
 ) -> dict[str, list[float]]:
     model, data = quadratic_network(p, width, seed=0)
     loss, weights = stacked_loss(model, load_example().centred_loss, data)
-    snapshots = max(1, rows_per_stack(loss) // CHAINS)
+    snapshots = max(1, rows_per_stack(loss, batch_size) // CHAINS)
     rows = store.cached(f"{name}, rows", lambda: snapshots * CHAINS)
     loss, anchors = stack(loss, weights, snapshots)
     ours = sampler(loss, anchors, CHAINS, method=method, batch_size=batch_size)

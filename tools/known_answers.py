@@ -52,13 +52,13 @@ class Quadratic(nn.Module):
 
 
 class ReducedRank(nn.Module):
-    """f(x) = A B x at A = [A_r, 0], B = [B_r; 0]: of the true rank r, all other weights zero."""
+    """f(x) = A B x at A = [A_r, 0], B = [B_r; 0]: of the true rank r, standard deviation 2, all other weights zero."""
 
     def __init__(self, outputs: int, width: int, inputs: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         a, b = torch.zeros(outputs, width), torch.zeros(width, inputs)
-        a[:, :rank] = torch.randn(outputs, rank, generator=generator)
-        b[:rank] = torch.randn(rank, inputs, generator=generator)
+        a[:, :rank] = 2 * torch.randn(outputs, rank, generator=generator)
+        b[:rank] = 2 * torch.randn(rank, inputs, generator=generator)
         self.A, self.B = nn.Parameter(a), nn.Parameter(b)
 
     def forward(self, x: Tensor) -> Tensor:

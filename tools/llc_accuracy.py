@@ -53,8 +53,9 @@ MEDIAN_ERROR = 0.02
 # Generic manifolds: nβ is such that the exact Hessian's soft rank is within this fraction of λ; γ by the locality rule.
 FINITE_CORRECTION = 0.01
 LOCALITY = 0.3
-# Singular truths have no Hessian to go by: (nβ, γ) for all of them.
-SINGULAR_SCALE = (1e4, 1.0)
+# Singular truths have no Hessian to go by: (nβ, γ) for all of them; their non-zero weights are of standard deviation 2,
+# large beside the chains' unit spread.
+SINGULAR_SCALE = (1e3, 1.0)
 LEARNING_RATES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 # coverage

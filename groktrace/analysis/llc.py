@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from groktrace.sampling import diagnostics as diagnose
 from groktrace.sampling.chains import Traces
 from groktrace.sampling.settings import SamplingSettings
@@ -75,10 +77,19 @@ def off_minimum(traces: Traces) -> bool:
     llc = float(traces.excess.mean())
     if llc < 0 or not traces.paired.shape[1]:
         return llc < 0
-    series = traces.paired.mean(1, keepdim=True)
-    centred = float(series.mean())
-    error = math.hypot(diagnose.standard_error(traces.excess), diagnose.standard_error(series))
-    return llc < 0.9 * centred - 3 * error and 0.5 * float(traces.pull.mean()) < 0.97 * centred
+    centred = float(traces.paired.mean())
+    error = math.hypot(diagnose.standard_error(traces.excess), _pairs_error(traces.paired))
+    return llc < 0.9 * centred - 3 * error and 0.5 * float(traces.pull.mean()) < 0.97 * centred - 3 * error
+
+
+def _pairs_error(paired: Tensor) -> float:
+    """Standard error of the mean of neighbouring pairs' products, [draws, pairs].
+
+    Each pair shares a chain with two others. Of Gaussian chains, (a − b)² and (b − c)² have correlation ¼, so that the
+    mean over three pairs or more has 1 + 2·¼ times the variance that independent ones would give it.
+    """
+    error = diagnose.standard_error(paired)
+    return error * math.sqrt(1.5) if paired.shape[1] > 1 else error
 
 
 def unusable(reason: str, settings: SamplingSettings, nbeta: float, localization: float) -> LLCEstimate:
@@ -118,9 +129,7 @@ def summarise(
     llc, stderr = float(traces.excess.mean()), diagnose.standard_error(traces.excess)
     centred = stderr_centred = None
     if traces.paired.shape[1]:
-        # Neighbouring pairs share chains: their mean at each draw is one series.
-        series = traces.paired.mean(1, keepdim=True)
-        centred, stderr_centred = float(series.mean()), diagnose.standard_error(series)
+        centred, stderr_centred = float(traces.paired.mean()), _pairs_error(traces.paired)
     virial = diagnose.virial_ratio(traces.pull, traces.spread, dimension)
     anharmonicity = diagnose.anharmonicity(traces.pull, traces.excess)
     distance = math.sqrt(float(traces.spread.mean()) / localization)

