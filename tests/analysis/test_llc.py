@@ -1,0 +1,57 @@
+"""What traces of known statistics say."""
+
+import math
+
+import pytest
+import torch
+
+from groktrace.analysis.llc import OFF_MINIMUM, summarise
+from groktrace.sampling.chains import Traces
+from groktrace.sampling.settings import SamplingSettings
+
+DIMENSION, STIFF = 400, 100
+CURVATURE = 4.0  # nβh of the stiff directions, in units of γ
+
+
+def bowl_traces(chains, seed, draws=200, slope=0.0):
+    """Independent draws in a bowl with its minimum at a distance of `slope` from w* along each stiff direction."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(draws, chains, STIFF, generator=generator, dtype=torch.float64) / math.sqrt(CURVATURE + 1)
+    w += slope * CURVATURE / (CURVATURE + 1)
+    gradient = CURVATURE * (w - slope)
+    excess = 0.5 * CURVATURE * ((w - slope).square() - slope**2).sum(-1)
+    pairs = {1: 0, 2: 1}.get(chains, chains)
+    apart, differ = (each[:, :pairs] - each.roll(-1, 1)[:, :pairs] for each in (w, gradient))
+    spread = w.square().sum(-1) + DIMENSION - STIFF
+    return Traces(excess, (w * gradient).sum(-1), spread, 0.25 * (apart * differ).sum(-1), step_size=0.1, burn_in=0)
+
+
+def judged(traces, chains, **more):
+    settings = SamplingSettings(chains=chains)
+    scale = {"nbeta": 1.0, "localization": 1.0}
+    return summarise(traces, settings, n=10, loss=0.0, norm=1e3, dimension=DIMENSION, **scale, **more)
+
+
+@pytest.mark.parametrize("chains", [2, 3, 8])
+def test_errors_are_the_spread_of_repetitions(chains):
+    found = [judged(bowl_traces(chains, seed), chains) for seed in range(300)]
+    for value, error in (("llc", "stderr"), ("llc_centred", "stderr_centred")):
+        values = torch.tensor([getattr(each, value) for each in found])
+        errors = torch.tensor([getattr(each, error) for each in found])
+        assert float(values.mean()) == pytest.approx(40, abs=4 * float(values.std()) / math.sqrt(300))
+        # The spread of 300 values is known to 1/√600 = 4 %.
+        assert float(errors.mean() / values.std()) == pytest.approx(1, abs=0.15)
+
+
+def test_a_slope_at_the_snapshot_is_told_from_a_bowl():
+    assert judged(bowl_traces(4, 0), 4).reasons == ()
+    sloped = judged(bowl_traces(4, 0, slope=0.4), 4)
+    assert sloped.reasons == (OFF_MINIMUM,)
+    assert sloped.llc == pytest.approx(9.28, rel=0.1)
+    assert sloped.llc_centred == pytest.approx(40, rel=0.02)
+
+
+def test_a_single_chain_has_no_centred_estimate():
+    found = judged(bowl_traces(1, 0), 1)
+    assert (found.llc_centred, found.stderr_centred) == (None, None)
+    assert found.reliable
