@@ -21,7 +21,7 @@ WORKING_SET_BYTES_ELSEWHERE = 2**31
 _STATE_VECTORS = 8
 _CHECK_EVERY = 64
 # Minibatch noise may raise λ̂ by this fraction, by what a second batch tells at every so many steps.
-MAX_HEATING = 0.02
+WANTED_HEATING = 0.02
 MIN_COOLING = 1 / 32
 _HEATING_EVERY = 16
 # The losses of single samples are looked at in so many draws of each chain.
@@ -125,8 +125,8 @@ def sample(
                 halvings[s] += 1
             elif group.is_too_large(traces):
                 epsilon[s] = step_size(nbeta, localization, traces.curvature)
-            elif traces.heating > MAX_HEATING:
-                epsilon[s] *= max(0.8 * MAX_HEATING / traces.heating, MIN_COOLING)
+            elif traces.heating > WANTED_HEATING:
+                epsilon[s] *= max(0.8 * WANTED_HEATING / traces.heating, MIN_COOLING)
         pending = [s for s in pending if epsilon[s] != results[s].step_size]
         if not pending or settings.step_size is not None:
             break
