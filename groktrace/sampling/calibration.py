@@ -10,8 +10,8 @@ from groktrace.sampling.settings import SamplingSettings
 # c = 1 a direction of curvature s·h_max forgets its start in one step; twice that is where it becomes unstable.
 STEP_FRACTION = 1.0
 CURVATURE_SAFETY = 1.5
-# From 2.5 relaxation times on, the variance of even a flat direction is within e⁻⁵ of its own.
-BURN_IN_RELAXATIONS = 2.5
+# Chains start near equilibrium; of what they have to forget a relaxation time leaves e⁻².
+BURN_IN_RELAXATIONS = 1.0
 # Draws of all chains together, at first; each chain takes one at least.
 DRAW_RELAXATIONS = 10.0
 MIN_DRAWS = 64

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from groktrace.sampling import langevin
 from groktrace.sampling.calibration import MAX_STEPS, run_length, step_size
-from groktrace.sampling.curvature import top_eigenvalue
+from groktrace.sampling.curvature import gaussian_start, top_eigenvalue
 from groktrace.sampling.langevin import LangevinConfig, LangevinState, generator_for
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
@@ -158,13 +158,20 @@ class _Group:
         step_size = torch.tensor(epsilons, dtype=anchors.dtype, device=device)[each]
         self.config = LangevinConfig(settings.method, nbeta, localization, step_size)
         keys = [(step, chain) for step in steps for chain in range(chains)]
-        noise = [generator_for(settings.seed, step, chain, "noise", device) for step, chain in keys]
-        self.state = langevin.init(self.config, self.anchors, noise)
         samples = len(loss.tensors[0])
         self.batches: list[torch.Generator] | None = None
         if settings.batch_size is not None and settings.batch_size < samples:
             self.batches = [generator_for(settings.seed, step, chain, "batch", device) for step, chain in keys]
         self.samples = samples
+        # The published method starts at w*.
+        start = torch.zeros_like(self.anchors)
+        if settings.method == "averaged":
+            for row, key in zip(start, keys, strict=True):
+                row.normal_(generator=generator_for(settings.seed, *key, "start", device))
+            index = None if self.batches is None else self._batch()
+            start = gaussian_start(self.loss, self.anchors, start, nbeta, localization, index)
+        noise = [generator_for(settings.seed, *key, "noise", device) for key in keys]
+        self.state = langevin.init(self.config, start, noise)
         self.base, self.base_gradients = self.loss.gradients(self.anchors)
         self.control = torch.empty_like(self.anchors) if self.batches is not None else None
         self.noise: list[Tensor] = []
@@ -296,11 +303,7 @@ class _Group:
         """L(w) − L(w*) of each row, [R]; ∇L(w) goes into `gradients`, [R, D]."""
         if self.batches is None:
             return self.loss.gradients(weights, out=gradients)[0] - self.base
-        # Without replacement: the noise of a batch is then smaller, and none where it holds everything.
-        size, device = self.settings.batch_size, weights.device
-        index = torch.stack(
-            [torch.randperm(self.samples, generator=generator, device=device)[:size] for generator in self.batches]
-        )
+        index = self._batch()
         losses, _ = self.loss.gradients(weights, index, gradients)
         if not self._corrected:
             return losses - self.base
@@ -308,6 +311,14 @@ class _Group:
         base, _ = self.loss.gradients(self.anchors, index, self.control)
         gradients.sub_(self.control).add_(self.base_gradients)
         return losses - base
+
+    def _batch(self) -> Tensor:
+        """Samples of each row's next minibatch, [R, B]."""
+        # Without replacement: the noise of a batch is then smaller, and none where it holds everything.
+        size, device = self.settings.batch_size, self.anchors.device
+        return torch.stack(
+            [torch.randperm(self.samples, generator=generator, device=device)[:size] for generator in self.batches]
+        )
 
     @property
     def _corrected(self) -> bool:

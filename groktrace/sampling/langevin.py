@@ -66,18 +66,18 @@ def generator_for(seed: int, step: int, chain: int, purpose: str, device: torch.
     return torch.Generator(device).manual_seed(int.from_bytes(key[:4], "little"))
 
 
-def init(config: LangevinConfig, anchors: Tensor, generators: list[torch.Generator]) -> LangevinState:
-    """All chains at their anchors.
+def init(config: LangevinConfig, start: Tensor, generators: list[torch.Generator]) -> LangevinState:
+    """Chains before their first step.
 
     Args:
         config: the dynamics.
-        anchors: w* of each row, [R, D].
+        start: w − w* of each row, [R, D].
         generators: one a row.
     """
-    noise = torch.empty_like(anchors)
+    noise = torch.empty_like(start)
     if config.method == "averaged":
         _draw(noise, generators)
-    return LangevinState(torch.zeros_like(anchors), noise, torch.empty_like(anchors), generators)
+    return LangevinState(start, noise, torch.empty_like(start), generators)
 
 
 def step(config: LangevinConfig, state: LangevinState, gradients: Tensor) -> None:

@@ -82,7 +82,7 @@ def test_planted_failures_are_named(teacher):
     model = nn.Linear(20, 1, bias=False)
     train = (x, model(x).detach())
     few = {"nbeta": 100.0, "localization": 1e-3, "chains": 2}
-    cold = estimate_llc(model, half_square, train, burn_in=0, draws=50, step_size=1e-4, **few)
+    cold = estimate_llc(model, half_square, train, method="sgld", burn_in=0, draws=50, step_size=1e-4, **few)
     assert any("not equilibrated" in reason for reason in cold.reasons)
     wild = estimate_llc(model, half_square, train, burn_in=10, draws=2000, step_size=1.0, **few)
     assert (wild.llc, wild.reliable) == (None, False)
