@@ -73,7 +73,7 @@ class Settings:
     transformer_steps: int = 20
     language_batch: int = 8
     language_samples: int = 32
-    language_steps: int = 3
+    language_steps: int = 10
     language_rounds: int = 3
     memory_snapshots: int = 1000
 

@@ -23,7 +23,7 @@ from groktrace.sampling.settings import PAPER
 
 # From this step on the training set is fitted for good, whatever the judgement of single snapshots.
 FITTED_STEP = 200
-SEARCH_SEEDS = (1, 2)
+SEARCH_SEEDS = (1, 2, 3, 4, 5)
 _PUBLISHED = {
     "method": "sgld",
     "step_size": PAPER.step_size,
@@ -53,16 +53,15 @@ class TrajectorySettings:
     rounds: int = 3
     reference: tuple[int, int, int] = (4, 200, 1500)
     quick: tuple[tuple[int, int, int], ...] = (
-        (1, 10, 10),
-        (1, 14, 12),
-        (1, 16, 12),
-        (1, 18, 12),
-        (1, 18, 14),
-        (1, 20, 16),
-        (1, 20, 20),
-        (1, 20, 30),
-        (1, 25, 45),
-        (2, 30, 60),
+        (1, 2, 8),
+        (1, 2, 12),
+        (1, 3, 12),
+        (1, 4, 12),
+        (1, 4, 16),
+        (1, 6, 20),
+        (1, 10, 30),
+        (1, 20, 50),
+        (2, 20, 60),
     )
     quick_error: float = 0.018
     lrs: tuple[float, ...] = (1.25e-5, 2.5e-5, 5e-5, 1e-4, 2e-4)

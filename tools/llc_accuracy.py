@@ -642,7 +642,9 @@ def planted_failures(out: Path) -> dict[str, tuple[str, Callable[[], tuple[str, 
     return {
         "flat directions not equilibrated": (
             "not equilibrated",
-            lambda: estimate(flat, nbeta=1e3, localization=1, burn_in=0, draws=200).reasons,
+            lambda: (
+                estimate(flat, method="sgld", nbeta=1e3, localization=1, burn_in=0, draws=200, step_size=5e-4).reasons
+            ),
         ),
         "step size 100 times too large": (
             "diverging",

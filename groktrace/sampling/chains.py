@@ -24,8 +24,9 @@ _CHECK_EVERY = 64
 WANTED_HEATING = 0.02
 MIN_COOLING = 1 / 32
 _HEATING_EVERY = 16
-# The losses of single samples are looked at in so many draws of each chain.
+# The losses of single samples are looked at in so many draws of each chain, and so many steps apart at least.
 _FLUCTUATION_DRAWS = 16
+_FLUCTUATION_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Traces:
         burn_in: steps discarded.
         halvings: times that ε was halved because the chains diverged.
         fluctuation: ½nβ times the mean over samples of the variance of a sample's loss over some of the draws, a
-            number a chain, [chains]; None where the loss is no mean over samples.
+            number a chain, [chains]; None where the loss is no mean over samples, or there are fewer than nine draws.
         heating: what the noise of minibatch gradients adds to λ̂ at most, relative to it: it widens the posterior along
             a direction by ¼ε·nβ²·Var[g], so that 2λ̂ grows by at most ¼ε·nβ²·tr Cov[g].
         curvature: h_max where the chains went; None where there was no reason to look.
@@ -163,16 +164,17 @@ class _Group:
         if settings.batch_size is not None and settings.batch_size < samples:
             self.batches = [generator_for(settings.seed, step, chain, "batch", device) for step, chain in keys]
         self.samples = samples
+        self.base, self.base_gradients = self.loss.gradients(self.anchors)
         # The published method starts at w*.
         start = torch.zeros_like(self.anchors)
         if settings.method == "averaged":
             for row, key in zip(start, keys, strict=True):
                 row.normal_(generator=generator_for(settings.seed, *key, "start", device))
             index = None if self.batches is None else self._batch()
-            start = gaussian_start(self.loss, self.anchors, start, nbeta, localization, index)
+            at_anchors = (self.base, self.base_gradients) if index is None else self.loss.gradients(self.anchors, index)
+            start = gaussian_start(self.loss, self.anchors, at_anchors, start, nbeta, localization, index)
         noise = [generator_for(settings.seed, *key, "noise", device) for key in keys]
         self.state = langevin.init(self.config, start, noise)
-        self.base, self.base_gradients = self.loss.gradients(self.anchors)
         self.control = torch.empty_like(self.anchors) if self.batches is not None else None
         self.noise: list[Tensor] = []
         self.single_losses: list[Tensor] = []
@@ -193,7 +195,7 @@ class _Group:
                 replace(each, heating=float(noise[s]) / abs(float(each.pull.mean()))) for s, each in enumerate(traces)
             ]
         self._look_around(traces)
-        if self.single_losses:
+        if len(self.single_losses) > 1:
             variance = torch.stack(self.single_losses).double().var(0).mean(1).view(count, chains).cpu()
             traces = [replace(each, fluctuation=0.5 * self.config.nbeta * variance[s]) for s, each in enumerate(traces)]
             self.single_losses = []
@@ -270,7 +272,8 @@ class _Group:
         """
         looks = set()
         if burn_in is not None and self.loss.separable:
-            looks = set(range(count - 1, burn_in - 1, -max(1, (count - burn_in) // _FLUCTUATION_DRAWS)))
+            every = max(_FLUCTUATION_EVERY, (count - burn_in) // _FLUCTUATION_DRAWS)
+            looks = set(range(count - 1, burn_in - 1, -every))
         rows, dimension = self.anchors.shape
         chains, nbeta = self.settings.chains, self.config.nbeta
         record = torch.full((count, 4, rows), torch.nan, dtype=torch.float64, device=self.anchors.device)

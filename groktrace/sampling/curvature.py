@@ -56,6 +56,7 @@ def top_eigenvalue(loss: StackedLoss, weights: Tensor, start: Tensor, iterations
 def gaussian_start(
     loss: StackedLoss,
     weights: Tensor,
+    base: tuple[Tensor, Tensor],
     normal: Tensor,
     nbeta: float,
     localization: float,
@@ -70,6 +71,7 @@ def gaussian_start(
     Args:
         loss: of R rows.
         weights: w* of each row, [R, D].
+        base: L and ∇L there, [R] and [R, D].
         normal: z, [R, D].
         nbeta: nβ.
         localization: γ.
@@ -78,7 +80,7 @@ def gaussian_start(
     Returns:
         [R, D]; zero where the Hessian is not finite.
     """
-    base, gradients = loss.gradients(weights, index)
+    losses, gradients = base
     tridiagonal, basis = lanczos(loss, weights, gradients, normal, _START_ITERATIONS, index)
     finite = torch.isfinite(tridiagonal).all(dim=(1, 2))
     values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num())
@@ -91,7 +93,7 @@ def gaussian_start(
     # In the quadratic loss, U is ½‖z‖² here.
     allowed = 1.25 * 0.5 * normal.square().sum(1)
     for _ in range(_START_HALVINGS):
-        excess = loss.gradients(weights + displacement, index)[0] - base
+        excess = loss.gradients(weights + displacement, index)[0] - losses
         steep = ~(nbeta * excess + 0.5 * localization * displacement.square().sum(1) <= allowed)
         if not steep.any():
             break

@@ -47,10 +47,14 @@ def test_curvature_at_the_origin_of_weight_space(bowl):
     torch.testing.assert_close(found, torch.tensor([7.0]).double(), rtol=1e-3, atol=0)
 
 
+def start(loss, weights, *more):
+    return gaussian_start(loss, weights, loss.gradients(weights), *more)
+
+
 def test_starts_have_the_covariance_of_the_gaussian_posterior(bowl):
     curvatures, nbeta, localization = [0.0, 2.0, 9.0], 3.0, 1.5
     normal = torch.randn(1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    found = gaussian_start(bowl(curvatures), torch.zeros(1, 3).double(), normal, nbeta, localization)
+    found = start(bowl(curvatures), torch.zeros(1, 3).double(), normal, nbeta, localization)
     # Three products span a space of three dimensions.
     expected = normal / (nbeta * torch.tensor(curvatures).double() + localization).sqrt()
     torch.testing.assert_close(found, expected, rtol=0.01, atol=0)
@@ -59,7 +63,7 @@ def test_starts_have_the_covariance_of_the_gaussian_posterior(bowl):
 def test_few_products_come_near_the_gaussian_posterior_of_many_dimensions(bowl):
     curvatures = torch.linspace(0, 1, 200).double() ** 3
     rows = torch.randn(64, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    found = gaussian_start(bowl(curvatures.tolist()), torch.zeros(64, 200).double(), rows, 10.0, 1.0)
+    found = start(bowl(curvatures.tolist()), torch.zeros(64, 200).double(), rows, 10.0, 1.0)
     energy = 0.5 * 10 * (curvatures * found.square()).sum(1).mean()
     exact = 0.5 * (10 * curvatures / (10 * curvatures + 1)).sum()
     # From w* itself it would be 0; from the flat directions' width everywhere, 3.6 times as much.
@@ -72,7 +76,7 @@ def test_starts_stay_where_the_loss_climbs_more_than_its_curvature_tells():
 
     loss = StackedLoss(quartic, WeightLayout(("w",), ((20,),)), (torch.zeros(1),), {})
     normal = torch.randn(8, 20, generator=torch.Generator().manual_seed(5))
-    found = gaussian_start(loss, torch.zeros(8, 20), normal, 50.0, 1.0)
+    found = start(loss, torch.zeros(8, 20), normal, 50.0, 1.0)
     energy = 50 * 100 * (found**4).sum(1) + 0.5 * found.square().sum(1)
     assert (energy <= 1.25 * 0.5 * normal.square().sum(1)).all()
     assert (found.norm(dim=1) > 0).all()
