@@ -5,34 +5,35 @@ import hashlib
 import json
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import save_file
 from torch import Tensor
 
 from groktrace.errors import GroktraceError, RunError
 
-TEMPORARY_PREFIX = ".tmp-"
+TEMPORARY_PREFIX = ".tmp"  # safetensors has names of its own that begin so
 MAX_JSON_BYTES = 64 * 2**20
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the whole file or none of it.
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A new file that becomes `path` once the body has written it, so that a reader sees the whole file or none of it.
 
     Temporary file in the same folder, fsync, rename, fsync of the folder.
 
     Raises:
         OSError: the file system refused; `path` is then as it was.
     """
-    temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
+    temporary = path.parent / f"{TEMPORARY_PREFIX}-{path.name}-{uuid.uuid4().hex[:8]}"
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -45,6 +46,16 @@ def write_file(path: Path, data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all.
+
+    Raises:
+        OSError: the file system refused; `path` is then as it was.
+    """
+    with appearing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -82,9 +93,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     # The file holds raw bytes, and so no tensor that is conjugated or negated only when read.
     tensors = {name: tensor.resolve_conj().resolve_neg() for name, tensor in tensors.items()}
     digests = json.dumps({name: digest(tensor) for name, tensor in tensors.items()})
-    data = save_tensors(tensors, {**metadata, "digests": digests})
-    write_file(path, data)
-    return len(data)
+    with appearing(path) as temporary:
+        try:
+            save_file(tensors, temporary, {**metadata, "digests": digests})  # straight from the tensors, without a copy
+        except SafetensorError as failure:  # its name for what the file system refused
+            raise OSError(str(failure)) from failure
+        return temporary.stat().st_size
 
 
 def read_metadata(path: Path, error: type[GroktraceError] = RunError) -> dict[str, str]:
