@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from groktrace.errors import GroktraceError, TaskError
+from groktrace.errors import TaskError
 from groktrace.run.operations import RefusedError, find_operation
 
 FORMAT = 1
@@ -29,6 +29,8 @@ MAX_DEPTH = 6
 MAX_INTEGER = 2**40
 
 _TEXT = re.compile(r"[A-Za-z0-9_,.>\- ]{0,200}", re.ASCII)  # einsum equations and modes; no paths
+# What operations raise on arguments that do not fit, besides the RuntimeError that says why.
+_CONFUSIONS = (TypeError, AttributeError, KeyError, ArithmeticError, AssertionError, MemoryError, BufferError)
 _OPEN_ENDS = (2**63 - 1, -(2**63))  # of slices
 _DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 _FORMATS = {
@@ -97,9 +99,7 @@ class Graph:
                     kwargs = kwargs | {name: _fill(template, values) for name, template in step.named_holes}
                 try:
                     values[step.index] = step.function(*args, **kwargs)
-                except (GroktraceError, RuntimeError, ValueError, IndexError):
-                    raise
-                except Exception as failure:
+                except _CONFUSIONS as failure:
                     raise TaskError(
                         f"the recorded program fails at {step.target} ({type(failure).__name__}: {failure})."
                     ) from failure

@@ -8,6 +8,7 @@ FORMAT_VERSION = 1
 RUN_FILE = "run.json"
 PROGRAM_FILE = "program.json"
 DATA_FILE = "data.safetensors"
+FROZEN_FILE = "frozen.safetensors"
 WEIGHTS_FOLDER = "weights"
 ANALYSIS_FOLDER = "analysis"
 TENSORBOARD_FOLDER = "tensorboard"

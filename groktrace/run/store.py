@@ -3,9 +3,9 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +41,21 @@ class Snapshot:
     Attributes:
         step: number of optimizer updates before this snapshot.
         path: its file.
-        specs: the tensors it must hold.
+        specs: the network's tensors.
+        frozen: gives those that no snapshot needs to hold, since training leaves them as they are.
     """
 
     step: int
     path: Path
     specs: dict[str, WeightSpec]
+    frozen: Callable[[], dict[str, Tensor]] = dict
 
     def load(self) -> dict[str, Tensor]:
         """The network's tensors by name, on the CPU.
 
         Raises:
             SnapshotError: the file is damaged, or holds other tensors than the run's network has.
+            RunError: the file of frozen tensors is damaged.
         """
         return self._read()[0]
 
@@ -78,6 +81,8 @@ class Snapshot:
         if metadata.get("step") != str(self.step):
             raise SnapshotError(f"{self.path}: says it is of step {metadata.get('step')}, its name says {self.step}.")
         if tensors.keys() != self.specs.keys():
+            tensors = self.frozen() | tensors
+        if tensors.keys() != self.specs.keys():
             odd = sorted(tensors.keys() ^ self.specs.keys())
             raise SnapshotError(f"{self.path}: holds other tensors than run.json names: {', '.join(odd[:5])}.")
         for name, spec in self.specs.items():
@@ -86,6 +91,8 @@ class Snapshot:
                     f"{self.path}: '{name}' should be {_describe(spec.shape, spec.dtype)} as run.json says, "
                     f"but is {_describe(tensors[name].shape, tensors[name].dtype)}."
                 )
+        # In one order, which that of a file is not: what is stacked from several snapshots may go by position.
+        tensors = {name: tensors[name] for name in self.specs}
         try:
             metrics = json.loads(metadata.get("metrics", "{}"))
             return tensors, {str(key): math.nan if value is None else float(value) for key, value in metrics.items()}
@@ -177,7 +184,13 @@ def open_run(path: str | Path) -> Run:
     specs = check_info(info, root / layout.RUN_FILE)
     if not steps:
         raise RunError(f"{root}: holds no snapshots; the training has not kept one yet, or they were removed.")
-    return Run(root, info, specs, tuple(Snapshot(s, layout.snapshot_path(root, s), specs) for s in steps))
+
+    @cache
+    def frozen() -> dict[str, Tensor]:
+        path = root / layout.FROZEN_FILE
+        return read_tensors(path)[0] if path.exists() else {}
+
+    return Run(root, info, specs, tuple(Snapshot(s, layout.snapshot_path(root, s), specs, frozen) for s in steps))
 
 
 def check_info(info: Any, path: Path) -> dict[str, WeightSpec]:

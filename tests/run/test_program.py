@@ -519,6 +519,16 @@ def test_constants_placed_under_transforms_and_inference_can_be_used_later(trace
     program.forward({name: t.requires_grad_() for name, t in weights.items()}, batch.tensors)[0].backward()
 
 
+def test_what_others_raise_from_within_an_operation_stays_theirs(traced):
+    class Watching(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            raise InterruptedError("mine")
+
+    _, _, batch, program = traced("MLP")
+    with Watching(), pytest.raises(InterruptedError, match="mine"):
+        program.forward(weights_of(traced("MLP")[0]), batch.tensors)
+
+
 def test_missing_weights_and_tensors_are_named(traced):
     model, _, batch, program = traced("MLP")
     weights = weights_of(model)

@@ -275,6 +275,23 @@ def test_snapshots_of_another_network_are_named(root, tensors, message):
             read(open_run(root).snapshots[1])
 
 
+def test_tensors_come_in_the_order_of_the_network(root):
+    for _ in range(10):  # a file's own order is another at every reading
+        assert list(open_run(root).snapshots[0].load()) == list(INFO["weights"])
+
+
+def test_what_a_snapshot_leaves_out_is_in_the_file_of_frozen_tensors(root):
+    files.write_tensors(root / layout.FROZEN_FILE, {"bias": torch.ones(2), "weight": torch.ones(2, 3)}, {})
+    write_snapshot(root, 20, {name: WEIGHTS[name] for name in ("count", "weight")})
+    first, second = (open_run(root).snapshots[i].load() for i in (0, 1))
+    assert torch.equal(first["bias"], WEIGHTS["bias"])
+    assert torch.equal(second["bias"], torch.ones(2))
+    assert torch.equal(second["weight"], WEIGHTS["weight"])
+    (root / layout.FROZEN_FILE).write_bytes(b"")
+    with pytest.raises(RunError, match=r"frozen\.safetensors: truncated"):
+        open_run(root).snapshots[1].load()
+
+
 def test_a_snapshot_under_another_steps_name_is_named(root):
     os.replace(layout.snapshot_path(root, 100), layout.snapshot_path(root, 20))
     with pytest.raises(SnapshotError, match="says it is of step 100, its name says 20"):
