@@ -13,7 +13,7 @@ from groktrace.analysis.trajectory import Trajectory as Trajectory
 from groktrace.analysis.transitions import Transition as Transition
 from groktrace.analysis.transitions import find_transitions as find_transitions
 from groktrace.errors import GroktraceError as GroktraceError
-from groktrace.recording.watch import Recorder as Recorder
+from groktrace.recording.recorder import Recorder as Recorder
 from groktrace.recording.watch import watch as watch
 from groktrace.run.store import Run as Run
 from groktrace.run.store import Snapshot as Snapshot

@@ -47,10 +47,14 @@ class UpdateHooks:
         optimizer: what `hookable` returned.
         on_update: called after each outermost step with the optimizer's `found_inf`: above zero where a gradient
             scaler made a fused optimizer skip the update, None without such a scaler. It must not raise.
+        on_begin: called before each outermost step; it must not raise either.
     """
 
-    def __init__(self, optimizer: Any, on_update: Callable[[Tensor | None], None]) -> None:
+    def __init__(
+        self, optimizer: Any, on_update: Callable[[Tensor | None], None], on_begin: Callable[[], None]
+    ) -> None:
         self._on_update = on_update
+        self._on_begin = on_begin
         self._depth = 0
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
@@ -69,6 +73,8 @@ class UpdateHooks:
         if self._depth and not _within_step_of(optimizer):
             self._depth = 0
         self._depth += 1
+        if self._depth == 1:
+            self._on_begin()
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._depth -= 1

@@ -233,6 +233,30 @@ def write_start(root: Path, info: dict[str, Any], evaluation: Evaluation) -> boo
     return changed
 
 
+def write_frozen(root: Path, specs: dict[str, WeightSpec], source: nn.Module) -> frozenset[str]:
+    """Write the parameters that are frozen, once for all snapshots; what an earlier recording wrote stays.
+
+    Args:
+        root: the run directory.
+        specs: the network's tensors.
+        source: whose weights are recorded; not sharded.
+
+    Returns:
+        The names of tensors that are as the file has them, which snapshots may leave out.
+
+    Raises:
+        OSError: the file system refused.
+        RunError: the file that is there already is damaged.
+    """
+    frozen = {name: tensor.detach() for name, tensor in source.named_parameters() if not specs[name].trainable}
+    path = root / layout.FROZEN_FILE
+    if frozen and not path.exists():
+        copies = {name: tensor.cpu().contiguous() for name, tensor in frozen.items()}
+        files.write_tensors(path, copies, {"groktrace": str(layout.FORMAT_VERSION), "time": now()})
+    kept = files.read_tensors(path)[0] if frozen and path.exists() else {}
+    return frozenset(name for name in kept.keys() & frozen.keys() if _same(kept[name], frozen[name]))
+
+
 def _samples_differ(path: Path, tensors: dict[str, Tensor]) -> bool:
     old, _ = files.read_tensors(path)
     names = {name for name in old.keys() | tensors.keys() if not name.startswith("constant.")}

@@ -17,7 +17,7 @@ def count():
     seen = []
 
     def attach(optimizer):
-        return seen, UpdateHooks(optimizer, seen.append)
+        return seen, UpdateHooks(optimizer, seen.append, lambda: None)
 
     return attach
 

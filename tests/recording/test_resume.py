@@ -149,7 +149,7 @@ def test_wrong_arguments_leave_the_first_open(training, root):
 def test_other_data_are_told_and_used(training, root):
     record(training, root, 1)
     training.x = training.x + 1
-    with pytest.warns(RuntimeWarning, match="held other data than those given now"):
+    with pytest.warns(RuntimeWarning, match="held other data than these"):
         record(training, root, 1, start_step=1)
     assert torch.equal(files.read_tensors(root / layout.DATA_FILE)[0]["train.0"], training.x)
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from groktrace.errors import GroktraceError
-from groktrace.recording.watch import _close_all, _open_recorders, watch
+from groktrace.recording.recorder import _close_all, open_recorders
+from groktrace.recording.watch import watch
 from groktrace.run import files, layout
 from groktrace.run.store import open_run
 
@@ -154,7 +155,7 @@ def test_the_last_step_is_tried_again_on_close(training, tmp_path, monkeypatch):
     recorder = watch(training.model, training.optimizer, out=tmp_path / "run", every=1)
     recorder._writer.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_file", lambda *_: 1 / 0)
+        patch.setattr(files, "save_file", lambda *_: 1 / 0)
         training.update()
         recorder._writer.wait()
     with pytest.warns(RuntimeWarning, match="ZeroDivisionError"):
@@ -172,10 +173,10 @@ def test_an_interrupted_close_is_made_up_for_at_exit(training, tmp_path, monkeyp
         patch.setattr(recorder._capture, "copy", interrupt)
         with pytest.raises(KeyboardInterrupt):
             recorder.close()
-    assert recorder in _open_recorders
+    assert recorder in open_recorders
     _close_all()
     assert steps_of(recorder) == [0, 3]
-    assert recorder not in _open_recorders
+    assert recorder not in open_recorders
     assert not recorder._writer._thread.is_alive()
 
 
@@ -250,9 +251,9 @@ def test_wrapped_optimizer_and_compiled_model(training, tmp_path):
 def test_the_model_is_free_after_close(training, tmp_path):
     recorder = watch(training.model, training.optimizer, **training.data, out=tmp_path / "run")
     training.update()
-    assert recorder in _open_recorders
+    assert recorder in open_recorders
     recorder.close()
-    assert recorder not in _open_recorders
+    assert recorder not in open_recorders
     model = weakref.ref(training.model)
     training.model = training.optimizer = None
     gc.collect()

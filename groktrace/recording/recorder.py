@@ -1,0 +1,258 @@
+"""A recording in progress."""
+
+import atexit
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from groktrace.recording.capture import Capture
+from groktrace.recording.hooks import UpdateHooks
+from groktrace.recording.writer import Writer
+from groktrace.run import layout
+
+# Waiting for the disk is told from this many seconds on.
+SILENT_WAIT = 1.0
+HOW_TO_COUNT = "give watch() the optimizer that trains, or call recorder.step() once per update."
+open_recorders: list["Recorder"] = []
+
+
+class Recorder:
+    """A recording in progress; made by `watch`.
+
+    Attributes:
+        out: the run directory.
+        deferred: whether a snapshot that is due is taken only when the next update begins, so that what belongs to
+            the last one is done: an average of the weights brought up to date, metrics logged.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        keep: Callable[[int], bool],
+        capture: Capture,
+        out: Path,
+        start: int,
+        writes: bool,
+        deferred: bool = False,
+    ) -> None:
+        self.out = out
+        self.deferred = deferred
+        self._pid = os.getpid()
+        self._model: nn.Module | None = model
+        self._optimizer = optimizer
+        self._keep = keep
+        self._capture: Capture | None = capture
+        self._writer = Writer(out) if writes else None
+        self._first = self._steps = start
+        self._skipped: Tensor | None = None
+        self._copied: int | None = None
+        self._due: int | None = None
+        self._metrics: dict[str, float] = {}
+        self._blocked = self._waited = 0.0
+        self._closed = False
+        self._warned: set[str] = set()
+        self._hooks: UpdateHooks | None = None
+        self._guarded(lambda: self._snapshot(start))
+        if optimizer is not None:
+            self._hooks = UpdateHooks(optimizer, self._update, self._begin)
+        open_recorders.append(self)
+
+    @property
+    def steps(self) -> int:
+        """Number of updates so far, those before this recording included."""
+        if self._skipped is not None:
+            self._steps -= int(self._skipped)
+            self._skipped = None
+        return self._steps
+
+    def step(self) -> None:
+        """Tell of one update; for loops whose optimizer was not given to `watch`."""
+        if self._hooks is not None:
+            self._warn("step", "recorder.step() does nothing where watch() was given the optimizer.")
+        else:
+            self._update(None)
+
+    def log(self, **metrics: float) -> None:
+        """Numbers to be kept with the next snapshot.
+
+        Args:
+            metrics: names and values; one-element tensors are fine too.
+        """
+        if not self._inert():
+            self._guarded(lambda: self._metrics.update({name: float(value) for name, value in metrics.items()}))
+
+    def close(self) -> None:
+        """Keep the last step, wait for the writer, and let go of model and optimizer; twice is once.
+
+        Of a sharded model every process has to call it, before the process group ends.
+        """
+        self._close(alone=False)
+
+    def _close(self, alone: bool) -> None:
+        if self._inert():
+            return
+        self._closed = True
+        try:
+            if self._hooks is not None:
+                self._hooks.remove()
+            self._guarded(self._finish if not alone else self._finish_alone)
+            if self._writer is not None:
+                self._writer.close()
+                self._report()
+        except BaseException:  # Ctrl-C while waiting; the end of the process tries again
+            self._closed = False
+            raise
+        self._model = self._optimizer = self._capture = self._hooks = None
+        if self in open_recorders:
+            open_recorders.remove(self)
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close(alone=error is not None)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        if self._writer is None:
+            return f"<groktrace.Recorder {state}: {self.steps} steps; another process of the group writes>"
+        return (
+            f"<groktrace.Recorder {state}: {self.steps} steps, {self._writer.written} snapshots, "
+            f"{self._writer.bytes} bytes, training blocked {self._blocked:.3f} s, in '{self.out}'>"
+        )
+
+    def _inert(self) -> bool:
+        # A forked child inherits hooks and buffers, but not the writer's thread.
+        return self._closed or os.getpid() != self._pid
+
+    def _update(self, found_inf: Tensor | None) -> None:
+        if self._inert():
+            return
+        try:
+            self._steps += 1
+            if found_inf is not None:
+                # Reading the flag would wait for the GPU at every step, so updates are counted as if none were
+                # skipped and the count is set right when it says that a snapshot is due, which is never too late.
+                flag = (found_inf > 0).sum()
+                self._skipped = flag if self._skipped is None else self._skipped + flag
+            if self._keep(self._steps):
+                counted = self._steps
+                if self.steps == counted:
+                    self._due = counted
+                    if not self.deferred or self._hooks is None:
+                        self._settle()
+        except Exception as failure:
+            self._warn_failure(failure)
+
+    def _begin(self) -> None:
+        if self._due is not None and not self._inert():
+            self._guarded(self._settle)
+
+    def _settle(self) -> None:
+        """Take the snapshot that is due, if one is."""
+        step, self._due = self._due, None
+        if step is not None:
+            self._snapshot(step)
+
+    def _snapshot(self, step: int) -> None:
+        """Copy the weights and hand them to the writer, unless the step is there already."""
+        capture, writer = self._capture, self._writer
+        if capture is None or step > layout.MAX_STEP or (writer is None and not capture.sharded):
+            return
+        if capture.sharded:
+            # Every process has to come to the same decision, and to take part whatever befalls it.
+            if step == self._copied:
+                return
+            self._copied = step
+        began = time.perf_counter()
+        try:
+            wanted = writer is not None and self._wanted(writer, step, began)
+        except Exception:
+            if capture.sharded:
+                capture.take_part()
+            raise
+        else:
+            if writer is not None and wanted:
+                tensors = capture.copy()
+                self._copied = step
+                metrics, self._metrics = self._metrics, {}
+                writer.submit(step, tensors, metrics)
+            elif capture.sharded:
+                capture.take_part()
+        finally:
+            self._blocked += time.perf_counter() - began
+
+    def _wanted(self, writer: Writer, step: int, began: float) -> bool:
+        """Whether the step is still to be written, once the buffers are free."""
+        writer.wait()
+        self._waited += time.perf_counter() - began
+        if self._waited > SILENT_WAIT:
+            self._warn(
+                "slow",
+                f"training waits for snapshots to be written to '{self.out}', {self._waited:.1f} s so far; a larger "
+                "every= or a faster disk would spare it that.",
+            )
+        self._report()
+        return not layout.snapshot_path(self.out, step).exists()
+
+    def _finish(self) -> None:
+        self._settle()
+        steps, capture = self.steps, self._capture
+        if capture is None:
+            return
+        idle = self._writer is not None and not capture.sharded and steps == self._first == self._copied
+        if idle and capture.moved():
+            self._warn("idle", f"the weights changed, but no update was seen; {HOW_TO_COUNT}")
+        else:
+            self._snapshot(steps)  # where the last write failed, this tries once more
+
+    def _finish_alone(self) -> None:
+        """The same where the other processes may be elsewhere, so that their pieces cannot be had."""
+        if self._capture is None or not self._capture.sharded:
+            self._finish()
+        elif self._writer is not None and self.steps != self._copied:
+            self._warn("last", "the last step of a sharded model is kept only where every process calls close().")
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Run `action`; what goes wrong in it is told, once, and never reaches the training."""
+        try:
+            action()
+        except Exception as failure:
+            self._warn_failure(failure)
+
+    def _report(self) -> None:
+        if self._writer is not None and (failure := self._writer.error) is not None:
+            reason = f"{type(failure).__name__}: {failure}"
+            self._warn("writer", f"a snapshot could not be written to '{self.out}' ({reason}); training goes on.")
+
+    def _warn_failure(self, failure: Exception) -> None:
+        self._warn("recording", f"recording failed ({type(failure).__name__}: {failure}); training goes on.")
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            tell(message)
+
+
+def tell(message: str) -> None:
+    """Warn, and never raise."""
+    try:
+        warnings.warn(f"groktrace: {message}", RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:  # warnings are errors in this process, but recording must not stop a training
+        print(f"groktrace: {message}", file=sys.stderr)
+
+
+@atexit.register
+def _close_all() -> None:
+    for recorder in list(open_recorders):
+        recorder._close(alone=True)
