@@ -1,8 +1,11 @@
+import copy
 import errno
 import gc
 import json
+import pickle
 import tempfile
 import threading
+import time
 import weakref
 
 import pytest
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from groktrace.errors import GroktraceError
+from groktrace.recording import recorder as recorder_module
 from groktrace.recording.recorder import _close_all, open_recorders
 from groktrace.recording.watch import watch
 from groktrace.run import files, layout
@@ -149,6 +153,31 @@ def test_a_full_disk_is_told_once_and_later_snapshots_are_written(training, tmp_
     assert "OSError: [Errno 28] No space left on device" in str(caught[0].message)
     assert recorder.steps == 5
     assert steps_of(recorder) == [0, 4, 5]
+
+
+def test_a_slow_disk_makes_training_wait_and_is_told_once(training, tmp_path, monkeypatch):
+    write = files.write_tensors
+    monkeypatch.setattr(files, "write_tensors", lambda *args: time.sleep(0.05) or write(*args))
+    monkeypatch.setattr(recorder_module, "SILENT_WAIT", 0.07)
+    recorder = watch(training.model, training.optimizer, out=tmp_path / "run", every=1)
+    with pytest.warns(RuntimeWarning, match=r"training waits for snapshots to be written .* 0\.\d s so far") as caught:
+        training.update(6)
+    recorder.close()
+    assert len(caught) == 1
+    assert steps_of(recorder) == [0, 1, 2, 3, 4, 5, 6]
+    assert recorder._blocked > 0.2
+
+
+def test_copies_of_an_optimizer_are_not_counted_and_loading_its_state_changes_nothing(training, tmp_path):
+    with watch(training.model, training.optimizer, out=tmp_path / "run", every=1) as recorder:
+        training.update()
+        other = copy.deepcopy(training.optimizer)
+        other.step()
+        pickle.loads(pickle.dumps(training.optimizer)).step()
+        copy.deepcopy(training.model)
+        training.optimizer.load_state_dict(other.state_dict())
+        training.update()
+    assert recorder.steps == 2
 
 
 def test_the_last_step_is_tried_again_on_close(training, tmp_path, monkeypatch):
