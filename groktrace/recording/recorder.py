@@ -62,7 +62,7 @@ class Recorder:
         self._hooks: UpdateHooks | None = None
         self._guarded(lambda: self._snapshot(start))
         if optimizer is not None:
-            self._hooks = UpdateHooks(optimizer, self._update, self._begin)
+            self._hooks = UpdateHooks(optimizer, self._update, self.settle)
         open_recorders.append(self)
 
     @property
@@ -89,12 +89,26 @@ class Recorder:
         if not self._inert():
             self._guarded(lambda: self._metrics.update({name: float(value) for name, value in metrics.items()}))
 
+    @property
+    def due(self) -> bool:
+        """Whether a snapshot was deferred and is still to be taken."""
+        return self._due is not None
+
+    def settle(self) -> None:
+        """Take a deferred snapshot now; the next update would do so."""
+        if self.due and not self._inert():
+            self._guarded(self._settle)
+
     def close(self) -> None:
         """Keep the last step, wait for the writer, and let go of model and optimizer; twice is once.
 
         Of a sharded model every process has to call it, before the process group ends.
         """
         self._close(alone=False)
+
+    def leave(self) -> None:
+        """Close where other processes may not: of a sharded model the last step is then not kept."""
+        self._close(alone=True)
 
     def _close(self, alone: bool) -> None:
         if self._inert():
@@ -153,10 +167,6 @@ class Recorder:
                         self._settle()
         except Exception as failure:
             self._warn_failure(failure)
-
-    def _begin(self) -> None:
-        if self._due is not None and not self._inert():
-            self._guarded(self._settle)
 
     def _settle(self) -> None:
         """Take the snapshot that is due, if one is."""

@@ -1,0 +1,134 @@
+"""Recording under Lightning: Trainer(callbacks=[GroktraceCallback(every=100)])."""
+
+import contextlib
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groktrace.errors import SettingsError
+from groktrace.recording.recorder import Recorder
+from groktrace.recording.trainers import watch_trainer
+
+try:
+    import lightning.pytorch as pl
+    from torchmetrics import Metric, MetricCollection
+except ImportError as failure:
+    raise ImportError("this needs Lightning: pip install 'groktrace[lightning]'") from failure
+
+
+class GroktraceCallback(pl.Callback):
+    """Snapshots of a LightningModule's training, with what it logs.
+
+    Data and loss are the trainer's own: the training DataLoader, and `training_step` with its logging and metrics left
+    out. Modules that step their optimizers by hand need `train` and `loss`, or the analysis needs `--task`.
+
+    Args:
+        train: see `groktrace.watch`; by default what the trainer trains on.
+        val: see `groktrace.watch`.
+        loss: see `groktrace.watch`.
+        batch_loss: see `groktrace.watch`; by default `training_step`.
+        task: see `groktrace.watch`.
+        out: the run directory; by default "snapshots" in the trainer's default_root_dir.
+        every: see `groktrace.watch`.
+        schedule: see `groktrace.watch`.
+        seed: see `groktrace.watch`.
+        optimizer: which of the module's optimizers counts, in the order of `configure_optimizers`.
+
+    Attributes:
+        recorder: the recording, once training has begun.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: Any = None,
+        val: Any = None,
+        loss: Callable[..., Tensor] | str | None = None,
+        batch_loss: Callable[..., Tensor] | None = None,
+        task: str | None = None,
+        out: str | os.PathLike[str] | None = None,
+        every: int | None = None,
+        schedule: str | Iterable[int] | Callable[[int], bool] | None = None,
+        seed: int = 0,
+        optimizer: int = -1,
+    ) -> None:
+        self._given = {"train": train, "val": val, "loss": loss, "batch_loss": batch_loss, "task": task, "out": out}
+        self._given |= {"every": every, "schedule": schedule, "seed": seed}
+        self._optimizer = optimizer
+        self.recorder: Recorder | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin the recording.
+
+        Raises:
+            SettingsError, TaskError, RunError: as `groktrace.watch` does.
+        """
+        optimizers = trainer.optimizers
+        if not -len(optimizers) <= self._optimizer < len(optimizers):
+            raise SettingsError(f"optimizer: the module has {len(optimizers)} of them, got {self._optimizer}.")
+        given = dict(self._given)
+        if given["out"] is None:
+            given["out"] = os.path.join(trainer.default_root_dir, "snapshots")
+        found: dict[str, Any] = {"train": trainer.train_dataloader}
+        if pl_module.automatic_optimization:
+            found["batch_loss"] = _training_step
+        if pl_module.automatic_optimization or len(optimizers) == 1:
+            given["start_step"] = trainer.global_step
+        self.recorder = watch_trainer(pl_module, optimizers[self._optimizer], given, found)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Take the snapshot that is due, with what was logged for it."""
+        if self.recorder is not None and self.recorder.due:
+            self._log(trainer)
+            self.recorder.settle()
+
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Keep the last step."""
+        if self.recorder is not None:
+            self._log(trainer)
+            self.recorder.close()
+
+    def on_exception(self, *_: Any) -> None:
+        """Keep the last step of a training that was broken off."""
+        if self.recorder is not None:
+            self.recorder.leave()
+
+    def _log(self, trainer: pl.Trainer) -> None:
+        rates = {"lr": trainer.optimizers[self._optimizer].param_groups[0]["lr"]}
+        self.recorder.log(**(rates | dict(trainer.callback_metrics)))
+
+
+def _training_step(module: pl.LightningModule, batch: Any) -> Tensor:
+    """The loss that the module trains on."""
+    index = {"batch_idx": 0} if "batch_idx" in inspect.signature(module.training_step).parameters else {}
+    with _silent(module):
+        result = module.training_step(batch, **index)
+    return result["loss"] if isinstance(result, Mapping) else result
+
+
+@contextlib.contextmanager
+def _silent(module: pl.LightningModule) -> Iterator[None]:
+    """Logging does nothing and metrics stay as they are: this is not one of the trainer's batches."""
+
+    def nothing(*_: Any, **__: Any) -> Tensor:
+        return torch.zeros(())
+
+    replaced = [(module, "log")]
+    for part in module.modules():
+        if isinstance(part, Metric | MetricCollection):
+            replaced += [(part, name) for name in ("forward", "update", "compute")]
+    before = [(thing, name, name in vars(thing), vars(thing).get(name)) for thing, name in replaced]
+    try:
+        for thing, name in replaced:
+            vars(thing)[name] = nothing
+        yield
+    finally:
+        for thing, name, own, value in before:
+            if own:
+                vars(thing)[name] = value
+            else:
+                del vars(thing)[name]

@@ -1,0 +1,40 @@
+"""What the adapters to trainers share."""
+
+from typing import Any
+
+from torch import nn
+
+from groktrace.errors import TaskError
+from groktrace.recording.recorder import Recorder, tell
+from groktrace.recording.watch import watch
+
+
+def watch_trainer(model: nn.Module, optimizer: Any, given: dict[str, Any], found: dict[str, Any]) -> Recorder:
+    """Record a training whose loop belongs to a trainer; snapshots wait until the trainer has done with a step.
+
+    Args:
+        model: the network.
+        optimizer: the optimizer that counts.
+        given: arguments of `watch` that the user gave.
+        found: data and loss that the trainer has, for those that the user did not give. Where they cannot be used, that
+            is told, and only weights are kept.
+
+    Raises:
+        SettingsError, TaskError, RunError: as `watch` does.
+    """
+    data = {name: given[name] if given[name] is not None else found.get(name) for name in ("train", "val")}
+    if given["loss"] is None and given["batch_loss"] is None:
+        data["batch_loss"] = found.get("batch_loss")
+    try:
+        recorder = watch(model, optimizer, **(given | data))
+    except TaskError as failure:
+        if any(given[name] is not None for name in ("train", "val", "loss", "batch_loss")):
+            raise
+        tell(
+            f"the trainer's own data and loss cannot be used ({failure}); only weights are kept. Give the callback "
+            "train= and loss=, or the analysis --task."
+        )
+        nothing = dict.fromkeys(("train", "val", "loss", "batch_loss"))
+        recorder = watch(model, optimizer, **(given | nothing))
+    recorder.deferred = True
+    return recorder

@@ -1,0 +1,131 @@
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.data import Dataset
+
+import groktrace
+from groktrace.run import layout
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from groktrace.recording.transformers import GroktraceCallback  # noqa: E402
+
+# The trainer's own warnings are not this project's.
+pytestmark = pytest.mark.filterwarnings("ignore:(?!groktrace)")
+FEW = {"chains": 1, "burn_in": 4, "draws": 8}
+
+
+@pytest.fixture(autouse=True)
+def program():
+    """The real one, not the stand-in of the neighbouring tests."""
+
+
+class Sentences(Dataset):
+    def __init__(self):
+        self.tokens = torch.randint(0, 9, (20, 6), generator=torch.Generator().manual_seed(1))
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, i):
+        return {"input_ids": self.tokens[i], "labels": self.tokens[i]}
+
+
+def train(folder, *callbacks, resume=False, **settings):
+    """Seven updates of a small GPT-2; returns the trainer."""
+    transformers.set_seed(0)
+    size = {"vocab_size": 9, "n_positions": 6, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, bos_token_id=0, eos_token_id=0))
+    settings = {"max_steps": 7, "save_strategy": "no", "per_device_train_batch_size": 5} | settings
+    arguments = transformers.TrainingArguments(
+        str(folder), report_to="none", use_cpu=True, disable_tqdm=True, learning_rate=0.01, **settings
+    )
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=Sentences(), eval_dataset=Sentences(), callbacks=list(callbacks)
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def own_loss(model):
+    tokens = Sentences().tokens
+    logits = model.eval()(tokens).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+
+def test_the_trainers_own_data_and_loss(tmp_path):
+    alone = train(tmp_path / "alone").model
+    after = torch.get_rng_state()
+    callback = GroktraceCallback(every=2)
+    model = train(tmp_path / "here", callback, logging_steps=2).model
+    assert torch.equal(torch.get_rng_state(), after)
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), model.parameters(), strict=True))
+    assert "closed: 7 steps, 5 snapshots" in repr(callback.recorder)
+    run = groktrace.open_run(tmp_path / "here" / "snapshots")
+    assert [snapshot.step for snapshot in run.snapshots] == [0, 2, 4, 6, 7]
+    assert [snapshot.metrics().get("epoch") for snapshot in run.snapshots] == [None, 0.5, 1.0, 1.5, None]
+    assert run.snapshots[1].metrics()["loss"] > 1
+    trajectory = groktrace.analyze(run, **FEW)
+    assert trajectory.points[-1].train_loss == pytest.approx(own_loss(model), rel=1e-5)
+
+
+def test_a_training_that_is_resumed_goes_on_counting(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 4}
+    train(tmp_path, GroktraceCallback(every=2), max_steps=4, **settings)
+    with pytest.raises(groktrace.GroktraceError, match=r"holds a recording up to step 4\. To continue"):
+        train(tmp_path, GroktraceCallback(every=2), **settings)
+    train(tmp_path, GroktraceCallback(every=2), resume=True, **settings)
+    assert layout.snapshot_steps(tmp_path / "snapshots") == [0, 2, 4, 6, 7]
+
+
+def test_the_last_step_is_kept_and_not_the_best(tmp_path):
+    best = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 4}
+    best |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    after_steps = {}
+
+    class Noting(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **_):
+            after_steps[state.global_step] = [value.clone() for _, value in model.named_parameters()]
+
+    trainer = train(tmp_path, Noting(), GroktraceCallback(every=3), **best)
+    assert trainer.state.best_global_step == 2
+    weights = groktrace.open_run(tmp_path / "snapshots").snapshots[-1].load()
+    kept = [weights[name] for name, _ in trainer.model.named_parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(kept, after_steps[4], strict=True))
+    assert not torch.equal(kept[0], after_steps[2][0])
+
+
+def test_accumulated_gradients_and_ends_of_epochs(tmp_path):
+    callback = GroktraceCallback(every=1, out=tmp_path / "run")
+    train(tmp_path / "trainer", callback, gradient_accumulation_steps=2, max_steps=-1, num_train_epochs=2)
+    assert layout.snapshot_steps(tmp_path / "run") == [0, 1, 2, 3, 4]
+
+
+def test_a_loss_that_the_model_does_not_compute(tmp_path):
+    class Unlabelled(Sentences):
+        def __getitem__(self, i):
+            return {"input_ids": self.tokens[i]}
+
+    given = {"train": Unlabelled()}
+    with pytest.raises(groktrace.GroktraceError, match="expected one number"):
+        train(tmp_path / "a", GroktraceCallback(**given))
+
+    def loss(model, batch):
+        return own_logits_loss(model(**batch).logits, batch["input_ids"])
+
+    def own_logits_loss(logits, tokens):
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+    model = train(tmp_path / "b", GroktraceCallback(batch_loss=loss, every=7, **given)).model
+    trajectory = groktrace.analyze(tmp_path / "b" / "snapshots", **FEW)
+    assert trajectory.points[-1].train_loss == pytest.approx(own_loss(model), rel=1e-5)
+
+
+def test_without_transformers_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "groktrace.recording.transformers")
+    with pytest.raises(ImportError, match=r"pip install 'groktrace\[transformers\]'"):
+        import groktrace.recording.transformers  # noqa: F401
