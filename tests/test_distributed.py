@@ -136,10 +136,10 @@ def sharded_and_failing(rank, folder):
         recorder = groktrace.watch(model, optimizer, out=out, every=1)
         train(model, optimizer, x, y, 1)
         if rank == 0:
-            recorder._writer.wait = lambda: 1 / 0
+            recorder._writer.make_room = lambda: 1 / 0
         train(model, optimizer, x, y, 2)
         if rank == 0:
-            del recorder._writer.wait
+            del recorder._writer.make_room
         train(model, optimizer, x, y, 1)
         recorder._keep = lambda step: False
         train(model, optimizer, x, y, 1)

@@ -99,6 +99,11 @@ class Recorder:
         if self.due and not self._inert():
             self._guarded(self._settle)
 
+    def flush(self) -> None:
+        """Wait until the snapshots taken so far are written."""
+        if self._writer is not None and not self._inert():
+            self._guarded(self._writer.wait)
+
     def close(self) -> None:
         """Keep the last step, wait for the writer, and let go of model and optimizer; twice is once.
 
@@ -204,7 +209,7 @@ class Recorder:
 
     def _wanted(self, writer: Writer, step: int, began: float) -> bool:
         """Whether the step is still to be written, once the buffers are free."""
-        writer.wait()
+        writer.make_room()
         self._waited += time.perf_counter() - began
         if self._waited > SILENT_WAIT:
             self._warn(
@@ -220,6 +225,8 @@ class Recorder:
         steps, capture = self.steps, self._capture
         if capture is None:
             return
+        if self._writer is not None and not capture.sharded:
+            self._writer.wait()  # so that what is there can be seen
         idle = self._writer is not None and not capture.sharded and steps == self._first == self._copied
         if idle and capture.moved():
             self._warn("idle", f"the weights changed, but no update was seen; {HOW_TO_COUNT}")

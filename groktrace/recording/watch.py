@@ -100,6 +100,9 @@ def watch(
             "the others leave optimizer out, and call recorder.step() between optimizer.eval() and optimizer.train()."
         )
 
+    for recorder in open_recorders:
+        if recorder.out == root:
+            recorder.flush()
     earlier = _earlier(model, optimizer, root)
     start = _first_step(start_step, optimizer, earlier)
     writes, sharded = _is_writer(), is_sharded(model)

@@ -5,6 +5,7 @@ import json
 import math
 import threading
 import time
+from collections import deque
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from groktrace.run import files, layout
 
+QUEUE_BYTES = 2**20
+QUEUE_SECONDS = 1.0
 _PROCESS_START = time.time()  # that of this import, which comes soon after
 
 
@@ -32,7 +35,10 @@ def remove_leftovers(root: Path) -> None:
 
 
 class Writer:
-    """Writes one snapshot at a time; whoever has the next one waits.
+    """Writes snapshots in the background; whoever has the next one waits while one is in flight.
+
+    Small ones queue up, and are written together once a second: each awakening of a thread takes a core from those that
+    train, which costs more than the writing.
 
     Args:
         root: the run directory; its weights folder exists.
@@ -50,35 +56,58 @@ class Writer:
         self.last_step: int | None = None
         self.error: Exception | None = None
         self._root = root
-        self._job: tuple[int, dict[str, Tensor], dict[str, float]] | None = None
-        self._stopping = False
+        self._jobs: deque[tuple[int, dict[str, Tensor], dict[str, float]]] = deque()
+        self._queued = 0  # bytes of the jobs that wait, QUEUE_BYTES and more where one is not small
+        self._hurry = self._stopping = False
         self._changed = threading.Condition()
         # Daemon: a writer stuck on a dead file system must not keep the process from ending.
         self._thread = threading.Thread(target=self._work, name="groktrace-writer", daemon=True)
         self._thread.start()
 
-    def wait(self) -> None:
-        """Return once no snapshot is in flight, so that its tensors may be overwritten.
+    def make_room(self) -> None:
+        """Return once the tensors that were handed over last may be overwritten.
 
         Raises:
             RuntimeError: the thread is gone.
         """
         with self._changed:
-            while self._job is not None:
-                if not self._thread.is_alive():
-                    raise RuntimeError("the thread that writes snapshots has ended")
-                self._changed.wait(1.0)
+            if self._queued >= QUEUE_BYTES:
+                self._drain()
+
+    def wait(self) -> None:
+        """Return once nothing is in flight.
+
+        Raises:
+            RuntimeError: the thread is gone.
+        """
+        with self._changed:
+            self._drain()
+
+    def _drain(self) -> None:
+        while self._jobs:
+            if not self._thread.is_alive():
+                raise RuntimeError("the thread that writes snapshots has ended")
+            self._hurry = True
+            self._changed.notify_all()
+            self._changed.wait(1.0)
 
     def submit(self, step: int, tensors: dict[str, Tensor], metrics: dict[str, float]) -> None:
-        """Hand over a snapshot; `tensors` must stay as they are until `wait` returns.
+        """Hand over a snapshot; `tensors` must stay as they are until `make_room` returns.
 
         Raises:
             RuntimeError: the thread is gone.
         """
-        self.wait()
+        self.make_room()
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        small = 4 * size < QUEUE_BYTES
+        if small:
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         with self._changed:
-            self._job = (step, tensors, metrics)
-            self._changed.notify_all()
+            self._jobs.append((step, tensors, metrics))
+            self._queued += size if small else QUEUE_BYTES
+            if 2 * self._queued >= QUEUE_BYTES or not self.written:  # the first at once, to show that it works
+                self._hurry = True
+                self._changed.notify_all()
 
     def close(self) -> None:
         """Write what is in flight and end the thread."""
@@ -90,21 +119,27 @@ class Writer:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while self._job is None and not self._stopping:
-                    self._changed.wait()
-                if self._job is None:
-                    return
-                step, tensors, metrics = self._job
+                while not self._hurry and not self._stopping:
+                    if not self._changed.wait(QUEUE_SECONDS) and self._jobs:
+                        break
+                if not self._jobs:
+                    self._hurry = False
+                    if self._stopping:
+                        return
+                    continue
+                step, tensors, metrics = self._jobs[0]
             try:
                 size = self._write(step, tensors, metrics)
                 self.written, self.bytes, self.last_step = self.written + 1, self.bytes + size, step
             except Exception as failure:  # the training thread reports it; later snapshots are still tried
                 self.error = failure
-            finally:
-                with self._changed:
-                    self._job = None
+            del tensors
+            with self._changed:
+                self._jobs.popleft()
+                self._hurry = bool(self._jobs)  # those that came meanwhile go with this batch
+                if not self._jobs:
+                    self._queued = 0
                     self._changed.notify_all()
-                del tensors
 
     def _write(self, step: int, tensors: dict[str, Tensor], metrics: dict[str, float]) -> int:
         metadata = {

@@ -3,12 +3,14 @@ import json
 import math
 import os
 import threading
+import time
 from datetime import datetime
 
 import pytest
 import torch
 
 import groktrace
+from groktrace.recording import writer as writer_module
 from groktrace.recording.writer import Writer, now, remove_leftovers
 from groktrace.run import files, layout
 
@@ -38,7 +40,35 @@ def test_writes_tensors_and_metadata(root, writer):
     assert (writer.written, writer.bytes, writer.last_step) == (1, path.stat().st_size, 12)
 
 
+def test_small_snapshots_are_written_together(root, monkeypatch, writer):
+    monkeypatch.setattr(writer_module, "QUEUE_SECONDS", 0.3)
+    weight, began = torch.zeros(1000), time.perf_counter()
+    writer.written = 1
+    for step in range(5):
+        writer.make_room()
+        weight.fill_(step)
+        writer.submit(step, {"w": weight}, {})
+    assert layout.snapshot_steps(root) == []
+    while writer.written < 6:
+        assert time.perf_counter() < began + 5
+        time.sleep(0.01)
+    kept = [files.read_tensors(layout.snapshot_path(root, step))[0]["w"] for step in range(5)]
+    assert all((tensor == step).all() for step, tensor in enumerate(kept))
+
+
+def test_the_queue_does_not_grow_beyond_its_bytes(root, monkeypatch, writer):
+    monkeypatch.setattr(writer_module, "QUEUE_BYTES", 40_000)
+    most = 0
+    for step in range(100):
+        writer.submit(step, {"w": torch.zeros(1000)}, {})
+        most = max(most, len(writer._jobs))
+    writer.wait()
+    assert len(layout.snapshot_steps(root)) == 100
+    assert most <= 10
+
+
 def test_the_next_snapshot_waits_for_the_one_in_flight(monkeypatch, writer):
+    monkeypatch.setattr(writer_module, "QUEUE_BYTES", 0)  # so that every one is large
     gate, done = threading.Event(), []
     monkeypatch.setattr(files, "write_tensors", lambda path, *_: (gate.wait(10) and done.append(path.name)) or 1)
     writer.submit(1, {}, {})
