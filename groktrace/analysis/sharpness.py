@@ -1,0 +1,80 @@
+"""How curved the training loss is at snapshots: trace and largest eigenvalue of its Hessian."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groktrace.analysis.evaluation import stack_weights
+from groktrace.sampling.curvature import top_eigenvalue
+from groktrace.sampling.hutchinson import hessian_trace
+from groktrace.sampling.langevin import generator_for
+from groktrace.sampling.posterior import StackedLoss
+
+# As many as arXiv 2603.01192.
+VECTORS = 100
+# Products of the Lanczos iteration: within 1 % of the exact eigenvalue on networks.
+ITERATIONS = 24
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """Curvature at one snapshot, over the sampled weights; None where it is not finite.
+
+    Attributes:
+        step: training step.
+        hessian_trace: tr ∇²L_n, by Hutchinson's estimator with 100 vectors.
+        hessian_trace_stderr: its standard error.
+        hessian_top: the largest |eigenvalue| of ∇²L_n, by 24 Lanczos iterations.
+    """
+
+    step: int
+    hessian_trace: float | None
+    hessian_trace_stderr: float | None
+    hessian_top: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "Sharpness":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a value is of the wrong kind.
+            TypeError: a value is missing or unknown.
+        """
+        if type(value.get("step")) is not int:
+            raise ValueError("step")
+        for name, number in value.items():
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+                raise ValueError(name)
+        return cls(**value)
+
+
+def measure_sharpness(
+    loss: StackedLoss, weights: Sequence[dict[str, Tensor]], steps: Sequence[int], seed: int
+) -> list[Sharpness]:
+    """Trace and top eigenvalue of several snapshots at once.
+
+    Args:
+        loss: the task's training loss.
+        weights: tensors by name, of each snapshot.
+        steps: the training step of each.
+        seed: of the random directions.
+    """
+    stacked, anchors = stack_weights(loss, weights)
+    generators = [generator_for(seed, step, 0, "sharpness", anchors.device) for step in steps]
+    start = torch.empty_like(anchors)
+    for row, generator in zip(start, generators, strict=True):
+        row.normal_(generator=generator)
+    tops = top_eigenvalue(stacked, anchors, start, ITERATIONS).tolist()
+    traces, errors = hessian_trace(stacked, anchors, generators, VECTORS)
+    return [
+        Sharpness(step, *(value if math.isfinite(value) else None for value in values))
+        for step, *values in zip(steps, traces.tolist(), errors.tolist(), tops, strict=True)
+    ]
