@@ -56,6 +56,15 @@ def _nbeta(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
         raise click.BadParameter(f"expected a number or 'wbic', got '{value}'") from None
 
 
+def _reference(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
+    if value is None or value == "jacobian":
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise click.BadParameter(f"expected a number or 'jacobian', got '{value}'") from None
+
+
 @main.command()
 @_run
 @click.option(
@@ -78,6 +87,13 @@ def _nbeta(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 @click.option("--parameters", multiple=True, metavar="PATTERN", help="Let only these weights move (refined LLC).")
 @click.option("--rtol", type=float, help="Wanted relative standard error [0.02].")
 @click.option("--seed", type=int, help="Seed of the sampling [0].")
+@click.option(
+    "--reference",
+    callback=_reference,
+    metavar="F|jacobian",
+    help="Draw a line at this λ, or at half the rank of the Jacobian of the outputs at the last snapshot.",
+)
+@click.option("--curvature", is_flag=True, help="Also measure trace and top eigenvalue of the loss's Hessian.")
 @click.option("--device", help="Where to compute, such as cpu or cuda:0; a GPU where there is one.")
 @click.option(
     "--task",
@@ -100,6 +116,8 @@ def analyze(
     task: str | None,
     device: str | None,
     logdir: Path | None,
+    reference: float | str | None,
+    curvature: bool,
     curve_step: int | None,
     as_json: bool,
     **given: Any,
@@ -122,6 +140,8 @@ def analyze(
         sys.path.insert(0, os.getcwd())
     loaded = None if task is None else load_factory(task)
     if curve_step is not None:
+        if reference is not None or curvature:
+            raise click.UsageError("--temperature-curve takes neither --reference nor --curvature")
         _print_curve(temperature_curve_at(opened, curve_step, task=loaded, device=device, **chosen), as_json)
         return
     with _Phases() as phases:
@@ -131,6 +151,8 @@ def analyze(
             task_name=task,
             device=device,
             progress=phases.report,
+            reference=reference,
+            curvature=curvature,
             **settings.to_dict(),
         )
     transitions, grokking = find_transitions(trajectory), measure_grokking(trajectory)

@@ -265,3 +265,35 @@ def test_interrupting_keeps_what_is_finished(small_run):
     assert output == ""
     assert "Interrupted; what is finished is kept" in errors
     assert "Traceback" not in errors
+
+
+def test_reference_and_curvature_are_found_again_by_show_and_plot(small_run, tmp_path):
+    result = invoke("analyze", small_run, "--reference", "30", "--curvature", "--json", *FAST)
+    found = json.loads(result.stdout)
+    assert found["reference"]["llc"] == 30
+    assert all(point["hessian_trace"] > 0 for point in found["trajectory"])
+    shown = invoke("show", small_run).stdout
+    assert "reference λ = 30\n" in shown
+    assert "tr H" in shown
+    assert invoke("plot", small_run, "-o", tmp_path / "figure.svg").exit_code == 0
+    assert (small_run / "tensorboard" / "reference λ 30").is_dir()
+    invoke("analyze", small_run, "--reference", "jacobian", *FAST)
+    assert "half the Jacobian's rank of 67 at step 50" in invoke("show", small_run).stdout
+    assert not (small_run / "tensorboard" / "reference λ 30").exists()
+    assert (small_run / "tensorboard" / "reference λ 33.5").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--reference", "ntk"], 2, "expected a number or 'jacobian', got 'ntk'"),
+        (["--reference", "-2"], 1, "reference: expected a positive number or 'jacobian', got -2.0"),
+        (["--curvature", "--temperature-curve", "50"], 2, "takes neither --reference nor --curvature"),
+    ],
+)
+def test_bad_references_are_named(small_run, arguments, code, message):
+    before = files_of(small_run)
+    result = invoke("analyze", small_run, *arguments)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert files_of(small_run) == before

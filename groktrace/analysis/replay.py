@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from groktrace.analysis.estimate import (
 from groktrace.analysis.evaluation import Survey, as_float, survey, training_loss
 from groktrace.analysis.journal import append_lines, exclusive, read_lines
 from groktrace.analysis.llc import LLCEstimate
+from groktrace.analysis.reference import Reference, check_reference, jacobian_reference
+from groktrace.analysis.sharpness import Sharpness, measure_sharpness
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.errors import RunError, SnapshotError, TaskError
 from groktrace.run import layout
@@ -34,9 +37,11 @@ TRAJECTORY_FILE = "trajectory.json"
 SETTINGS_FILE = "settings.json"
 _SURVEY_FILE = "survey.jsonl"
 _POINTS_FILE = "points.jsonl"
+_SHARPNESS_FILE = "sharpness.jsonl"
+_REFERENCE_FILE = "reference.jsonl"
 
 Progress = Callable[[str, int, int], None]
-Result = TypeVar("Result", Survey, Point)
+Result = TypeVar("Result", Survey, Point, Sharpness, Reference)
 
 
 def analyze(
@@ -46,6 +51,8 @@ def analyze(
     task_name: str | None = None,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
+    reference: float | Literal["jacobian"] | None = None,
+    curvature: bool = False,
     **settings: Any,
 ) -> Trajectory:
     """Replay a run's snapshots through the sampler into a trajectory of λ̂.
@@ -58,6 +65,9 @@ def analyze(
         task_name: what to call that task in the results' settings.
         device: where to compute; a GPU where there is one.
         progress: called with (phase, snapshots done, snapshots in all).
+        reference: a value of λ to show beside the trajectory; "jacobian" for half the rank of the Jacobian of the
+            outputs on the training samples, at the last snapshot.
+        curvature: whether to measure trace and top eigenvalue of the training loss's Hessian at each snapshot.
         **settings: see `groktrace.SamplingSettings`.
 
     Returns:
@@ -69,6 +79,7 @@ def analyze(
         TaskError: the recording holds no loss to evaluate and none was given.
     """
     chosen = make_settings(settings)
+    check_reference(reference)
     place = choose_device(device)
     run = run if isinstance(run, Run) else open_run(run)
     evaluated = run.task if task is None else task
@@ -96,6 +107,23 @@ def analyze(
         )
         nbeta, localization = _fixed_scale(folder, chosen, evaluated.n, sampled, list(surveyed.values()))
 
+        def take_rank(group: _Group) -> list[Reference]:
+            return [jacobian_reference(evaluated, sampled, weights, each.step, place) for each, weights in group]
+
+        beside = None
+        if reference == "jacobian":
+            # Before the sampling, so that a network too large for its rank is refused early.
+            _, beside = snapshots.replay(
+                folder / _REFERENCE_FILE,
+                1,
+                take_rank,
+                Reference.from_dict,
+                lambda d, n: report("Jacobian rank", d, n),
+                snapshots.last(),
+            ).popitem()
+        elif reference is not None:
+            beside = Reference(float(reference), "value")
+
         def sample_group(group: _Group) -> list[Point]:
             weights = [weights for _, weights in group]
             about = [surveyed[snapshot.step] for snapshot, _ in group]
@@ -109,6 +137,16 @@ def analyze(
         points = snapshots.replay(
             folder / _POINTS_FILE, together, sample_group, Point.from_dict, lambda d, n: report("sampling", d, n)
         )
+        if curvature:
+
+            def measure_group(group: _Group) -> list[Sharpness]:
+                weights, steps = [weights for _, weights in group], [snapshot.step for snapshot, _ in group]
+                return measure_sharpness(loss, weights, steps, chosen.seed)
+
+            measured = snapshots.replay(
+                folder / _SHARPNESS_FILE, rows, measure_group, Sharpness.from_dict, lambda d, n: report("Hessian", d, n)
+            )
+            points = {step: replace(points[step], **found.to_dict()) for step, found in measured.items()}
         trajectory = Trajectory(
             tuple(points[step] for step in sorted(points)),
             n=evaluated.n,
@@ -119,6 +157,7 @@ def analyze(
             method=chosen.method,
             run=str(run.root),
             unreadable=tuple(snapshots.unreadable),
+            reference=beside,
         )
         trajectory.save(folder / TRAJECTORY_FILE)
     return trajectory
@@ -164,6 +203,10 @@ class _Snapshots:
                 return weights
         raise RunError(f"{self.root}: none of its snapshots can be read; the first: {self.unreadable[0]}")
 
+    def last(self) -> list[Snapshot]:
+        """The last snapshot that loads, alone; none if none does."""
+        return next(([each] for each in reversed(list(self.prints)) if self.load(each) is not None), [])
+
     def load(self, snapshot: Snapshot) -> dict[str, Tensor] | None:
         """Its weights; None, and a line in `unreadable`, where the file is damaged."""
         try:
@@ -180,6 +223,7 @@ class _Snapshots:
         compute: Callable[[_Group], list[Result]],
         parse: Callable[[Any], Result],
         report: Callable[[int, int], None],
+        among: Sequence[Snapshot] | None = None,
     ) -> dict[int, Result]:
         """A result for each snapshot, those in the journal as they are, the others computed and added to it.
 
@@ -190,6 +234,7 @@ class _Snapshots:
             compute: results of a group.
             parse: a result from its journal line.
             report: called with (snapshots done, snapshots in all).
+            among: the snapshots wanted; None for all.
         """
         known: dict[str, Result] = {}
         for record in read_lines(journal):
@@ -198,7 +243,7 @@ class _Snapshots:
                 known[fingerprint] = parse(record)
             except (KeyError, TypeError, ValueError) as failure:
                 raise RunError(f"{journal}: damaged ({failure}); remove the file to redo it.") from failure
-        ordered = list(self.prints)
+        ordered = list(self.prints if among is None else among)
         results: dict[int, Result] = {}
         report(0, len(ordered))
         for start in range(0, len(ordered), stack):

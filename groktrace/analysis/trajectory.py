@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from groktrace.analysis.reference import Reference
 from groktrace.errors import RunError, SettingsError
 from groktrace.run.files import read_json, write_json
 
@@ -24,6 +25,7 @@ class Point:
         train_accuracy, val_accuracy: fraction of right predictions there.
         metrics: what the training script logged.
         diagnostics: see `LLCEstimate`.
+        hessian_trace, hessian_trace_stderr, hessian_top: see `groktrace.analysis.sharpness`; where they were asked for.
     """
 
     step: int
@@ -39,6 +41,9 @@ class Point:
     val_accuracy: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     diagnostics: dict[str, float | None] = field(default_factory=dict)
+    hessian_trace: float | None = None
+    hessian_trace_stderr: float | None = None
+    hessian_top: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; what is not finite becomes None."""
@@ -73,6 +78,9 @@ _NUMBERS = (
     "train_accuracy",
     "val_loss",
     "val_accuracy",
+    "hessian_trace",
+    "hessian_trace_stderr",
+    "hessian_top",
 )
 
 
@@ -88,6 +96,7 @@ class Trajectory:
         method: "averaged" or "sgld"; None for curves measured elsewhere.
         run: where the snapshots lie.
         unreadable: snapshots that were left out, each as one line that names the file and the reason.
+        reference: a value of λ to hold the trajectory against; None where none was asked for.
     """
 
     points: tuple[Point, ...]
@@ -99,6 +108,7 @@ class Trajectory:
     method: str | None = None
     run: str | None = None
     unreadable: tuple[str, ...] = ()
+    reference: Reference | None = None
 
     @classmethod
     def from_arrays(
@@ -164,9 +174,10 @@ class Trajectory:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         own = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return _plain(
-            {**own, "points": [point.to_dict() for point in self.points], "unreadable": list(self.unreadable)}
-        )
+        own["points"] = [point.to_dict() for point in self.points]
+        own["unreadable"] = list(self.unreadable)
+        own["reference"] = None if self.reference is None else self.reference.to_dict()
+        return _plain(own)
 
     def save(self, path: Path) -> None:
         """Write the trajectory as JSON, whole or not at all."""
@@ -184,8 +195,11 @@ class Trajectory:
             points = tuple(Point.from_dict(point) for point in value["points"])
             if any(after.step <= before.step for before, after in itertools.pairwise(points)):
                 raise ValueError("steps do not ascend")
-            rest = {name: value.get(name) for name in cls.__dataclass_fields__ if name not in ("points", "unreadable")}
-            return cls(points, unreadable=tuple(str(line) for line in value.get("unreadable", ())), **rest)
+            unreadable = tuple(str(line) for line in value.get("unreadable", ()))
+            reference = value.get("reference")
+            reference = None if reference is None else Reference.from_dict(reference)
+            parsed = {"points": points, "unreadable": unreadable, "reference": reference}
+            return cls(**{name: value.get(name) for name in cls.__dataclass_fields__} | parsed)
         except (KeyError, TypeError, ValueError, AttributeError) as failure:
             raise RunError(f"{path}: damaged ({failure}); remove it and analyse again.") from failure
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from groktrace.analysis.grokking import Grokking
+from groktrace.analysis.reference import Reference
 from groktrace.analysis.temperature import TemperatureCurve
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.analysis.transitions import Transition
@@ -36,6 +37,7 @@ def as_json(trajectory: Trajectory, transitions: Sequence[Transition], grokking:
         "resolution": plain["resolution"],
         "locality": plain["locality"],
         "method": plain["method"],
+        "reference": plain["reference"],
         "trajectory": plain["points"],
         "transitions": [_finite_values(each.to_dict()) for each in transitions],
         "grokking": _finite_values(grokking.to_dict()),
@@ -105,15 +107,19 @@ def summary(trajectory: Trajectory, transitions: Sequence[Transition], grokking:
         grokking: measured on it.
     """
     points = _thinned(trajectory.points, transitions)
-    rows = [("step", "λ̂", "±", "λ_c", "±", "train loss", "acc", "val loss", "acc", "")]
+    curved = any(point.hessian_trace is not None for point in trajectory.points)
+    sharpness = ("tr H", "±", "h_max") if curved else ()
+    rows = [("step", "λ̂", "±", "λ_c", "±", "train loss", "acc", "val loss", "acc", *sharpness, "")]
     for point in points:
-        numbers = (point.llc, point.stderr, point.llc_centred, point.stderr_centred, point.train_loss)
-        more = (point.train_accuracy, point.val_loss, point.val_accuracy)
-        rows.append(
-            (str(point.step), *(number(value) for value in (*numbers, *more)), "" if point.reliable else _why(point))
-        )
+        numbers = [point.llc, point.stderr, point.llc_centred, point.stderr_centred, point.train_loss]
+        numbers += [point.train_accuracy, point.val_loss, point.val_accuracy]
+        numbers += [point.hessian_trace, point.hessian_trace_stderr, point.hessian_top] if curved else []
+        rows.append((str(point.step), *map(number, numbers), "" if point.reliable else _why(point)))
     hidden = len(trajectory.points) - len(points)
-    lines = [settings_line(trajectory), "", *_aligned(rows)]
+    lines = [settings_line(trajectory)]
+    if trajectory.reference is not None:
+        lines.append(f"reference {reference_text(trajectory.reference)}")
+    lines += ["", *_aligned(rows)]
     if hidden:
         doubtful = sum(not each.reliable for each in trajectory.points) - sum(not each.reliable for each in points)
         among = f", {doubtful} of them unreliable" if doubtful else ""
@@ -164,6 +170,20 @@ def settings_line(trajectory: Trajectory) -> str:
     ]
     where = f"{trajectory.run}: " if trajectory.run else ""
     return where + ", ".join(part for part in parts if part)
+
+
+def reference_text(reference: Reference) -> str:
+    """A reference value and where it comes from, in a few words.
+
+    Args:
+        reference: of a trajectory.
+    """
+    text = f"λ = {number(reference.llc)}"
+    if reference.source == "value":
+        return text
+    rank = f"half the Jacobian's rank of {reference.rank} at step {reference.step}"
+    gap = "" if reference.gap is None else f", gap {number(reference.gap)}"
+    return f"{text}, {rank} (tolerance {number(reference.tolerance)}{gap})"
 
 
 class Progress:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".pdf", ".svg")
 # Okabe & Ito: told apart by colour-blind readers; the line styles tell them apart in grey.
 LLC, RISE, FALL, TRAIN, VAL = "#0072B2", "#E69F00", "#009E73", "#444444", "#CC79A7"
+TRACE, TOP = "#D55E00", "#56B4E9"
 DPI = 160
 SMALL = 8.5  # size of legend and labels, in points
 
@@ -54,7 +55,7 @@ def save_figure(trajectory: Trajectory, transitions: Sequence[Transition], grokk
 
 
 def trajectory_figure(trajectory: Trajectory, transitions: Sequence[Transition], grokking: Grokking) -> "Figure":
-    """λ with its error band and transitions above, accuracies and losses below.
+    """λ with its error band and transitions above, accuracies and losses below; where measured, curvature between.
 
     Args:
         trajectory: λ̂ along the run.
@@ -69,14 +70,16 @@ def trajectory_figure(trajectory: Trajectory, transitions: Sequence[Transition],
         from matplotlib.figure import Figure
     except ImportError as failure:
         raise GroktraceError("figures need matplotlib: pip install 'groktrace[plot]'") from failure
-    figure = Figure(figsize=(8, 6), dpi=DPI, layout="constrained")
+    curved = bool(np.isfinite(trajectory.column("hessian_trace")).any())
+    figure = Figure(figsize=(8, 7.5 if curved else 6), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    panels = figure.subplots(3 if curved else 2, 1, sharex=True, height_ratios=[3, 1.5, 2] if curved else [3, 2])
+    upper, lower = panels[0], panels[-1]
     steps = trajectory.column("step")
     if _log_spaced(steps):
         lower.set_xscale("symlog", linthresh=max(1.0, float(steps[steps > 0].min())))
     lower.set_xlabel("training step")
-    for axes in (upper, lower):
+    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.02)
         axes.grid(axis="y", color="0.92", lw=0.6)
@@ -84,7 +87,8 @@ def trajectory_figure(trajectory: Trajectory, transitions: Sequence[Transition],
     handles = [
         *_draw_llc(upper, trajectory, steps),
         *_draw_thresholds(lower, grokking),
-        *_draw_transitions(upper, lower, transitions),
+        *_draw_transitions(panels, transitions),
+        *(_draw_sharpness(panels[1], trajectory, steps) if curved else []),
         *_draw_training(lower, trajectory, steps),
     ]
     if handles:
@@ -116,10 +120,17 @@ def _draw_llc(axes: "Axes", trajectory: Trajectory, steps: np.ndarray) -> list[A
         handles += axes.plot(steps[known & ~reliable], value[known & ~reliable], marker="o", **hollow, label=label)
     axes.set_ylabel(r"local learning coefficient $\lambda$")
     left_over = np.isfinite(raw) & ~known
+    reference = trajectory.reference
+    if reference is not None:
+        label = rf"reference $\lambda$ = {number(reference.llc)}"
+        label += f" (rank {reference.rank} / 2)" if reference.source == "jacobian" else ""
+        handles.append(axes.axhline(reference.llc, color="0.35", ls="-.", lw=1.2, label=label))
     frame = np.concatenate([value[known], low[reliable & known], high[reliable & known]])
     frame = frame[np.isfinite(frame)] if known.any() else raw[left_over]
     if left_over.any():
         handles += axes.plot(steps[left_over], raw[left_over], marker="D", **hollow, label=r"$\hat\lambda$, unreliable")
+    if reference is not None:
+        frame = np.append(frame, reference.llc)
     if len(frame):
         # Values that are not to be trusted must not squash those that are.
         room = 0.08 * float(np.ptp(frame)) or 0.1 * abs(float(frame[0])) or 1.0
@@ -129,12 +140,30 @@ def _draw_llc(axes: "Axes", trajectory: Trajectory, steps: np.ndarray) -> list[A
     return handles
 
 
-def _draw_transitions(upper: "Axes", lower: "Axes", transitions: Sequence[Transition]) -> list[Any]:
+def _draw_sharpness(axes: "Axes", trajectory: Trajectory, steps: np.ndarray) -> list[Any]:
+    value, error = trajectory.column("hessian_trace"), trajectory.column("hessian_trace_stderr")
+    known = np.isfinite(value)
+    axes.fill_between(steps, value - 1.96 * error, value + 1.96 * error, where=known, color=TRACE, alpha=0.25, lw=0)
+    handles = axes.plot(steps[known], value[known], "o-", color=TRACE, lw=1.5, ms=2, label="Hessian's trace, 95 % band")
+    axes.set_ylabel("Hessian's trace")
+    top = trajectory.column("hessian_top")
+    known_top = np.isfinite(top)
+    right = axes.twinx()
+    handles += right.plot(steps[known_top], top[known_top], ls="--", color=TOP, lw=1.5, label="its largest eigenvalue")
+    right.set_ylabel("largest eigenvalue")
+    right.spines[["top"]].set_visible(False)
+    for panel, column in ((axes, value[known]), (right, top[known_top])):
+        if len(column) and column.min() > 0 and column.max() > 20 * column.min():
+            panel.set_yscale("log")
+    return handles
+
+
+def _draw_transitions(panels: Sequence["Axes"], transitions: Sequence[Transition]) -> list[Any]:
     from matplotlib.patches import Patch
 
     for each in transitions:
         colour, style = _look(each)
-        for axes in (upper, lower):
+        for axes in panels:
             axes.axvspan(each.onset, each.end, color=colour, alpha=0.10, lw=0)
             axes.axvspan(each.step_low, each.step_high, color=colour, alpha=0.25, lw=0)
             axes.axvline(each.step, color=colour, ls=style, lw=1.5)

@@ -11,7 +11,7 @@ from groktrace.analysis.grokking import Grokking
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.analysis.transitions import Transition
 from groktrace.errors import GroktraceError
-from groktrace.reporting.console import by_accuracy, settings_json, settings_line, transition_rows
+from groktrace.reporting.console import by_accuracy, number, settings_json, settings_line, transition_rows
 from groktrace.reporting.figures import shown_curve, trajectory_figure
 
 CURVE = "llc/mean"
@@ -51,17 +51,20 @@ def write_events(trajectory: Trajectory, transitions: Sequence[Transition], grok
             "loss/val": trajectory.column("val_loss"),
             "accuracy/train": trajectory.column("train_accuracy"),
             "accuracy/val": trajectory.column("val_accuracy"),
+            "sharpness/hessian_trace": trajectory.column("hessian_trace"),
+            "sharpness/hessian_trace_stderr": trajectory.column("hessian_trace_stderr"),
+            "sharpness/hessian_top": trajectory.column("hessian_top"),
         }
-        # Not "diagnostics": TensorBoard unfolds only the first two groups by name, and the LLC must be one of them.
+        # All group names but one come after "llc": TensorBoard unfolds only the first two groups by name.
         for group, attribute in (("logged", "metrics"), ("sampler", "diagnostics")):
             records = [getattr(point, attribute) for point in trajectory.points]
             for name in sorted({name for record in records for name in record}):
                 found = [record.get(name) for record in records]
                 columns[f"{group}/{name}"] = np.array([np.nan if x is None else x for x in found], dtype=float)
         for tag, column in columns.items():
-            for step, number in zip(steps, column, strict=True):
-                if np.isfinite(number):
-                    writer.add_scalar(tag, float(number), step)
+            for step, entry in zip(steps, column, strict=True):
+                if np.isfinite(entry):
+                    writer.add_scalar(tag, float(entry), step)
         writer.add_text("transitions", _table(transitions, grokking))
         writer.add_text("settings", f"{settings_line(trajectory)}\n\n```\n{settings_json(trajectory)}\n```")
         try:
@@ -70,6 +73,11 @@ def write_events(trajectory: Trajectory, transitions: Sequence[Transition], grok
             pass
         else:
             writer.add_image("trajectory", _pixels(figure), steps[-1] if steps else 0, dataformats="HWC")
+    if trajectory.reference is not None and steps:
+        with _writer(logdir / _safe(f"reference λ {number(trajectory.reference.llc)}")) as writer:
+            for step in sorted({steps[0], steps[-1]}):
+                for tag in (CURVE, "llc/lower", "llc/upper"):
+                    writer.add_scalar(tag, trajectory.reference.llc, step)
     known = value[np.isfinite(value)]
     span = steps[-1] - steps[0] if steps else 0
     count = min(max(span // 200, _LINE_POINTS[0]), _LINE_POINTS[-1])
@@ -90,6 +98,10 @@ def _run_name(transition: Transition) -> str:
     """A transition's label in TensorBoard's list of runs, safe as a folder name everywhere."""
     label = transition.label or transition.kind
     text = f"{label} at {transition.step} ({transition.step_low}-{transition.step_high})"
+    return _safe(text)
+
+
+def _safe(text: str) -> str:
     return re.sub(r"[^\w ().-]", "_", text)
 
 

@@ -170,3 +170,45 @@ def test_mismatched_shapes_are_named(small_run):
         groktrace.open_run(small_run).snapshots[0].load()
     with pytest.raises(RunError, match="none of its snapshots can be read"):
         groktrace.analyze(small_run, **FAST)
+
+
+def test_a_reference_goes_with_the_trajectory_and_is_replaced(small_run):
+    given = groktrace.analyze(small_run, **FAST, reference=3)
+    assert given.reference.to_dict() | {"llc": 3.0, "source": "value"} == given.reference.to_dict()
+    assert replay.latest_trajectory(small_run) == given
+    ranked = groktrace.analyze(small_run, **FAST, reference="jacobian").reference
+    assert (ranked.source, ranked.step, 2 * ranked.llc) == ("jacobian", 50, ranked.rank)
+    # Two layers of tanh have no symmetry that is continuous: all 67 weights count.
+    assert ranked.rank == 67
+    assert replay.latest_trajectory(small_run).reference == ranked
+    assert groktrace.analyze(small_run, **FAST).reference is None
+
+
+def test_the_rank_is_taken_once_and_at_the_last_snapshot_that_loads(small_run, monkeypatch):
+    calls = []
+    original = replay.jacobian_reference
+    monkeypatch.setattr(replay, "jacobian_reference", lambda *rest: calls.append(1) or original(*rest))
+    first = groktrace.analyze(small_run, **FAST, reference="jacobian")
+    assert groktrace.analyze(small_run, **FAST, reference="jacobian") == first
+    assert len(calls) == 1
+    path = layout.snapshot_path(small_run, 50)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert groktrace.analyze(small_run, **FAST, reference="jacobian").reference.step == 40
+
+
+def test_curvature_is_measured_where_asked_for_and_kept(small_run, monkeypatch):
+    plain = groktrace.analyze(small_run, **FAST)
+    assert plain.points[0].hessian_trace is None
+    calls = []
+    original = replay.measure_sharpness
+    monkeypatch.setattr(replay, "measure_sharpness", lambda *rest: calls.append(1) or original(*rest))
+    curved = groktrace.analyze(small_run, **FAST, curvature=True)
+    assert len(calls) >= 1
+    for point in curved.points:
+        assert 0 < point.hessian_top < point.hessian_trace
+        assert 0 < point.hessian_trace_stderr < point.hessian_trace
+        assert point.hessian_top == pytest.approx(point.diagnostics["top_curvature"], rel=0.07)
+    done = len(calls)
+    assert groktrace.analyze(small_run, **FAST, curvature=True) == curved
+    assert replay.latest_trajectory(small_run) == curved
+    assert len(calls) == done

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from groktrace.analysis.grokking import measure_grokking
+from groktrace.analysis.reference import Reference
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.reporting import console
 from groktrace.reporting.console import Progress, as_json, number, summary, transitions_table
@@ -184,3 +185,17 @@ def test_interrupted_work_is_not_called_done():
     except KeyboardInterrupt:
         pass
     assert stream.getvalue() == ""
+
+
+def test_reference_and_curvature_in_the_summary(grokked):
+    trajectory, *rest = grokked
+    assert "reference" not in summary(*grokked)
+    reference = Reference(3634.0, "jacobian", 3000, 7268, 1.27e-6, 1e5)
+    first = replace(trajectory.points[0], hessian_trace=19.5, hessian_trace_stderr=0.25, hessian_top=2.0)
+    text = summary(replace(trajectory, points=(first, *trajectory.points[1:]), reference=reference), *rest)
+    assert (
+        "reference λ = 3634, half the Jacobian's rank of 7268 at step 3000 (tolerance 1.27e-06, gap 100000)\n" in text
+    )
+    heading, row = text.splitlines()[3:5]
+    assert heading.split()[-4:] == ["tr", "H", "±", "h_max"]
+    assert "19.5  0.25      2" in row

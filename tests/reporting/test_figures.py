@@ -8,6 +8,7 @@ import pytest
 from matplotlib.text import Text
 
 from groktrace.analysis.grokking import measure_grokking
+from groktrace.analysis.reference import Reference
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.errors import GroktraceError, SettingsError
 from groktrace.reporting.figures import save_figure, shown_curve, trajectory_figure
@@ -102,3 +103,25 @@ def test_what_is_not_known_has_no_axis(grokked):
     unknown = replace(trajectory, points=tuple(replace(p, train_loss=None, val_loss=None) for p in trajectory.points))
     *_, losses = trajectory_figure(unknown, transitions, grokking).axes
     assert not losses.axison
+
+
+def test_a_reference_is_a_line_within_the_axis(grokked):
+    trajectory, *rest = grokked
+    upper = trajectory_figure(replace(trajectory, reference=Reference(3634.0, "jacobian", 3000, 7268)), *rest).axes[0]
+    (line,) = [line for line in upper.lines if "reference" in str(line.get_label())]
+    assert set(line.get_ydata()) == {3634.0}
+    assert line.get_label().endswith("= 3634 (rank 7268 / 2)")
+    assert upper.get_ylim()[1] > 3634
+
+
+def test_curvature_gets_a_panel_where_it_was_measured(grokked):
+    trajectory, *rest = grokked
+    assert not any("Hessian" in axes.get_ylabel() for axes in trajectory_figure(*grokked).axes)
+    points = tuple(
+        replace(point, hessian_trace=100.0 - i, hessian_trace_stderr=0.5, hessian_top=2.0)
+        for i, point in enumerate(trajectory.points)
+    )
+    figure = trajectory_figure(replace(trajectory, points=points), *rest)
+    (panel,) = [axes for axes in figure.axes if axes.get_ylabel() == "Hessian's trace"]
+    curve = next(line for line in panel.lines if "trace" in str(line.get_label()))
+    assert curve.get_ydata().tolist() == [100.0 - i for i in range(len(points))]

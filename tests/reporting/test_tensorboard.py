@@ -5,6 +5,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
+from groktrace.analysis.reference import Reference
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.reporting.tensorboard import write_events
 
@@ -128,3 +129,21 @@ def test_without_matplotlib_all_but_the_figure_is_written(grokked, tmp_path, mon
 def test_odd_trajectories_are_written(odd, tmp_path):
     write_events(*odd, tmp_path)
     assert (tmp_path / "trajectory").is_dir()
+
+
+def test_a_reference_is_a_horizontal_line_in_the_same_chart(grokked, tmp_path):
+    trajectory, *rest = grokked
+    write_events(replace(trajectory, reference=Reference(900.0, "value")), *rest, tmp_path)
+    for tag in ("llc/mean", "llc/lower", "llc/upper"):
+        assert scalars(tmp_path / "reference λ 900", tag) == [(0, 900.0), (3000, 900.0)]
+    write_events(trajectory, *rest, tmp_path)
+    assert not (tmp_path / "reference λ 900").exists()
+
+
+def test_curvature_is_scalars(grokked, tmp_path):
+    trajectory, *rest = grokked
+    first = replace(trajectory.points[0], hessian_trace=19.5, hessian_trace_stderr=0.25, hessian_top=2.0)
+    write_events(replace(trajectory, points=(first, *trajectory.points[1:])), *rest, tmp_path)
+    assert scalars(tmp_path / "trajectory", "sharpness/hessian_trace") == [(0, 19.5)]
+    assert scalars(tmp_path / "trajectory", "sharpness/hessian_trace_stderr") == [(0, 0.25)]
+    assert scalars(tmp_path / "trajectory", "sharpness/hessian_top") == [(0, 2.0)]
