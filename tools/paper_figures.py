@@ -91,8 +91,8 @@ def endpoints(rows: Sequence[Row], spectra: Mapping[str, np.ndarray], path: Path
         x = _column(own, "resolution")
         axes.axhline(number(own[0]["closed form"]), color=BLACK, ls="-.", lw=1, label="closed form, generic")
         axes.axhline(number(own[0]["rank/2"]), color=ORANGE, ls=":", lw=2, label="rank/2")
-        if own[0]["Hessian soft rank"]:
-            axes.plot(x, _column(own, "Hessian soft rank"), color=GREEN, lw=1.5, label="soft rank of the Hessian")
+        if own[0]["soft rank"]:
+            axes.plot(x, _column(own, "soft rank"), color=GREEN, lw=1.5, label="soft rank of the exact spectrum")
         axes.plot(x, _column(own, "λ̂"), "o", color=BLUE, ms=4, label=r"$\hat\lambda$")
         axes.plot(x, _column(own, "λ_c"), "o", color=BLUE, ms=6, mfc="none", label=r"$\lambda_c$")
         axes.set_xscale("log")
