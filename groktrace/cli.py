@@ -156,13 +156,13 @@ def analyze(
             **settings.to_dict(),
         )
     transitions, grokking = find_transitions(trajectory), measure_grokking(trajectory)
-    from groktrace.reporting.tensorboard import write_events
+    from groktrace.reporting.tensorboard import COLOURS, write_events
 
     logs = logdir or run / layout.TENSORBOARD_FOLDER
     write_events(trajectory, transitions, grokking, logs)
     _print(as_json, trajectory, transitions, grokking, console.transitions_table)
     if not as_json:
-        click.echo(f"\nSee it:  tensorboard --logdir {logdir or run}")
+        click.echo(f"\nSee it:  tensorboard --logdir {logdir or run}\nthen:    http://localhost:6006/{COLOURS}")
     _exit_incomplete(trajectory)
 
 
@@ -175,9 +175,13 @@ def show(run: Path, as_json: bool) -> None:
     from groktrace.analysis.replay import latest_trajectory
     from groktrace.analysis.transitions import find_transitions
     from groktrace.reporting import console
+    from groktrace.reporting.sketch import small_curve
 
     trajectory = latest_trajectory(run)
-    _print(as_json, trajectory, find_transitions(trajectory), measure_grokking(trajectory), console.summary)
+    transitions = find_transitions(trajectory)
+    if not as_json and (curve := small_curve(trajectory, transitions)):
+        click.echo(f"λ against the step:\n{curve}\n")
+    _print(as_json, trajectory, transitions, measure_grokking(trajectory), console.summary)
     _exit_incomplete(trajectory)
 
 
@@ -194,6 +198,34 @@ def plot(run: Path, output: Path) -> None:
     trajectory = latest_trajectory(run)
     save_figure(trajectory, find_transitions(trajectory), measure_grokking(trajectory), output)
     click.echo(f"Figure: {output}")
+
+
+@main.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Draw their curves too: a .png, .pdf or .svg file."
+)
+@_json
+def compare(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
+    """Put the results that were last found for several runs side by side: seeds, learning rates, controls."""
+    from groktrace.analysis.grokking import measure_grokking
+    from groktrace.analysis.replay import latest_trajectory
+    from groktrace.analysis.transitions import find_transitions
+    from groktrace.reporting import comparison, console
+
+    found = []
+    for run in runs:
+        trajectory = latest_trajectory(run)
+        found.append((str(run), trajectory, find_transitions(trajectory), measure_grokking(trajectory)))
+    if output is not None:
+        comparison.save_comparison(found, output)
+    if as_json:
+        objects = {name: console.as_json(*result) for name, *result in found}
+        click.echo(json.dumps(objects, allow_nan=False))
+    else:
+        click.echo(comparison.comparison_table(found))
+        if output is not None:
+            click.echo(f"\nFigure: {output}")
 
 
 @main.command()
@@ -255,8 +287,6 @@ def _print(as_json: bool, trajectory: Any, transitions: Any, grokking: Any, text
 
     if as_json:
         click.echo(json.dumps(console.as_json(trajectory, transitions, grokking), allow_nan=False))
-    elif text is console.transitions_table:
-        click.echo(text(transitions, grokking))
     else:
         click.echo(text(trajectory, transitions, grokking))
 

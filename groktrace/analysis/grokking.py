@@ -25,9 +25,16 @@ class Grokking:
     generalised_at: int | None
     severity: float | None
 
+    @property
+    def delay(self) -> int | None:
+        """Steps from memorising to generalising; None unless both happened."""
+        if self.memorised_at is None or self.generalised_at is None:
+            return None
+        return self.generalised_at - self.memorised_at
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        return {**asdict(self), "delay": self.delay}
 
 
 def measure_grokking(trajectory: Trajectory) -> Grokking:

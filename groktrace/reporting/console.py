@@ -13,7 +13,7 @@ from groktrace.analysis.grokking import Grokking
 from groktrace.analysis.reference import Reference
 from groktrace.analysis.temperature import TemperatureCurve
 from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.analysis.transitions import Transition
+from groktrace.analysis.transitions import MIN_POINTS, Transition, usable_points
 
 MAX_ROWS = 25
 HEARTBEAT_SECONDS = 30.0
@@ -45,18 +45,31 @@ def as_json(trajectory: Trajectory, transitions: Sequence[Transition], grokking:
     }
 
 
-def transitions_table(transitions: Sequence[Transition], grokking: Grokking) -> str:
+def none_found(trajectory: Trajectory) -> str:
+    """What to say where there is no transition: that there is none, or that there are too few snapshots to tell.
+
+    Args:
+        trajectory: λ̂ along the run.
+    """
+    usable = usable_points(trajectory)
+    if usable < MIN_POINTS:
+        return f"Too few usable snapshots to look for transitions: {usable}, and it takes {MIN_POINTS}."
+    return f"No transition found in {usable} snapshots."
+
+
+def transitions_table(trajectory: Trajectory, transitions: Sequence[Transition], grokking: Grokking) -> str:
     """The transitions as an aligned table, one a line, with what each label rests on below.
 
     Args:
+        trajectory: λ̂ along the run.
         transitions: in step order.
         grokking: of the same run.
     """
     if transitions:
-        lines = _aligned(transition_rows(transitions))
+        lines = aligned(transition_rows(transitions))
         lines += ["", *(f"step {each.step}: {each.evidence}" for each in transitions if each.evidence)]
     else:
-        lines = ["No transition found."]
+        lines = [none_found(trajectory)]
     if by_accuracy(grokking):
         lines += ["", by_accuracy(grokking)]
     return "\n".join(lines)
@@ -68,7 +81,7 @@ def transition_rows(transitions: Sequence[Transition]) -> list[tuple[str, ...]]:
     Args:
         transitions: in step order.
     """
-    heading = ("transition", "label", "step", "90 % interval", "onset - end", "λ before", "after", "change")
+    heading = ("transition", "label", "step", "90 % interval", "onset - end", "λ before", "after", "change", "ΔF")
     return [heading] + [
         (
             each.kind,
@@ -79,6 +92,7 @@ def transition_rows(transitions: Sequence[Transition]) -> list[tuple[str, ...]]:
             number(each.llc_before),
             number(each.llc_after),
             f"{number(each.delta_llc, '+')} ± {number(each.stderr)}",
+            number(each.delta_free_energy, "+"),
         )
         for each in transitions
     ]
@@ -93,6 +107,7 @@ def by_accuracy(grokking: Grokking) -> str:
     known = [
         f"memorised at step {grokking.memorised_at}" if grokking.memorised_at is not None else None,
         f"generalised at step {grokking.generalised_at}" if grokking.generalised_at is not None else None,
+        f"{grokking.delay} steps later" if grokking.delay is not None else None,
         f"grokking severity {number(grokking.severity)}" if _finite(grokking.severity) is not None else None,
     ]
     return "By accuracy: " + ", ".join(part for part in known if part) + "." if any(known) else ""
@@ -119,12 +134,12 @@ def summary(trajectory: Trajectory, transitions: Sequence[Transition], grokking:
     lines = [settings_line(trajectory)]
     if trajectory.reference is not None:
         lines.append(f"reference {reference_text(trajectory.reference)}")
-    lines += ["", *_aligned(rows)]
+    lines += ["", *aligned(rows)]
     if hidden:
         doubtful = sum(not each.reliable for each in trajectory.points) - sum(not each.reliable for each in points)
         among = f", {doubtful} of them unreliable" if doubtful else ""
         lines.append(f"({hidden} of {len(trajectory.points)} snapshots not shown{among}; --json has all)")
-    return "\n".join([*lines, "", transitions_table(transitions, grokking)])
+    return "\n".join([*lines, "", transitions_table(trajectory, transitions, grokking)])
 
 
 def temperature_table(curve: TemperatureCurve) -> str:
@@ -142,7 +157,7 @@ def temperature_table(curve: TemperatureCurve) -> str:
     else:
         low, high = curve.plateau_nbeta
         last = f"Plateau: λ̂ = {number(curve.plateau)} from nβ = {number(low)} to {number(high)}."
-    return "\n".join([*_aligned(rows), "", last])
+    return "\n".join([*aligned(rows), "", last])
 
 
 def number(value: float | None, sign: str = "") -> str:
@@ -311,8 +326,12 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as lines of left-aligned words and right-aligned numbers."""
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines of left-aligned words and right-aligned numbers.
+
+    Args:
+        rows: the heading first.
+    """
     columns = list(zip(*rows, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns]
     numeric = [all(cell in ("", "-") or cell[0] in "+-0123456789" for cell in column[1:]) for column in columns]

@@ -76,7 +76,7 @@ def trajectory_figure(trajectory: Trajectory, transitions: Sequence[Transition],
     panels = figure.subplots(3 if curved else 2, 1, sharex=True, height_ratios=[3, 1.5, 2] if curved else [3, 2])
     upper, lower = panels[0], panels[-1]
     steps = trajectory.column("step")
-    if _log_spaced(steps):
+    if log_spaced(steps):
         lower.set_xscale("symlog", linthresh=max(1.0, float(steps[steps > 0].min())))
     lower.set_xlabel("training step")
     for axes in panels:
@@ -274,6 +274,10 @@ def _look(transition: Transition) -> tuple[str, str]:
     return (RISE, "--") if transition.delta_llc > 0 else (FALL, "-")
 
 
-def _log_spaced(steps: np.ndarray) -> bool:
-    """Whether the snapshots thin out so much that a linear axis would crowd most of them at its left."""
+def log_spaced(steps: np.ndarray) -> bool:
+    """Whether the snapshots thin out so much that a linear axis would crowd most of them at its left.
+
+    Args:
+        steps: of the snapshots, [T].
+    """
     return len(steps) > 3 and steps[-1] > 0 and bool(np.median(steps) < 0.15 * steps[-1])

@@ -1,6 +1,6 @@
 """TensorBoard event files: the LLC curve with its band, its transitions as labelled vertical lines, and the rest."""
 
-import re
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from groktrace.analysis.grokking import Grokking
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.analysis.transitions import Transition
 from groktrace.errors import GroktraceError
-from groktrace.reporting.console import by_accuracy, number, settings_json, settings_line, transition_rows
+from groktrace.reporting.console import by_accuracy, none_found, number, settings_json, settings_line, transition_rows
 from groktrace.reporting.figures import shown_curve, trajectory_figure
 
 CURVE = "llc/mean"
@@ -22,6 +22,8 @@ _LAYOUT = {"LLC": {"local learning coefficient, 95 %": ["Margin", [CURVE, "llc/l
 # A line needs its points at steps of their own: those sharing one collapse. Several at the top, so that smoothing does
 # not shorten it; in short runs fewer, so that it stays upright.
 _LINE_POINTS = range(4, 13)
+# What to add to TensorBoard's address for runs to be coloured by what they are: curve, rise, fall, or their labels.
+COLOURS = "?runColorGroup=regex%3A(trajectory%7Cmemorisation%7Cgeneralisation%7Ccomplexification%7Csimplification)"
 
 
 def write_events(trajectory: Trajectory, transitions: Sequence[Transition], grokking: Grokking, logdir: Path) -> None:
@@ -32,7 +34,7 @@ def write_events(trajectory: Trajectory, transitions: Sequence[Transition], grok
 
     Args:
         trajectory: λ̂ along the run.
-        transitions: found in it; each becomes a run of its own, which draws a line in the chart of `llc/mean`.
+        transitions: found in it; each becomes a run of its own, which draws a line in λ's and the accuracies' charts.
         grokking: measured on it.
         logdir: where the event files go; what others wrote there stays.
     """
@@ -62,10 +64,10 @@ def write_events(trajectory: Trajectory, transitions: Sequence[Transition], grok
                 found = [record.get(name) for record in records]
                 columns[f"{group}/{name}"] = np.array([np.nan if x is None else x for x in found], dtype=float)
         for tag, column in columns.items():
-            for step, entry in zip(steps, column, strict=True):
-                if np.isfinite(entry):
-                    writer.add_scalar(tag, float(entry), step)
-        writer.add_text("transitions", _table(transitions, grokking))
+            for step, measured in zip(steps, column, strict=True):
+                if np.isfinite(measured):
+                    writer.add_scalar(tag, float(measured), step)
+        writer.add_text("transitions", _table(trajectory, transitions, grokking))
         writer.add_text("settings", f"{settings_line(trajectory)}\n\n```\n{settings_json(trajectory)}\n```")
         try:
             figure = trajectory_figure(trajectory, transitions, grokking)
@@ -74,18 +76,21 @@ def write_events(trajectory: Trajectory, transitions: Sequence[Transition], grok
         else:
             writer.add_image("trajectory", _pixels(figure), steps[-1] if steps else 0, dataformats="HWC")
     if trajectory.reference is not None and steps:
-        with _writer(logdir / _safe(f"reference λ {number(trajectory.reference.llc)}")) as writer:
+        with _writer(logdir / f"reference λ {number(trajectory.reference.llc)}") as writer:
             for step in sorted({steps[0], steps[-1]}):
                 for tag in (CURVE, "llc/lower", "llc/upper"):
                     writer.add_scalar(tag, trajectory.reference.llc, step)
     known = value[np.isfinite(value)]
     span = steps[-1] - steps[0] if steps else 0
     count = min(max(span // 200, _LINE_POINTS[0]), _LINE_POINTS[-1])
-    for each in transitions:
-        low, high = (known.min(), known.max()) if len(known) else sorted((each.llc_before, each.llc_after))
-        with _writer(logdir / _run_name(each)) as writer:
+    accuracies = [tag for tag in ("accuracy/train", "accuracy/val") if np.isfinite(columns[tag]).any()]
+    for place, each in enumerate(transitions, 1):
+        extent = (known.min(), known.max()) if len(known) else sorted((each.llc_before, each.llc_after))
+        # All three of the LLC's, for the chart with the band asks for them.
+        lines = dict.fromkeys((CURVE, "llc/lower", "llc/upper"), extent) | dict.fromkeys(accuracies, (0.0, 1.0))
+        with _writer(logdir / _run_name(each, place, len(transitions))) as writer:
             for i in range(count):
-                for tag in (CURVE, "llc/lower", "llc/upper"):  # all three, for the chart with the band asks for them
+                for tag, (low, high) in lines.items():
                     writer.add_scalar(tag, float(high if i else low), each.step + i)
 
 
@@ -94,15 +99,12 @@ def _writer(folder: Path) -> SummaryWriter:
     return SummaryWriter(str(folder), purge_step=0, filename_suffix=SUFFIX)
 
 
-def _run_name(transition: Transition) -> str:
-    """A transition's label in TensorBoard's list of runs, safe as a folder name everywhere."""
+def _run_name(transition: Transition, place: int, count: int) -> str:
+    """A transition's name in TensorBoard's list of runs, which is in the order of the names."""
     label = transition.label or transition.kind
-    text = f"{label} at {transition.step} ({transition.step_low}-{transition.step_high})"
-    return _safe(text)
-
-
-def _safe(text: str) -> str:
-    return re.sub(r"[^\w ().-]", "_", text)
+    interval = f"[{transition.step_low}, {transition.step_high}]"
+    name = f"transition {place:0{len(str(count))}d}: {label} @ {transition.step} {interval}"
+    return name.replace(":", ",") if os.name == "nt" else name  # no colons in names of folders there
 
 
 def _remove_own(logdir: Path) -> None:
@@ -114,9 +116,9 @@ def _remove_own(logdir: Path) -> None:
                 path.parent.rmdir()
 
 
-def _table(transitions: Sequence[Transition], grokking: Grokking) -> str:
+def _table(trajectory: Trajectory, transitions: Sequence[Transition], grokking: Grokking) -> str:
     """The transitions as a Markdown table, with what each label rests on below."""
-    parts = ["No transition found."]
+    parts = [none_found(trajectory)]
     if transitions:
         heading, *rows = transition_rows(transitions)
         parts = ["\n".join("| " + " | ".join(row) + " |" for row in [heading, ["---"] * len(heading), *rows])]

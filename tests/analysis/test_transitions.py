@@ -1,10 +1,8 @@
-import itertools
-
 import numpy as np
 import pytest
 
 from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.analysis.transitions import find_transitions, segment
+from groktrace.analysis.transitions import find_transitions
 
 STEPS = np.arange(0, 3050, 50)
 
@@ -54,7 +52,7 @@ def test_jitter_of_the_training_beyond_the_sampling_error_is_allowed_for():
     assert find_transitions(curve(900 + jitter, error=1.0)) == []
 
 
-def test_log_spaced_steps():
+def testlog_spaced_steps():
     steps = np.unique(np.geomspace(1, 100_000, 80).astype(int))
     values = np.interp(np.log(steps), np.log([1, 100, 10_000, 30_000, 100_000]), [100, 1000, 1000, 500, 500])
     rise, fall = find_transitions(curve(values, steps=steps))
@@ -107,26 +105,3 @@ def test_unreliable_points_are_passed_over_where_there_is_no_centred_estimate():
     values = np.where(STEPS < 150, -3000.0, 800.0)
     assert find_transitions(curve(values, reliable=STEPS >= 150)) == []
     assert len(find_transitions(curve(values))) == 1
-
-
-def test_segmentation_is_the_exact_optimum():
-    rng = np.random.default_rng(4)
-    value = np.concatenate([rng.normal(0, 1, 6), rng.normal(30, 1, 6)])
-    variance = np.ones(12)
-    fit = segment(value, variance)
-
-    def cost(bounds):
-        total = 0.0
-        for start, end in itertools.pairwise(bounds):
-            x = np.arange(start, end)
-            line = np.polyval(np.polyfit(x, value[start:end], 1), x)
-            total += ((value[start:end] - line) ** 2).sum() + 3 * np.log(12)
-        return total
-
-    every = [[0, *cuts, 12] for cuts in [(), *[(a,) for a in range(2, 11)]]]
-    every += [[0, a, b, 12] for a in range(2, 9) for b in range(a + 2, 11)]
-    assert fit.starts == min(every, key=cost)[:-1] == [0, 6]
-    x = np.arange(6)
-    np.testing.assert_allclose(fit.value[:6], np.polyval(np.polyfit(x, value[:6], 1), x), atol=1e-9)
-    # Variance of a fitted line at its end: 1/m + (x − x̄)²/Σ(x − x̄)².
-    assert fit.variance[0] == pytest.approx(1 / 6 + 2.5**2 / 17.5)

@@ -10,6 +10,7 @@ import pytest
 from groktrace.analysis.grokking import measure_grokking
 from groktrace.analysis.reference import Reference
 from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.transitions import usable_points
 from groktrace.reporting import console
 from groktrace.reporting.console import Progress, as_json, number, summary, transitions_table
 
@@ -24,16 +25,17 @@ def test_json_holds_the_result_and_nothing_that_is_no_json(grokked, odd):
 
 
 def test_table_of_transitions(grokked, odd):
-    _, transitions, grokking = grokked
-    text = transitions_table(transitions, grokking)
+    trajectory, transitions, grokking = grokked
+    text = transitions_table(trajectory, transitions, grokking)
     lines = text.splitlines()
     assert lines[0].split()[:3] == ["transition", "label", "step"]
     assert lines[1].startswith("complexification  memorisation")
     assert lines[2].startswith("simplification    generalisation")
     assert f"{transitions[1].onset} - {transitions[1].end}" in lines[2]
     assert "validation confirms" in text
-    assert "generalised at step 600" in text
-    assert "No transition found." in transitions_table(odd[1], odd[2])
+    assert "generalised at step 600, 550 steps later" in text
+    few = usable_points(odd[0]) < 5
+    assert ("Too few usable snapshots" if few else "No transition found in") in transitions_table(*odd)
 
 
 def test_summary_names_settings_and_doubtful_snapshots(grokked, odd):
@@ -72,7 +74,7 @@ def test_json_has_no_numbers_that_are_not_finite(grokked):
     trajectory, (first, *_), grokking = grokked
     found = as_json(trajectory, [replace(first, stderr=math.nan)], replace(grokking, severity=math.inf))
     assert json.loads(json.dumps(found, allow_nan=False))["transitions"][0]["stderr"] is None
-    assert found["grokking"] == {"memorised_at": 50, "generalised_at": 600, "severity": None}
+    assert found["grokking"] == {"memorised_at": 50, "generalised_at": 600, "severity": None, "delay": 550}
 
 
 @pytest.mark.parametrize(

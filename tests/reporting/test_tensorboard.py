@@ -40,12 +40,14 @@ def test_each_transition_is_a_line_in_the_same_chart(grokked, tmp_path):
     trajectory, transitions, grokking = grokked
     write_events(trajectory, transitions, grokking, tmp_path)
     fall = transitions[1]
-    line = scalars(tmp_path / f"generalisation at {fall.step} ({fall.step_low}-{fall.step_high})", "llc/mean")
+    folder = tmp_path / f"transition 2: generalisation @ {fall.step} [{fall.step_low}, {fall.step_high}]"
+    line = scalars(folder, "llc/mean")
     steps, values = zip(*line, strict=True)
     assert list(steps) == list(range(fall.step, fall.step + len(line)))
     assert values[0] == 139
     assert set(values[1:]) == {1340.0} or set(values[1:]) == {1301.0}
     assert len(values) >= 8
+    assert [value for _, value in scalars(folder, "accuracy/val")] == [0.0] + [1.0] * (len(values) - 1)
 
 
 def test_the_band_is_a_margin_chart(grokked, tmp_path):
@@ -106,7 +108,7 @@ def test_lines_of_short_runs_stay_upright(grokked, tmp_path):
     trajectory, transitions, grokking = grokked
     short = replace(trajectory, points=trajectory.points[:4])
     write_events(short, [replace(transitions[1], step=90)], grokking, tmp_path)
-    (folder,) = [path for path in tmp_path.iterdir() if path.name.startswith("generalisation at 90 ")]
+    (folder,) = [path for path in tmp_path.iterdir() if path.name.startswith("transition 1: generalisation @ 90 ")]
     assert [step for step, _ in scalars(folder, "llc/mean")] == [90, 91, 92, 93]
 
 
@@ -114,7 +116,7 @@ def test_a_line_has_a_height_even_where_the_curve_is_not_known(grokked, tmp_path
     _, transitions, grokking = grokked
     points = tuple(Point(step, None, None, reliable=False) for step in range(5))
     write_events(Trajectory(points), transitions[1:], grokking, tmp_path)
-    (folder,) = [path for path in tmp_path.iterdir() if path.name.startswith("generalisation")]
+    (folder,) = [path for path in tmp_path.iterdir() if path.name.startswith("transition 1: generalisation")]
     values = [value for _, value in scalars(folder, "llc/mean")]
     assert values[0] == pytest.approx(transitions[1].llc_after)
     assert values[-1] == pytest.approx(transitions[1].llc_before)

@@ -1,0 +1,273 @@
+"""Curves with error bars as flat and straight pieces: the best partition, and draws of all that the data allow."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+# Middles and widths of a ramp that are tried in each round, ever more closely.
+PLACES = 25
+ROUNDS = 3
+# A ramp has begun, and is done, but for this share of it.
+EDGE = 0.05
+# The width, in snapshots, from which on a ramp is a jump.
+NARROWEST = 0.05
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The best partition of a curve into pieces.
+
+    Attributes:
+        value: fitted value at each point, [T].
+        variance: its variance at each point, [T].
+        starts: first index of each piece, ascending from 0.
+        cost: χ² + log(T) for each parameter and each piece's place.
+        weights: log Σ exp(−cost/2) over all partitions of the first t points, [T + 1].
+    """
+
+    value: np.ndarray
+    variance: np.ndarray
+    starts: list[int]
+    cost: float
+    weights: np.ndarray
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """First and last index of each piece."""
+        return [(start, end - 1) for start, end in itertools.pairwise([*self.starts, len(self.value)])]
+
+    def cost_within(self, value: np.ndarray, variance: np.ndarray, window: tuple[int, int]) -> float:
+        """χ² of the points from one index to another, and log(T) for each parameter and inner break of their pieces."""
+        first, last = window
+        chi2 = float(np.sum((value - self.value)[first : last + 1] ** 2 / variance[first : last + 1]))
+        inside = [(a, b) for a, b in self.pieces() if a <= last and b >= first]
+        parameters = sum(2 + (self.value[a] != self.value[b]) for a, b in inside) - 1
+        return chi2 + math.log(len(self.value)) * parameters
+
+
+def segment(x: np.ndarray, value: np.ndarray, variance: np.ndarray) -> Fit:
+    """The partition into constant and linear pieces of least cost, exactly, by dynamic programming in O(T²).
+
+    A piece costs its weighted χ² and log(T) (BIC) for its place, its level and, if it is linear, its slope; it has two
+    points or more. exp(−cost/2) approximates a partition's posterior probability, and the same recursion sums it over
+    all partitions (Fearnhead 2006, Exact and efficient Bayesian inference for multiple changepoint problems).
+
+    Args:
+        x: abscissa, ascending, [T], T ≥ 2.
+        value: [T].
+        variance: of each value, positive, [T].
+    """
+    count, precision = len(value), 1 / variance
+    best, weights = np.full(count + 1, np.inf), np.full(count + 1, -np.inf)
+    best[0] = weights[0] = 0.0
+    previous = np.zeros(count + 1, dtype=int)
+    for end in range(2, count + 1):
+        cost = _piece_costs(x, value, precision, end)
+        total = best[: end - 1] + cost
+        previous[end] = np.argmin(total)
+        best[end] = total[previous[end]]
+        exponent = weights[: end - 1] - 0.5 * cost
+        top = exponent.max()
+        weights[end] = top + math.log(np.exp(exponent - top).sum())
+    ends = [count]
+    while previous[ends[-1]]:
+        ends.append(int(previous[ends[-1]]))
+    bounds = [0, *reversed(ends)]
+    fitted, spread = np.empty(count), np.empty(count)
+    for start, end in itertools.pairwise(bounds):
+        level, slope, centre, level_variance, slope_variance = _coefficients(x, value, variance, start, end)
+        fitted[start:end] = level + slope * (x[start:end] - centre)
+        spread[start:end] = level_variance + slope_variance * (x[start:end] - centre) ** 2
+    return Fit(fitted, spread, bounds[:-1], float(best[count]), weights)
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A straight change between two phases that it is joined to.
+
+    Attributes:
+        middle: abscissa half-way through, the posterior's median.
+        low, high: its 90 % interval.
+        begin, end: index of the last point before the change, and of the first after it.
+        before, after: values at its edges.
+        error: standard error of after − before.
+        chi2: of the points in its window.
+        parameters: how many were fitted.
+    """
+
+    middle: float
+    low: float
+    high: float
+    begin: int
+    end: int
+    before: float
+    after: float
+    error: float
+    chi2: float
+    parameters: int
+
+    def cost(self, price: float) -> float:
+        """χ² and the price of its parameters."""
+        return self.chi2 + price * self.parameters
+
+
+def fit_ramp(
+    x: np.ndarray,
+    value: np.ndarray,
+    variance: np.ndarray,
+    fit: Fit,
+    change: tuple[int, int],
+    window: tuple[int, int],
+) -> Ramp:
+    """Fit a ramp to one change, over all middles and widths, for each with the best levels.
+
+    The edges may lie between snapshots; a jump is a ramp inside one gap. The prior is flat in the middle and in the
+    logarithm of the width, both counted in snapshots. The phases are flat or straight as the pieces on either side are.
+
+    Args:
+        x: abscissa, [T].
+        value: [T].
+        variance: [T].
+        fit: of the three above.
+        change: first and last index of the change.
+        window: first and last index of the points that are fitted.
+    """
+    (first, last), (low, high) = change, window
+    points = slice(low, high + 1)
+    at, root = x[points], 1 / np.sqrt(variance[points])
+    offset = float(value[points].mean())
+    target = (value[points] - offset) * root
+    # A phase of its own slope, where the piece there has one and is no part of the change.
+    sloped = (
+        low < first and fit.value[low] != fit.value[min(low + 1, first)],
+        high > last and fit.value[high] != fit.value[max(high - 1, last)],
+    )
+    reach = 0.5 * (last - first) + 3.0
+    middles, widths = ((first + last) / 2 - reach, (first + last) / 2 + reach), (NARROWEST, 4 * reach)
+    for _ in range(ROUNDS):
+        m, w = np.meshgrid(np.linspace(*middles, PLACES), np.geomspace(*widths, PLACES), indexing="ij")
+        inside = (m - w / 2 >= low - 1e-9) & (m + w / 2 <= high + 1e-9)
+        if not inside.any():
+            m, w, inside = np.array([(low + high) / 2]), np.array([float(high - low)]), np.array([True])
+        m, w = m[inside], w[inside]
+        index = np.arange(len(x))
+        a, b = np.interp(m - w / 2, index, x)[:, None], np.interp(m + w / 2, index, x)[:, None]
+        basis = [np.ones((len(m), len(at))), np.clip((at - a) / (b - a), 0.0, 1.0)]
+        if sloped[0]:
+            basis.append(np.minimum(at - a, 0.0))
+        if sloped[1]:
+            basis.append(np.maximum(at - b, 0.0))
+        design = np.stack(basis, axis=1) * root
+        gram = design @ design.transpose(0, 2, 1)
+        # A slope that no point bears on is left at zero.
+        gram += 1e-9 * np.einsum("gkk->g", gram)[:, None, None] * np.eye(len(basis))
+        inverse = np.linalg.inv(gram)
+        coefficients = (inverse @ (design @ target)[:, :, None])[:, :, 0]
+        chi2 = np.sum((target - np.einsum("gki,gk->gi", design, coefficients)) ** 2, axis=1)
+        best = int(np.argmin(chi2))
+        weight = np.exp(-0.5 * (chi2 - chi2[best]))
+        # The next round looks more closely where the weight is.
+        likely = weight > 1e-3
+        step = (middles[1] - middles[0]) / (PLACES - 1)
+        middles = float(m[likely].min()) - step, float(m[likely].max()) + step
+        ratio = (widths[1] / widths[0]) ** (1 / (PLACES - 1))
+        widths = max(float(w[likely].min()) / ratio, NARROWEST), float(w[likely].max()) * ratio
+    places, merged = np.unique(m, return_inverse=True)
+    share = np.bincount(merged, weight) / weight.sum()
+    quantiles = np.interp([0.05, 0.5, 0.95], np.cumsum(share) - share / 2, places)
+    most = (0.5 - EDGE) * w[best]
+    begin = min(max(math.floor(m[best] - most), low), high - 1)
+    end = max(min(math.ceil(m[best] + most), high), begin + 1)
+    before, change_by = coefficients[best, :2].tolist()
+    return Ramp(
+        *np.interp(quantiles[[1, 0, 2]], index, x).tolist(),
+        begin,
+        end,
+        before + offset,
+        before + change_by + offset,
+        math.sqrt(float(inverse[best, 1, 1])),
+        float(chi2[best]),
+        len(basis) + 2,
+    )
+
+
+def draw_curves(
+    x: np.ndarray, value: np.ndarray, variance: np.ndarray, fit: Fit, draws: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Independent draws from the posterior over partitions and over the lines of their pieces.
+
+    Args:
+        x: as it was fitted.
+        value: as it was fitted.
+        variance: as it was fitted.
+        fit: of the three above.
+        draws: how many.
+        generator: of the draws.
+
+    Returns:
+        The curves at the points, [draws, T], and whether a piece begins there, [draws, T].
+    """
+    count, precision = len(value), 1 / variance
+    curves, begins = np.empty((draws, count)), np.zeros((draws, count), dtype=bool)
+    cumulative: dict[int, np.ndarray] = {}
+    lines: dict[tuple[int, int], tuple[float, float, float, float, float]] = {}
+    for curve, begin in zip(curves, begins, strict=True):
+        end = count
+        while end:
+            if end not in cumulative:
+                cost = _piece_costs(x, value, precision, end)
+                cumulative[end] = np.cumsum(np.exp(fit.weights[: end - 1] - 0.5 * cost - fit.weights[end]))
+            sums = cumulative[end]
+            start = min(int(np.searchsorted(sums, generator.random() * sums[-1], side="right")), end - 2)
+            if (start, end) not in lines:
+                lines[start, end] = _coefficients(x, value, variance, start, end)
+            level, slope, centre, level_variance, slope_variance = lines[start, end]
+            noise = generator.standard_normal(2)
+            level += math.sqrt(level_variance) * noise[0]
+            slope += math.sqrt(slope_variance) * noise[1]
+            curve[start:end] = level + slope * (x[start:end] - centre)
+            begin[start] = True
+            end = start
+    return curves, begins
+
+
+def _piece_costs(x: np.ndarray, value: np.ndarray, precision: np.ndarray, end: int) -> np.ndarray:
+    """Costs of the pieces [start, end) for every start ≤ end − 2, [end − 1].
+
+    Moments are summed from the end backwards, about the last point, so that short pieces lose no digits.
+    """
+    w = precision[end - 1 :: -1] if end < len(x) else precision[::-1]
+    dx = x[:end][::-1] - x[end - 1]
+    dy = value[:end][::-1] - value[end - 1]
+    wx, wy = w * dx, w * dy
+    sums = [np.cumsum(term)[1:] for term in (w, wx, wy, wx * dx, wx * dy, wy * dy)]
+    s, sx, sy, sxx, sxy, syy = sums
+    sx /= s
+    sxx -= sx * sx * s
+    sxy -= sx * sy
+    syy -= sy * sy / s
+    np.maximum(syy, 0.0, out=syy)
+    # What a slope takes off χ², less its price.
+    sxy *= sxy
+    sxy /= sxx
+    np.minimum(sxy, syy, out=sxy)
+    price = math.log(len(x))
+    sxy -= price
+    syy -= np.maximum(sxy, 0.0, out=sxy)
+    syy += 2 * price
+    return syy[::-1]
+
+
+def _coefficients(
+    x: np.ndarray, value: np.ndarray, variance: np.ndarray, start: int, end: int
+) -> tuple[float, float, float, float, float]:
+    """Level at the mean abscissa, slope, mean abscissa, and the variances of level and slope, of one piece."""
+    w = 1 / variance[start:end]
+    centre = float(np.average(x[start:end], weights=w))
+    dx = x[start:end] - centre
+    level, sxx = float(np.average(value[start:end], weights=w)), float(np.sum(w * dx**2))
+    slope = float(np.sum(w * dx * (value[start:end] - level))) / sxx
+    if slope**2 * sxx <= math.log(len(value)):
+        return level, 0.0, centre, float(1 / w.sum()), 0.0
+    return level, slope, centre, float(1 / w.sum()), 1 / sxx

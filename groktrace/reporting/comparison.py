@@ -1,0 +1,118 @@
+"""Several runs side by side: their curves in one figure, their transitions in one table."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from groktrace.analysis.grokking import Grokking
+from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.transitions import Transition
+from groktrace.errors import GroktraceError, SettingsError
+from groktrace.reporting.console import aligned, none_found, number
+from groktrace.reporting.figures import DPI, SMALL, SUFFIXES, log_spaced, shown_curve
+
+# Name, curve, transitions and accuracies' story of a run.
+Result = tuple[str, Trajectory, Sequence[Transition], Grokking]
+# Okabe & Ito; with the markers, told apart in grey too.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vP"
+_STYLES = ("-", "--", "-.", ":")
+
+
+def comparison_table(results: Sequence[Result]) -> str:
+    """One line a transition, run by run, and what speaks against comparing them.
+
+    Args:
+        results: of the runs.
+    """
+    rows = [("run", "transition", "label", "step", "90 % interval", "λ before", "after", "change", "generalised at")]
+    for name, (_, trajectory, transitions, grokking) in zip(_short_names(results), results, strict=True):
+        at = "-" if grokking.generalised_at is None else str(grokking.generalised_at)
+        if not transitions:
+            why = "none" if none_found(trajectory).startswith("No ") else "too few snapshots"
+            rows.append((name, why, "-", "-", "-", "-", "-", "-", at))
+        for each in transitions:
+            interval = f"{each.step_low} - {each.step_high}"
+            levels = number(each.llc_before), number(each.llc_after)
+            change = f"{number(each.delta_llc, '+')} ± {number(each.stderr)}"
+            rows.append((name, each.kind, each.label or "-", str(each.step), interval, *levels, change, at))
+    scales = {(trajectory.nbeta, trajectory.localization) for _, trajectory, *_ in results}
+    lines = aligned(rows)
+    if len(scales) > 1:
+        listed = "; ".join(
+            f"{number(nbeta)}, {number(localization)}" for nbeta, localization in sorted(scales, key=str)
+        )
+        lines += [
+            "",
+            f"These runs were measured at different nβ and γ ({listed}): steps compare, λ does not. "
+            "Analyse them with the same --nbeta and --localization to compare it.",
+        ]
+    return "\n".join(lines)
+
+
+def save_comparison(results: Sequence[Result], path: Path) -> None:
+    """Draw the runs' λ above one another in one panel, and their validation accuracies, where known, in another.
+
+    Args:
+        results: of the runs.
+        path: a .png, .pdf or .svg file.
+
+    Raises:
+        SettingsError: another kind of file.
+        GroktraceError: matplotlib is not installed.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise SettingsError(f"output: expected a file ending in {', '.join(SUFFIXES)}, got '{path}'.")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as failure:
+        raise GroktraceError("figures need matplotlib: pip install 'groktrace[plot]'") from failure
+    accuracies = any(np.isfinite(trajectory.column("val_accuracy")).any() for _, trajectory, *_ in results)
+    figure = Figure(figsize=(8, 6 if accuracies else 4), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = np.atleast_1d(figure.subplots(1 + accuracies, 1, sharex=True, height_ratios=[3, 2][: 1 + accuracies]))
+    for i, (name, (_, trajectory, transitions, _)) in enumerate(zip(_short_names(results), results, strict=True)):
+        colour = _COLOURS[i % len(_COLOURS)]
+        look = {"color": colour, "ls": _STYLES[i % len(_STYLES)], "marker": _MARKERS[i % len(_MARKERS)], "ms": 3}
+        steps = trajectory.column("step")
+        value, error = shown_curve(trajectory)
+        known = np.isfinite(value)
+        panels[0].plot(steps[known], value[known], **look, label=name)
+        low, high = value - 1.96 * error, value + 1.96 * error
+        panels[0].fill_between(steps, low, high, where=known, color=colour, alpha=0.2, lw=0)
+        for each in transitions:
+            # A transition's midpoint, its interval as a bar, upwards or downwards as λ goes.
+            height = float(np.interp(each.step, steps[known], value[known]))
+            panels[0].plot([each.step_low, each.step_high], [height, height], color=colour, lw=3, alpha=0.5)
+            shape = "^" if each.delta_llc > 0 else "v"
+            panels[0].plot(each.step, height, shape, color=colour, mec="black", ms=9, zorder=5)
+        accuracy = trajectory.column("val_accuracy")
+        if accuracies and np.isfinite(accuracy).any():
+            known = np.isfinite(accuracy)
+            panels[1].plot(steps[known], accuracy[known], **look)
+    if all(log_spaced(trajectory.column("step")) for _, trajectory, *_ in results):
+        panels[0].set_xscale("symlog", linthresh=1.0)
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", color="0.92", lw=0.6)
+        panel.set_axisbelow(True)
+    panels[0].set_ylabel(r"local learning coefficient $\lambda$")
+    panels[-1].set_xlabel("training step")
+    if accuracies:
+        panels[1].set_ylabel("validation accuracy")
+        panels[1].set_ylim(-0.03, 1.05)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=SMALL)
+    figure.savefig(path)
+
+
+def _short_names(results: Sequence[Result]) -> list[str]:
+    """The runs' paths without what all have in common at their beginning."""
+    paths = [Path(name).parts for name, *_ in results]
+    shared = 0
+    while len(paths) > 1 and all(path[shared : shared + 1] == paths[0][shared : shared + 1] for path in paths):
+        if shared == min(len(path) for path in paths) - 1:
+            break
+        shared += 1
+    return [str(Path(*path[shared:])) for path in paths]

@@ -1,0 +1,100 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from groktrace.analysis.segmentation import draw_curves, fit_ramp, segment
+
+
+def partitions(count):
+    """All bounds of pieces of two points or more."""
+    for inner in range(count // 2):
+        for cuts in itertools.combinations(range(2, count - 1), inner):
+            bounds = (0, *cuts, count)
+            if all(b - a >= 2 for a, b in itertools.pairwise(bounds)):
+                yield bounds
+
+
+def brute_cost(x, value, variance, bounds):
+    """χ² and log T for each place, level and, where it lowers the cost, slope; by polyfit."""
+    total, price = 0.0, np.log(len(x))
+    for a, b in itertools.pairwise(bounds):
+        root = 1 / np.sqrt(variance[a:b])
+        costs = []
+        for degree in (0, 1):
+            fit = np.polyval(np.polyfit(x[a:b], value[a:b], degree, w=root), x[a:b])
+            costs.append((((value[a:b] - fit) * root) ** 2).sum() + (2 + degree) * price)
+        total += min(costs)
+    return total
+
+
+@pytest.fixture
+def curve():
+    rng = np.random.default_rng(4)
+    x = np.cumsum(rng.uniform(0.5, 2.0, 11))
+    variance = rng.uniform(0.5, 2.0, 11)
+    value = np.where(x < x[5], 1.0, 5.5 + 0.8 * x) + np.sqrt(variance) * rng.standard_normal(11)
+    return x, value, variance
+
+
+def test_the_partition_is_the_exact_optimum(curve):
+    fit = segment(*curve)
+    costs = {bounds: brute_cost(*curve, bounds) for bounds in partitions(11)}
+    best = min(costs, key=costs.get)
+    assert (*fit.starts, 11) == best
+    assert fit.cost == pytest.approx(costs[best])
+    # Summed over all partitions as well.
+    assert fit.weights[-1] == pytest.approx(np.log(np.sum(np.exp([-cost / 2 for cost in costs.values()]))))
+
+
+def test_the_fit_is_each_piece_s_line_with_its_variance():
+    x, value = np.arange(12.0), np.r_[np.zeros(6), 10.0 + 3 * np.arange(6)]
+    fit = segment(x, value, np.full(12, 0.5))
+    assert fit.pieces() == [(0, 5), (6, 11)]
+    np.testing.assert_allclose(fit.value, value, atol=1e-9)
+    # A level: σ²/m. A line at its end: σ²·(1/m + (x − x̄)²/Σ(x − x̄)²).
+    assert fit.variance[0] == pytest.approx(0.5 / 6)
+    assert fit.variance[11] == pytest.approx(0.5 * (1 / 6 + 2.5**2 / 17.5))
+
+
+def test_draws_follow_the_posterior_over_partitions(curve):
+    x, value, variance = curve
+    draws = 4000
+    curves, begins = draw_curves(x, value, variance, segment(*curve), draws, np.random.default_rng(0))
+    costs = {bounds: brute_cost(*curve, bounds) for bounds in partitions(11)}
+    total = sum(np.exp(-cost / 2) for cost in costs.values())
+    for bounds, cost in costs.items():
+        expected = np.exp(-cost / 2) / total
+        wanted = np.zeros(11, dtype=bool)
+        wanted[list(bounds[:-1])] = True
+        seen = np.mean((begins == wanted).all(axis=1))
+        assert seen == pytest.approx(expected, abs=5 * np.sqrt(expected / draws) + 1e-3)
+    # The mean of the first value over draws in which its piece is flat up to the fifth point.
+    flat = begins[:, 5] & ~begins[:, 1:5].any(axis=1) & (curves[:, 0] == curves[:, 4])
+    mean = np.average(value[:5], weights=1 / variance[:5])
+    error = np.sqrt(1 / np.sum(1 / variance[:5]))
+    assert curves[flat, 0].mean() == pytest.approx(mean, abs=5 * error / np.sqrt(flat.sum()))
+    assert curves[flat, 0].std() == pytest.approx(error, rel=0.1)
+
+
+def test_a_ramp_is_found_between_snapshots():
+    x = np.arange(40.0)
+    value = np.interp(x, [14.3, 21.7], [900.0, 600.0])
+    rng = np.random.default_rng(0)
+    noisy, variance = value + 2 * rng.standard_normal(40), np.full(40, 4.0)
+    fit = segment(x, noisy, variance)
+    ramp = fit_ramp(x, noisy, variance, fit, (14, 22), (0, 39))
+    assert ramp.middle == pytest.approx(18.0, abs=0.1)
+    assert ramp.low < ramp.middle < ramp.high < ramp.low + 0.3
+    assert (ramp.begin, ramp.end) == (14, 22)
+    assert (ramp.before, ramp.after) == (pytest.approx(900, abs=2), pytest.approx(600, abs=2))
+    assert ramp.error == pytest.approx(2 * np.sqrt(1 / 15 + 1 / 18), rel=0.15)
+
+
+def test_short_pieces_far_from_zero_keep_their_digits():
+    """Moments about the last point: sums from the first would lose the short pieces in rounding."""
+    x = np.geomspace(1.0, 1e7, 400)
+    value = np.where(np.arange(400) < 7, 1e6, 1e6 + 1.0)
+    fit = segment(x, value, np.full(400, 1e-4))
+    assert fit.starts == [0, 7]
+    np.testing.assert_allclose(fit.value, value, atol=1e-6)

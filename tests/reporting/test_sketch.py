@@ -1,0 +1,18 @@
+from groktrace.reporting.sketch import small_curve
+
+
+def test_the_curve_rises_and_falls_where_lambda_does(grokked):
+    trajectory, transitions, _ = grokked
+    lines = small_curve(trajectory, transitions).splitlines()
+    assert lines[0].startswith("1301 |")
+    assert lines[7].startswith(" 139 |")
+    top = next(i for i, character in enumerate(lines[0].split("|", 1)[1]) if character in "'.")
+    assert top == round(200 / 3000 * 63)  # the peak's column
+    assert lines[8].split() == ["0", "3000"]
+    assert lines[9].split() == ["1", "2"]
+    assert lines[9].index("2") - 6 == round(transitions[1].step / 3000 * 63)
+
+
+def test_a_curve_of_odd_trajectories(odd):
+    known = sum(point.llc is not None for point in odd[0].points)
+    assert (small_curve(odd[0], odd[1]) == "") == (known < 3)

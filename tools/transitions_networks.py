@@ -1,0 +1,189 @@
+"""Quadratic networks on modular addition, grokking and not: what is found in their λ̂, from training data alone."""
+
+import csv
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_common import Row, markdown, say
+from bench_networks import load_example
+
+import groktrace
+from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.transitions import find_transitions
+
+STEPS = 3000
+EVERY = 75
+GENERALISED = 0.9
+CHANCE = 0.5
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to train; the fields are the example's options.
+
+    Attributes:
+        p: modulus.
+        width: hidden neurons.
+        fraction: of all pairs that is trained on.
+        optimizer: "adamw", "adam" (weight decay in the gradient) or "sgd" (momentum 0.9).
+        lr: learning rate.
+        weight_decay: of the optimizer.
+        random_labels: labels that can only be memorised.
+        seed: of data and initial weights.
+    """
+
+    p: int
+    width: int
+    fraction: float
+    optimizer: str
+    lr: float
+    weight_decay: float
+    random_labels: bool
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        words = (self.p, self.width, self.fraction, self.optimizer, self.lr, self.weight_decay, self.seed)
+        return "-".join(str(word) for word in words) + ("-random" if self.random_labels else "")
+
+
+def networks() -> list[Network]:
+    """Eighty networks: about fifty that should grok, and controls of three kinds."""
+    chosen = []
+    for i in range(50):
+        p = (11, 13, 17, 19, 23)[i % 5]
+        width = (64, 96, 128)[i % 3]
+        fraction = (0.6, 0.7, 0.8)[(i // 2) % 3] if p > 13 else (0.7, 0.8)[(i // 5) % 2]
+        optimizer = ("adamw", "adamw", "adamw", "adam")[(i // 3) % 4]
+        lr = (3e-3, 5e-3)[(i // 4) % 2]
+        weight_decay = (0.5, 1.0, 2.0)[(i // 5) % 3] if optimizer == "adamw" else 3e-4
+        chosen.append(Network(p, width, fraction, optimizer, lr, weight_decay, False, i))
+    for i in range(30):
+        p, width = (13, 17, 19, 23)[i % 4], (64, 96, 128)[i % 3]
+        fraction, weight_decay, random_labels = ((0.6, 1.0, True), (0.25, 1.0, False), (0.35, 0.0, False))[i % 3]
+        lr = (3e-3, 5e-3)[(i // 2) % 2]
+        chosen.append(Network(p, width, fraction, "adamw", lr, weight_decay, random_labels, 100 + i))
+    return chosen
+
+
+def measure(network: Network) -> Trajectory:
+    """Train a network with the hook line, and analyse it with a reduced budget."""
+    example = load_example()
+    torch.manual_seed(network.seed)
+    train, val = example.modular_pairs(network.p, network.fraction, network.random_labels)
+    model = example.QuadraticNetwork(2 * network.p, network.width, network.p)
+    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+    more = {"momentum": 0.9} if network.optimizer == "sgd" else {}
+    optimizer = kinds[network.optimizer](model.parameters(), lr=network.lr, weight_decay=network.weight_decay, **more)
+    folder = tempfile.mkdtemp()
+    try:
+        with groktrace.watch(
+            model, optimizer, train=train, loss=example.centred_loss, val=val, out=f"{folder}/run", every=EVERY
+        ):
+            for _ in range(STEPS):
+                loss = example.centred_loss(model(train[0]), train[1])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        return groktrace.analyze(f"{folder}/run", chains=2, burn_in=25, draws=40)
+    finally:
+        shutil.rmtree(folder)
+
+
+def judge(network: Network, trajectory: Trajectory) -> Row:
+    """One line about a network: whether it grokked, and what was found without looking at validation data."""
+    # Labels may not depend on validation data, and here they cannot.
+    unseen = {"val_loss": None, "val_accuracy": None}
+    blind = replace(trajectory, points=tuple(replace(point, **unseen) for point in trajectory.points))
+    transitions = find_transitions(blind)
+    labelled = [each for each in transitions if each.label == "generalisation"]
+    steps, accuracy = trajectory.column("step"), trajectory.column("val_accuracy")
+    curve = trajectory.column("llc_centred")
+    half = crossing(steps, accuracy, CHANCE)
+    if accuracy[-1] >= GENERALISED:
+        outcome = "groks"
+    elif np.nanmax(accuracy) < CHANCE:
+        outcome = "control"
+    else:
+        outcome = "between"
+    row = {name: str(value) for name, value in asdict(network).items()}
+    row |= {"outcome": outcome, "val_accuracy": f"{accuracy[-1]:.2f}", "found": str(len(labelled))}
+    row |= {"half_at": "" if half is None else f"{half:.0f}", "peak_at": f"{steps[np.nanargmax(curve)]:.0f}"}
+    first = max(labelled, key=lambda each: -each.delta_llc, default=None)
+    row["midpoint"] = "" if first is None else str(first.step)
+    row["interval"] = "" if first is None else f"{first.step_low}-{first.step_high}"
+    row["all"] = "; ".join(
+        f"{(each.label or each.kind)} @ {each.step} {each.llc_before:.0f}->{each.llc_after:.0f}" for each in transitions
+    )
+    return row
+
+
+def crossing(steps: np.ndarray, accuracy: np.ndarray, level: float) -> float | None:
+    """The step at which an accuracy first passes a level, interpolated; None if it never does."""
+    reached = np.flatnonzero(accuracy >= level)
+    if not len(reached):
+        return None
+    i = int(reached[0])
+    if i == 0:
+        return float(steps[0])
+    return float(np.interp(level, accuracy[i - 1 : i + 1], steps[i - 1 : i + 1]))
+
+
+def run_networks(folder: Path, limit: int) -> None:
+    """Train and analyse those that are not yet there, then judge them all.
+
+    Args:
+        folder: of the results; a trajectory a network is kept there.
+        limit: how many to train at most now.
+    """
+    kept = folder / "networks"
+    kept.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for network in networks():
+        path = kept / f"{network.name}.json"
+        if not path.exists():
+            if limit <= 0:
+                continue
+            limit -= 1
+            say(network.name)
+            measure(network).save(path)
+        rows.append(judge(network, Trajectory.load(path)))
+    with open(folder / "networks.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"\n### Quadratic networks\n\n{markdown(summarise(rows))}\n")
+    for row in rows:
+        if row["outcome"] != "between" and (row["outcome"] == "groks") != (row["found"] != "0"):
+            print(f"- missed or false: {row}")
+
+
+def summarise(rows: Sequence[Row]) -> list[Row]:
+    """Hits, false alarms, distances and leads."""
+    groks = [row for row in rows if row["outcome"] == "groks"]
+    controls = [row for row in rows if row["outcome"] == "control"]
+    hits = [row for row in groks if row["found"] != "0"]
+    distance = [abs(float(row["midpoint"]) - float(row["half_at"])) / float(row["half_at"]) for row in hits]
+    lead = [float(row["half_at"]) - float(row["peak_at"]) for row in groks]
+    table = [
+        ("networks that grok", f"{len(groks)}"),
+        ("generalisation found in", f"{len(hits)}"),
+        ("networks that never generalise", f"{len(controls)}"),
+        ("generalisation found in (false)", f"{sum(row['found'] != '0' for row in controls)}"),
+        ("neither (validation accuracy between)", f"{len(rows) - len(groks) - len(controls)}"),
+    ]
+    if hits:
+        table.append(("midpoint from val acc 0.5, relative, median", f"{np.median(distance):.2f}"))
+        table.append(
+            (
+                "λ_c peaks before val acc 0.5 by, steps, median (range)",
+                f"{np.median(lead):.0f} ({min(lead):.0f} to {max(lead):.0f})",
+            )
+        )
+    return [{"what": what, "": value} for what, value in table]
