@@ -2,17 +2,20 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+# The price of a slope, in those of a level.
+SLOPE = 2.0
 # Middles and widths of a ramp that are tried in each round, ever more closely.
-PLACES = 25
+PLACES = 17
 ROUNDS = 3
 # A ramp has begun, and is done, but for this share of it.
 EDGE = 0.05
 # The width, in snapshots, from which on a ramp is a jump.
-NARROWEST = 0.05
+NARROWEST = 0.002
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,17 @@ class Fit:
         first, last = window
         chi2 = float(np.sum((value - self.value)[first : last + 1] ** 2 / variance[first : last + 1]))
         inside = [(a, b) for a, b in self.pieces() if a <= last and b >= first]
-        parameters = sum(2 + (self.value[a] != self.value[b]) for a, b in inside) - 1
+        parameters = sum(2 + SLOPE * (self.value[a] != self.value[b]) for a, b in inside) - 1
         return chi2 + math.log(len(self.value)) * parameters
 
 
 def segment(x: np.ndarray, value: np.ndarray, variance: np.ndarray) -> Fit:
     """The partition into constant and linear pieces of least cost, exactly, by dynamic programming in O(T²).
 
-    A piece costs its weighted χ² and log(T) (BIC) for its place, its level and, if it is linear, its slope; it has two
-    points or more. exp(−cost/2) approximates a partition's posterior probability, and the same recursion sums it over
-    all partitions (Fearnhead 2006, Exact and efficient Bayesian inference for multiple changepoint problems).
+    A piece costs its weighted χ² and log(T) (BIC) for its place, its level and, if it is linear, its slope (twice, for
+    phases are flat unless they clearly are not); it has two points or more. exp(−cost/2) approximates a partition's
+    posterior probability, and the same recursion sums it over all partitions (Fearnhead 2006, Exact and efficient
+    Bayesian inference for multiple changepoint problems).
 
     Args:
         x: abscissa, ascending, [T], T ≥ 2.
@@ -92,8 +96,9 @@ class Ramp:
         begin, end: index of the last point before the change, and of the first after it.
         before, after: values at its edges.
         error: standard error of after − before.
-        chi2: of the points in its window.
-        parameters: how many were fitted.
+        edges: abscissae of the best.
+        chi2: of the points of the change and its phases.
+        parameters: of those.
     """
 
     middle: float
@@ -104,6 +109,7 @@ class Ramp:
     before: float
     after: float
     error: float
+    edges: tuple[float, float]
     chi2: float
     parameters: int
 
@@ -116,38 +122,41 @@ def fit_ramp(
     x: np.ndarray,
     value: np.ndarray,
     variance: np.ndarray,
-    fit: Fit,
     change: tuple[int, int],
     window: tuple[int, int],
+    others: Sequence[tuple[float, float]] = (),
+    sloped: tuple[bool, bool] = (False, False),
 ) -> Ramp:
     """Fit a ramp to one change, over all middles and widths, for each with the best levels.
 
     The edges may lie between snapshots; a jump is a ramp inside one gap. The prior is flat in the middle and in the
-    logarithm of the width, both counted in snapshots. The phases are flat or straight as the pieces on either side are.
+    logarithm of the width, both counted in snapshots.
 
     Args:
         x: abscissa, [T].
         value: [T].
         variance: [T].
-        fit: of the three above.
         change: first and last index of the change.
         window: first and last index of the points that are fitted.
+        others: edges, as abscissae, of other changes among them, whose heights are fitted too.
+        sloped: whether the phases before and after have slopes of their own.
     """
     (first, last), (low, high) = change, window
     points = slice(low, high + 1)
     at, root = x[points], 1 / np.sqrt(variance[points])
     offset = float(value[points].mean())
     target = (value[points] - offset) * root
-    # A phase of its own slope, where the piece there has one and is no part of the change.
-    sloped = (
-        low < first and fit.value[low] != fit.value[min(low + 1, first)],
-        high > last and fit.value[high] != fit.value[max(high - 1, last)],
-    )
+    known = [np.clip((at - begin) / (end - begin), 0.0, 1.0) for begin, end in others]
+    centre = x[first] + x[last]
+    floor = max((end for begin, end in others if begin + end < centre), default=at[0])
+    ceiling = min((begin for begin, end in others if begin + end >= centre), default=at[-1])
+    # One change may reach into the next by a snapshot, for which of the two a peak belongs to is open.
+    order = np.interp([floor, ceiling], x, np.arange(len(x))) + [-1.0, 1.0]
     reach = 0.5 * (last - first) + 3.0
     middles, widths = ((first + last) / 2 - reach, (first + last) / 2 + reach), (NARROWEST, 4 * reach)
     for _ in range(ROUNDS):
         m, w = np.meshgrid(np.linspace(*middles, PLACES), np.geomspace(*widths, PLACES), indexing="ij")
-        inside = (m - w / 2 >= low - 1e-9) & (m + w / 2 <= high + 1e-9)
+        inside = (m - w / 2 >= max(low, order[0]) - 1e-9) & (m + w / 2 <= min(high, order[1]) + 1e-9)
         if not inside.any():
             m, w, inside = np.array([(low + high) / 2]), np.array([float(high - low)]), np.array([True])
         m, w = m[inside], w[inside]
@@ -155,9 +164,10 @@ def fit_ramp(
         a, b = np.interp(m - w / 2, index, x)[:, None], np.interp(m + w / 2, index, x)[:, None]
         basis = [np.ones((len(m), len(at))), np.clip((at - a) / (b - a), 0.0, 1.0)]
         if sloped[0]:
-            basis.append(np.minimum(at - a, 0.0))
+            basis.append(np.minimum(np.maximum(at, floor) - a, 0.0))
         if sloped[1]:
-            basis.append(np.maximum(at - b, 0.0))
+            basis.append(np.maximum(np.minimum(at, ceiling) - b, 0.0))
+        basis += [np.broadcast_to(each, (len(m), len(at))) for each in known]
         design = np.stack(basis, axis=1) * root
         gram = design @ design.transpose(0, 2, 1)
         # A slope that no point bears on is left at zero.
@@ -177,9 +187,16 @@ def fit_ramp(
     share = np.bincount(merged, weight) / weight.sum()
     quantiles = np.interp([0.05, 0.5, 0.95], np.cumsum(share) - share / 2, places)
     most = (0.5 - EDGE) * w[best]
+    near = (at >= min(floor, a[best, 0])) & (at <= max(ceiling, b[best, 0]))
+    residual = target - coefficients[best] @ design[best]
     begin = min(max(math.floor(m[best] - most), low), high - 1)
     end = max(min(math.ceil(m[best] + most), high), begin + 1)
-    before, change_by = coefficients[best, :2].tolist()
+    base, change_by = coefficients[best, :2].tolist()
+    heights = coefficients[best, len(basis) - len(known) :] if known else []
+    before = base + sum(
+        height * float(np.clip((a[best, 0] - start) / (stop - start), 0.0, 1.0))
+        for height, (start, stop) in zip(heights, others, strict=True)
+    )
     return Ramp(
         *np.interp(quantiles[[1, 0, 2]], index, x).tolist(),
         begin,
@@ -187,8 +204,9 @@ def fit_ramp(
         before + offset,
         before + change_by + offset,
         math.sqrt(float(inverse[best, 1, 1])),
-        float(chi2[best]),
-        len(basis) + 2,
+        (float(a[best, 0]), float(b[best, 0])),
+        float(np.sum(residual[near] ** 2)),
+        len(basis) - len(known) + 2,
     )
 
 
@@ -253,7 +271,7 @@ def _piece_costs(x: np.ndarray, value: np.ndarray, precision: np.ndarray, end: i
     sxy /= sxx
     np.minimum(sxy, syy, out=sxy)
     price = math.log(len(x))
-    sxy -= price
+    sxy -= SLOPE * price
     syy -= np.maximum(sxy, 0.0, out=sxy)
     syy += 2 * price
     return syy[::-1]
@@ -268,6 +286,6 @@ def _coefficients(
     dx = x[start:end] - centre
     level, sxx = float(np.average(value[start:end], weights=w)), float(np.sum(w * dx**2))
     slope = float(np.sum(w * dx * (value[start:end] - level))) / sxx
-    if slope**2 * sxx <= math.log(len(value)):
+    if slope**2 * sxx <= SLOPE * math.log(len(value)):
         return level, 0.0, centre, float(1 / w.sum()), 0.0
     return level, slope, centre, float(1 / w.sum()), 1 / sxx

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from groktrace.analysis.llc import OFF_MINIMUM
-from groktrace.analysis.segmentation import EDGE, Fit, draw_curves, fit_ramp, segment
+from groktrace.analysis.segmentation import EDGE, Fit, Ramp, draw_curves, fit_ramp, segment
 from groktrace.analysis.trajectory import Trajectory
 
 # A change counts from this fraction of the curve's largest level on, however small its error; below it a slow drift of
@@ -26,6 +26,9 @@ DRIFT = 0.25
 MIN_GENERALISATION = 0.15
 MIN_POINTS = 5
 DRAWS = 400
+# Rounds in which changes are fitted in turn, each beside the others; and how many snapshots to either side it takes.
+SWEEPS = 3
+REACH = 150
 # Standard errors of unreliable snapshots count as so many times larger.
 DOUBT = 3.0
 
@@ -143,51 +146,70 @@ def _measure(
     changes the same way that one ramp describes as well are one.
     """
     price = math.log(len(x))
-    found: list[_Measured] = []
-    draws = None
-    pending = list(changes)
+    pending, changes = list(changes), []
     while pending:
-        change = pending.pop(0)
-        after = pending[0] if pending else None
-        if after is not None and (fit.value[change[1]] > fit.value[change[0]]) == (
-            fit.value[after[1]] > fit.value[after[0]]
-        ):
-            window = _window(fit, (change[0], after[1]), found, pending[1:])
-            ramp = fit_ramp(x, value, variance, fit, (change[0], after[1]), window)
+        first, last = pending.pop(0)
+        if pending and (fit.value[last] > fit.value[first]) == (fit.value[pending[0][1]] > fit.value[pending[0][0]]):
+            both = first, pending[0][1]
+            window = _phases(fit, both, changes, pending[1:])
+            ramp = fit_ramp(x, value, variance, both, window)
             if ramp.cost(price) <= fit.cost_within(value, variance, window):
-                pending[0] = (change[0], after[1])
+                pending[0] = both
                 continue
-        window = _window(fit, change, found, pending)
-        ramp = fit_ramp(x, value, variance, fit, change, window)
-        if ramp.cost(price) <= fit.cost_within(value, variance, window) + price:
+        changes.append((first, last))
+    ramps: list[Ramp | None] = [None] * len(changes)
+    for _ in range(SWEEPS if len(changes) > 1 else 1):
+        for i, (first, last) in enumerate(changes):
+            window = max(first - REACH, 0), min(last + REACH, len(x) - 1)
+            edges = [
+                (x[a], x[b]) if ramp is None else ramp.edges
+                for (a, b), ramp, j in zip(changes, ramps, range(len(changes)), strict=True)
+                if j != i and b > window[0] and a < window[1]
+            ]
+            phases = _phases(fit, (first, last), changes[:i], changes[i + 1 :])
+            sloped = tuple(
+                bool(abs(a - b) > 2 and fit.value[a] != fit.value[b]) and not _within(a, b, changes)
+                for a, b in ((phases[0], first), (last, phases[1]))
+            )
+            ramps[i] = fit_ramp(x, value, variance, (first, last), window, edges, sloped)
+    draws = None
+    found = []
+    for i, (change, ramp) in enumerate(zip(changes, ramps, strict=True)):
+        first, last = change
+        delta = float(fit.value[last] - fit.value[first])
+        window = _phases(fit, change, changes[:i], changes[i + 1 :])
+        fits = ramp.cost(price) <= fit.cost_within(value, variance, window) + 2 * price
+        if fits and 0.5 < (ramp.after - ramp.before) / delta < 2.0:
             levels = ramp.before, ramp.after, ramp.error
             found.append(_Measured(ramp.begin, ramp.end, *levels, ramp.middle, ramp.low, ramp.high))
             continue
         if draws is None:
             draws = draw_curves(x, value, variance, fit, DRAWS, np.random.default_rng(0))
-        first, last = change
-        done = (fit.value[first : last + 1] - fit.value[first]) / (fit.value[last] - fit.value[first])
+        done = (fit.value[first : last + 1] - fit.value[first]) / delta
         # The last point before the change has begun, the first after which it is done.
         onset, end = first + max(int(np.argmax(done > EDGE)) - 1, 0), first + int(np.argmax(done >= 1 - EDGE))
-        levels = float(fit.value[first]), float(fit.value[last])
         error = math.sqrt(fit.variance[first] + fit.variance[last])
-        found.append(
-            _Measured(onset, end, *levels, error, *_date(x, fit, change, slice(window[0], window[1] + 1), *draws))
-        )
+        dates = _date(x, fit, change, slice(window[0], window[1] + 1), *draws)
+        found.append(_Measured(onset, end, float(fit.value[first]), float(fit.value[last]), error, *dates))
     return found
 
 
-def _window(
-    fit: Fit, change: tuple[int, int], before: list[_Measured], after: list[tuple[int, int]]
+def _phases(
+    fit: Fit, change: tuple[int, int], before: list[tuple[int, int]], after: list[tuple[int, int]]
 ) -> tuple[int, int]:
-    """First and last index of a change and the pieces on either side of it, up to half-way through other changes."""
+    """First and last index of a change and of the phases beside it, up to the changes before and after."""
     low = max((a for a, _ in fit.pieces() if a < change[0]), default=0)
     high = min((b for _, b in fit.pieces() if b > change[1]), default=len(fit.value) - 1)
     if before:
-        low = max(low, (before[-1].first + before[-1].last + 1) // 2)
+        low = max(low, before[-1][1])
     if after:
-        high = min(high, (after[0][0] + after[0][1]) // 2)
+        high = min(high, after[0][0])
     return min(low, change[0]), max(high, change[1])
+
+
+def _within(first: int, last: int, changes: list[tuple[int, int]]) -> bool:
+    """Whether what lies between two points is part of a change."""
+    return any(a <= first and last <= b for a, b in changes)
 
 
 def _changes(x: np.ndarray, fit: Fit) -> list[tuple[int, int]]:

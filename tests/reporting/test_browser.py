@@ -40,9 +40,9 @@ def serve(tmp_path):
         with closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        log = open(tmp_path / "server.log", "w")
         command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", str(port)]
-        started.append((subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=log, stderr=log), log))
+        with open(tmp_path / "server.log", "w") as log:
+            started.append(subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=log, stderr=log))
         address = f"http://127.0.0.1:{port}/"
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
@@ -56,10 +56,9 @@ def serve(tmp_path):
         raise TimeoutError((tmp_path / "server.log").read_text())
 
     yield start
-    for process, log in started:
+    for process in started:
         process.terminate()
         process.wait(20)
-        log.close()
 
 
 def test_the_markers_are_on_the_page(grokked, tmp_path, page, serve):

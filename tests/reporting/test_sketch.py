@@ -6,8 +6,9 @@ def test_the_curve_rises_and_falls_where_lambda_does(grokked):
     lines = small_curve(trajectory, transitions).splitlines()
     assert lines[0].startswith("1301 |")
     assert lines[7].startswith(" 139 |")
-    top = next(i for i, character in enumerate(lines[0].split("|", 1)[1]) if character in "'.")
-    assert top == round(200 / 3000 * 63)  # the peak's column
+    top = [i for i, character in enumerate(lines[0].split("|", 1)[1]) if character in "'."]
+    assert round(200 / 3000 * 63) in top  # the peak's column
+    assert max(top) < round(600 / 3000 * 63)
     assert lines[8].split() == ["0", "3000"]
     assert lines[9].split() == ["1", "2"]
     assert lines[9].index("2") - 6 == round(transitions[1].step / 3000 * 63)
