@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from groktrace.analysis.llc import OFF_MINIMUM
-from groktrace.analysis.segmentation import EDGE, Fit, Ramp, draw_curves, fit_ramp, segment
+from groktrace.analysis.segmentation import EDGE, Fit, Ramp, draw_curves, fit_ramp, segment, straight_cost
 from groktrace.analysis.trajectory import Trajectory
 
 # A change counts from this fraction of the curve's largest level on, however small its error; below it a slow drift of
@@ -25,10 +25,14 @@ DRIFT = 0.25
 # after memorising fall by up to a tenth.
 MIN_GENERALISATION = 0.15
 MIN_POINTS = 5
+# A curve that one straight line describes nearly as well, in units of log(T), drifts and has no transition.
+DRIFT_FAVOUR = 3.0
 DRAWS = 400
 # Rounds in which changes are fitted in turn, each beside the others; and how many snapshots to either side it takes.
 SWEEPS = 3
 REACH = 150
+# A fall of λ is no evidence where the largest curvature has fallen below this fraction of what it was.
+MIN_CURVATURE = 0.5
 # Standard errors of unreliable snapshots count as so many times larger.
 DOUBT = 3.0
 
@@ -114,6 +118,9 @@ def find_transitions(trajectory: Trajectory) -> list[Transition]:
     fits = [segment(axis.of(steps), value, variance) for axis in axes]
     axis, fit = min(zip(axes, fits, strict=True), key=lambda pair: pair[1].cost)
     x = axis.of(steps)
+    straight = min(straight_cost(axis.of(steps), value, variance) for axis in axes)
+    if straight <= fit.cost + DRIFT_FAVOUR * math.log(len(x)):
+        return []
     changes = _changes(x, fit)
     if not changes:
         return []
@@ -440,6 +447,16 @@ def _label(trajectory: Trajectory, onset: int, end: int, before: float, after: f
     share = 1 - after / before if before > 0 else 0.0
     if share < MIN_GENERALISATION:
         return None, f"no label: λ falls by only {100 * share:.0f} % while the training loss stays low"
+    curvature = [point.diagnostics.get("top_curvature") for point in trajectory.points]
+    begun, ended = curvature[onset], curvature[end]
+    if begun and ended is not None and ended < MIN_CURVATURE * begun:
+        # Under cross-entropy all curvatures shrink as margins grow, and λ falls whether or not the network generalises.
+        return None, (
+            f"no label: λ falls by {100 * share:.0f} %, but the largest curvature falls too, {begun / ended:.3g}-fold, "
+            "as it does under cross-entropy whether or not the network generalises"
+            if ended > 0
+            else "no label: the curvature vanishes with λ"
+        )
     evidence = f"λ falls by {100 * share:.0f} % while the training loss stays low"
     accuracy = trajectory.column("val_accuracy")
     if np.isfinite(accuracy[end]) and np.isfinite(accuracy).any():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -105,3 +107,60 @@ def test_unreliable_points_are_passed_over_where_there_is_no_centred_estimate():
     values = np.where(STEPS < 150, -3000.0, 800.0)
     assert find_transitions(curve(values, reliable=STEPS >= 150)) == []
     assert len(find_transitions(curve(values))) == 1
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_steady_drift_is_no_transition(seed):
+    assert find_transitions(curve(np.linspace(1000, 600, 61), error=20.0, seed=seed)) == []
+    steps = np.unique(np.geomspace(1, 100_000, 60).astype(int))
+    logarithmic = 1000 - 30 * np.log1p(steps)
+    assert find_transitions(curve(logarithmic, error=10.0, seed=seed, steps=steps)) == []
+
+
+def test_a_jump_on_a_drift_is_found_without_the_drift():
+    (fall,) = find_transitions(curve(np.linspace(1000, 900, 61) - np.where(STEPS > 1510, 200.0, 0.0)))
+    assert fall.step_low <= 1525 <= fall.step_high
+    assert (fall.onset, fall.end) == (1500, 1550)
+    assert fall.delta_llc == pytest.approx(-200, abs=10)
+
+
+def test_intervals_cover_as_often_as_they_say():
+    covered = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        begin, width = rng.uniform(800, 1500), rng.uniform(150, 500)
+        values = np.interp(STEPS, [begin, begin + width], [900.0, 600.0])
+        fall = min(find_transitions(curve(values, error=30.0, seed=seed + 1000)), key=lambda each: each.delta_llc)
+        covered.append(fall.step_low <= begin + width / 2 <= fall.step_high)
+    assert 0.78 <= np.mean(covered) < 1.0  # 90 %, within three standard errors of the mean of 60
+
+
+def test_free_energy_weighs_loss_against_complexity():
+    trajectory = curve(np.where(STEPS < 1510, 900.0, 700.0), train_loss=np.where(STEPS < 1510, 0.3, 0.1), n=100)
+    (fall,) = find_transitions(trajectory)
+    assert fall.delta_free_energy == pytest.approx(100 * -0.2 + fall.delta_llc * np.log(100))
+    assert find_transitions(replace(trajectory, n=None))[0].delta_free_energy is None
+
+
+def test_where_the_curvature_collapses_a_fall_is_not_called_generalisation():
+    loss = np.interp(STEPS, [0, 200, 3000], [1.0, 0.01, 0.0])
+    trajectory = curve(hump(), train_loss=loss)
+    for last, label in ((0.8, "generalisation"), (0.01, None)):
+        curvature = np.interp(STEPS, [0, 200, 1200], [1.0, 1.0, last])
+        points = [
+            replace(point, diagnostics={"top_curvature": float(top)})
+            for point, top in zip(trajectory.points, curvature, strict=True)
+        ]
+        fall = find_transitions(replace(trajectory, points=tuple(points)))[1]
+        assert fall.label == label
+        assert ("as it does under cross-entropy" in fall.evidence) == (label is None)
+
+
+def test_unreliable_points_weigh_less():
+    values = np.where(STEPS < 1510, 900.0, 800.0)
+    points = tuple(
+        Point(int(step), v, 5.0, v, 5.0, bad is False, ("heated by minibatch noise",) if bad else ())
+        for step, v, bad in zip(STEPS, values + 40.0 * (STEPS > 2500), STEPS > 2500, strict=True)
+    )
+    (fall, *_) = find_transitions(Trajectory(points))
+    assert fall.llc_after == pytest.approx(800, abs=12)
