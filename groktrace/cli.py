@@ -43,7 +43,8 @@ def main() -> None:
 
 main.add_command(theory)
 
-_run = click.argument("run", type=click.Path(path_type=Path))
+# A path or a URL; a Path would take one of the two slashes of the latter.
+_run = click.argument("run", callback=lambda ctx, parameter, value: value if "://" in value else Path(value))
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 
 
@@ -111,7 +112,7 @@ def _reference(ctx: click.Context, parameter: click.Parameter, value: str | None
 )
 @_json
 def analyze(
-    run: Path,
+    run: Path | str,
     preset: str,
     task: str | None,
     device: str | None,
@@ -156,10 +157,12 @@ def analyze(
             **settings.to_dict(),
         )
     transitions, grokking = find_transitions(trajectory), measure_grokking(trajectory)
-    from groktrace.reporting.tensorboard import COLOURS, write_events
+    from groktrace.reporting.tensorboard import COLOURS, SUFFIX, write_events
 
-    logs = logdir or run / layout.TENSORBOARD_FOLDER
+    logs = logdir or opened.root / layout.TENSORBOARD_FOLDER
     write_events(trajectory, transitions, grokking, logs)
+    if logdir is None:
+        opened.publish_folder(logs, SUFFIX)
     _print(as_json, trajectory, transitions, grokking, console.transitions_table)
     if not as_json:
         click.echo(f"\nSee it:  tensorboard --logdir {logdir or run}\nthen:    http://localhost:6006/{COLOURS}")
@@ -169,7 +172,7 @@ def analyze(
 @main.command()
 @_run
 @_json
-def show(run: Path, as_json: bool) -> None:
+def show(run: Path | str, as_json: bool) -> None:
     """Print the trajectory and the transitions that were last found for RUN."""
     from groktrace.analysis.grokking import measure_grokking
     from groktrace.analysis.replay import latest_trajectory
@@ -188,7 +191,7 @@ def show(run: Path, as_json: bool) -> None:
 @main.command()
 @_run
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A .png, .pdf or .svg file.")
-def plot(run: Path, output: Path) -> None:
+def plot(run: Path | str, output: Path) -> None:
     """Draw the trajectory that was last found for RUN."""
     from groktrace.analysis.grokking import measure_grokking
     from groktrace.analysis.replay import latest_trajectory
@@ -201,12 +204,12 @@ def plot(run: Path, output: Path) -> None:
 
 
 @main.command()
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Draw their curves too: a .png, .pdf or .svg file."
 )
 @_json
-def compare(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
+def compare(runs: tuple[str, ...], output: Path | None, as_json: bool) -> None:
     """Put the results that were last found for several runs side by side: seeds, learning rates, controls."""
     from groktrace.analysis.grokking import measure_grokking
     from groktrace.analysis.replay import latest_trajectory
@@ -216,7 +219,7 @@ def compare(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
     found = []
     for run in runs:
         trajectory = latest_trajectory(run)
-        found.append((str(run), trajectory, find_transitions(trajectory), measure_grokking(trajectory)))
+        found.append((run, trajectory, find_transitions(trajectory), measure_grokking(trajectory)))
     if output is not None:
         comparison.save_comparison(found, output)
     if as_json:
@@ -230,7 +233,7 @@ def compare(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
 
 @main.command()
 @_run
-def check(run: Path) -> None:
+def check(run: Path | str) -> None:
     """Read every file of RUN and verify it against its digests."""
     from groktrace.errors import SnapshotError, TaskError
     from groktrace.run.store import open_run

@@ -60,7 +60,7 @@ def analyze(
     What is finished is kept in the run directory as it comes; a second call with the same settings goes on from there.
 
     Args:
-        run: a run directory or its path.
+        run: a run directory, its path or its URL.
         task: loss and data, where the recording could not keep them.
         task_name: what to call that task in the results' settings.
         device: where to compute; a GPU where there is one.
@@ -106,6 +106,7 @@ def analyze(
             folder / _SURVEY_FILE, rows, survey_group, Survey.from_dict, lambda d, n: report("losses, curvature", d, n)
         )
         nbeta, localization = _fixed_scale(folder, chosen, evaluated.n, sampled, list(surveyed.values()))
+        run.publish(folder / SETTINGS_FILE)
 
         def take_rank(group: _Group) -> list[Reference]:
             return [jacobian_reference(evaluated, sampled, weights, each.step, place) for each, weights in group]
@@ -155,24 +156,25 @@ def analyze(
             resolution=chosen.resolution if chosen.nbeta is None else None,
             locality=chosen.locality if chosen.localization is None else None,
             method=chosen.method,
-            run=str(run.root),
+            run=run.name,
             unreadable=tuple(snapshots.unreadable),
             reference=beside,
         )
         trajectory.save(folder / TRAJECTORY_FILE)
+        run.publish(folder / TRAJECTORY_FILE)
     return trajectory
 
 
-def latest_trajectory(root: Path) -> Trajectory:
+def latest_trajectory(run: str | Path) -> Trajectory:
     """The trajectory that was finished last in a run directory.
 
     Raises:
         RunError: there is none.
     """
-    open_run(root)
-    found = list((root / layout.ANALYSIS_FOLDER).glob(f"*/{TRAJECTORY_FILE}"))
+    opened = open_run(run)
+    found = list((opened.root / layout.ANALYSIS_FOLDER).glob(f"*/{TRAJECTORY_FILE}"))
     if not found:
-        raise RunError(f"{root}: not analysed yet; run 'groktrace analyze {root}' first.")
+        raise RunError(f"{run}: not analysed yet; run 'groktrace analyze {run}' first.")
     return Trajectory.load(max(found, key=lambda path: path.stat().st_mtime_ns))
 
 
@@ -190,7 +192,7 @@ class _Snapshots:
                 self.prints[snapshot] = snapshot.fingerprint()
             except SnapshotError as failure:
                 self.unreadable.append(str(failure))
-        self.root = run.root
+        self.run = run
 
     def first(self) -> dict[str, Tensor]:
         """The weights of the first snapshot that loads.
@@ -201,7 +203,7 @@ class _Snapshots:
         for snapshot in list(self.prints):
             if (weights := self.load(snapshot)) is not None:
                 return weights
-        raise RunError(f"{self.root}: none of its snapshots can be read; the first: {self.unreadable[0]}")
+        raise RunError(f"{self.run.name}: none of its snapshots can be read; the first: {self.unreadable[0]}")
 
     def last(self) -> list[Snapshot]:
         """The last snapshot that loads, alone; none if none does."""
@@ -257,6 +259,7 @@ class _Snapshots:
                         known[self.prints[snapshot]] = parse(result.to_dict())
                         lines.append({"snapshot": self.prints[snapshot], **result.to_dict()})
                 append_lines(journal, lines)
+                self.run.publish(journal)
             for snapshot in wanted:
                 if snapshot in self.prints:
                     results[snapshot.step] = known[self.prints[snapshot]]

@@ -16,6 +16,7 @@ from groktrace.recording.capture import Capture
 from groktrace.recording.hooks import UpdateHooks
 from groktrace.recording.writer import Writer
 from groktrace.run import layout
+from groktrace.run.remote import Remote
 
 # Waiting for the disk is told from this many seconds on.
 SILENT_WAIT = 1.0
@@ -27,7 +28,7 @@ class Recorder:
     """A recording in progress; made by `watch`.
 
     Attributes:
-        out: the run directory.
+        out: the run directory, or its URL.
         deferred: whether a snapshot that is due is taken only when the next update begins, so that what belongs to
             the last one is done: an average of the weights brought up to date, metrics logged.
     """
@@ -38,19 +39,21 @@ class Recorder:
         optimizer: Any,
         keep: Callable[[int], bool],
         capture: Capture,
-        out: Path,
+        out: Path | str,
         start: int,
         writes: bool,
         deferred: bool = False,
+        remote: Remote | None = None,
     ) -> None:
         self.out = out
+        self._root = Path(out) if remote is None else remote.folder
         self.deferred = deferred
         self._pid = os.getpid()
         self._model: nn.Module | None = model
         self._optimizer = optimizer
         self._keep = keep
         self._capture: Capture | None = capture
-        self._writer = Writer(out) if writes else None
+        self._writer = Writer(self._root, remote) if writes else None
         self._first = self._steps = start
         self._skipped: Tensor | None = None
         self._copied: int | None = None
@@ -126,6 +129,8 @@ class Recorder:
             if self._writer is not None:
                 self._writer.close()
                 self._report()
+                if self._writer.unsent is not None:
+                    self._warn("unsent", f"what could not be sent to '{self.out}' is in '{self._writer.unsent}'.")
         except BaseException:  # Ctrl-C while waiting; the end of the process tries again
             self._closed = False
             raise
@@ -218,7 +223,7 @@ class Recorder:
                 "every= or a faster disk would spare it that.",
             )
         self._report()
-        return not layout.snapshot_path(self.out, step).exists()
+        return not layout.snapshot_path(self._root, step).exists()
 
     def _finish(self) -> None:
         self._settle()

@@ -18,6 +18,7 @@ from groktrace.recording.recorder import Recorder, open_recorders, tell
 from groktrace.recording.schedule import check_count, make_schedule
 from groktrace.recording.writer import remove_leftovers
 from groktrace.run import files, layout
+from groktrace.run.remote import Remote, is_url
 from groktrace.run.store import WeightSpec, check_info
 
 _FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
@@ -56,7 +57,7 @@ def watch(
         weights: record the weights of this module instead, an average such as AveragedModel; as it stands when the
             next update begins.
         task: "package.module:factory" that rebuilds the task, for models that cannot be traced.
-        out: the run directory.
+        out: the run directory, or the URL of one, such as s3://bucket/run; whatever fsspec takes.
         every: keep each step that this many updates divide; 100 if there is no `schedule` either.
         schedule: instead of `every`, "log", the steps to keep, or a function step -> bool.
         start_step: updates made before this call; by default what the optimizer's own state says.
@@ -76,7 +77,7 @@ def watch(
         start_step = check_count(start_step, "start_step", least=0)
     if task is not None and not (isinstance(task, str) and _FACTORY.fullmatch(task)):
         raise SettingsError(f"task: expected 'package.module:factory', got {task!r}.")
-    root = _check_out(out)
+    place = _check_out(out)
     if not isinstance(model, nn.Module):
         raise SettingsError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
     model = plain_model(model)
@@ -101,21 +102,28 @@ def watch(
         )
 
     for recorder in open_recorders:
-        if recorder.out == root:
+        if recorder.out == place:
             recorder.flush()
-    earlier = _earlier(model, optimizer, root)
+    earlier = _earlier(model, optimizer, place)
     start = _first_step(start_step, optimizer, earlier)
     writes, sharded = _is_writer(), is_sharded(model)
+    remote, root = None, Path(place)
     with _agreed(sharded):
+        if writes and is_url(place):
+            try:
+                remote = Remote(str(place))
+            except OSError as failure:
+                raise SettingsError(f"out: cannot be reached ({failure}).") from failure
+            root = remote.folder
         if writes:
             # An explicit start_step may contradict the open recording; then it is refused as after a restart.
-            _check_folder(root, specs, start, resuming=earlier is not None and start == earlier.steps)
+            _check_folder(place, root, specs, start, resuming=earlier is not None and start == earlier.steps)
     evaluation = Evaluation()
     if train is not None:
         with gathered(model):
             evaluation = prepare_evaluation(model, train, val, loss, batch_loss, seed)
     for recorder in list(open_recorders):
-        if recorder.out == root:  # a folder has one recording at a time, so this one takes over
+        if recorder.out == place:  # a folder has one recording at a time, so this one takes over
             recorder.close()
     once: frozenset[str] = frozenset()
     with _agreed(sharded):
@@ -123,18 +131,20 @@ def watch(
             info = describe_run(model, specs, evaluation, optimizer, plan, task, seed)
             try:
                 if write_start(root, info, evaluation):
-                    tell(f"'{root}' held other data than these; the analysis will use the new ones throughout.")
+                    tell(f"'{place}' held other data than these; the analysis will use the new ones throughout.")
                 if not sharded:
                     once = write_frozen(root, specs, source)
                 remove_leftovers(root)
+                if remote is not None:
+                    remote.send_start()
             except OSError as failure:
-                raise SettingsError(f"out: '{root}' cannot be written ({failure.strerror or failure}).") from failure
+                raise SettingsError(f"out: '{place}' cannot be written ({failure.strerror or failure}).") from failure
             if evaluation.problem is not None:
                 reason = " ".join(str(evaluation.problem).split())[:300]
                 hint = task or "package.module:factory"
                 tell(f"model and loss cannot be kept as a program, so analysis will need `--task {hint}` ({reason}).")
     capture = Capture(source, specs, once)
-    return Recorder(model, optimizer, plan.keep, capture, root, start, writes, deferred=weights is not None)
+    return Recorder(model, optimizer, plan.keep, capture, place, start, writes, weights is not None, remote)
 
 
 @contextlib.contextmanager
@@ -164,11 +174,11 @@ def _check_weights(weights: Any, specs: dict[str, WeightSpec]) -> nn.Module:
     return weights
 
 
-def _check_out(out: Any) -> Path:
+def _check_out(out: Any) -> Path | str:
     if not isinstance(out, str | os.PathLike):
         raise SettingsError(f"out: expected the path of a folder, got {out!r}.")
-    if "://" in os.fspath(out):
-        raise SettingsError(f"out: only local folders can be written, got '{out}'; write to one and copy it.")
+    if is_url(out):
+        return out.rstrip("/")
     # Absolute, since scripts change their working directory.
     root = Path(out).expanduser().absolute()
     for folder in (root, *root.parents):
@@ -179,11 +189,11 @@ def _check_out(out: Any) -> Path:
     return root
 
 
-def _earlier(model: nn.Module, optimizer: Any, root: Path) -> Recorder | None:
+def _earlier(model: nn.Module, optimizer: Any, place: Path | str) -> Recorder | None:
     """The open recording of the same training into the same folder."""
     for recorder in open_recorders:
         same = recorder._model is model if optimizer is None else recorder._optimizer is optimizer
-        if same and recorder.out == root and not recorder._inert():
+        if same and recorder.out == place and not recorder._inert():
             return recorder
     return None
 
@@ -205,22 +215,22 @@ def _is_writer() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def _check_folder(root: Path, specs: dict[str, WeightSpec], start: int, resuming: bool) -> None:
+def _check_folder(place: Path | str, root: Path, specs: dict[str, WeightSpec], start: int, resuming: bool) -> None:
     """Refuse to write into a folder that holds something else, or steps that this recording would make again."""
     if not root.exists():
         return
     path = root / layout.RUN_FILE
     if not path.exists():
         if any(not entry.name.startswith(files.TEMPORARY_PREFIX) for entry in root.iterdir()):
-            raise SettingsError(f"out: '{root}' holds files, but is not a groktrace run; choose another out=.")
+            raise SettingsError(f"out: '{place}' holds files, but is not a groktrace run; choose another out=.")
         return
     known = check_info(files.read_json(path), path)
     shapes = [{name: (spec.shape, spec.dtype) for name, spec in one.items()} for one in (known, specs)]
     if shapes[0] != shapes[1]:
-        raise SettingsError(f"out: '{root}' is the run of another network; choose another out=.")
+        raise SettingsError(f"out: '{place}' is the run of another network; choose another out=.")
     steps = layout.snapshot_steps(root)
     if steps and start == 0 and not resuming:
         raise SettingsError(
-            f"out: '{root}' holds a recording up to step {steps[-1]}. To continue it, load the optimizer's state "
+            f"out: '{place}' holds a recording up to step {steps[-1]}. To continue it, load the optimizer's state "
             "before watch() or pass start_step=; to start anew, choose another out= or remove the folder."
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from groktrace.run import files, layout
+from groktrace.run.remote import Remote
 
 QUEUE_BYTES = 2**20
 QUEUE_SECONDS = 1.0
@@ -42,19 +43,23 @@ class Writer:
 
     Args:
         root: the run directory; its weights folder exists.
+        remote: where files go from there, if anywhere.
 
     Attributes:
         written: how many snapshots were written.
         bytes: their size.
         last_step: the newest step that lies on disk whole, or None.
         error: why the newest write that failed did, or None.
+        unsent: after `close`, the folder with what could not be uploaded, or None.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, remote: Remote | None = None) -> None:
+        self._remote = remote
         self.written = 0
         self.bytes = 0
         self.last_step: int | None = None
         self.error: Exception | None = None
+        self.unsent: Path | None = None
         self._root = root
         self._jobs: deque[tuple[int, dict[str, Tensor], dict[str, float]]] = deque()
         self._queued = 0  # bytes of the jobs that wait, QUEUE_BYTES and more where one is not small
@@ -115,6 +120,12 @@ class Writer:
             self._stopping = True
             self._changed.notify_all()
         self._thread.join()
+        if self._remote is not None:
+            try:
+                self._remote.retry(forget=True)
+            except Exception as failure:
+                self.error = failure
+            self.unsent = self._remote.close()
 
     def _work(self) -> None:
         while True:
@@ -148,4 +159,8 @@ class Writer:
             "time": now(),
             "metrics": json.dumps({k: v if math.isfinite(v) else None for k, v in metrics.items()}, allow_nan=False),
         }
-        return files.write_tensors(layout.snapshot_path(self._root, step), tensors, metadata)
+        path = layout.snapshot_path(self._root, step)
+        size = files.write_tensors(path, tensors, metadata)
+        if self._remote is not None:
+            self._remote.send(path, forget=True)
+        return size

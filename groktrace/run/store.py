@@ -16,6 +16,7 @@ from groktrace.errors import RunError, SnapshotError, TaskError
 from groktrace.run import layout
 from groktrace.run.batch import Batch, check_lengths, unflatten
 from groktrace.run.files import read_json, read_metadata, read_tensors
+from groktrace.run.remote import Remote, is_url
 from groktrace.run.task import Task
 
 
@@ -43,12 +44,14 @@ class Snapshot:
         path: its file.
         specs: the network's tensors.
         frozen: gives those that no snapshot needs to hold, since training leaves them as they are.
+        remote: where the file has to be fetched from, if it is not here.
     """
 
     step: int
     path: Path
     specs: dict[str, WeightSpec]
     frozen: Callable[[], dict[str, Tensor]] = dict
+    remote: Remote | None = None
 
     def load(self) -> dict[str, Tensor]:
         """The network's tensors by name, on the CPU.
@@ -65,6 +68,7 @@ class Snapshot:
         Raises:
             SnapshotError: the header is damaged.
         """
+        self._fetch()
         metadata = read_metadata(self.path, SnapshotError)
         return hashlib.sha256(f"{self.step}:{metadata.get('digests')}".encode()).hexdigest()[:32]
 
@@ -76,7 +80,15 @@ class Snapshot:
         """
         return self._read()[1]
 
+    def _fetch(self) -> None:
+        if self.remote is not None:
+            try:
+                self.remote.fetch(self.path)
+            except OSError as failure:
+                raise SnapshotError(f"{self.path.name}: cannot be fetched ({failure}).") from failure
+
     def _read(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        self._fetch()
         tensors, metadata = read_tensors(self.path, SnapshotError)
         if metadata.get("step") != str(self.step):
             raise SnapshotError(f"{self.path}: says it is of step {metadata.get('step')}, its name says {self.step}.")
@@ -105,16 +117,47 @@ class Run:
     """A run directory, opened.
 
     Attributes:
-        root: the directory.
+        root: the directory; of a remote run, the local folder that its files pass through.
         info: run.json.
         specs: the network's tensors by name.
         snapshots: in step order.
+        remote: where the run lies, if not in `root`.
     """
 
     root: Path
     info: dict[str, Any]
     specs: dict[str, WeightSpec]
     snapshots: tuple[Snapshot, ...]
+    remote: Remote | None = None
+
+    @property
+    def name(self) -> str:
+        """The path or URL of the run."""
+        return str(self.root) if self.remote is None else self.remote.url
+
+    def publish(self, path: Path) -> None:
+        """Send a file in `root` to where the run lies.
+
+        Raises:
+            RunError: it cannot be sent.
+        """
+        if self.remote is not None:
+            try:
+                self.remote.send(path)
+            except OSError as failure:
+                raise RunError(f"{self.name}: results cannot be sent ({failure}).") from failure
+
+    def publish_folder(self, folder: Path, ending: str) -> None:
+        """Send the files of a folder in `root`, in place of those with that ending that lie there.
+
+        Raises:
+            RunError: they cannot be sent.
+        """
+        if self.remote is not None:
+            try:
+                self.remote.send_folder(folder, ending)
+            except OSError as failure:
+                raise RunError(f"{self.name}: results cannot be sent ({failure}).") from failure
 
     @cached_property
     def task(self) -> Task:
@@ -164,33 +207,38 @@ def open_run(path: str | Path) -> Run:
     """Open a run directory.
 
     Args:
-        path: the directory that `groktrace.watch(out=...)` wrote.
+        path: the directory that `groktrace.watch(out=...)` wrote, or its URL.
 
     Raises:
         RunError: it is missing, not groktrace's, of a newer format, damaged, or without snapshots.
     """
-    root = Path(path)
+    remote = None
     try:
+        if is_url(path):
+            remote = Remote(str(path))
+            remote.fetch_results()
+        root = Path(path) if remote is None else remote.folder
         if not root.is_dir():
             raise RunError(f"{root}: no such directory; expected one that groktrace.watch(out=...) wrote.")
         if not (root / layout.RUN_FILE).exists():
             raise RunError(
-                f"{root}: holds no {layout.RUN_FILE}, so it is not a directory that groktrace.watch() wrote."
+                f"{path}: holds no {layout.RUN_FILE}, so it is not a directory that groktrace.watch() wrote."
             )
         steps = layout.snapshot_steps(root)
     except OSError as failure:
-        raise RunError(f"{root}: cannot be read ({failure.strerror or failure}).") from failure
+        raise RunError(f"{path}: cannot be read ({failure.strerror or failure}).") from failure
     info = read_json(root / layout.RUN_FILE)
     specs = check_info(info, root / layout.RUN_FILE)
     if not steps:
-        raise RunError(f"{root}: holds no snapshots; the training has not kept one yet, or they were removed.")
+        raise RunError(f"{path}: holds no snapshots; the training has not kept one yet, or they were removed.")
 
     @cache
     def frozen() -> dict[str, Tensor]:
         path = root / layout.FROZEN_FILE
         return read_tensors(path)[0] if path.exists() else {}
 
-    return Run(root, info, specs, tuple(Snapshot(s, layout.snapshot_path(root, s), specs, frozen) for s in steps))
+    snapshots = tuple(Snapshot(s, layout.snapshot_path(root, s), specs, frozen, remote) for s in steps)
+    return Run(root, info, specs, snapshots, remote)
 
 
 def check_info(info: Any, path: Path) -> dict[str, WeightSpec]:

@@ -322,7 +322,6 @@ def wrong(training, tmp_path):
         "out type": ({"out": 7}, "out: expected the path of a folder"),
         "out is a file": ({"out": tmp_path / "file"}, "is a file"),
         "out below a file": ({"out": tmp_path / "file" / "run"}, "is a file"),
-        "out remote": ({"out": "s3://bucket/run"}, "out: only local folders"),
         "start": ({"start_step": -1}, "start_step: expected a whole number"),
         "seed": ({"seed": 0.5}, "seed: expected a whole number"),
         "data type": ({"train": (training.x, training.y.to(torch.complex128)), "loss": lambda a, b: a.sum()}, "stored"),
@@ -334,7 +333,7 @@ def wrong(training, tmp_path):
     [
         *("every", "schedule", "both schedules", "loss name", "lengths", "two losses", "no loss", "no train"),
         *("loss fails", "not a model", "no parameters", "wrong optimizer", "not an optimizer", "task", "task type"),
-        *("out type", "out is a file", "out below a file", "out remote", "start", "seed", "data type"),
+        *("out type", "out is a file", "out below a file", "start", "seed", "data type"),
     ],
 )
 def test_wrong_arguments(training, tmp_path, wrong, case):
