@@ -113,12 +113,12 @@ def endpoints(rows: Sequence[Row], spectra: Mapping[str, np.ndarray], path: Path
 
 def trajectory(rows: Sequence[Row], large: Sequence[Row], steps_an_epoch: int, path: Path) -> None:
     """λ, trace, accuracies and losses: mean ± sd over seeds, and the published size."""
-    figure, panels = _panels(2, 3, 2.3)
-    steps, small = _stacked(rows)
-    adam = [row for row in large if row["seed"].startswith("Adam-")]
-    epochs, several = _stacked(adam)
-    epochs = epochs / steps_an_epoch
-    for column, x, data in ((0, steps, small), (1, epochs, several)):
+    figure, panels = _panels(2 if large else 1, 3, 2.3)
+    shown = [_stacked(rows)]
+    if large:
+        epochs, several = _stacked([row for row in large if row["seed"].startswith("Adam-")])
+        shown.append((epochs / steps_an_epoch, several))
+    for column, (x, data) in enumerate(shown):
         lam, curves, losses = panels[:, column]
         _band(lam, x, data["λ"], BLUE, "λ")
         lam.set_ylabel("λ", color=BLUE)
@@ -133,22 +133,27 @@ def trajectory(rows: Sequence[Row], large: Sequence[Row], steps_an_epoch: int, p
         _legend(curves)
         losses.set_yscale("log")
         losses.set_ylabel("loss")
+    panels[0, 0].set_title(f"p = 23, K = 128: mean ± sd of {len(shown[0][1]['λ'])} seeds", fontsize=9)
+    panels[-1, 0].set_xlabel("step (full batch)")
+    if large:
+        _add_published(panels[:, 1], large, steps_an_epoch, len(several["λ"]))
+    figure.savefig(path)
+
+
+def _add_published(panels: np.ndarray, large: Sequence[Row], steps_an_epoch: int, count: int) -> None:
+    """What the column of the published size has besides: the run with AdamW, and an axis that shows early epochs."""
     plain = [row for row in large if row["seed"].startswith("AdamW")]
     other_epochs = _column(plain, "step") / steps_an_epoch
     label = "the same with AdamW"
-    panels[0, 1].plot(other_epochs, _column(plain, "λ"), color=SKY, lw=1.2, ls="--", label=label)
-    panels[1, 1].plot(other_epochs, _column(plain, "val accuracy"), color=PINK, lw=1.2, ls="--", label=label)
-    panels[2, 1].plot(other_epochs, _column(plain, "val loss"), color=PINK, lw=1.2, ls="--", label=label)
-    _legend(panels[1, 1])
-    panels[0, 0].set_title(f"p = 23, K = 128: mean ± sd of {len(small['λ'])} seeds", fontsize=9)
-    count = len(several["λ"])
-    panels[0, 1].set_title(f"p = 53, K = 1024, published settings (Adam): {count} seeds", fontsize=9)
-    panels[-1, 0].set_xlabel("step (full batch)")
-    panels[-1, 1].set_xlabel("epoch")
-    for axes in panels[:, 1]:
+    panels[0].plot(other_epochs, _column(plain, "λ"), color=SKY, lw=1.2, ls="--", label=label)
+    panels[1].plot(other_epochs, _column(plain, "val accuracy"), color=PINK, lw=1.2, ls="--", label=label)
+    panels[2].plot(other_epochs, _column(plain, "val loss"), color=PINK, lw=1.2, ls="--", label=label)
+    _legend(panels[1])
+    panels[0].set_title(f"p = 53, K = 1024, published settings (Adam): {count} seeds", fontsize=9)
+    panels[-1].set_xlabel("epoch")
+    for axes in panels:
         axes.set_xscale("symlog", linthresh=10)
         axes.set_xlim(left=0)
-    figure.savefig(path)
 
 
 def _stacked(rows: Sequence[Row]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

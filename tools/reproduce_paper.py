@@ -354,6 +354,8 @@ def run_trajectory(out: Path, fresh: bool) -> Result:
             for key, row in trajectory_rows(groktrace.analyze(run, curvature=True, **SCALE), seed).items():
                 table.measure(key, lambda row=row: row)
     said = judge_trajectories(list(table.rows.values()))
+    steps = LARGE["Adam-0"][0].steps_an_epoch
+    figures.trajectory(list(table.rows.values()), [], steps, out / "trajectory.png")
     large = run_large(out, fresh)
     for name, (training, epochs) in LARGE.items():
         own = [row for row in large if row["seed"] == name]
@@ -364,7 +366,7 @@ def run_trajectory(out: Path, fresh: bool) -> Result:
             f"{number(peak['val accuracy']):.2f}) and ends at {number(own[-1]['λ']):.0f} (training accuracy "
             f"{number(own[-1]['train accuracy']):.2f}, validation {number(own[-1]['val accuracy']):.2f})"
         )
-    figures.trajectory(list(table.rows.values()), large, LARGE["Adam-0"][0].steps_an_epoch, out / "trajectory.png")
+    figures.trajectory(list(table.rows.values()), large, steps, out / "trajectory.png")
     return said
 
 
