@@ -186,7 +186,9 @@ def _measure(
         delta = float(fit.value[last] - fit.value[first])
         window = _phases(fit, change, changes[:i], changes[i + 1 :])
         fits = ramp.cost(price) <= fit.cost_within(value, variance, window) + 2 * price
-        if fits and 0.5 < (ramp.after - ramp.before) / delta < 2.0:
+        # Where a phase's slope has carried the levels off, the pieces' own are better.
+        near = max(abs(ramp.before - fit.value[first]), abs(ramp.after - fit.value[last])) < 0.5 * abs(delta)
+        if fits and near:
             levels = ramp.before, ramp.after, ramp.error
             found.append(_Measured(ramp.begin, ramp.end, *levels, ramp.middle, ramp.low, ramp.high))
             continue
