@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up, train the reference example, analyse it, draw it. Everything lands in runs/demo, which is made anew.
-source "$(dirname "$0")/setup.sh"
+source "$(dirname "$0")/setup.sh" plot
 
 run=runs/demo
 rm -rf "$run" "$run".png "$run".txt
