@@ -168,9 +168,13 @@ def check_forward(forward: Forward, batch: Batch) -> None:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             loss, _ = forward(*_to_device(few, forward).tensors)
     except Exception as failure:
+        advice = "check that train has the form that the model and the loss take."
+        if forward.loss is functional.cross_entropy and "target size" in str(failure):
+            advice = (
+                "with classes on the last axis give loss=lambda o, t: cross_entropy(o.flatten(0, -2), t.flatten())."
+            )
         raise TaskError(
-            f"model and loss fail on the training data ({type(failure).__name__}: {failure}); check that train has "
-            "the form that the model and the loss take."
+            f"model and loss fail on the training data ({type(failure).__name__}: {failure}); {advice}"
         ) from failure
     if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

@@ -341,3 +341,9 @@ def test_a_factory_makes_the_task(factories):
 def test_factories_that_cannot_be_used_are_named(factories, reference, message):
     with pytest.raises(TaskError, match=message):
         load_factory(reference)
+
+
+def test_sequences_of_classes_are_told_their_loss():
+    words = torch.randint(0, 5, (6, 4))
+    with pytest.raises(TaskError, match=r"with classes on the last axis give loss=lambda o, t: cross_entropy"):
+        Task.from_model(nn.Embedding(5, 5), train=(words, words), loss="cross_entropy")
