@@ -31,14 +31,12 @@ class Fit:
         variance: its variance at each point, [T].
         starts: first index of each piece, ascending from 0.
         cost: χ² + log(T) for each parameter and each piece's place.
-        weights: log Σ exp(−cost/2) over all partitions of the first t points, [T + 1].
     """
 
     value: np.ndarray
     variance: np.ndarray
     starts: list[int]
     cost: float
-    weights: np.ndarray
 
     def pieces(self) -> list[tuple[int, int]]:
         """First and last index of each piece."""
@@ -57,9 +55,7 @@ def segment(x: np.ndarray, value: np.ndarray, variance: np.ndarray) -> Fit:
     """The partition into constant and linear pieces of least cost, exactly, by dynamic programming in O(T²).
 
     A piece costs its weighted χ² and log(T) (BIC) for its place, its level and, if it is linear, its slope (twice, for
-    phases are flat unless they clearly are not); it has two points or more. exp(−cost/2) approximates a partition's
-    posterior probability, and the same recursion sums it over all partitions (Fearnhead 2006, Exact and efficient
-    Bayesian inference for multiple changepoint problems).
+    phases are flat unless they clearly are not); it has two points or more.
 
     Args:
         x: abscissa, ascending, [T], T ≥ 2.
@@ -67,17 +63,14 @@ def segment(x: np.ndarray, value: np.ndarray, variance: np.ndarray) -> Fit:
         variance: of each value, positive, [T].
     """
     count, precision = len(value), 1 / variance
-    best, weights = np.full(count + 1, np.inf), np.full(count + 1, -np.inf)
-    best[0] = weights[0] = 0.0
+    best = np.full(count + 1, np.inf)
+    best[0] = 0.0
     previous = np.zeros(count + 1, dtype=int)
     for end in range(2, count + 1):
         cost = _piece_costs(x, value, precision, end)
         total = best[: end - 1] + cost
         previous[end] = np.argmin(total)
         best[end] = total[previous[end]]
-        exponent = weights[: end - 1] - 0.5 * cost
-        top = exponent.max()
-        weights[end] = top + math.log(np.exp(exponent - top).sum())
     ends = [count]
     while previous[ends[-1]]:
         ends.append(int(previous[ends[-1]]))
@@ -87,7 +80,7 @@ def segment(x: np.ndarray, value: np.ndarray, variance: np.ndarray) -> Fit:
         level, slope, centre, level_variance, slope_variance = _coefficients(x, value, variance, start, end)
         fitted[start:end] = level + slope * (x[start:end] - centre)
         spread[start:end] = level_variance + slope_variance * (x[start:end] - centre) ** 2
-    return Fit(fitted, spread, bounds[:-1], float(best[count]), weights)
+    return Fit(fitted, spread, bounds[:-1], float(best[count]))
 
 
 @dataclass(frozen=True)
@@ -231,15 +224,17 @@ def straight_cost(x: np.ndarray, value: np.ndarray, variance: np.ndarray) -> flo
 
 
 def draw_curves(
-    x: np.ndarray, value: np.ndarray, variance: np.ndarray, fit: Fit, draws: int, generator: np.random.Generator
+    x: np.ndarray, value: np.ndarray, variance: np.ndarray, draws: int, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Independent draws from the posterior over partitions and over the lines of their pieces.
 
+    exp(−cost/2) approximates a partition's probability; the recursion that finds the best also sums it over all, and is
+    drawn from backwards (Fearnhead 2006, Exact and efficient Bayesian inference for multiple changepoint problems).
+
     Args:
-        x: as it was fitted.
-        value: as it was fitted.
-        variance: as it was fitted.
-        fit: of the three above.
+        x: abscissa, ascending, [T], T ≥ 2.
+        value: [T].
+        variance: of each value, positive, [T].
         draws: how many.
         generator: of the draws.
 
@@ -247,6 +242,12 @@ def draw_curves(
         The curves at the points, [draws, T], and whether a piece begins there, [draws, T].
     """
     count, precision = len(value), 1 / variance
+    weights = np.full(count + 1, -np.inf)  # log Σ exp(−cost/2) over the partitions of the first t points
+    weights[0] = 0.0
+    for end in range(2, count + 1):
+        exponent = weights[: end - 1] - 0.5 * _piece_costs(x, value, precision, end)
+        top = exponent.max()
+        weights[end] = top + math.log(np.exp(exponent - top).sum())
     curves, begins = np.empty((draws, count)), np.zeros((draws, count), dtype=bool)
     cumulative: dict[int, np.ndarray] = {}
     lines: dict[tuple[int, int], tuple[float, float, float, float, float]] = {}
@@ -255,7 +256,7 @@ def draw_curves(
         while end:
             if end not in cumulative:
                 cost = _piece_costs(x, value, precision, end)
-                cumulative[end] = np.cumsum(np.exp(fit.weights[: end - 1] - 0.5 * cost - fit.weights[end]))
+                cumulative[end] = np.cumsum(np.exp(weights[: end - 1] - 0.5 * cost - weights[end]))
             sums = cumulative[end]
             start = min(int(np.searchsorted(sums, generator.random() * sums[-1], side="right")), end - 2)
             if (start, end) not in lines:

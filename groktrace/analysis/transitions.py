@@ -193,7 +193,7 @@ def _measure(
             found.append(_Measured(ramp.begin, ramp.end, *levels, ramp.middle, ramp.low, ramp.high))
             continue
         if draws is None:
-            draws = draw_curves(x, value, variance, fit, DRAWS, np.random.default_rng(0))
+            draws = draw_curves(x, value, variance, DRAWS, np.random.default_rng(0))
         done = (fit.value[first : last + 1] - fit.value[first]) / delta
         # The last point before the change has begun, the first after which it is done.
         onset, end = first + max(int(np.argmax(done > EDGE)) - 1, 0), first + int(np.argmax(done >= 1 - EDGE))
