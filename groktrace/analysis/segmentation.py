@@ -180,16 +180,18 @@ def fit_ramp(
         middles = float(m[likely].min()) - step, float(m[likely].max()) + step
         ratio = (widths[1] / widths[0]) ** (1 / (PLACES - 1))
         widths = max(float(w[likely].min()) / ratio, NARROWEST), float(w[likely].max()) * ratio
-    places, merged = np.unique(m, return_inverse=True)
+    # Half-way up lies midway between the edges on the abscissa, which need not be so in snapshots.
+    places, merged = np.unique(np.round(0.5 * (a + b)[:, 0], 9), return_inverse=True)
     share = np.bincount(merged, weight) / weight.sum()
     quantiles = np.interp([0.05, 0.5, 0.95], np.cumsum(share) - share / 2, places)
-    most = (0.5 - EDGE) * w[best]
     near = (at >= min(floor, a[best, 0])) & (at <= max(ceiling, b[best, 0]))
     residual = target - coefficients[best] @ design[best]
     widen = JUMP_WIDENING if w[best] < 2.5 else RAMP_WIDENING
-    quantiles[[0, 2]] = np.clip(quantiles[1] + widen * (quantiles[[0, 2]] - quantiles[1]), low, high)
-    begin = min(max(math.floor(m[best] - most), low), high - 1)
-    end = max(min(math.ceil(m[best] + most), high), begin + 1)
+    quantiles[[0, 2]] = np.clip(quantiles[1] + widen * (quantiles[[0, 2]] - quantiles[1]), at[0], at[-1])
+    edge = EDGE * (b[best, 0] - a[best, 0])
+    bounds = np.interp([a[best, 0] + edge, b[best, 0] - edge], x, index)
+    begin = min(max(math.floor(bounds[0]), low), high - 1)
+    end = max(min(math.ceil(bounds[1]), high), begin + 1)
     base, change_by = coefficients[best, :2].tolist()
     heights = coefficients[best, len(basis) - len(known) :] if known else []
     before = base + sum(
@@ -197,7 +199,7 @@ def fit_ramp(
         for height, (start, stop) in zip(heights, others, strict=True)
     )
     return Ramp(
-        *np.interp(quantiles[[1, 0, 2]], index, x).tolist(),
+        *quantiles[[1, 0, 2]].tolist(),
         begin,
         end,
         before + offset,

@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -95,3 +96,15 @@ def test_short_pieces_far_from_zero_keep_their_digits():
     fit = segment(x, value, np.full(400, 1e-4))
     assert fit.starts == [0, 7]
     np.testing.assert_allclose(fit.value, value, atol=1e-6)
+
+
+def test_the_middle_of_a_ramp_is_half_way_up_on_an_uneven_abscissa():
+    x = np.log(np.arange(1.0, 61.0))
+    a, b = math.log(6.0), math.log(40.0)
+    noise = np.random.default_rng(0).normal(0, 0.05, len(x))
+    value = 10 - 4 * np.clip((x - a) / (b - a), 0, 1) + noise
+    variance = np.full(len(x), 0.05**2)
+    found = fit_ramp(x, value, variance, (5, 39), (0, 59))
+    # In snapshots it would be at log 23.
+    assert found.middle == pytest.approx((a + b) / 2, abs=0.05)
+    assert found.low <= (a + b) / 2 <= found.high
