@@ -309,6 +309,7 @@ def test_a_schedule_free_optimizer_is_told_what_is_kept(tmp_path):
     check(tmp_path / "run", loop.model, [0, 1], lambda model: F.cross_entropy(model(loop.x), loop.y))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where there is one core
 def test_workers_of_a_loader_change_nothing(tmp_path):
     loop = Loop()
     optimizer = torch.optim.SGD(loop.parameters, lr=0.1)
