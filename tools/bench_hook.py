@@ -53,7 +53,7 @@ class Settings:
     bare_steps: int = 20_000
     snapshots: int = 12
     widths: tuple[int, ...] = (1825, 2900, 5000)
-    reference_steps: int = 2000
+    reference_steps: int = 5000
     large_steps: int = 60
     large_width: int = 1825
     memory_width: int = 5000

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from groktrace.errors import GroktraceError, RunError
 
 TEMPORARY_PREFIX = ".tmp"  # safetensors has names of its own that begin so
+SMALL_BYTES = 2**18
 MAX_JSON_BYTES = 64 * 2**20
 
 
@@ -93,6 +94,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     # The file holds raw bytes, and so no tensor that is conjugated or negated only when read.
     tensors = {name: tensor.resolve_conj().resolve_neg() for name, tensor in tensors.items()}
     digests = json.dumps({name: digest(tensor) for name, tensor in tensors.items()})
+    if sum(tensor.nbytes for tensor in tensors.values()) < SMALL_BYTES:
+        data = save(tensors, {**metadata, "digests": digests})  # the quicker way, at the price of a copy or two
+        write_file(path, data)
+        return len(data)
     with appearing(path) as temporary:
         try:
             save_file(tensors, temporary, {**metadata, "digests": digests})  # straight from the tensors, without a copy

@@ -186,7 +186,7 @@ def test_the_last_step_is_tried_again_on_close(training, tmp_path, monkeypatch):
     recorder = watch(training.model, training.optimizer, out=tmp_path / "run", every=1)
     recorder._writer.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save_file", lambda *_: 1 / 0)
+        patch.setattr(files, "save", lambda *_: 1 / 0)
         training.update()
         recorder._writer.wait()
     with pytest.warns(RuntimeWarning, match="ZeroDivisionError"):

@@ -85,7 +85,7 @@ def test_the_next_snapshot_waits_for_the_one_in_flight(monkeypatch, writer):
 
 def test_goes_on_after_an_error(root, monkeypatch, writer):
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save_file", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        patch.setattr(files, "save", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
         writer.submit(1, {"w": torch.ones(1)}, {})
         writer.wait()
     assert writer.error.errno == errno.ENOSPC

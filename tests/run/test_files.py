@@ -319,3 +319,14 @@ def test_a_header_that_calls_the_bytes_another_type_is_noticed(tmp_path):
         path.write_bytes(data.replace(b"I64", other))
         with pytest.raises(RunError, match="tensor 'a' does not match its digest"):
             files.read_tensors(path)
+
+
+@pytest.mark.parametrize("limit", [0, 2**18], ids=["large", "small"])
+def test_large_and_small_files_are_alike(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(files, "SMALL_BYTES", limit)
+    tensors, content = small_file(tmp_path / "w")
+    assert identical(files.read_tensors(tmp_path / "w")[0], tensors)
+    assert len(content) == (tmp_path / "w").stat().st_size
+    assert os.listdir(tmp_path) == ["w"]
+    with pytest.raises(OSError, match="No such file"):
+        files.write_tensors(tmp_path / "missing" / "w", tensors, {})
