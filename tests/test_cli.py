@@ -255,7 +255,14 @@ def test_logdir_takes_the_event_files_elsewhere(small_run, tmp_path):
 
 def test_interrupting_keeps_what_is_finished(small_run):
     command = [sys.executable, "-m", "groktrace.cli", "analyze", str(small_run), "--draws", "50000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests themselves run in the background, a shell has made them, and so their children, ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list((small_run / "analysis").glob("*/settings.json")):
         time.sleep(0.05)
