@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from groktrace.analysis.llc import OFF_MINIMUM
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.analysis.transitions import find_transitions
 
@@ -107,6 +108,13 @@ def test_unreliable_points_are_passed_over_where_there_is_no_centred_estimate():
     values = np.where(STEPS < 150, -3000.0, 800.0)
     assert find_transitions(curve(values, reliable=STEPS >= 150)) == []
     assert len(find_transitions(curve(values))) == 1
+    # Off a minimum λ̂ measures a slope, also where something else speaks against it as well.
+    reasons = (OFF_MINIMUM, "too few draws (standard error 9 %)")
+    points = tuple(
+        Point(int(step), float(v), 5.0, None, None, step >= 150, () if step >= 150 else reasons)
+        for step, v in zip(STEPS, values, strict=True)
+    )
+    assert find_transitions(Trajectory(points)) == []
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -1,0 +1,129 @@
+"""Which rises and falls of a piecewise fit stand out as changes of phase."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable
+
+import numpy as np
+
+from groktrace.analysis.segmentation import Fit
+
+# A change counts from this fraction of the curve's largest level on, however small its error; below it a slow drift of
+# the curvature, or of the sampler, would do.
+MIN_CHANGE = 0.05
+SIGNIFICANCE = 0.01
+# Errors by which the lines on either side of a break differ where the curve jumps.
+JUMP = 3.0
+# A phase drifts at less than this fraction of the rate of the transition beside it.
+DRIFT = 0.25
+
+
+def find_changes(x: np.ndarray, fit: Fit) -> list[tuple[int, int]]:
+    """First and last index of each change that is large, significant and stands out from a phase beside it.
+
+    Args:
+        x: abscissa, [T].
+        fit: of the curve.
+    """
+    least = MIN_CHANGE * float(np.max(np.abs(fit.value)))
+    quantile = statistics.NormalDist().inv_cdf(1 - SIGNIFICANCE / (2 * len(x)))
+
+    def counts(first: int, last: int) -> bool:
+        size = abs(fit.value[last] - fit.value[first])
+        return size >= least and size >= quantile * math.sqrt(fit.variance[first] + fit.variance[last])
+
+    swings = _swings(fit.value, counts)
+    if not swings:
+        return []
+    # What comes before the first and after the last is part of their phases.
+    swings[0] = (0, swings[0][1])
+    swings[-1] = (swings[-1][0], len(x) - 1)
+    found = []
+    for first, last in swings:
+        changes = _stand_out(x, fit.value, _moves(fit, first, last), least)
+        if changes != [(0, len(x) - 1)]:  # else the curve drifts throughout
+            found += [change for change in changes if counts(*change)]
+    return found
+
+
+def _swings(value: np.ndarray, counts: Callable[[int, int], bool]) -> list[tuple[int, int]]:
+    """Alternating rises and falls between extremes of the fit, each of which counts."""
+    extremes = [0]
+    candidate = direction = lowest = highest = 0
+    for i in range(1, len(value)):
+        if direction == 0:
+            lowest, highest = (i if value[i] < value[lowest] else lowest), (i if value[i] > value[highest] else highest)
+            if highest == i and counts(lowest, i):
+                extremes, candidate, direction = [lowest], i, 1
+            elif lowest == i and counts(highest, i):
+                extremes, candidate, direction = [highest], i, -1
+        elif direction * (value[i] - value[candidate]) > 0:
+            candidate = i
+        elif counts(candidate, i):
+            extremes.append(candidate)
+            candidate, direction = i, -direction
+    return [*itertools.pairwise([*extremes, candidate])] if direction else []
+
+
+def _moves(fit: Fit, first: int, last: int) -> list[tuple[int, int]]:
+    """What a swing is made of: its pieces and the significant jumps between them, as first and last index.
+
+    A jump that is not significant goes with the steeper of its two pieces: it is where a bend was found late or early.
+    """
+    pieces = [(max(a, first), min(b, last)) for a, b in fit.pieces() if a <= last and b >= first]
+    moves = [pieces[0]]
+    for piece in pieces[1:]:
+        left, right = moves[-1][1], piece[0]
+        jump = abs(fit.value[right] - fit.value[left])
+        if jump > JUMP * math.sqrt(fit.variance[left] + fit.variance[right]):
+            moves += [(left, right), piece]
+        elif _steepness(fit, piece) > _steepness(fit, moves[-1]):
+            moves.append((left, piece[1]))
+        else:
+            moves[-1] = (moves[-1][0], right)
+            moves.append(piece)
+    return [(a, b) for a, b in moves if b > a]
+
+
+def _steepness(fit: Fit, move: tuple[int, int]) -> float:
+    return abs(fit.value[move[1]] - fit.value[move[0]]) / max(move[1] - move[0], 1)
+
+
+def _stand_out(x: np.ndarray, value: np.ndarray, moves: list[tuple[int, int]], least: float) -> list[tuple[int, int]]:
+    """The changes within one swing, apart from phases that stay or drift the same way.
+
+    Args:
+        x: abscissa, [T].
+        value: fitted curve, [T].
+        moves: that the swing is made of.
+        least: what a change has to be.
+    """
+    first, last = moves[0][0], moves[-1][1]
+    sign = math.copysign(1.0, value[last] - value[first])
+    size = np.array([sign * (value[b] - value[a]) for a, b in moves])
+    rate = size / np.array([x[b] - x[a] for a, b in moves])
+    # What is fast but small is part of a joint, no transition of its own.
+    peak = np.where(size >= least, rate, -np.inf)
+    if not np.isfinite(peak).any():
+        return [(first, last)]
+    before = np.concatenate([[-np.inf], np.maximum.accumulate(peak)[:-1]])
+    after = np.concatenate([np.maximum.accumulate(peak[::-1])[::-1][1:], [-np.inf]])
+    valley = rate < DRIFT * np.minimum(before, after)
+    found = []
+    for between, group in itertools.groupby(range(len(moves)), key=lambda i: bool(valley[i])):
+        if between:
+            continue
+        kept = list(group)
+        fastest = peak[kept].max()
+        for outer in (0, -1):
+            phase = -np.inf
+            # The phase before or after; what is faster than that, though slow, is the change's beginning or tail.
+            while (
+                len(kept) > 1
+                and rate[kept[outer]] < DRIFT * fastest
+                and (phase == -np.inf or rate[kept[outer]] <= 2 * phase)
+            ):
+                phase = max(rate[kept.pop(outer)], 0.0)
+        found.append((moves[kept[0]][0], moves[kept[-1]][1]))
+    return found

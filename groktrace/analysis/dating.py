@@ -1,0 +1,173 @@
+"""When changes of phase happen: midpoints with their intervals, edges, and levels."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from groktrace.analysis.segmentation import EDGE, Fit, Ramp, draw_curves, fit_ramp
+
+DRAWS = 400
+# Rounds in which changes are fitted in turn, each beside the others; and how many snapshots to either side it takes.
+SWEEPS = 3
+REACH = 150
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A change that is dated.
+
+    Attributes:
+        first, last: index of the last point before it, and of the first after it.
+        before, after: levels that it leads between.
+        error: standard error of after − before.
+        middle: abscissa of its midpoint.
+        low, high: the midpoint's 90 % interval.
+    """
+
+    first: int
+    last: int
+    before: float
+    after: float
+    error: float
+    middle: float
+    low: float
+    high: float
+
+
+def measure_changes(
+    x: np.ndarray, value: np.ndarray, variance: np.ndarray, fit: Fit, changes: list[tuple[int, int]]
+) -> list[Measured]:
+    """Date and measure changes: by a ramp between two phases where that describes them, else by the pieces themselves.
+
+    Pieces need not meet, so that they leave the edges of a ramp open; a ramp joined to its phases is dated better. Two
+    changes the same way that one ramp describes as well are one.
+
+    Args:
+        x: abscissa, [T].
+        value: [T].
+        variance: of each value, [T].
+        fit: of the three above.
+        changes: first and last index of each.
+    """
+    price = math.log(len(x))
+    pending, changes = list(changes), []
+    while pending:
+        first, last = pending.pop(0)
+        if pending and (fit.value[last] > fit.value[first]) == (fit.value[pending[0][1]] > fit.value[pending[0][0]]):
+            both = first, pending[0][1]
+            window = _phases(fit, both, changes, pending[1:])
+            ramp = fit_ramp(x, value, variance, both, window)
+            if ramp.cost(price) <= fit.cost_within(value, variance, window):
+                pending[0] = both
+                continue
+        changes.append((first, last))
+    ramps: list[Ramp | None] = [None] * len(changes)
+    for _ in range(SWEEPS if len(changes) > 1 else 1):
+        for i, (first, last) in enumerate(changes):
+            window = max(first - REACH, 0), min(last + REACH, len(x) - 1)
+            edges = [
+                (x[a], x[b]) if ramp is None else ramp.edges
+                for (a, b), ramp, j in zip(changes, ramps, range(len(changes)), strict=True)
+                if j != i and b > window[0] and a < window[1]
+            ]
+            phases = _phases(fit, (first, last), changes[:i], changes[i + 1 :])
+            sloped = tuple(
+                bool(abs(a - b) > 2 and fit.value[a] != fit.value[b]) and not _within(a, b, changes)
+                for a, b in ((phases[0], first), (last, phases[1]))
+            )
+            ramps[i] = fit_ramp(x, value, variance, (first, last), window, edges, sloped)
+    draws = None
+    found = []
+    for i, (change, ramp) in enumerate(zip(changes, ramps, strict=True)):
+        first, last = change
+        delta = float(fit.value[last] - fit.value[first])
+        window = _phases(fit, change, changes[:i], changes[i + 1 :])
+        fits = ramp.cost(price) <= fit.cost_within(value, variance, window) + 2 * price
+        # Where a phase's slope has carried the levels off, the pieces' own are better.
+        near = max(abs(ramp.before - fit.value[first]), abs(ramp.after - fit.value[last])) < 0.5 * abs(delta)
+        if fits and near:
+            levels = ramp.before, ramp.after, ramp.error
+            found.append(Measured(ramp.begin, ramp.end, *levels, ramp.middle, ramp.low, ramp.high))
+            continue
+        if draws is None:
+            draws = draw_curves(x, value, variance, DRAWS, np.random.default_rng(0))
+        done = (fit.value[first : last + 1] - fit.value[first]) / delta
+        # The last point before the change has begun, the first after which it is done.
+        onset, end = first + max(int(np.argmax(done > EDGE)) - 1, 0), first + int(np.argmax(done >= 1 - EDGE))
+        error = math.sqrt(fit.variance[first] + fit.variance[last])
+        dates = _date(x, fit, change, slice(window[0], window[1] + 1), *draws)
+        found.append(Measured(onset, end, float(fit.value[first]), float(fit.value[last]), error, *dates))
+    return found
+
+
+def _phases(
+    fit: Fit, change: tuple[int, int], before: list[tuple[int, int]], after: list[tuple[int, int]]
+) -> tuple[int, int]:
+    """First and last index of a change and of the phases beside it, up to the changes before and after."""
+    low = max((a for a, _ in fit.pieces() if a < change[0]), default=0)
+    high = min((b for _, b in fit.pieces() if b > change[1]), default=len(fit.value) - 1)
+    if before:
+        low = max(low, before[-1][1])
+    if after:
+        high = min(high, after[0][0])
+    return min(low, change[0]), max(high, change[1])
+
+
+def _within(first: int, last: int, changes: list[tuple[int, int]]) -> bool:
+    """Whether what lies between two points is part of a change."""
+    return any(a <= first and last <= b for a, b in changes)
+
+
+def _date(
+    x: np.ndarray, fit: Fit, change: tuple[int, int], window: slice, curves: np.ndarray, begins: np.ndarray
+) -> tuple[float, float, float]:
+    """Midpoint of a change, where the curve crosses its half level, and the midpoint's 90 % interval.
+
+    Where the curve jumps between two snapshots, the crossing may be anywhere between them.
+
+    Args:
+        x: abscissa, [T].
+        fit: of the curve.
+        change: its first and last index.
+        window: where draws may have their crossing.
+        curves: drawn, [draws, T].
+        begins: where their pieces begin, [draws, T].
+    """
+    first, last = change
+    sign = math.copysign(1.0, fit.value[last] - fit.value[first])
+    half = 0.5 * (fit.value[first] + fit.value[last])
+    error = 0.5 * math.sqrt(fit.variance[first] + fit.variance[last])
+    starts = np.zeros(len(x), dtype=bool)
+    starts[fit.starts] = True
+    done = fit.value[None, first : last + 1]
+    _, middle = _crossings(x[first : last + 1], sign * (done - half), starts[None, first : last + 1], np.array([0.5]))
+    middle = float(middle[0])
+    generator = np.random.default_rng(1)
+    halves = half + error * generator.standard_normal((len(curves), 1))
+    places = generator.random(len(curves))
+    draw, at = _crossings(x[window], sign * (curves[:, window] - halves), begins[:, window], places)
+    # Of several crossings of one draw, the one nearest to the midpoint.
+    nearest: dict[int, float] = {}
+    for i, crossing in zip(draw.tolist(), at.tolist(), strict=True):
+        if i not in nearest or abs(crossing - middle) < abs(nearest[i] - middle):
+            nearest[i] = crossing
+    low, high = np.quantile([*nearest.values(), middle], [0.05, 0.95])
+    return middle, min(float(low), middle), max(float(high), middle)
+
+
+def _crossings(
+    x: np.ndarray, height: np.ndarray, begins: np.ndarray, places: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where curves pass upwards through zero: the curves' numbers and the abscissae, [crossings] each.
+
+    Args:
+        x: abscissa, [T].
+        height: of the curves, [curves, T].
+        begins: where their pieces begin, [curves, T].
+        places: where between two snapshots each curve jumps, from 0 to 1, [curves].
+    """
+    curve, j = np.nonzero((height[:, :-1] < 0) & (height[:, 1:] >= 0))
+    below, above = height[curve, j], height[curve, j + 1]
+    share = np.where(begins[curve, j + 1], places[curve], -below / (above - below))
+    return curve, x[j] + share * (x[j + 1] - x[j])
