@@ -48,22 +48,18 @@ _run = click.argument("run", callback=lambda ctx, parameter, value: value if ":/
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 
 
-def _nbeta(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
-    if value is None or value == "wbic":
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        raise click.BadParameter(f"expected a number or 'wbic', got '{value}'") from None
+def _number_or(word: str) -> Callable[[click.Context, click.Parameter, str | None], float | str | None]:
+    """A callback for an option that takes a number, or this word."""
 
+    def parse(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
+        if value is None or value == word:
+            return value
+        try:
+            return float(value)
+        except ValueError:
+            raise click.BadParameter(f"expected a number or '{word}', got '{value}'") from None
 
-def _reference(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
-    if value is None or value == "jacobian":
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        raise click.BadParameter(f"expected a number or 'jacobian', got '{value}'") from None
+    return parse
 
 
 @main.command()
@@ -75,7 +71,7 @@ def _reference(ctx: click.Context, parameter: click.Parameter, value: str | None
     show_default=True,
     help="auto: settings found from the run; paper: the published SGLD settings.",
 )
-@click.option("--nbeta", callback=_nbeta, metavar="F|wbic", help="Inverse temperature times sample count.")
+@click.option("--nbeta", callback=_number_or("wbic"), metavar="F|wbic", help="Inverse temperature times sample count.")
 @click.option("--localization", type=float, help="Strength of the pull towards the snapshot.")
 @click.option("--locality", type=float, help="Wanted distance of the chains, relative to the weights' norm [0.3].")
 @click.option("--resolution", type=float, help="Curvatures down to h_max/resolution count [10].")
@@ -90,7 +86,7 @@ def _reference(ctx: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--seed", type=int, help="Seed of the sampling [0].")
 @click.option(
     "--reference",
-    callback=_reference,
+    callback=_number_or("jacobian"),
     metavar="F|jacobian",
     help="Draw a line at this λ, or at half the rank of the Jacobian of the outputs at the last snapshot.",
 )

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from groktrace.analysis.journal import check_numbers
 from groktrace.run.batch import Batch
 from groktrace.run.task import Task
 from groktrace.sampling.curvature import top_eigenvalue
-from groktrace.sampling.langevin import generator_for
+from groktrace.sampling.langevin import fill_normal, generator_for
 from groktrace.sampling.posterior import StackedLoss, WeightLayout
 
 
@@ -50,9 +51,7 @@ class Survey:
         """
         if type(value.get("step")) is not int:
             raise ValueError("step")
-        for name, number in value.items():
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
-                raise ValueError(name)
+        check_numbers(value, value)
         always = {name: math.nan for name in ("train_loss", "norm_squared", "top_curvature") if value.get(name) is None}
         return cls(**{**value, **always})
 
@@ -104,8 +103,7 @@ def survey(
     measured = [_measure(task, {name: as_float(t).to(device) for name, t in each.items()}, device) for each in weights]
     loss, anchors = stack_weights(loss, weights)
     start = torch.empty_like(anchors)
-    for row, step in zip(start, steps, strict=True):
-        row.normal_(generator=generator_for(seed, step, 0, "curvature", device))
+    fill_normal(start, [generator_for(seed, step, 0, "curvature", device) for step in steps])
     curvature = top_eigenvalue(loss, anchors, start).tolist()
     norms = anchors.square().sum(1).tolist()
     return [

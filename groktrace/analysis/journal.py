@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             raise RunError(f"{path}: line {number} is damaged ({failure}); remove the file to redo it.") from failure
         records.append(record)
     return records
+
+
+def check_numbers(record: dict[str, Any], names: Iterable[str]) -> None:
+    """Refuse a record in which one of these values is neither a number nor None; what is missing counts as None.
+
+    Raises:
+        ValueError: one is; the message is its name.
+    """
+    for name in names:
+        number = record.get(name)
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+            raise ValueError(name)
 
 
 def append_lines(path: Path, records: list[dict[str, Any]]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from groktrace.analysis.evaluation import as_float
+from groktrace.analysis.journal import check_numbers
 from groktrace.errors import GroktraceError, SettingsError
 from groktrace.run.task import Task
 from groktrace.sampling.posterior import WeightLayout
@@ -50,10 +51,9 @@ class Reference:
             raise ValueError("not a reference")
         if value["source"] not in ("value", "jacobian"):
             raise ValueError("source")
-        for name, number in value.items():
-            wrong = isinstance(number, bool) or not isinstance(number, int | float)
-            if name != "source" and wrong and (number is not None or name == "llc"):
-                raise ValueError(name)
+        if value["llc"] is None:
+            raise ValueError("llc")
+        check_numbers(value, value.keys() - {"source"})
         return cls(**value)
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from groktrace.analysis.evaluation import stack_weights
+from groktrace.analysis.journal import check_numbers
 from groktrace.sampling.curvature import top_eigenvalue
 from groktrace.sampling.hutchinson import hessian_trace
-from groktrace.sampling.langevin import generator_for
+from groktrace.sampling.langevin import fill_normal, generator_for
 from groktrace.sampling.posterior import StackedLoss
 
 # As many as arXiv 2603.01192.
@@ -50,9 +51,7 @@ class Sharpness:
         """
         if type(value.get("step")) is not int:
             raise ValueError("step")
-        for name, number in value.items():
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
-                raise ValueError(name)
+        check_numbers(value, value)
         return cls(**value)
 
 
@@ -70,8 +69,7 @@ def measure_sharpness(
     stacked, anchors = stack_weights(loss, weights)
     generators = [generator_for(seed, step, 0, "sharpness", anchors.device) for step in steps]
     start = torch.empty_like(anchors)
-    for row, generator in zip(start, generators, strict=True):
-        row.normal_(generator=generator)
+    fill_normal(start, generators)
     tops = top_eigenvalue(stacked, anchors, start, ITERATIONS).tolist()
     traces, errors = hessian_trace(stacked, anchors, generators, VECTORS)
     return [

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from groktrace.analysis.journal import check_numbers
 from groktrace.analysis.reference import Reference
 from groktrace.errors import RunError, SettingsError
 from groktrace.run.files import read_json, write_json
@@ -60,10 +61,7 @@ class Point:
             raise ValueError("not a point")
         if type(value.get("step")) is not int or value["step"] < 0 or type(value.get("reliable")) is not bool:
             raise ValueError("step or reliable")
-        for name in _NUMBERS:
-            number = value.get(name)
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
-                raise ValueError(name)
+        check_numbers(value, _NUMBERS)
         if not all(isinstance(value.get(name), dict) for name in ("metrics", "diagnostics")):
             raise ValueError("metrics or diagnostics")
         return cls(**{**value, "reasons": tuple(str(reason) for reason in value["reasons"])})

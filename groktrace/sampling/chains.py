@@ -9,7 +9,7 @@ from torch import Tensor
 from groktrace.sampling import langevin
 from groktrace.sampling.calibration import MAX_STEPS, run_length, step_size
 from groktrace.sampling.curvature import gaussian_start, top_eigenvalue
-from groktrace.sampling.langevin import LangevinConfig, LangevinState, generator_for
+from groktrace.sampling.langevin import LangevinConfig, LangevinState, fill_normal, generator_for
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
 
@@ -168,8 +168,7 @@ class _Group:
         # The published method starts at w*.
         start = torch.zeros_like(self.anchors)
         if settings.method == "averaged":
-            for row, key in zip(start, keys, strict=True):
-                row.normal_(generator=generator_for(settings.seed, *key, "start", device))
+            fill_normal(start, [generator_for(settings.seed, *key, "start", device) for key in keys])
             index = None if self.batches is None else self._batch()
             at_anchors = (self.base, self.base_gradients) if index is None else self.loss.gradients(self.anchors, index)
             start = gaussian_start(self.loss, self.anchors, at_anchors, start, nbeta, localization, index)

@@ -10,6 +10,7 @@ for any stable ε (εa < 4), at the same cost.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,7 +77,7 @@ def init(config: LangevinConfig, start: Tensor, generators: list[torch.Generator
     """
     noise = torch.empty_like(start)
     if config.method == "averaged":
-        _draw(noise, generators)
+        fill_normal(noise, generators)
     return LangevinState(start, noise, torch.empty_like(start), generators)
 
 
@@ -89,7 +90,7 @@ def step(config: LangevinConfig, state: LangevinState, gradients: Tensor) -> Non
         gradients: ∇L(w_t), [R, D].
     """
     epsilon = config.step_size[:, None]
-    _draw(state.fresh, state.generators)
+    fill_normal(state.fresh, state.generators)
     state.displacement.mul_(1 - 0.5 * epsilon * config.localization)
     state.displacement.addcmul_(gradients, -0.5 * epsilon * config.nbeta)
     if config.method == "averaged":
@@ -99,6 +100,12 @@ def step(config: LangevinConfig, state: LangevinState, gradients: Tensor) -> Non
         state.displacement.addcmul_(state.fresh, epsilon.sqrt())
 
 
-def _draw(out: Tensor, generators: list[torch.Generator]) -> None:
+def fill_normal(out: Tensor, generators: Sequence[torch.Generator]) -> None:
+    """Fill each row with standard normal numbers of its own generator.
+
+    Args:
+        out: [R, D].
+        generators: one a row, so that a row does not depend on what it is stacked with.
+    """
     for row, generator in zip(out, generators, strict=True):
         row.normal_(generator=generator)
