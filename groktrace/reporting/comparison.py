@@ -8,9 +8,8 @@ import numpy as np
 from groktrace.analysis.grokking import Grokking
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.analysis.transitions import Transition
-from groktrace.errors import GroktraceError, SettingsError
 from groktrace.reporting.console import aligned, none_found, number
-from groktrace.reporting.figures import DPI, SMALL, SUFFIXES, log_spaced, shown_curve
+from groktrace.reporting.figures import SMALL, check_suffix, empty_figure, log_spaced, shown_curve
 
 # Name, curve, transitions and accuracies' story of a run.
 Result = tuple[str, Trajectory, Sequence[Transition], Grokking]
@@ -62,16 +61,9 @@ def save_comparison(results: Sequence[Result], path: Path) -> None:
         SettingsError: another kind of file.
         GroktraceError: matplotlib is not installed.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise SettingsError(f"output: expected a file ending in {', '.join(SUFFIXES)}, got '{path}'.")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as failure:
-        raise GroktraceError("figures need matplotlib: pip install 'groktrace[plot]'") from failure
+    check_suffix(path)
     accuracies = any(np.isfinite(trajectory.column("val_accuracy")).any() for _, trajectory, *_ in results)
-    figure = Figure(figsize=(8, 6 if accuracies else 4), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(6 if accuracies else 4)
     panels = np.atleast_1d(figure.subplots(1 + accuracies, 1, sharex=True, height_ratios=[3, 2][: 1 + accuracies]))
     for i, (name, (_, trajectory, transitions, _)) in enumerate(zip(_short_names(results), results, strict=True)):
         colour = _COLOURS[i % len(_COLOURS)]

@@ -36,6 +36,35 @@ def shown_curve(trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
     return np.where(np.isfinite(value), value, np.nan), np.where(np.isfinite(error), error, np.nan)
 
 
+def check_suffix(path: Path) -> None:
+    """Refuse files of other kinds than figures are saved as.
+
+    Raises:
+        SettingsError: it is one.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise SettingsError(f"output: expected a file ending in {', '.join(SUFFIXES)}, got '{path}'.")
+
+
+def empty_figure(height: float) -> "Figure":
+    """A figure of the usual width that needs no display.
+
+    Args:
+        height: in inches.
+
+    Raises:
+        GroktraceError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as failure:
+        raise GroktraceError("figures need matplotlib: pip install 'groktrace[plot]'") from failure
+    figure = Figure(figsize=(8, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def save_figure(trajectory: Trajectory, transitions: Sequence[Transition], grokking: Grokking, path: Path) -> None:
     """Draw the trajectory into a file.
 
@@ -49,8 +78,7 @@ def save_figure(trajectory: Trajectory, transitions: Sequence[Transition], grokk
         SettingsError: another kind of file.
         GroktraceError: matplotlib is not installed.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise SettingsError(f"output: expected a file ending in {', '.join(SUFFIXES)}, got '{path}'.")
+    check_suffix(path)
     trajectory_figure(trajectory, transitions, grokking).savefig(path)
 
 
@@ -65,14 +93,8 @@ def trajectory_figure(trajectory: Trajectory, transitions: Sequence[Transition],
     Raises:
         GroktraceError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as failure:
-        raise GroktraceError("figures need matplotlib: pip install 'groktrace[plot]'") from failure
     curved = bool(np.isfinite(trajectory.column("hessian_trace")).any())
-    figure = Figure(figsize=(8, 7.5 if curved else 6), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(7.5 if curved else 6)
     panels = figure.subplots(3 if curved else 2, 1, sharex=True, height_ratios=[3, 1.5, 2] if curved else [3, 2])
     upper, lower = panels[0], panels[-1]
     steps = trajectory.column("step")
