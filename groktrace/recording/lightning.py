@@ -3,15 +3,14 @@
 import contextlib
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from groktrace.errors import SettingsError
-from groktrace.recording.recorder import Recorder
-from groktrace.recording.trainers import watch_trainer
+from groktrace.recording.trainers import TrainerRecording, watch_trainer
 
 try:
     import lightning.pytorch as pl
@@ -20,46 +19,21 @@ except ImportError as failure:
     raise ImportError("this needs Lightning: pip install 'groktrace[lightning]'") from failure
 
 
-class GroktraceCallback(pl.Callback):
+class GroktraceCallback(TrainerRecording, pl.Callback):
     """Snapshots of a LightningModule's training, with what it logs.
 
     Data and loss are the trainer's own: the training DataLoader, and `training_step` with its logging and metrics left
     out. Modules that step their optimizers by hand need `train` and `loss`, or the analysis needs `--task`.
 
     Args:
-        train: see `groktrace.watch`; by default what the trainer trains on.
-        val: see `groktrace.watch`.
-        loss: see `groktrace.watch`.
-        batch_loss: see `groktrace.watch`; by default `training_step`.
-        task: see `groktrace.watch`.
-        out: the run directory; by default "snapshots" in the trainer's default_root_dir.
-        every: see `groktrace.watch`.
-        schedule: see `groktrace.watch`.
-        seed: see `groktrace.watch`.
         optimizer: which of the module's optimizers counts, in the order of `configure_optimizers`.
-
-    Attributes:
-        recorder: the recording, once training has begun.
+        **watching: the arguments of `TrainerRecording`; the run directory is "snapshots" in the trainer's
+            default_root_dir by default.
     """
 
-    def __init__(
-        self,
-        *,
-        train: Any = None,
-        val: Any = None,
-        loss: Callable[..., Tensor] | str | None = None,
-        batch_loss: Callable[..., Tensor] | None = None,
-        task: str | None = None,
-        out: str | os.PathLike[str] | None = None,
-        every: int | None = None,
-        schedule: str | Iterable[int] | Callable[[int], bool] | None = None,
-        seed: int = 0,
-        optimizer: int = -1,
-    ) -> None:
-        self._given = {"train": train, "val": val, "loss": loss, "batch_loss": batch_loss, "task": task, "out": out}
-        self._given |= {"every": every, "schedule": schedule, "seed": seed}
+    def __init__(self, *, optimizer: int = -1, **watching: Any) -> None:
+        super().__init__(**watching)
         self._optimizer = optimizer
-        self.recorder: Recorder | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the recording.

@@ -1,12 +1,50 @@
 """What the adapters to trainers share."""
 
+import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from groktrace.errors import TaskError
 from groktrace.recording.recorder import Recorder, tell
 from groktrace.recording.watch import watch
+
+
+class TrainerRecording:
+    """A callback's arguments and its recording.
+
+    Args:
+        train: see `groktrace.watch`; by default what the trainer trains on.
+        val: see `groktrace.watch`.
+        loss: see `groktrace.watch`.
+        batch_loss: see `groktrace.watch`; by default the loss that the trainer minimises.
+        task: see `groktrace.watch`.
+        out: the run directory; by default "snapshots" in the trainer's own folder.
+        every: see `groktrace.watch`.
+        schedule: see `groktrace.watch`.
+        seed: see `groktrace.watch`.
+
+    Attributes:
+        recorder: the recording, once training has begun.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: Any = None,
+        val: Any = None,
+        loss: Callable[..., Tensor] | str | None = None,
+        batch_loss: Callable[..., Tensor] | None = None,
+        task: str | None = None,
+        out: str | os.PathLike[str] | None = None,
+        every: int | None = None,
+        schedule: str | Iterable[int] | Callable[[int], bool] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._given = {"train": train, "val": val, "loss": loss, "batch_loss": batch_loss, "task": task, "out": out}
+        self._given |= {"every": every, "schedule": schedule, "seed": seed}
+        self.recorder: Recorder | None = None
 
 
 def watch_trainer(model: nn.Module, optimizer: Any, given: dict[str, Any], found: dict[str, Any]) -> Recorder:

@@ -1,13 +1,11 @@
 """Recording under transformers: Trainer(..., callbacks=[GroktraceCallback(every=100)])."""
 
 import os
-from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from groktrace.recording.recorder import Recorder
-from groktrace.recording.trainers import watch_trainer
+from groktrace.recording.trainers import TrainerRecording, watch_trainer
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -15,43 +13,14 @@ except ImportError as failure:
     raise ImportError("this needs transformers: pip install 'groktrace[transformers]'") from failure
 
 
-class GroktraceCallback(TrainerCallback):
+class GroktraceCallback(TrainerRecording, TrainerCallback):
     """Snapshots of a Trainer's training, with what it logs.
 
     Data and loss are the trainer's own: the training DataLoader, and the loss that the model computes. Where the
     trainer computes another (compute_loss_func, label smoothing), give that one as `loss` or `batch_loss`.
 
-    Args:
-        train: see `groktrace.watch`; by default what the trainer trains on.
-        val: see `groktrace.watch`.
-        loss: see `groktrace.watch`.
-        batch_loss: see `groktrace.watch`; by default `model(**batch).loss`.
-        task: see `groktrace.watch`.
-        out: the run directory; by default "snapshots" in the trainer's output_dir.
-        every: see `groktrace.watch`.
-        schedule: see `groktrace.watch`.
-        seed: see `groktrace.watch`.
-
-    Attributes:
-        recorder: the recording, once training has begun.
+    Takes the arguments of `TrainerRecording`; the run directory is "snapshots" in the trainer's output_dir by default.
     """
-
-    def __init__(
-        self,
-        *,
-        train: Any = None,
-        val: Any = None,
-        loss: Callable[..., Tensor] | str | None = None,
-        batch_loss: Callable[..., Tensor] | None = None,
-        task: str | None = None,
-        out: str | os.PathLike[str] | None = None,
-        every: int | None = None,
-        schedule: str | Iterable[int] | Callable[[int], bool] | None = None,
-        seed: int = 0,
-    ) -> None:
-        self._given = {"train": train, "val": val, "loss": loss, "batch_loss": batch_loss, "task": task, "out": out}
-        self._given |= {"every": every, "schedule": schedule, "seed": seed}
-        self.recorder: Recorder | None = None
 
     def on_train_begin(
         self,
