@@ -1,10 +1,12 @@
 """What the benchmarks share: results that are kept as they come, contenders in turn, tables."""
 
+import argparse
 import csv
 import hashlib
 import json
 import os
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -181,3 +183,58 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def command_line(description: str, parts: Mapping[str, Any], folder: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks take.
+
+    Args:
+        description: of the benchmark.
+        parts: by name.
+        folder: of the results, by default.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("part", choices=[*parts, "all", "verdicts", "memory-worker"])
+    parser.add_argument("--out", type=Path, default=Path(folder), help="folder of the results")
+    parser.add_argument("--tiny", action="store_true", help="a few steps of everything, to try the benchmark itself")
+    parser.add_argument("--rounds", type=int, help="repetitions, instead of the settings'")
+    return parser
+
+
+def run_parts(parts: Mapping[str, Callable[[Path, Any], None]], part: str, folder: Path, settings: Any) -> None:
+    """Run one part, or all; then, or alone, tell every bar of the finished parts, and whether it is met.
+
+    Args:
+        parts: by name.
+        part: a name, "all" or "verdicts".
+        folder: of the results.
+        settings: given to the parts.
+    """
+    if part != "verdicts":
+        about = environment()
+        print(f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, PyTorch {about['torch']}")
+        for name in parts if part == "all" else [part]:
+            parts[name](folder, settings)
+    if part not in ("all", "verdicts"):
+        return
+    rows: list[Row] = []
+    for name in parts:
+        path = folder / f"{name}.json"
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if "bars" in kept:
+            rows += [Bar(**bar).row() for bar in kept["bars"]]
+        else:
+            say(f"{name}: not finished; run it first")
+    if rows:
+        print(f"\n### Verdicts\n\n{markdown(rows)}")
+
+
+def peak_bytes() -> int:
+    """Peak resident size of this process."""
+    status = Path("/proc/self/status")
+    if status.exists():  # elsewhere the figure may begin at the size of the process that started this one
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

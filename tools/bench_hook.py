@@ -7,7 +7,6 @@
 every single measurement, under runs/bench_hook; what is finished there is not measured again.
 """
 
-import argparse
 import hashlib
 import json
 import shutil
@@ -23,7 +22,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from bench_common import Bar, Row, Store, environment, in_turn, markdown, ratios, say, spread
+from bench_common import Bar, Row, Store, command_line, in_turn, peak_bytes, ratios, run_parts, say, spread
 from bench_networks import load_example
 from torch import Tensor, nn
 from torch.nn import functional
@@ -333,7 +332,7 @@ def measure_own_memory(folder: Path, kind: str, width: int) -> None:
             recorder.close()
     kept = 0 if recorder is None else len(groktrace.open_run(out).snapshots)
     shutil.rmtree(out, ignore_errors=True)
-    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    peak = peak_bytes()
     told = sum("training waits" in str(each.message) for each in caught)
     print(json.dumps({"peak": peak, "weights": size, "snapshots": kept, "told": told}))
 
@@ -358,24 +357,9 @@ PARTS: dict[str, Callable[[Path, Settings], None]] = {
 }
 
 
-def print_verdicts(folder: Path) -> None:
-    """Every bar of the finished parts, and whether it is met."""
-    rows: list[Row] = []
-    for name in PARTS:
-        path = folder / f"{name}.json"
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        rows += [Bar(**bar).row() for bar in kept.get("bars", ())]
-    if rows:
-        print(f"\n### Verdicts\n\n{markdown(rows)}")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one part, or all."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=[*PARTS, "all", "verdicts", "memory-worker"])
-    parser.add_argument("--out", type=Path, default=Path("runs/bench_hook"), help="folder of the results")
-    parser.add_argument("--tiny", action="store_true", help="a few steps of everything, to try the benchmark itself")
-    parser.add_argument("--rounds", type=int, help="repetitions, instead of the settings'")
+    parser = command_line(__doc__.splitlines()[0], PARTS, "runs/bench_hook")
     parser.add_argument("--kind", help="of memory-worker")
     parser.add_argument("--width", type=int, help="of memory-worker")
     options = parser.parse_args(arguments)
@@ -384,14 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = TINY if options.tiny else FULL
     if options.rounds:
         settings = replace(settings, rounds=options.rounds)
-    if options.part != "verdicts":
-        about = environment()
-        print(f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, PyTorch {about['torch']}")
-        for name in PARTS if options.part == "all" else [options.part]:
-            PARTS[name](options.out, settings)
-    if options.part in ("all", "verdicts"):
-        print_verdicts(options.out)
-    return None
+    return run_parts(PARTS, options.part, options.out, settings)
 
 
 if __name__ == "__main__":

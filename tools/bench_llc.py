@@ -7,10 +7,8 @@
 measurement, under runs/bench_llc; what is finished there is not measured again. devinterp's rows need devinterp 1.3.2.
 """
 
-import argparse
 import copy
 import json
-import resource
 import shutil
 import statistics
 import subprocess
@@ -22,7 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import Bar, Row, Store, environment, in_turn, markdown, ratios, say, seconds_a_step, spread
+from bench_common import (
+    Bar,
+    Row,
+    Store,
+    command_line,
+    in_turn,
+    peak_bytes,
+    ratios,
+    run_parts,
+    say,
+    seconds_a_step,
+    spread,
+)
 from bench_networks import (
     Pairs,
     language_model,
@@ -300,25 +310,14 @@ def _record_many(root: Path, snapshots: int) -> None:
 
 def measure_own_memory(root: Path) -> None:
     """Analyse a run with few draws; print this process's memory before and at its peak as JSON."""
-    imported = _peak_bytes()
+    imported = peak_bytes()
     start = time.perf_counter()
     found = groktrace.analyze(root, device="cpu", chains=1, burn_in=0, draws=4)
     seconds = time.perf_counter() - start
     expected = len(list((root / layout.WEIGHTS_FOLDER).glob("*.safetensors")))
     if len(found.points) != expected:
         raise RuntimeError(f"{root}: expected {expected} points, got {len(found.points)}.")
-    print(json.dumps({"imported": imported, "peak": _peak_bytes(), "seconds": seconds}))
-
-
-def _peak_bytes() -> int:
-    """Peak resident size of this process."""
-    status = Path("/proc/self/status")
-    if status.exists():  # elsewhere the figure may begin at the size of the process that started this one
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    print(json.dumps({"imported": imported, "peak": peak_bytes(), "seconds": seconds}))
 
 
 def bench_trajectory(folder: Path, settings: Settings) -> None:
@@ -329,20 +328,6 @@ def bench_trajectory(folder: Path, settings: Settings) -> None:
 PARTS = {"trajectory": bench_trajectory, "step": bench_step, "training": bench_training, "memory": bench_memory}
 
 
-def print_verdicts(folder: Path) -> None:
-    """Every bar of the finished parts, and whether it is met."""
-    rows: list[Row] = []
-    for name in PARTS:
-        path = folder / f"{name}.json"
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        if "bars" in kept:
-            rows += [Bar(**bar).row() for bar in kept["bars"]]
-        else:
-            say(f"{name}: not finished; run it first")
-    if rows:
-        print(f"\n### Verdicts\n\n{markdown(rows)}")
-
-
 def _plain(settings: Settings) -> dict[str, Any]:
     """All settings but the trajectory's."""
     return {name: value for name, value in asdict(settings).items() if name != "trajectory"}
@@ -350,11 +335,7 @@ def _plain(settings: Settings) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one part, or all."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=[*PARTS, "all", "verdicts", "memory-worker"])
-    parser.add_argument("--out", type=Path, default=Path("runs/bench_llc"), help="folder of the results")
-    parser.add_argument("--tiny", action="store_true", help="a few steps of everything, to try the benchmark itself")
-    parser.add_argument("--rounds", type=int, help="repetitions, instead of the settings'")
+    parser = command_line(__doc__.splitlines()[0], PARTS, "runs/bench_llc")
     parser.add_argument("--run", type=Path, help="run directory that memory-worker analyses")
     options = parser.parse_args(arguments)
     if options.part == "memory-worker":
@@ -363,16 +344,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.rounds:
         trajectory = replace(settings.trajectory, rounds=options.rounds)
         settings = replace(settings, rounds=options.rounds, language_rounds=options.rounds, trajectory=trajectory)
-    if options.part != "verdicts":
-        about = environment()
-        print(f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, PyTorch {about['torch']}")
-        if not has_devinterp():
-            say("devinterp is not installed (pip install devinterp==1.3.2); its rows are left out")
-        for name in PARTS if options.part == "all" else [options.part]:
-            PARTS[name](options.out, settings)
-    if options.part in ("all", "verdicts"):
-        print_verdicts(options.out)
-    return None
+    if options.part != "verdicts" and not has_devinterp():
+        say("devinterp is not installed (pip install devinterp==1.3.2); its rows are left out")
+    return run_parts(PARTS, options.part, options.out, settings)
 
 
 if __name__ == "__main__":
