@@ -184,6 +184,9 @@ def fit_ramp(
     places, merged = np.unique(np.round(0.5 * (a + b)[:, 0], 9), return_inverse=True)
     share = np.bincount(merged, weight) / weight.sum()
     quantiles = np.interp([0.05, 0.5, 0.95], np.cumsum(share) - share / 2, places)
+    # The change's error is that of its levels for one middle and width, and how much it differs between them.
+    likelihood = weight / weight.sum()
+    change_variance = likelihood @ (inverse[:, 1, 1] + (coefficients[:, 1] - coefficients[best, 1]) ** 2)
     near = (at >= min(floor, a[best, 0])) & (at <= max(ceiling, b[best, 0]))
     residual = target - coefficients[best] @ design[best]
     widen = JUMP_WIDENING if w[best] < 2.5 else RAMP_WIDENING
@@ -204,7 +207,7 @@ def fit_ramp(
         end,
         before + offset,
         before + change_by + offset,
-        math.sqrt(float(inverse[best, 1, 1])),
+        math.sqrt(float(change_variance)),
         (float(a[best, 0]), float(b[best, 0])),
         float(np.sum(residual[near] ** 2)),
         len(basis) - len(known) + 2,

@@ -108,3 +108,15 @@ def test_the_middle_of_a_ramp_is_half_way_up_on_an_uneven_abscissa():
     # In snapshots it would be at log 23.
     assert found.middle == pytest.approx((a + b) / 2, abs=0.05)
     assert found.low <= (a + b) / 2 <= found.high
+
+
+def test_intervals_of_ramps_cover_as_often_as_they_say():
+    x = np.arange(60.0)
+    truth = 10 - 4 * np.clip((x - 24.3) / 9, 0, 1)
+    variance, covered = np.full(60, 0.8**2), 0
+    for seed in range(200):
+        value = truth + np.random.default_rng(seed).normal(0, 0.8, 60)
+        found = fit_ramp(x, value, variance, (22, 36), (0, 59))
+        covered += found.low <= 28.8 <= found.high
+    # Four standard errors of a share of 0.9 in 200, and the widening that the choice of a model asks for.
+    assert 0.82 <= covered / 200 <= 0.99

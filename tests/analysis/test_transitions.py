@@ -172,3 +172,23 @@ def test_unreliable_points_weigh_less():
     )
     (fall, *_) = find_transitions(Trajectory(points))
     assert fall.llc_after == pytest.approx(800, abs=12)
+
+
+@pytest.mark.parametrize("width", [0, 600])
+def test_error_bars_of_changes_are_their_scatter(width):
+    values = np.interp(STEPS, [0, 1500 - width / 2 - 25, 1500 + width / 2 + 25, 3000], [500.0, 500.0, 800.0, 800.0])
+    found = [find_transitions(curve(values, error=10.0, seed=seed)) for seed in range(150)]
+    errors = np.array([(each[0].delta_llc - 300) / each[0].stderr for each in found if len(each) == 1])
+    assert len(errors) >= 140
+    # Of normal errors 95 % and 68 %; with error bars twice or half as large, 99.99 % and 95 %, or 67 % and 38 %.
+    assert 0.88 <= np.mean(abs(errors) < 1.96) <= 0.99
+    assert 0.56 <= np.mean(abs(errors) < 1) <= 0.80
+
+
+def test_doubtful_points_count_less():
+    steps, values = np.arange(0, 400, 50), np.repeat([800.0, 850.0], 4)
+    sure = Trajectory(tuple(Point(int(s), v, 7.0, v, 7.0, True, ()) for s, v in zip(steps, values, strict=True)))
+    assert len(find_transitions(sure)) == 1
+    doubts = ("too few draws (standard error 9 %)",)
+    doubtful = replace(sure, points=tuple(replace(each, reliable=False, reasons=doubts) for each in sure.points))
+    assert find_transitions(doubtful) == []
