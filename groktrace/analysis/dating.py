@@ -88,7 +88,9 @@ def measure_changes(
         near = max(abs(ramp.before - fit.value[first]), abs(ramp.after - fit.value[last])) < 0.5 * abs(delta)
         if fits and near:
             levels = ramp.before, ramp.after, ramp.error
-            found.append(Measured(ramp.begin, ramp.end, *levels, ramp.middle, ramp.low, ramp.high))
+            # Edges lie between snapshots; a change begins no earlier than the one before it ends.
+            begin = min(max(ramp.begin, found[-1].last if found else 0), ramp.end - 1)
+            found.append(Measured(begin, ramp.end, *levels, ramp.middle, ramp.low, ramp.high))
             continue
         if draws is None:
             draws = draw_curves(x, value, variance, DRAWS, np.random.default_rng(0))

@@ -192,3 +192,12 @@ def test_doubtful_points_count_less():
     doubts = ("too few draws (standard error 9 %)",)
     doubtful = replace(sure, points=tuple(replace(each, reliable=False, reasons=doubts) for each in sure.points))
     assert find_transitions(doubtful) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_change_begins_when_the_one_before_it_has_ended(seed):
+    # The rise takes one snapshot, and the fall sets in at once, straight in the logarithm of the step.
+    values = np.where(STEPS == 0, 0.0, 300 - 28 * np.log1p(np.minimum(STEPS, 2000) / 50))
+    rise, fall = find_transitions(curve(values, error=2.0, seed=seed, train_loss=np.where(STEPS == 0, 0.5, 1e-4)))
+    assert rise.end <= fall.onset < fall.end
+    assert (rise.label, fall.label) == ("memorisation", "generalisation")
