@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from groktrace.errors import TaskError
+from groktrace.run.demand import Demand
 from groktrace.run.operations import RefusedError, find_operation
 
 FORMAT = 1
@@ -79,14 +80,17 @@ class Graph:
     dtypes: tuple[torch.dtype, ...]
     attention: bool
     _placed: dict[Any, Tensor] = field(default_factory=dict)
+    _measured: set[Any] = field(default_factory=set)
 
     def run(self, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """The two outputs.
 
         Raises:
-            TaskError: weights or data are not those the graph takes, or its arguments do not fit its operations.
+            TaskError: weights or data are not those the graph takes, its arguments do not fit its operations, or it
+                asks for more memory or work than an analysis could give it.
         """
         values = self._load(weights, tensors)
+        demand = self._demand(tensors)
         # The fused attention kernels can be neither stacked nor differentiated twice.
         with sdpa_kernel(SDPBackend.MATH) if self.attention else contextlib.nullcontext():
             for step in self.steps:
@@ -97,6 +101,8 @@ class Graph:
                         args[place] = _fill(template, values)
                 if step.named_holes:
                     kwargs = kwargs | {name: _fill(template, values) for name, template in step.named_holes}
+                if demand is not None:
+                    demand.add(step.target, step.function, args, kwargs, values)
                 try:
                     values[step.index] = step.function(*args, **kwargs)
                 except _CONFUSIONS as failure:
@@ -105,8 +111,19 @@ class Graph:
                     ) from failure
                 for index in step.dead:
                     values[index] = None
-        loss, outputs = self.document["outputs"]
-        return values[loss], None if outputs is None else values[outputs]
+        loss, outputs = (None if index is None else values[index] for index in self.document["outputs"])
+        if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
+            got = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else "no tensor"
+            raise TaskError(f"the recorded program gives no loss: expected one real number, got {got}.")
+        return loss, outputs if isinstance(outputs, Tensor) else None
+
+    def _demand(self, tensors: Sequence[Tensor]) -> Demand | None:
+        """What is to count this evaluation: the first of its size is, and what transforms make of that is alike."""
+        key = tuple((tensor.shape, tensor.device) for tensor in tensors)
+        if key in self._measured or torch._C._functorch.peek_interpreter_stack() is not None:
+            return None
+        self._measured.add(key)
+        return Demand(tensors[0].device)
 
     def _load(self, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> list[Any]:
         """Room for every value, with the inputs, the device and the weights' dtypes in place."""

@@ -1,0 +1,157 @@
+"""What a program asks for in memory and work, found call by call before each is made, on tensors without data."""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from groktrace.errors import TaskError
+
+# Multiplications in one evaluation; an analysis repeats it thousands of times, so that even one that takes minutes is
+# out of reach. What is not a product counts ten a number, for it is read and written.
+MAX_WORK = {"cpu": 10**13, "cuda": 10**16}
+WORK_OF_ONE = 10
+
+_aten = torch.ops.aten
+_PRODUCTS = (
+    _aten.mm,
+    _aten.bmm,
+    _aten.addmm,
+    _aten.baddbmm,
+    _aten.convolution,
+    _aten._cdist_forward,
+    _aten.dot,
+    _aten.mv,
+)
+_CUBIC = (
+    "linalg_",
+    "_linalg_",
+    "cholesky",
+    "triangular",
+    "qr",
+    "svd",
+    "inverse",
+    "matrix_exp",
+    "lu_",
+    "ormqr",
+    "geqrf",
+)
+
+
+class Demand:
+    """Adds up what one evaluation of a program asks for, and refuses what is out of all proportion.
+
+    Args:
+        device: where it is evaluated.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = memory_limit(device)
+        self._work_limit = MAX_WORK.get(device.type, MAX_WORK["cuda"])
+        self._allocated = 0
+        self._work = 0.0
+
+    def add(self, target: str, function: Callable[..., Any], args: Any, kwargs: Any, values: list[Any]) -> None:
+        """Count a call that is about to be made.
+
+        Args:
+            target: what it calls, for the message.
+            function: the same, to be called.
+            args: its arguments.
+            kwargs: the same, by name.
+            values: the values that are alive.
+
+        Raises:
+            TaskError: it would take more memory than there is, or longer than anybody would wait.
+        """
+        args, kwargs = pytree.tree_map(_without_data, (args, dict(kwargs)))
+        if _makes_tensors(target):
+            kwargs["device"] = torch.device("meta")
+        meter = _Meter()
+        # Sizes that depend on values, and operations without a rule for sizes, are at most of the order of arguments.
+        with contextlib.suppress(Exception), torch.no_grad(), meter:
+            function(*args, **kwargs)
+        self._work += meter.work
+        if self._work > self._work_limit:
+            raise TaskError(f"the recorded program takes more than {self._work_limit:.0e} operations, at {target}.")
+        if self._allocated + meter.allocated > self._memory:
+            self._allocated = _bytes_of(values)
+        self._allocated += meter.allocated
+        if self._allocated > self._memory:
+            raise TaskError(
+                f"the recorded program asks for {self._allocated / 2**30:.3g} GiB at {target}, and half of this "
+                f"machine's memory is {self._memory / 2**30:.3g} GiB; its gradient takes the other half."
+            )
+
+
+def memory_limit(device: torch.device) -> int:
+    """Half of the bytes that a process may have on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1] // 2
+    known = [2**36]
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        known.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        known.append(resource.getrlimit(resource.RLIMIT_AS)[0])
+    with contextlib.suppress(ValueError, OSError), open("/sys/fs/cgroup/memory.max") as file:
+        known.append(int(file.read()))
+    return min(number for number in known if number > 0) // 2  # no limit is -1
+
+
+class _Meter(TorchDispatchMode):
+    """Counts what is called, however deep inside a composed operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocated = 0
+        self.work = 0.0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # asked for when the class is made; yes would import all of the compiler at the first use
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        given, made = _tensors((args, kwargs)), _tensors(results)
+        known = {tensor.untyped_storage()._cdata for tensor in given}
+        fresh = [tensor for tensor in made if tensor.untyped_storage()._cdata not in known]
+        self.allocated += sum(tensor.untyped_storage().nbytes() for tensor in fresh)
+        if fresh:
+            sizes = sorted(tensor.numel() for tensor in (*given, *made))
+            self.work += WORK_OF_ONE * sizes[-1]
+            if func.overloadpacket in _PRODUCTS:
+                self.work += math.sqrt(math.prod(sizes[-3:]))  # m·k, k·n and m·n elements take m·k·n multiplications
+            elif func.overloadpacket.__name__.startswith(_CUBIC):
+                self.work += sizes[-1] ** 1.5
+        return results
+
+
+def _without_data(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")
+    return torch.device("meta") if isinstance(value, torch.device) else value
+
+
+def _makes_tensors(target: str) -> bool:
+    """Whether the call takes a device, on which it would make a tensor of data."""
+    name, _, overload = target.removeprefix("aten.").partition(".")
+    op = getattr(getattr(_aten, name, None), overload, None) if overload else None
+    return op is not None and any(argument.name == "device" for argument in op._schema.arguments)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _bytes_of(values: list[Any]) -> int:
+    """Bytes that these hold, each storage once."""
+    storages = [tensor.untyped_storage() for tensor in _tensors(values)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
