@@ -13,6 +13,7 @@ from click.testing import CliRunner
 import groktrace
 from groktrace.cli import main
 from groktrace.run import layout
+from groktrace.run.files import write_json
 
 FAST = ["--draws", "20", "--burn-in", "20"]
 POINT_KEYS = {
@@ -101,7 +102,7 @@ def other_data(run):
 
 def newer(run):
     info = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps({**info, "format": 99, "groktrace": "7.0"}))
+    (run / "run.json").write_text(json.dumps({**info, "format": 99, "groktrace": "7.0", "digest": "of another kind"}))
 
 
 def truncated(run):
@@ -113,7 +114,7 @@ def truncated(run):
 def mismatched(run):
     info = json.loads((run / "run.json").read_text())
     info["weights"]["0.weight"]["shape"] = [8, 5]
-    (run / "run.json").write_text(json.dumps(info))
+    write_json(run / "run.json", info)
 
 
 def no_program(run):

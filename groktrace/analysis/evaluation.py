@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groktrace.analysis.journal import check_numbers
+from groktrace.analysis.journal import check_numbers, check_step
 from groktrace.run.batch import Batch
 from groktrace.run.task import Task
 from groktrace.sampling.curvature import top_eigenvalue
@@ -49,9 +49,10 @@ class Survey:
             ValueError: a value is of the wrong kind.
             TypeError: a value is missing or unknown.
         """
-        if type(value.get("step")) is not int:
-            raise ValueError("step")
+        check_step(value)
         check_numbers(value, value)
+        if min(value.get("norm_squared") or 0, value.get("top_curvature") or 0) < 0:
+            raise ValueError("norm_squared or top_curvature")
         always = {name: math.nan for name in ("train_loss", "norm_squared", "top_curvature") if value.get(name) is None}
         return cls(**{**value, **always})
 

@@ -3,11 +3,16 @@
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from groktrace.errors import RunError
+from groktrace.run.files import MAX_JSON_BYTES, open_plain, parse_json, sealed, unsealed
+from groktrace.run.layout import MAX_STEP
+
+MAX_NUMBER = sys.float_info.max
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -18,34 +23,49 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    *lines, _ = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("not an object")
-        except (ValueError, RecursionError) as failure:
-            raise RunError(f"{path}: line {number} is damaged ({failure}); remove the file to redo it.") from failure
-        records.append(record)
+    records: list[dict[str, Any]] = []
+    try:
+        with open_plain(path) as file:
+            while (line := file.readline(MAX_JSON_BYTES)).endswith(b"\n"):
+                record = unsealed(parse_json(line))
+                if not isinstance(record, dict):
+                    raise ValueError("not an object")
+                records.append(record)
+            if len(line) == MAX_JSON_BYTES:
+                raise ValueError("absurdly long")
+    except OSError as failure:
+        raise RunError(f"{path}: cannot be read ({failure.strerror or failure}).") from failure
+    except (ValueError, RecursionError) as failure:
+        number = len(records) + 1
+        raise RunError(f"{path}: line {number} is damaged ({failure}); remove the file to redo it.") from failure
     return records
 
 
 def check_numbers(record: dict[str, Any], names: Iterable[str]) -> None:
-    """Refuse a record in which one of these values is neither a number nor None; what is missing counts as None.
+    """Refuse a record in which one of these values is neither a finite number nor None; what is missing counts as None.
 
     Raises:
         ValueError: one is; the message is its name.
     """
     for name in names:
         number = record.get(name)
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+        if number is not None and not (type(number) in (int, float) and abs(number) <= MAX_NUMBER):
             raise ValueError(name)
+
+
+def check_step(record: dict[str, Any]) -> None:
+    """Refuse a record whose step is no step of a snapshot.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if type(step := record.get("step")) is not int or not 0 <= step <= MAX_STEP:
+        raise ValueError("step")
 
 
 def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
     """Append records, each on its own line, and wait until they are on disk."""
-    data = b"".join(json.dumps(record, allow_nan=False).encode() + b"\n" for record in records)
+    data = b"".join(json.dumps(sealed(record), allow_nan=False).encode() + b"\n" for record in records)
     with open(path, "ab+") as file:
         # What follows the last line end was cut short by an interruption.
         end = file.seek(0, os.SEEK_END)
@@ -69,7 +89,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     except ImportError:  # no such locks on this system: two analyses at once are then the user's to avoid
         yield
         return
-    with open(folder / ".lock", "a+") as file:
+    with open(folder / ".lock", "a+", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as failure:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from groktrace.analysis.evaluation import as_float
-from groktrace.analysis.journal import check_numbers
+from groktrace.analysis.journal import check_numbers, check_step
 from groktrace.errors import GroktraceError, SettingsError
 from groktrace.run.task import Task
 from groktrace.sampling.posterior import WeightLayout
@@ -54,6 +54,8 @@ class Reference:
         if value["llc"] is None:
             raise ValueError("llc")
         check_numbers(value, value.keys() - {"source"})
+        if value["step"] is not None:
+            check_step(value)
         return cls(**value)
 
 

@@ -18,7 +18,7 @@ from groktrace.analysis.estimate import (
     weight_layout,
 )
 from groktrace.analysis.evaluation import Survey, as_float, survey, training_loss
-from groktrace.analysis.journal import append_lines, exclusive, read_lines
+from groktrace.analysis.journal import append_lines, check_numbers, exclusive, read_lines
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.reference import Reference, check_reference, jacobian_reference
 from groktrace.analysis.sharpness import Sharpness, measure_sharpness
@@ -239,10 +239,13 @@ class _Snapshots:
             among: the snapshots wanted; None for all.
         """
         known: dict[str, Result] = {}
+        steps = {fingerprint: snapshot.step for snapshot, fingerprint in self.prints.items()}
         for record in read_lines(journal):
             try:
                 fingerprint = str(record.pop("snapshot"))
                 known[fingerprint] = parse(record)
+                if known[fingerprint].step != steps.get(fingerprint, known[fingerprint].step):
+                    raise ValueError("step")
             except (KeyError, TypeError, ValueError) as failure:
                 raise RunError(f"{journal}: damaged ({failure}); remove the file to redo it.") from failure
         ordered = list(self.prints if among is None else among)
@@ -299,8 +302,12 @@ def _fixed_scale(
     if path.exists():
         kept = read_json(path)
         try:
-            return float(kept["chosen"]["nbeta"]), float(kept["chosen"]["localization"])
-        except (KeyError, TypeError, ValueError) as failure:
+            scale = kept["chosen"]
+            check_numbers(scale, ("nbeta", "localization"))
+            if not min(scale["nbeta"], scale["localization"]) > 0:
+                raise ValueError("nbeta or localization is not positive")
+            return float(scale["nbeta"]), float(scale["localization"])
+        except (KeyError, TypeError, ValueError, AttributeError) as failure:
             raise RunError(f"{path}: damaged ({failure}); remove the folder {folder} and analyse again.") from failure
     nbeta, localization = choose_scale(settings, n, sampled, surveys)
     write_json(path, {"asked": settings.to_dict(), "chosen": {"nbeta": nbeta, "localization": localization}})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from groktrace.analysis.evaluation import stack_weights
-from groktrace.analysis.journal import check_numbers
+from groktrace.analysis.journal import check_numbers, check_step
 from groktrace.sampling.curvature import top_eigenvalue
 from groktrace.sampling.hutchinson import hessian_trace
 from groktrace.sampling.langevin import fill_normal, generator_for
@@ -49,8 +49,7 @@ class Sharpness:
             ValueError: a value is of the wrong kind.
             TypeError: a value is missing or unknown.
         """
-        if type(value.get("step")) is not int:
-            raise ValueError("step")
+        check_step(value)
         check_numbers(value, value)
         return cls(**value)
 

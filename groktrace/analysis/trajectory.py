@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from groktrace.analysis.journal import check_numbers
+from groktrace.analysis.journal import check_numbers, check_step
 from groktrace.analysis.reference import Reference
-from groktrace.errors import RunError, SettingsError
+from groktrace.errors import RunError, SettingsError, printable
 from groktrace.run.files import read_json, write_json
 
 
@@ -59,14 +59,22 @@ class Point:
         """
         if not isinstance(value, dict) or value.keys() - cls.__dataclass_fields__.keys():
             raise ValueError("not a point")
-        if type(value.get("step")) is not int or value["step"] < 0 or type(value.get("reliable")) is not bool:
-            raise ValueError("step or reliable")
+        check_step(value)
+        if type(value.get("reliable")) is not bool:
+            raise ValueError("reliable")
         check_numbers(value, _NUMBERS)
-        if not all(isinstance(value.get(name), dict) for name in ("metrics", "diagnostics")):
-            raise ValueError("metrics or diagnostics")
-        return cls(**{**value, "reasons": tuple(str(reason) for reason in value["reasons"])})
+        if any((value.get(name) or 0) < 0 for name in _ERRORS):
+            raise ValueError(f"one of {', '.join(_ERRORS)} is negative")
+        parsed: dict[str, Any] = {"reasons": _texts(value["reasons"])}
+        for name in ("metrics", "diagnostics"):
+            if not isinstance(value.get(name), dict):
+                raise ValueError(name)
+            check_numbers(value[name], value[name])
+            parsed[name] = {printable(key): number for key, number in value[name].items()}
+        return cls(**{**value, **parsed})
 
 
+_ERRORS = ("stderr", "stderr_centred", "hessian_trace_stderr")
 _NUMBERS = (
     "llc",
     "stderr",
@@ -193,13 +201,24 @@ class Trajectory:
             points = tuple(Point.from_dict(point) for point in value["points"])
             if any(after.step <= before.step for before, after in itertools.pairwise(points)):
                 raise ValueError("steps do not ascend")
-            unreadable = tuple(str(line) for line in value.get("unreadable", ()))
+            check_numbers(value, ("n", "nbeta", "localization", "resolution", "locality"))
+            for name in ("method", "run"):
+                if not isinstance(value.get(name), str | None):
+                    raise ValueError(name)
+                value[name] = None if value.get(name) is None else printable(value[name])
+            unreadable = _texts(value.get("unreadable", []))
             reference = value.get("reference")
             reference = None if reference is None else Reference.from_dict(reference)
             parsed = {"points": points, "unreadable": unreadable, "reference": reference}
             return cls(**{name: value.get(name) for name in cls.__dataclass_fields__} | parsed)
         except (KeyError, TypeError, ValueError, AttributeError) as failure:
             raise RunError(f"{path}: damaged ({failure}); remove it and analyse again.") from failure
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError("expected a list of lines")
+    return tuple(printable(str(line)) for line in value)
 
 
 def _finite(value: Any) -> float | None:

@@ -3,11 +3,13 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +22,9 @@ from groktrace.errors import GroktraceError, RunError
 TEMPORARY_PREFIX = ".tmp"  # safetensors has names of its own that begin so
 SMALL_BYTES = 2**18
 MAX_JSON_BYTES = 64 * 2**20
+# What a parsed file may take beside its bytes.
+MAX_PARSED_BYTES = 100 * 10**6
+DIGEST_KEY = "digest"
 
 
 @contextlib.contextmanager
@@ -60,20 +65,89 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, whole or not at all; NaN and infinities are refused."""
+    """Write `value` as JSON, whole or not at all, an object with its digest; NaN and infinities are refused."""
+    value = sealed(value) if isinstance(value, dict) else value
     write_file(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """The object with a digest of its other entries, which `unsealed` verifies."""
+    content = {name: entry for name, entry in value.items() if name != DIGEST_KEY}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return {**content, DIGEST_KEY: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON that a stranger may have written.
+
+    Raises:
+        ValueError: it is not JSON, holds a number that is not finite, or would take much more memory than its bytes.
+        RecursionError: it is nested too deeply.
+    """
+    # Bounds what Python's objects take, which is up to thirty times the bytes that stand for them.
+    parsed = 240 * data.count(b"{") + 64 * data.count(b",") + 56 * data.count(b"[")
+    if parsed + len(data) * (1 if data.isascii() else 4) > MAX_PARSED_BYTES:
+        raise ValueError(f"it would take more than {MAX_PARSED_BYTES} bytes of memory")
+    return json.loads(data.decode(), parse_constant=_refuse_number, parse_float=_finite_number)
+
+
+def unsealed(value: Any) -> Any:
+    """The inverse of `sealed`; what has no digest, as in older recordings, stays as it is.
+
+    Raises:
+        ValueError: it does not match its digest.
+    """
+    if not isinstance(value, dict) or DIGEST_KEY not in value:
+        return value
+    if value[DIGEST_KEY] != sealed(value)[DIGEST_KEY]:
+        raise ValueError("it does not match its digest")
+    return {name: entry for name, entry in value.items() if name != DIGEST_KEY}
+
+
+def _refuse_number(text: str) -> Any:
+    raise ValueError(f"{text} is no finite number")
+
+
+def _finite_number(text: str) -> float:
+    return number if math.isfinite(number := float(text)) else _refuse_number(text[:20])
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a file for reading; what may never end, or never begin, is refused.
+
+    Raises:
+        OSError: it is missing, cannot be read, or is a pipe, a device or the like.
+    """
+    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+        raise OSError("not a plain file")
+    return open(path, "rb")
+
+
 def read_json(path: Path, error: type[GroktraceError] = RunError) -> Any:
-    """Parse a JSON file.
+    """Parse a JSON file that `write_json` wrote, and verify its digest.
+
+    Raises:
+        error: the file is missing, too large, not JSON, or does not match its digest.
+    """
+    value = read_unverified(path, error)
+    try:
+        return unsealed(value)
+    except ValueError as failure:
+        raise error(f"{path}: {failure}; the file is damaged or was changed by hand.") from failure
+
+
+def read_unverified(path: Path, error: type[GroktraceError] = RunError) -> Any:
+    """Parse a JSON file, whose digest may be of another format than this one's.
 
     Raises:
         error: the file is missing, too large, or not JSON.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+        with open_plain(path) as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
             raise error(f"{path}: larger than {MAX_JSON_BYTES} bytes; groktrace never writes such a file.")
-        return json.loads(path.read_bytes())
+        return parse_json(data)
     except OSError as failure:
         raise error(f"{path}: cannot be read ({failure.strerror or failure}).") from failure
     except (ValueError, RecursionError) as failure:
@@ -93,14 +167,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Write named tensors as safetensors with a digest of each; returns the bytes written."""
     # The file holds raw bytes, and so no tensor that is conjugated or negated only when read.
     tensors = {name: tensor.resolve_conj().resolve_neg() for name, tensor in tensors.items()}
-    digests = json.dumps({name: digest(tensor) for name, tensor in tensors.items()})
+    metadata = sealed(metadata | {"digests": json.dumps({name: digest(tensor) for name, tensor in tensors.items()})})
     if sum(tensor.nbytes for tensor in tensors.values()) < SMALL_BYTES:
-        data = save(tensors, {**metadata, "digests": digests})  # the quicker way, at the price of a copy or two
+        data = save(tensors, metadata)  # the quicker way, at the price of a copy or two
         write_file(path, data)
         return len(data)
     with appearing(path) as temporary:
         try:
-            save_file(tensors, temporary, {**metadata, "digests": digests})  # straight from the tensors, without a copy
+            save_file(tensors, temporary, metadata)  # straight from the tensors, without a copy
         except SafetensorError as failure:  # its name for what the file system refused
             raise OSError(str(failure)) from failure
         return temporary.stat().st_size
@@ -113,19 +187,23 @@ def read_metadata(path: Path, error: type[GroktraceError] = RunError) -> dict[st
         error: the file is missing or its header is damaged.
     """
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= size - 8:
-                raise error(f"{path}: truncated or not a safetensors file ({size} bytes).")
-            metadata = json.loads(file.read(length)).get("__metadata__", {})
-        if not isinstance(metadata, dict):
-            raise error(f"{path}: its header is damaged.")
-        return metadata
+        with open_plain(path) as file:
+            return _metadata(path, file, error)
     except OSError as failure:
         raise error(f"{path}: cannot be read ({failure.strerror or failure}).") from failure
     except (ValueError, RecursionError, AttributeError) as failure:
         raise error(f"{path}: its header is damaged ({failure}).") from failure
+
+
+def _metadata(path: Path, file: BinaryIO, error: type[GroktraceError]) -> dict[str, str]:
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(size - 8, MAX_JSON_BYTES):
+        raise error(f"{path}: truncated or not a safetensors file ({size} bytes).")
+    metadata = unsealed(parse_json(file.read(length)).get("__metadata__", {}))
+    if not isinstance(metadata, dict):
+        raise error(f"{path}: its header is damaged.")
+    return metadata
 
 
 def read_tensors(path: Path, error: type[GroktraceError] = RunError) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -139,11 +217,12 @@ def read_tensors(path: Path, error: type[GroktraceError] = RunError) -> tuple[di
     """
     metadata = read_metadata(path, error)
     try:
-        tensors = load_tensors(path.read_bytes())
-        digests = json.loads(metadata.get("digests", "null"))
+        with open_plain(path) as file:
+            tensors = load_tensors(file.read())
+        digests = parse_json(metadata.get("digests", "null").encode())
     except OSError as failure:
         raise error(f"{path}: cannot be read ({failure.strerror or failure}).") from failure
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as failure:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as failure:
         raise error(f"{path}: not a whole safetensors file ({failure}).") from failure
     if not isinstance(digests, dict):
         raise error(f"{path}: holds no digests; groktrace did not write it.")

@@ -1,6 +1,8 @@
 """Names within a run directory, and the version of its format."""
 
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 FORMAT_VERSION = 1
@@ -26,6 +28,21 @@ def snapshot_step(name: str) -> int | None:
     """The step that a file name in the weights folder stands for, or None if it is no snapshot."""
     match = _SNAPSHOT_NAME.fullmatch(name)
     return int(match.group(1)) if match else None
+
+
+def leads_out(root: Path, path: Path) -> bool:
+    """Whether a link takes `path` out of `root`."""
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
+def links_out(root: Path) -> Iterator[Path]:
+    """Links in `root`, at any depth but that of the snapshots, that lead out of it."""
+    for folder, folders, names in os.walk(root):
+        if Path(folder) == root / WEIGHTS_FOLDER:
+            names = []
+        yield from (
+            path for name in (*folders, *names) if (path := Path(folder, name)).is_symlink() and leads_out(root, path)
+        )
 
 
 def snapshot_steps(root: Path) -> list[int]:

@@ -136,7 +136,7 @@ class Remote:
             except FileNotFoundError:
                 return []
         files = [entry["name"].rstrip("/") for entry in entries if entry["type"] == "file"]
-        return [name.rpartition("/")[2] for name in files]
+        return [last for name in files if (last := name.rpartition("/")[2]) not in ("", ".", "..")]
 
 
 @contextlib.contextmanager

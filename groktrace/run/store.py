@@ -1,7 +1,6 @@
 """Reading a run directory; everything in it is checked before it is used."""
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groktrace.errors import RunError, SnapshotError, TaskError
+from groktrace.errors import RunError, SnapshotError, TaskError, printable
 from groktrace.run import layout
 from groktrace.run.batch import Batch, check_lengths, unflatten
-from groktrace.run.files import read_json, read_metadata, read_tensors
+from groktrace.run.files import parse_json, read_json, read_metadata, read_tensors, read_unverified
 from groktrace.run.remote import Remote, is_url
 from groktrace.run.task import Task
+
+LINK_ADVICE = "out of the run directory, outside of which nothing is read or written; copy the run with cp -rL."
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class Snapshot:
         return self._read()[1]
 
     def _fetch(self) -> None:
+        if self.path.is_symlink() and layout.leads_out(self.path.parent.parent, self.path):
+            raise SnapshotError(f"{self.path}: a link {LINK_ADVICE}")
         if self.remote is not None:
             try:
                 self.remote.fetch(self.path)
@@ -106,8 +109,10 @@ class Snapshot:
         # In one order, which that of a file is not: what is stacked from several snapshots may go by position.
         tensors = {name: tensors[name] for name in self.specs}
         try:
-            metrics = json.loads(metadata.get("metrics", "{}"))
-            return tensors, {str(key): math.nan if value is None else float(value) for key, value in metrics.items()}
+            metrics = parse_json(metadata.get("metrics", "{}").encode())
+            return tensors, {
+                printable(key): math.nan if value is None else float(value) for key, value in metrics.items()
+            }
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as failure:
             raise SnapshotError(f"{self.path}: its logged metrics are damaged ({failure}).") from failure
 
@@ -187,6 +192,11 @@ class Run:
             raise RunError(f"{self.root / layout.RUN_FILE}: names no data, but {layout.DATA_FILE} is there.")
         train = _read_batch(data["train"], "train", tensors, data_path)
         val = _read_batch(data["val"], "val", tensors, data_path) if data.get("val") is not None else None
+        if len(train) > self.info["n"]:
+            raise RunError(
+                f"{self.root / layout.RUN_FILE}: damaged: n is {self.info['n']}, but {layout.DATA_FILE} holds "
+                f"{len(train)} training samples."
+            )
         return Task(program.forward, train, val, self.info["n"], document["offset_free"])
 
 
@@ -199,7 +209,9 @@ def _read_batch(entry: Any, name: str, tensors: dict[str, Tensor], path: Path) -
         check_lengths(leaves, name)
         unflatten(entry["structure"], leaves)
     except (TaskError, KeyError, TypeError, ValueError, RecursionError) as failure:
-        raise RunError(f"{path}: the recorded {name} data are damaged ({failure}).") from failure
+        raise RunError(
+            f"{path}: the recorded {name} data are damaged, or {layout.RUN_FILE} is wrong about them ({failure})."
+        ) from failure
     return Batch(leaves, entry["structure"])
 
 
@@ -224,9 +236,12 @@ def open_run(path: str | Path) -> Run:
             raise RunError(
                 f"{path}: holds no {layout.RUN_FILE}, so it is not a directory that groktrace.watch() wrote."
             )
+        if (link := next(layout.links_out(root), None)) is not None:
+            raise RunError(f"{link}: a link {LINK_ADVICE}")
         steps = layout.snapshot_steps(root)
     except OSError as failure:
         raise RunError(f"{path}: cannot be read ({failure.strerror or failure}).") from failure
+    check_format(read_unverified(root / layout.RUN_FILE), root / layout.RUN_FILE)
     info = read_json(root / layout.RUN_FILE)
     specs = check_info(info, root / layout.RUN_FILE)
     if not steps:
@@ -241,11 +256,11 @@ def open_run(path: str | Path) -> Run:
     return Run(root, info, specs, snapshots, remote)
 
 
-def check_info(info: Any, path: Path) -> dict[str, WeightSpec]:
-    """Check run.json and return the network's tensors.
+def check_format(info: Any, path: Path) -> None:
+    """Check that run.json is of the format that is read here.
 
     Raises:
-        RunError: it is of a newer format or something in it is missing or of the wrong kind.
+        RunError: it is of another.
     """
     if not isinstance(info, dict) or type(info.get("format")) is not int:
         raise RunError(f"{path}: not a groktrace run file.")
@@ -254,13 +269,22 @@ def check_info(info: Any, path: Path) -> dict[str, WeightSpec]:
             f"{path}: format {info['format']}, written by groktrace {info.get('groktrace', '?')}; "
             f"this groktrace reads format {layout.FORMAT_VERSION}. Install that version or a newer one."
         )
+
+
+def check_info(info: Any, path: Path) -> dict[str, WeightSpec]:
+    """Check run.json and return the network's tensors.
+
+    Raises:
+        RunError: it is of another format, or something in it is missing or of the wrong kind.
+    """
+    check_format(info, path)
     try:
         specs = {
             str(name): WeightSpec(_shape(entry["shape"]), _dtype(entry["dtype"]), _flag(entry["trainable"]))
             for name, entry in info["weights"].items()
         }
         n, data = info["n"], info["data"]
-        if not (n is None or (type(n) is int and n > 0)) or (data is not None and n is None):
+        if not (n is None or (type(n) is int and 0 < n < 2**63)) or (data is not None and n is None):
             raise ValueError("n")
         if data is not None and not (isinstance(data, dict) and "train" in data):
             raise ValueError("data")

@@ -9,6 +9,7 @@ import groktrace
 from groktrace.analysis import replay
 from groktrace.errors import RunError, SnapshotError, TaskError
 from groktrace.run import layout
+from groktrace.run.files import write_json
 
 FAST = {"draws": 20, "burn_in": 20}
 
@@ -165,7 +166,7 @@ def test_damaged_results_are_named(small_run):
 def test_mismatched_shapes_are_named(small_run):
     info = json.loads((small_run / layout.RUN_FILE).read_text())
     info["weights"]["0.weight"]["shape"] = [8, 5]
-    (small_run / layout.RUN_FILE).write_text(json.dumps(info))
+    write_json(small_run / layout.RUN_FILE, info)
     with pytest.raises(SnapshotError, match=r"'0.weight' should be float32\[8, 5\] as run.json says, but is"):
         groktrace.open_run(small_run).snapshots[0].load()
     with pytest.raises(RunError, match="none of its snapshots can be read"):

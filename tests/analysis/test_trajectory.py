@@ -6,22 +6,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.errors import RunError, SettingsError
+from groktrace.errors import RunError, SettingsError, printable
 
 numbers = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+errors = st.none() | st.floats(0, allow_nan=False, allow_infinity=False)
+texts = st.text().map(printable)
 points = st.builds(
     Point,
     step=st.integers(0, 10**9),
     llc=numbers,
-    stderr=numbers,
+    stderr=errors,
     llc_centred=numbers,
-    stderr_centred=numbers,
+    stderr_centred=errors,
     reliable=st.booleans(),
-    reasons=st.lists(st.text()).map(tuple),
+    reasons=st.lists(texts).map(tuple),
     train_loss=numbers,
     val_accuracy=numbers,
-    metrics=st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False)),
-    diagnostics=st.dictionaries(st.text(), numbers),
+    metrics=st.dictionaries(texts, st.floats(allow_nan=False, allow_infinity=False)),
+    diagnostics=st.dictionaries(texts, numbers),
 )
 
 

@@ -15,7 +15,7 @@ from groktrace.run.store import check_info
 def read(root):
     info = json.loads((root / layout.RUN_FILE).read_text())
     check_info(info, root)
-    return info
+    return {name: value for name, value in info.items() if name != files.DIGEST_KEY}
 
 
 def test_what_is_written_at_the_start(make_training, tmp_path):
@@ -37,7 +37,7 @@ def test_what_is_written_at_the_start(make_training, tmp_path):
     tensors, _ = files.read_tensors(tmp_path / "run" / layout.DATA_FILE)
     assert tensors.keys() == {"train.0", "train.1", "val.0", "val.1", "constant.offset"}
     assert torch.equal(tensors["train.1"], training.y)
-    program = json.loads((tmp_path / "run" / layout.PROGRAM_FILE).read_text())
+    program = files.read_json(tmp_path / "run" / layout.PROGRAM_FILE)
     assert program == {"nodes": [], "offset_free": False}
 
 
