@@ -34,11 +34,15 @@ from groktrace.analysis.replay import analyze, latest_trajectory
 from groktrace.analysis.transitions import find_transitions
 from groktrace.errors import GroktraceError
 from groktrace.reporting import console
+from groktrace.run import demand
 from groktrace.run.store import open_run
 
 SETTINGS = {"chains": 2, "draws": 8, "burn_in": 4}
 MEMORY = 100 * 10**6
-SECONDS = 20
+SECONDS = 60
+STARTUP_SECONDS = 120
+# What a recorded program may ask for here, where a small machine's worth would hide what is not counted.
+PROGRAM_MEMORY, PROGRAM_WORK = MEMORY // 2, 10**10
 # A process that asks for more than this fails in that request, and not the machine.
 ADDRESS_SPACE = 12 * 2**30
 OUTCOMES = ("refused", "unnamed", "same", "snapshot lost", "accepted", "VIOLATION", "CRASH")
@@ -119,10 +123,6 @@ def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
 NAMES = {"program.json": "program"}
 
 
-# Packages that are only loaded where they are needed.
-LATER = {"tensorboard", "matplotlib", "google", "PIL", "click"}
-
-
 class Watch:
     """Notes what a case does that reading a run has no business doing; made once in a process."""
 
@@ -137,7 +137,6 @@ class Watch:
                 if path
             }
         )
-        self._packages = tuple({name.partition(".")[0] for name in sys.modules} | sys.stdlib_module_names | LATER)
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
@@ -168,9 +167,7 @@ class Watch:
             return str(args)[:200]
         if event in ("pickle.find_class", "ctypes.dlopen"):
             return str(args)[:200]
-        if event == "import":
-            return None if args[0].partition(".")[0].startswith(self._packages) else args[0]
-        if event == "exec":
+        if event == "exec":  # of a module too, when it is imported
             name = args[0].co_filename
             return None if name.startswith((*self._code, "<frozen", "<string>", "<attrs")) else name
         return None
@@ -186,6 +183,8 @@ class Bench:
         self.root = root
         self.before = use(root)
         self.whole = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        self._commands()  # loads what is only loaded where it is needed
+        self._restore(root, dict.fromkeys(self.whole, -1))
         self.watch = Watch(root)
 
     def attempt(self, case: Case, commands: bool) -> tuple[str, str, int]:
@@ -195,7 +194,6 @@ class Bench:
         stamps = {each: each.stat().st_mtime_ns for each in self.whole}
         self.watch.noted = []
         resident = _memory(reset=True)
-        faulthandler.dump_traceback_later(SECONDS, exit=True)
         self.watch.active = True
         try:
             outcome, remark = self._commands() if commands else self._judge(what, path)
@@ -207,7 +205,6 @@ class Bench:
         except Exception as failure:
             outcome, remark = "VIOLATION", f"{type(failure).__name__}: {failure}"
         self.watch.active = False
-        faulthandler.cancel_dump_traceback_later()
         took = _memory() - resident
         if self.watch.noted:
             outcome, remark = "VIOLATION", self.watch.noted[0]
@@ -287,6 +284,8 @@ def work(root: Path, start: int, count: int, seed: int, stride: int, progress: A
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     faulthandler.enable()
+    demand.memory_limit = lambda device: PROGRAM_MEMORY
+    demand.MAX_WORK["cpu"] = PROGRAM_WORK
     bench = Bench(root)
     with open(log, "a") as lines:
         for i, (group, case) in enumerate(every_case(root, count, seed, stride)):
@@ -298,6 +297,17 @@ def work(root: Path, start: int, count: int, seed: int, stride: int, progress: A
             if outcome in ("VIOLATION", "unnamed") or (outcome == "refused" and i % 100 == 0):
                 print(json.dumps([i, group, case[1].name, outcome, remark[:500], took]), file=lines, flush=True)
         progress.value = -1
+
+
+def _wait(process: Any, progress: Any) -> None:
+    """Wait until all cases were tried, and end the process if one of them takes too long."""
+    last, since = progress.value, time.monotonic() + STARTUP_SECONDS
+    while process.is_alive():
+        process.join(1)
+        if progress.value != last:
+            last, since = progress.value, time.monotonic()
+        elif time.monotonic() - since > SECONDS:
+            process.kill()
 
 
 def torture(count: int, seed: int, stride: int, log: Path) -> dict[str, dict[str, int]]:
@@ -312,7 +322,7 @@ def torture(count: int, seed: int, stride: int, log: Path) -> dict[str, dict[str
             root = Path(shutil.copytree(whole, Path(folder) / f"run{start}"))
             process = context.Process(target=work, args=(root, start, count, seed, stride, progress, counts, log))
             process.start()
-            process.join()
+            _wait(process, progress)
             if process.exitcode == 1 and progress.value == max(start - 1, 0):
                 raise click.ClickException("the cases cannot be made")
             if progress.value >= 0:

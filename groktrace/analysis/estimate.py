@@ -90,7 +90,7 @@ def estimate_stack(
             usable.append(s)
         else:
             estimates[s] = unusable(
-                "the weights or the loss at the snapshot are not finite", settings, nbeta, localization
+                "the weights, the loss or its curvature at the snapshot are not finite", settings, nbeta, localization
             )
     if usable:
         surveys = [surveys[s] for s in usable]

@@ -2,7 +2,7 @@ import multiprocessing
 
 import pytest
 
-from groktrace.analysis.journal import append_lines, exclusive, read_lines
+from groktrace.analysis.journal import append_lines, check_numbers, check_step, exclusive, read_lines
 from groktrace.errors import RunError
 
 
@@ -56,3 +56,25 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
         process.join()
     with exclusive(tmp_path):
         pass
+
+
+def test_a_changed_digit_is_noticed(tmp_path):
+    path = tmp_path / "j.jsonl"
+    append_lines(path, [{"a": 1}, {"a": 2}])
+    path.write_text(path.read_text().replace('"a": 2', '"a": 3'))
+    with pytest.raises(RunError, match=r"line 2 is damaged \(it does not match its digest\)"):
+        read_lines(path)
+
+
+@pytest.mark.parametrize("number", [True, "1", 10**400, [1]])
+def test_what_is_no_number_is_refused(number):
+    check_numbers({"a": 1.5, "b": None}, ("a", "b", "c"))
+    with pytest.raises(ValueError, match="a"):
+        check_numbers({"a": number}, ("a",))
+
+
+@pytest.mark.parametrize("step", [-1, 10**12, 2**63, 1.0, True, None, "1"])
+def test_what_is_no_step_of_a_snapshot_is_refused(step):
+    check_step({"step": 10**12 - 1})
+    with pytest.raises(ValueError, match="step"):
+        check_step({"step": step})

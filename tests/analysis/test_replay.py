@@ -108,7 +108,7 @@ def test_snapshots_that_are_not_finite_are_named_and_the_rest_is_measured(tmp_pa
     trajectory = groktrace.analyze(tmp_path / "run", **FAST)
     last = trajectory.points[-1]
     assert (last.step, last.llc, last.reliable) == (3, None, False)
-    assert last.reasons == ("the weights or the loss at the snapshot are not finite",)
+    assert last.reasons == ("the weights, the loss or its curvature at the snapshot are not finite",)
     assert trajectory.points[0].llc is not None
     assert json.loads(json.dumps(trajectory.to_dict(), allow_nan=False))
 

@@ -82,3 +82,32 @@ def test_columns_hold_nan_where_nothing_is_known():
 def test_curves_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(SettingsError, match=message):
         Trajectory.from_arrays(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("stderr", -1.0),
+        ("step", 2**63),
+        ("metrics", {"lr": "high"}),
+        ("diagnostics", {"rhat": []}),
+        ("reasons", "text"),
+        ("n", "many"),
+        ("nbeta", True),
+        ("method", 7),
+        ("unreadable", "text"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused(tmp_path, where, value):
+    document = Trajectory((Point(1, 2.0, 0.1),)).to_dict()
+    (document if where in document else document["points"][0])[where] = value
+    (tmp_path / "t.json").write_text(json.dumps(document))
+    with pytest.raises(RunError, match=r"t\.json: damaged \(.*\); remove it and analyse again"):
+        Trajectory.load(tmp_path / "t.json")
+
+
+def test_text_of_strangers_moves_no_cursor(tmp_path):
+    document = Trajectory((Point(1, 2.0, 0.1, reasons=("a\x1b[2J",)),), unreadable=("\ud800",)).to_dict()
+    (tmp_path / "t.json").write_text(json.dumps(document))
+    loaded = Trajectory.load(tmp_path / "t.json")
+    assert (*loaded.points[0].reasons, *loaded.unreadable) == ("a\ufffd[2J", "\ufffd")

@@ -1,6 +1,8 @@
+import contextlib
 import hashlib
 import json
 import os
+import tracemalloc
 
 import pytest
 import torch
@@ -331,3 +333,58 @@ def test_large_and_small_files_are_alike(tmp_path, monkeypatch, limit):
     assert os.listdir(tmp_path) == ["w"]
     with pytest.raises(OSError, match="No such file"):
         files.write_tensors(tmp_path / "missing" / "w", tensors, {})
+
+
+@pytest.mark.parametrize("content", [b"[NaN]", b"[-Infinity]", b"[1e999]"])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(RunError, match="is no finite number"):
+        files.read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("unit", [b"[]", b"{}", b'{"":0}', b'"ab"', b"1.5", "\N{GRINNING FACE}".join('""').encode()])
+def test_parsing_takes_no_more_than_is_said(monkeypatch, unit):
+    monkeypatch.setattr(files, "MAX_PARSED_BYTES", 10**6)
+    count = 1
+    while True:
+        data = b"[" + b",".join([unit] * count) + b"]"
+        tracemalloc.start()
+        try:
+            with contextlib.suppress(ValueError):
+                files.parse_json(data)
+                count *= 2
+                continue
+            break
+        finally:
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert peak <= files.MAX_PARSED_BYTES + len(data)
+    with pytest.raises(ValueError, match="would take more than 1000000 bytes"):
+        files.parse_json(data)
+
+
+def test_a_change_by_hand_is_noticed(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"n": 10, "more": {"x": 1.5}})
+    whole = path.read_text()
+    path.write_text(whole.replace("10", "11"))
+    with pytest.raises(RunError, match="does not match its digest; the file is damaged or was changed by hand"):
+        files.read_json(path)
+    path.write_text('{"n": 11}')  # as recordings had it before there were digests
+    assert files.read_json(path) == {"n": 11}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("read", [files.read_json, files.read_metadata, files.read_tensors])
+def test_pipes_and_devices_are_not_opened(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(RunError, match=rf"{name}: cannot be read \(not a plain file\)"):
+            read(tmp_path / name)
+
+
+def test_messages_move_no_cursor_and_end():
+    message = str(RunError("\x1b[2J\ud800 λ " + "x" * 10**6))
+    assert message.startswith("\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER} λ xxx")
+    assert len(message) < 5000

@@ -408,3 +408,38 @@ def test_a_data_file_with_a_changed_value_is_refused(whole):
     path.write_bytes(content)
     with pytest.raises(RunError, match=r"data\.safetensors: tensor '.*' does not match its digest"):
         _ = open_run(whole).task
+
+
+@pytest.mark.parametrize("name", ["run.json", "data.safetensors", "weights", "analysis/a/.lock"])
+def test_links_out_of_the_directory_are_refused(whole, tmp_path_factory, name):
+    outside = tmp_path_factory.mktemp("outside") / "it"
+    (whole / name).parent.mkdir(parents=True, exist_ok=True)
+    if (whole / name).exists():
+        (whole / name).rename(outside)
+    (whole / name).symlink_to(outside)
+    with pytest.raises(RunError, match="a link out of the run directory, outside of which nothing is read or written"):
+        open_run(whole)
+
+
+def test_a_snapshot_that_is_a_link_out_costs_itself(whole, tmp_path_factory):
+    first = open_run(whole).snapshots[0]
+    first.path.rename(outside := tmp_path_factory.mktemp("outside") / "it")
+    first.path.symlink_to(outside)
+    run = open_run(whole)
+    with pytest.raises(SnapshotError, match="a link out of the run directory"):
+        run.snapshots[0].load()
+    assert all(each.load() for each in run.snapshots[1:])
+
+
+def test_a_link_to_the_directory_or_within_it_is_followed(whole, tmp_path_factory):
+    (whole / "data.safetensors").rename(whole / "moved")
+    (whole / "data.safetensors").symlink_to("moved")
+    link = tmp_path_factory.mktemp("links") / "run"
+    link.symlink_to(whole)
+    assert open_run(link).task.n == open_run(whole).task.n
+
+
+def test_fewer_samples_than_are_stored_are_noticed(whole):
+    change(whole, n=1)
+    with pytest.raises(RunError, match=r"run\.json: damaged: n is 1, but data\.safetensors holds \d+ training samples"):
+        _ = open_run(whole).task
