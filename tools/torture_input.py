@@ -169,7 +169,7 @@ class Watch:
             return str(args)[:200]
         if event == "exec":  # of a module too, when it is imported
             name = args[0].co_filename
-            return None if name.startswith((*self._code, "<frozen", "<string>", "<attrs")) else name
+            return None if name.startswith((*self._code, "<")) else name
         return None
 
     def _inside(self, path: str) -> bool:
@@ -301,7 +301,7 @@ def work(root: Path, start: int, count: int, seed: int, stride: int, progress: A
 
 def _wait(process: Any, progress: Any) -> None:
     """Wait until all cases were tried, and end the process if one of them takes too long."""
-    last, since = progress.value, time.monotonic() + STARTUP_SECONDS
+    last, since = progress.value, time.monotonic() + STARTUP_SECONDS  # a start takes longer than a case
     while process.is_alive():
         process.join(1)
         if progress.value != last:

@@ -1,9 +1,8 @@
-"""What a program asks for in memory and work, found call by call before each is made, on tensors without data."""
+"""What a program asks for in memory and work, found on tensors without data before any of its calls is made."""
 
 import contextlib
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,22 +46,49 @@ _CUBIC = (
 class Demand:
     """Adds up what one evaluation of a program asks for, and refuses what is out of all proportion.
 
+    As long as the sizes of all arguments, multiplied, stay small, nothing is looked into: PyTorch loads its compiler,
+    for seconds, before it says of some operations how large their results are.
+
     Args:
         device: where it is evaluated.
+
+    Attributes:
+        foreseen: whether what is not small could be told beforehand.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._memory = memory_limit(device)
         self._work_limit = MAX_WORK.get(device.type, MAX_WORK["cuda"])
+        self._small: float | None = 0.0
+        self.foreseen = True
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from nothing, for the same calls with data."""
         self._allocated = 0
         self._work = 0.0
 
-    def add(self, target: str, function: Callable[..., Any], args: Any, kwargs: Any, values: list[Any]) -> None:
-        """Count a call that is about to be made.
+    def stays_small(self, args: Any, kwargs: Any) -> bool:
+        """Whether no call so far, with this one, can have made much; False once, when it is time to look ahead.
 
         Args:
-            target: what it calls, for the message.
-            function: the same, to be called.
+            args: of the call.
+            kwargs: the same, by name.
+        """
+        if self._small is None:
+            return True
+        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor | int | float)]
+        self._small += math.prod(max(1.0, float(x.numel() if isinstance(x, Tensor) else abs(x))) for x in leaves)
+        if self._small * 4 <= min(self._memory / 4, self._work_limit):
+            return True
+        self._small = None
+        return False
+
+    def foresee(self, step: Any, args: Any, kwargs: Any, values: list[Any]) -> Any:
+        """Count a call, and return its results without data; None where that cannot be told.
+
+        Args:
+            step: its `target`, for the message, and its `function`.
             args: its arguments.
             kwargs: the same, by name.
             values: the values that are alive.
@@ -70,24 +96,29 @@ class Demand:
         Raises:
             TaskError: it would take more memory than there is, or longer than anybody would wait.
         """
-        args, kwargs = pytree.tree_map(_without_data, (args, dict(kwargs)))
-        if _makes_tensors(target):
+        args, kwargs = without_data((args, dict(kwargs)))
+        if _makes_tensors(step.target):
             kwargs["device"] = torch.device("meta")
-        meter = _Meter()
-        # Sizes that depend on values, and operations without a rule for sizes, are at most of the order of arguments.
-        with contextlib.suppress(Exception), torch.no_grad(), meter:
-            function(*args, **kwargs)
+        meter, results = _Meter(), None
+        try:
+            with torch.no_grad(), meter:
+                results = step.function(*args, **kwargs)
+        except Exception:  # sizes that depend on values, operations without a rule for sizes, arguments that do not fit
+            self.foreseen = False
         self._work += meter.work
         if self._work > self._work_limit:
-            raise TaskError(f"the recorded program takes more than {self._work_limit:.0e} operations, at {target}.")
+            raise TaskError(
+                f"the recorded program takes more than {self._work_limit:.0e} operations, at {step.target}."
+            )
         if self._allocated + meter.allocated > self._memory:
             self._allocated = _bytes_of(values)
         self._allocated += meter.allocated
         if self._allocated > self._memory:
             raise TaskError(
-                f"the recorded program asks for {self._allocated / 2**30:.3g} GiB at {target}, and half of this "
+                f"the recorded program asks for {self._allocated / 2**30:.3g} GiB at {step.target}, and half of this "
                 f"machine's memory is {self._memory / 2**30:.3g} GiB; its gradient takes the other half."
             )
+        return results
 
 
 def memory_limit(device: torch.device) -> int:
@@ -134,6 +165,11 @@ class _Meter(TorchDispatchMode):
         return results
 
 
+def without_data(values: Any) -> Any:
+    """Any nesting of values with its tensors, and places for them, on a device that has shapes only."""
+    return pytree.tree_map(_without_data, values)
+
+
 def _without_data(value: Any) -> Any:
     if isinstance(value, Tensor):
         return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")
@@ -154,4 +190,4 @@ def _tensors(value: Any) -> list[Tensor]:
 def _bytes_of(values: list[Any]) -> int:
     """Bytes that these hold, each storage once."""
     storages = [tensor.untyped_storage() for tensor in _tensors(values)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from groktrace.errors import TaskError
-from groktrace.run.demand import Demand
+from groktrace.run.demand import Demand, without_data
 from groktrace.run.operations import RefusedError, find_operation
 
 FORMAT = 1
@@ -90,10 +90,18 @@ class Graph:
                 asks for more memory or work than an analysis could give it.
         """
         values = self._load(weights, tensors)
-        demand = self._demand(tensors)
+        self._carry_out(self.steps, values, self._counting(tensors) or _call)
+        loss, outputs = (None if index is None else values[index] for index in self.document["outputs"])
+        if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
+            got = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else "no tensor"
+            raise TaskError(f"the recorded program gives no loss: expected one real number, got {got}.")
+        return loss, outputs if isinstance(outputs, Tensor) else None
+
+    def _carry_out(self, steps: Sequence[_Step], values: list[Any], call: Callable[..., Any]) -> None:
+        """Fill in the results of steps, each by `call(step, args, kwargs, values)`."""
         # The fused attention kernels can be neither stacked nor differentiated twice.
         with sdpa_kernel(SDPBackend.MATH) if self.attention else contextlib.nullcontext():
-            for step in self.steps:
+            for step in steps:
                 args, kwargs = step.args, step.kwargs
                 if step.holes:
                     args = args.copy()
@@ -101,29 +109,33 @@ class Graph:
                         args[place] = _fill(template, values)
                 if step.named_holes:
                     kwargs = kwargs | {name: _fill(template, values) for name, template in step.named_holes}
-                if demand is not None:
-                    demand.add(step.target, step.function, args, kwargs, values)
                 try:
-                    values[step.index] = step.function(*args, **kwargs)
+                    values[step.index] = call(step, args, kwargs, values)
                 except _CONFUSIONS as failure:
                     raise TaskError(
                         f"the recorded program fails at {step.target} ({type(failure).__name__}: {failure})."
                     ) from failure
                 for index in step.dead:
                     values[index] = None
-        loss, outputs = (None if index is None else values[index] for index in self.document["outputs"])
-        if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
-            got = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else "no tensor"
-            raise TaskError(f"the recorded program gives no loss: expected one real number, got {got}.")
-        return loss, outputs if isinstance(outputs, Tensor) else None
 
-    def _demand(self, tensors: Sequence[Tensor]) -> Demand | None:
-        """What is to count this evaluation: the first of its size is, and what transforms make of that is alike."""
+    def _counting(self, tensors: Sequence[Tensor]) -> Callable[..., Any] | None:
+        """A call that counts; None where batches of this size were counted before, or a transform repeats them."""
         key = tuple((tensor.shape, tensor.device) for tensor in tensors)
         if key in self._measured or torch._C._functorch.peek_interpreter_stack() is not None:
             return None
         self._measured.add(key)
-        return Demand(tensors[0].device)
+        demand = Demand(tensors[0].device)
+
+        def call(step: _Step, args: Any, kwargs: Any, values: list[Any]) -> Any:
+            if not demand.stays_small(args, kwargs):
+                left = self.steps[step.index - len(self.document["inputs"]) :]
+                self._carry_out(left, without_data(values), demand.foresee)
+                demand.restart()
+            if not demand.foreseen:
+                demand.foresee(step, args, kwargs, values)
+            return step.function(*args, **kwargs)
+
+        return call
 
     def _load(self, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> list[Any]:
         """Room for every value, with the inputs, the device and the weights' dtypes in place."""
@@ -213,6 +225,10 @@ def build(document: Any, constants: Mapping[str, Tensor]) -> Graph:
     used = {entry["constant"]: constants[entry["constant"]] for entry in inputs if "constant" in entry}
     attention = any("scaled_dot_product_attention" in step.target for step in steps)
     return Graph(kept, used, tuple(steps), dtypes, attention)
+
+
+def _call(step: _Step, args: Any, kwargs: Any, values: list[Any]) -> Any:
+    return step.function(*args, **kwargs)
 
 
 def _fill(template: Any, values: list[Any]) -> Any:

@@ -130,6 +130,8 @@ def find_operation(target: str, args: list[Any], kwargs: dict[str, Any]) -> Call
         return _REPLACED[target]
     if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
         return _recurrent(op)
+    if name in ("bincount", "repeat_interleave") or (name == "one_hot" and given.get("num_classes") == -1):
+        return _sized_by_values(op)
     if _elements(name, given) > MAX_LITERAL_ELEMENTS:
         raise RefusedError(f"it calls {target} for an absurd size")
     if not any(key in _SIZE_NAMES or f"{name}.{key}" in _SIZE_NAMES for key in names):
@@ -168,6 +170,20 @@ def _elements(name: str, given: dict[str, Any]) -> float:
     values = [given[key] for key in given if key in _SIZE_NAMES or f"{name}.{key}" in _SIZE_NAMES]
     numbers = [number for value in values for number in (value if isinstance(value, list) else [value])]
     return math.prod(max(1.0, abs(float(number))) for number in numbers if type(number) in (int, float))
+
+
+def _sized_by_values(op: Any) -> Callable[..., Any]:
+    """The operation, where the values that say how much it makes are in bounds."""
+
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        counts = [float(each.double().abs().sum()) for each in tensors if not each.is_floating_point()]
+        numbers = [abs(each) for each in (*args, *kwargs.values()) if type(each) in (int, float)]
+        if max(tensors[0].numel(), 1) * max([1.0, *counts, *numbers]) > MAX_ELEMENTS:
+            raise TaskError(f"the recorded program calls {op} for an absurd size.")
+        return op(*args, **kwargs)
+
+    return bounded
 
 
 def _recurrent(op: Any) -> Callable[..., Any]:

@@ -210,7 +210,7 @@ def _read_batch(entry: Any, name: str, tensors: dict[str, Tensor], path: Path) -
         unflatten(entry["structure"], leaves)
     except (TaskError, KeyError, TypeError, ValueError, RecursionError) as failure:
         raise RunError(
-            f"{path}: the recorded {name} data are damaged, or {layout.RUN_FILE} is wrong about them ({failure})."
+            f"{path}: the recorded {name} data are damaged ({failure}), or {layout.RUN_FILE} describes others."
         ) from failure
     return Batch(leaves, entry["structure"])
 

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -34,9 +38,12 @@ def evaluate(nodes, samples=4):
 
 @pytest.mark.parametrize("target", ["aten.cat.default", "aten.stack.default"])
 def test_doubling_a_hundred_times_is_refused_before_it_is_done(target):
+    resource = pytest.importorskip("resource")
+    assert evaluate(doubled(target, 5)) == 12 * 64
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(TaskError, match=rf"asks for .* GiB at {target}.* this machine's memory"):
         evaluate(doubled(target, 60))
-    assert evaluate(doubled(target, 5)) == 12 * 64
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # KiB, PyTorch's own modules among them
 
 
 def test_what_is_inside_of_an_operation_counts(monkeypatch):
@@ -59,7 +66,7 @@ def test_values_that_are_dead_count_no_more(monkeypatch):
 def test_work_without_memory_is_refused(monkeypatch):
     monkeypatch.setitem(demand.MAX_WORK, "cpu", 10**7)
     with pytest.raises(TaskError, match=r"takes more than 1e\+07 operations, at aten.sum.default"):
-        evaluate([node("aten.expand.default", W, [2**14, 2**14, 3])])
+        evaluate([node("aten.expand.default", W, [2**10, 2**10, 3])])
     product = [node("aten.mm.default", {"ref": 2}, X)]
     with pytest.raises(TaskError, match=r"takes more than 1e\+07 operations, at aten.mm.default"):
         evaluate([node("aten.t.default", X), *product], samples=2 * 10**6)
@@ -84,3 +91,33 @@ def test_a_loss_that_is_no_real_number_is_refused(target):
     program = Program.from_json({**document, "outputs": [2, None]}, {}, "program.json")
     with pytest.raises(TaskError, match="gives no loss: expected one real number, got a torch"):
         program.forward({"w": torch.ones(3)}, [torch.ones(4, 3)])
+
+
+def test_what_depends_on_values_is_counted_as_it_goes(monkeypatch):
+    monkeypatch.setattr(demand, "memory_limit", lambda device: 10**6)
+    mask = [node("aten.gt.Scalar", X, 0), node("aten.index.Tensor", X, [{"ref": 2}])]
+    assert evaluate(mask) == 12
+    grown = list(mask)
+    for _ in range(20):
+        grown.append(node("aten.cat.default", [last(grown), last(grown)]))
+    with pytest.raises(TaskError, match=r"asks for .* at aten.cat.default"):
+        evaluate(grown)
+
+
+@pytest.mark.parametrize(
+    ("target", "count"),
+    [("aten.bincount.default", 1), ("aten.repeat_interleave.self_Tensor", 2)],
+)
+def test_values_that_are_sizes_are_looked_at(target, count):
+    nodes = [node("aten.full.default", [2], 2**40), node("aten.to.dtype", {"ref": 2}, {"dtype": "int64"})]
+    nodes.append(node(target, *([{"ref": 3}] * count)))
+    with pytest.raises(TaskError, match=rf"calls {target} for an absurd size"):
+        evaluate(nodes)
+
+
+def test_small_programs_do_not_wait_for_the_compiler():
+    code = (
+        "import sys, torch; sys.path.insert(0, 'tests/run'); import test_demand as t; "
+        "t.evaluate(t.doubled('aten.cat.default', 5)); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
