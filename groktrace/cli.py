@@ -1,5 +1,6 @@
 """The command line: parse, call, print."""
 
+import contextlib
 import json
 import os
 import re
@@ -92,6 +93,9 @@ def _number_or(word: str) -> Callable[[click.Context, click.Parameter, str | Non
 )
 @click.option("--curvature", is_flag=True, help="Also measure trace and top eigenvalue of the loss's Hessian.")
 @click.option("--device", help="Where to compute, such as cpu or cuda:0; a GPU where there is one.")
+@click.option("--jobs", type=click.IntRange(1), default=1, help="Processes on this machine, which share its cores [1].")
+@click.option("--dask", metavar="ADDRESS", help="Let the workers of this Dask scheduler do the work.")
+@click.option("--threads", type=click.IntRange(1), help="Cores to use, all jobs together [all].")
 @click.option(
     "--task",
     metavar="M:F",
@@ -115,21 +119,29 @@ def analyze(
     logdir: Path | None,
     reference: float | str | None,
     curvature: bool,
+    jobs: int,
+    dask: str | None,
+    threads: int | None,
     curve_step: int | None,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Replay the snapshots of RUN into an LLC trajectory, find its phase transitions, write TensorBoard files."""
+    import torch
+
     from groktrace.analysis import replay
     from groktrace.analysis.grokking import measure_grokking
     from groktrace.analysis.temperature import temperature_curve_at
     from groktrace.analysis.transitions import find_transitions
+    from groktrace.analysis.workers import dask_executor
     from groktrace.reporting import console
     from groktrace.run import layout
     from groktrace.run.store import open_run
     from groktrace.run.task import load_factory
     from groktrace.sampling.settings import PAPER, SamplingSettings
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     chosen = {name: value for name, value in given.items() if value not in (None, ())}
     settings = replace(PAPER if preset == "paper" else SamplingSettings(), **chosen)
     opened = open_run(run)
@@ -141,7 +153,9 @@ def analyze(
             raise click.UsageError("--temperature-curve takes neither --reference nor --curvature")
         _print_curve(temperature_curve_at(opened, curve_step, task=loaded, device=device, **chosen), as_json)
         return
-    with _Phases() as phases:
+    with contextlib.ExitStack() as held:
+        executor = None if dask is None else held.enter_context(dask_executor(dask))
+        phases = held.enter_context(_Phases())
         trajectory = replay.analyze(
             opened,
             task=loaded,
@@ -150,6 +164,8 @@ def analyze(
             progress=phases.report,
             reference=reference,
             curvature=curvature,
+            jobs=jobs,
+            executor=executor,
             **settings.to_dict(),
         )
     transitions, grokking = find_transitions(trajectory), measure_grokking(trajectory)
