@@ -93,6 +93,8 @@ def _number_or(word: str) -> Callable[[click.Context, click.Parameter, str | Non
 )
 @click.option("--curvature", is_flag=True, help="Also measure trace and top eigenvalue of the loss's Hessian.")
 @click.option("--device", help="Where to compute, such as cpu or cuda:0; a GPU where there is one.")
+@click.option("--follow", is_flag=True, help="Analyse snapshots as they appear, until the recording is closed.")
+@click.option("--timeout", type=float, help="With --follow: seconds without a new snapshot until it ends [none].")
 @click.option("--jobs", type=click.IntRange(1), default=1, help="Processes on this machine, which share its cores [1].")
 @click.option("--dask", metavar="ADDRESS", help="Let the workers of this Dask scheduler do the work.")
 @click.option("--threads", type=click.IntRange(1), help="Cores to use, all jobs together [all].")
@@ -119,6 +121,8 @@ def analyze(
     logdir: Path | None,
     reference: float | str | None,
     curvature: bool,
+    follow: bool,
+    timeout: float | None,
     jobs: int,
     dask: str | None,
     threads: int | None,
@@ -130,55 +134,71 @@ def analyze(
     import torch
 
     from groktrace.analysis import replay
-    from groktrace.analysis.grokking import measure_grokking
+    from groktrace.analysis.follow import follow as follow_run
+    from groktrace.analysis.follow import wait_for_run
     from groktrace.analysis.temperature import temperature_curve_at
-    from groktrace.analysis.transitions import find_transitions
     from groktrace.analysis.workers import dask_executor
     from groktrace.reporting import console
-    from groktrace.run import layout
+    from groktrace.reporting.live import show_events
     from groktrace.run.store import open_run
     from groktrace.run.task import load_factory
     from groktrace.sampling.settings import PAPER, SamplingSettings
 
     if threads is not None:
         torch.set_num_threads(threads)
+    if timeout is not None and not follow:
+        raise click.UsageError("--timeout goes with --follow")
     chosen = {name: value for name, value in given.items() if value not in (None, ())}
     settings = replace(PAPER if preset == "paper" else SamplingSettings(), **chosen)
+    if follow and isinstance(run, Path):
+        wait_for_run(run, timeout)
     opened = open_run(run)
     if task is not None:
         sys.path.insert(0, os.getcwd())
     loaded = None if task is None else load_factory(task)
     if curve_step is not None:
-        if reference is not None or curvature:
-            raise click.UsageError("--temperature-curve takes neither --reference nor --curvature")
+        if reference is not None or curvature or follow:
+            raise click.UsageError("--temperature-curve takes neither --reference nor --curvature nor --follow")
         _print_curve(temperature_curve_at(opened, curve_step, task=loaded, device=device, **chosen), as_json)
         return
+
+    def write_logs(trajectory: Any) -> tuple[Any, Any]:
+        return _write_logs(trajectory, opened, logdir)
+
     with contextlib.ExitStack() as held:
         executor = None if dask is None else held.enter_context(dask_executor(dask))
-        phases = held.enter_context(_Phases())
-        trajectory = replay.analyze(
-            opened,
-            task=loaded,
-            task_name=task,
-            device=device,
-            progress=phases.report,
-            reference=reference,
-            curvature=curvature,
-            jobs=jobs,
-            executor=executor,
-            **settings.to_dict(),
-        )
-    transitions, grokking = find_transitions(trajectory), measure_grokking(trajectory)
-    from groktrace.reporting.tensorboard import COLOURS, SUFFIX, write_events
+        where = {"task": loaded, "task_name": task, "device": device, "jobs": jobs, "executor": executor}
+        if follow:
+            os.nice(19)  # the training goes first
+            analysis = held.enter_context(replay.open_analysis(opened, settings, **where))
+            events = follow_run(analysis, timeout, reference, curvature)
+            trajectory = show_events(events, write_logs, as_json, sys.stdout)
+        else:
+            report = held.enter_context(_Phases()).report
+            more = {"progress": report, "reference": reference, "curvature": curvature}
+            trajectory = replay.analyze(opened, **where, **more, **settings.to_dict())
+    transitions, grokking = write_logs(trajectory)
+    _print(as_json, trajectory, transitions, grokking, console.transitions_table)
+    if not as_json:
+        from groktrace.reporting.tensorboard import COLOURS
 
+        click.echo(f"\nSee it:  tensorboard --logdir {logdir or run}\nthen:    http://localhost:6006/{COLOURS}")
+    _exit_incomplete(trajectory)
+
+
+def _write_logs(trajectory: Any, opened: Any, logdir: Path | None) -> tuple[Any, Any]:
+    """Write TensorBoard's files; returns the transitions and the grokking that they show."""
+    from groktrace.analysis.grokking import measure_grokking
+    from groktrace.analysis.transitions import find_transitions
+    from groktrace.reporting.tensorboard import SUFFIX, write_events
+    from groktrace.run import layout
+
+    transitions, grokking = find_transitions(trajectory), measure_grokking(trajectory)
     logs = logdir or opened.root / layout.TENSORBOARD_FOLDER
     write_events(trajectory, transitions, grokking, logs)
     if logdir is None:
         opened.publish_folder(logs, SUFFIX)
-    _print(as_json, trajectory, transitions, grokking, console.transitions_table)
-    if not as_json:
-        click.echo(f"\nSee it:  tensorboard --logdir {logdir or run}\nthen:    http://localhost:6006/{COLOURS}")
-    _exit_incomplete(trajectory)
+    return transitions, grokking
 
 
 @main.command()

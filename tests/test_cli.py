@@ -319,3 +319,18 @@ def test_runs_are_compared_in_a_table_a_figure_and_json(reference_run, small_run
     found = json.loads(invoke("compare", out, small_run, "--json").stdout)
     assert found.keys() == {str(out), str(small_run)}
     assert found[str(out)] == json.loads(invoke("show", out, "--json").stdout)
+
+
+def test_following_prints_one_object_a_line_and_the_result_last(small_run, monkeypatch):
+    priorities = []
+    monkeypatch.setattr(os, "nice", priorities.append)
+    result = invoke("analyze", small_run, "--follow", "--json", *FAST)
+    assert result.exit_code in (0, 3)
+    *events, end, found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert priorities == [19]
+    assert events[0].keys() == {"event", "nbeta", "localization"}
+    assert [event["step"] for event in events[1:]] == [0, 10, 20, 30, 40, 50]
+    assert end == {"event": "end", "why": "closed"}
+    assert found == json.loads(invoke("show", small_run, "--json").stdout)
+    assert list((small_run / "tensorboard").rglob("*.groktrace"))
+    assert "--timeout goes with --follow" in invoke("analyze", small_run, "--timeout", "3").stderr

@@ -25,13 +25,12 @@ from groktrace.run import layout
 from groktrace.run.files import read_json, read_metadata, write_json
 from groktrace.run.store import Run, open_run
 from groktrace.run.task import Task
-from groktrace.sampling.posterior import WeightLayout
 from groktrace.sampling.settings import SamplingSettings
 
 TRAJECTORY_FILE = "trajectory.json"
 SETTINGS_FILE = "settings.json"
 _SURVEY_FILE = "survey.jsonl"
-_POINTS_FILE = "points.jsonl"
+POINTS_FILE = "points.jsonl"
 _SHARPNESS_FILE = "sharpness.jsonl"
 _REFERENCE_FILE = "reference.jsonl"
 
@@ -83,16 +82,7 @@ def analyze(
     check_reference(reference)
     chosen = make_settings(settings)
     with open_analysis(run, chosen, task, task_name, device, progress, jobs, executor) as analysis:
-        surveys = analysis.survey()
-        scale = analysis.fix_scale(surveys)
-        # Before the sampling, so that a network too large for its rank is refused early.
-        beside = analysis.rank() if reference == "jacobian" else None
-        if beside is None and isinstance(reference, float | int):
-            beside = Reference(float(reference), "value")
-        points = analysis.sample(surveys, scale)
-        if curvature:
-            points = {step: replace(points[step], **each.to_dict()) for step, each in analysis.sharpen().items()}
-        return analysis.finish(points, scale, beside)
+        return analysis.complete(reference, curvature)
 
 
 @contextlib.contextmanager
@@ -148,8 +138,25 @@ class Analysis:
         self.evaluator, self.snapshots, self.folder = evaluator, snapshots, folder
         self._workers, self._report = workers, report
 
-    def survey(self) -> dict[int, Survey]:
-        """Losses and curvature of all snapshots, by step."""
+    def complete(self, reference: float | str | None = None, curvature: bool = False) -> Trajectory:
+        """All snapshots, and the trajectory of them; arguments as those of `analyze`."""
+        surveys = self.survey()
+        scale = self.fix_scale(surveys)
+        # Before the sampling, so that a network too large for its rank is refused early.
+        beside = self.rank() if reference == "jacobian" else None
+        if isinstance(reference, float | int):
+            beside = Reference(float(reference), "value")
+        points = self.sample(surveys, scale)
+        if curvature:
+            points = {step: replace(points[step], **each.to_dict()) for step, each in self.sharpen().items()}
+        return self.finish(points, scale, beside)
+
+    def survey(self, among: Sequence[int] | None = None) -> dict[int, Survey]:
+        """Losses and curvature of snapshots, by step.
+
+        Args:
+            among: the steps wanted; None for all.
+        """
         return self.snapshots.replay(
             self.folder / _SURVEY_FILE,
             self.evaluator.rows,
@@ -157,6 +164,7 @@ class Analysis:
             lambda steps: Chunk("survey", steps),
             Survey.from_dict,
             lambda done, total: self._report("losses, curvature", done, total),
+            among,
         )
 
     def fix_scale(self, surveys: dict[int, Survey]) -> Scale:
@@ -165,23 +173,54 @@ class Analysis:
         Args:
             surveys: of all snapshots.
         """
-        evaluator = self.evaluator
-        scale = _fixed_scale(
-            self.folder, evaluator.settings, evaluator.task.n, evaluator.layout, list(surveys.values())
-        )
-        self.snapshots.run.publish(self.folder / SETTINGS_FILE)
-        return scale
+        kept = self.kept_scale()
+        if kept is not None:
+            return kept
+        nbeta, localization = self.choose_scale(surveys)
+        path, asked = self.folder / SETTINGS_FILE, self.evaluator.settings.to_dict()
+        write_json(path, {"asked": asked, "chosen": {"nbeta": nbeta, "localization": localization}})
+        self.snapshots.run.publish(path)
+        return nbeta, localization
 
-    def sample(self, surveys: dict[int, Survey], scale: Scale, among: Sequence[int] | None = None) -> dict[int, Point]:
+    def kept_scale(self) -> Scale | None:
+        """nβ and γ that were chosen before; None where none were."""
+        path = self.folder / SETTINGS_FILE
+        if not path.exists():
+            return None
+        kept = read_json(path)
+        try:
+            return float(kept["chosen"]["nbeta"]), float(kept["chosen"]["localization"])
+        except (KeyError, TypeError, ValueError) as failure:
+            raise RunError(
+                f"{path}: damaged ({failure}); remove the folder {self.folder} and analyse again."
+            ) from failure
+
+    def choose_scale(self, surveys: dict[int, Survey]) -> Scale:
+        """nβ and γ that these snapshots call for.
+
+        Args:
+            surveys: by step.
+        """
+        own = self.evaluator
+        return choose_scale(own.settings, own.task.n, own.layout, list(surveys.values()))
+
+    def sample(
+        self,
+        surveys: dict[int, Survey],
+        scale: Scale,
+        among: Sequence[int] | None = None,
+        journal: str = POINTS_FILE,
+    ) -> dict[int, Point]:
         """λ̂ by step.
 
         Args:
             surveys: of the same snapshots.
             scale: nβ and γ.
             among: the steps wanted; None for all.
+            journal: the file that keeps the results.
         """
         return self.snapshots.replay(
-            self.folder / _POINTS_FILE,
+            self.folder / journal,
             self.evaluator.together,
             self._workers,
             lambda steps: Chunk("sample", steps, tuple(surveys[step] for step in steps), scale),
@@ -189,6 +228,11 @@ class Analysis:
             lambda done, total: self._report("sampling", done, total),
             among,
         )
+
+    def sampled(self, journal: str = POINTS_FILE) -> dict[int, Point]:
+        """What a journal holds of the snapshots, by step."""
+        known = read_journal(self.folder / journal, Point.from_dict)
+        return {step: known[each] for step, each in self.snapshots.prints.items() if each in known}
 
     def sharpen(self) -> dict[int, Sharpness]:
         """Trace and top eigenvalue of the Hessian of all snapshots, by step."""
@@ -264,19 +308,3 @@ def _folder_name(run: Run, settings: SamplingSettings, task_name: str | None) ->
         data = read_metadata(run.root / layout.DATA_FILE).get("digests")
         content += [data, read_json(run.root / layout.PROGRAM_FILE)]
     return f"{settings.method}-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]}"
-
-
-def _fixed_scale(
-    folder: Path, settings: SamplingSettings, n: int, sampled: WeightLayout, surveys: list[Survey]
-) -> tuple[float, float]:
-    """nβ and γ of this analysis: chosen once, then kept, so that later snapshots are measured with the same."""
-    path = folder / SETTINGS_FILE
-    if path.exists():
-        kept = read_json(path)
-        try:
-            return float(kept["chosen"]["nbeta"]), float(kept["chosen"]["localization"])
-        except (KeyError, TypeError, ValueError) as failure:
-            raise RunError(f"{path}: damaged ({failure}); remove the folder {folder} and analyse again.") from failure
-    nbeta, localization = choose_scale(settings, n, sampled, surveys)
-    write_json(path, {"asked": settings.to_dict(), "chosen": {"nbeta": nbeta, "localization": localization}})
-    return nbeta, localization

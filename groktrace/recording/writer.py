@@ -120,11 +120,15 @@ class Writer:
             self._stopping = True
             self._changed.notify_all()
         self._thread.join()
+        try:
+            path = self._root / layout.RUN_FILE
+            # Who follows the recording learns from this, written last, that nothing more will come.
+            files.write_json(path, {**files.read_json(path), "closed": now()})
+            if self._remote is not None:
+                self._remote.send(path, forget=True)
+        except Exception as failure:
+            self.error = failure
         if self._remote is not None:
-            try:
-                self._remote.retry(forget=True)
-            except Exception as failure:
-                self.error = failure
             self.unsent = self._remote.close()
 
     def _work(self) -> None:

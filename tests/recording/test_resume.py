@@ -168,3 +168,21 @@ def test_a_program_of_other_data_does_not_stay(training, root, program):
     with pytest.warns(RuntimeWarning, match="--task package.module:factory"):
         record(training, root, 1, start_step=1)
     assert not (root / layout.PROGRAM_FILE).exists()
+
+
+def test_the_run_says_whether_it_is_closed(tmp_path):
+    model = nn.Linear(2, 1)
+    recorder = watch(model, out=tmp_path / "run", every=1)
+    recorder.step()
+    recorder.flush()
+    opened = open_run(tmp_path / "run")
+    assert not opened.closed
+    recorder.close()
+    assert opened.refreshed().closed
+    again = watch(model, out=tmp_path / "run", every=1, start_step=1)
+    assert not opened.refreshed().closed
+    again.step()
+    again.close()
+    after = opened.refreshed()
+    assert after.closed
+    assert [snapshot.step for snapshot in after.snapshots] == [0, 1, 2]
