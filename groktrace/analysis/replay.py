@@ -17,7 +17,7 @@ from groktrace.analysis.estimate import (
     make_settings,
     weight_layout,
 )
-from groktrace.analysis.evaluation import Survey, as_float, survey, training_loss
+from groktrace.analysis.evaluation import Survey, survey, training_loss
 from groktrace.analysis.journal import append_lines, exclusive, read_lines
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.reference import Reference, check_reference, jacobian_reference
@@ -30,6 +30,7 @@ from groktrace.run.store import Run, Snapshot, open_run
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import settle_chains
 from groktrace.sampling.chains import rows_per_stack
+from groktrace.sampling.network import as_float
 from groktrace.sampling.posterior import WeightLayout
 from groktrace.sampling.settings import SamplingSettings
 
@@ -92,6 +93,7 @@ def analyze(
     # A task of another network is refused here, before anything is written.
     _check_task(evaluated, first)
     loss = training_loss(evaluated, sampled, first, place)
+    del first  # a large network's weights are not held twice
     rows = rows_per_stack(loss)
     report = progress or (lambda phase, done, total: None)
     folder = run.root / layout.ANALYSIS_FOLDER / _folder_name(run, chosen, task_name)
@@ -271,7 +273,11 @@ def _check_task(task: Task, weights: dict[str, Tensor]) -> None:
     """Evaluate the loss once, so that a task of another network is refused in plain words."""
     try:
         with torch.no_grad():
-            task.forward({name: as_float(tensor) for name, tensor in weights.items()}, task.train.tensors)
+            named = {name: as_float(tensor) for name, tensor in weights.items()}
+            try:
+                task.forward(named, task.train.take(slice(0, 2)).tensors)
+            except Exception:  # some take one batch size only
+                task.forward(named, task.train.tensors)
     except TaskError:
         raise
     except Exception as failure:
