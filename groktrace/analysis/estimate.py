@@ -16,6 +16,7 @@ from groktrace.run.task import Task
 from groktrace.sampling.calibration import posterior_scale, settle_chains, step_size
 from groktrace.sampling.chains import Traces, sample
 from groktrace.sampling.diagnostics import standard_error
+from groktrace.sampling.large import sample_large
 from groktrace.sampling.posterior import StackedLoss, WeightLayout
 from groktrace.sampling.settings import SamplingSettings
 
@@ -93,18 +94,21 @@ def estimate_stack(
                 "the weights or the loss at the snapshot are not finite", settings, nbeta, localization
             )
     if usable:
-        surveys = [surveys[s] for s in usable]
-        stacked, anchors = stack_weights(loss, [weights[s] for s in usable])
-        traces = sample(
-            stacked,
-            anchors,
-            [about.step for about in surveys],
-            settings,
-            nbeta,
-            localization,
-            [settings.step_size or step_size(nbeta, localization, about.top_curvature) for about in surveys],
-            lambda so_far: _precise(so_far, settings.rtol),
-        )
+        surveys, weights = [surveys[s] for s in usable], [weights[s] for s in usable]
+        steps = [about.step for about in surveys]
+        sizes = [settings.step_size or step_size(nbeta, localization, about.top_curvature) for about in surveys]
+
+        def enough(so_far: Traces) -> bool:
+            return _precise(so_far, settings.rtol)
+
+        if loss.micro_batch is None:
+            stacked, anchors = stack_weights(loss, weights)
+            traces = sample(stacked, anchors, steps, settings, nbeta, localization, sizes, enough)
+        else:
+            traces = [
+                sample_large(loss, each, step, settings, nbeta, localization, size, enough)
+                for each, step, size in zip(weights, steps, sizes, strict=True)
+            ]
         for s, about, trace in zip(usable, surveys, traces, strict=True):
             estimates[s] = summarise(
                 trace,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from groktrace.analysis.estimate import estimate_stack, weight_layout
-from groktrace.analysis.evaluation import Survey, as_float, survey, training_loss
+from groktrace.analysis.evaluation import Survey, survey, training_loss
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.sharpness import Sharpness, measure_sharpness
 from groktrace.analysis.trajectory import Point
@@ -19,6 +19,7 @@ from groktrace.run.store import Run, Snapshot, open_run
 from groktrace.run.task import Task, load_factory
 from groktrace.sampling.calibration import settle_chains
 from groktrace.sampling.chains import rows_per_stack
+from groktrace.sampling.network import as_float
 from groktrace.sampling.posterior import WeightLayout
 from groktrace.sampling.settings import SamplingSettings
 
@@ -179,7 +180,11 @@ def _check_task(task: Task, weights: dict[str, Tensor]) -> None:
     """Evaluate the loss once, so that a task of another network is refused in plain words."""
     try:
         with torch.no_grad():
-            task.forward({name: as_float(tensor) for name, tensor in weights.items()}, task.train.tensors)
+            named = {name: as_float(tensor) for name, tensor in weights.items()}
+            try:
+                task.forward(named, task.train.take(slice(0, 2)).tensors)
+            except Exception:  # some take one batch size only
+                task.forward(named, task.train.tensors)
     except TaskError:
         raise
     except Exception as failure:

@@ -12,6 +12,8 @@ STEP_FRACTION = 1.0
 CURVATURE_SAFETY = 1.5
 # Chains start near equilibrium; of what they have to forget a relaxation time leaves e⁻².
 BURN_IN_RELAXATIONS = 1.0
+# Of chains that start at w*, where flat directions have no spread yet.
+COLD_BURN_IN_RELAXATIONS = 2.5
 # Draws of all chains together, at first; each chain takes one at least.
 DRAW_RELAXATIONS = 10.0
 MIN_DRAWS = 64
@@ -63,7 +65,9 @@ def step_size(nbeta: float, localization: float, top_curvature: float) -> float:
     return 2 * STEP_FRACTION / (CURVATURE_SAFETY * nbeta * top_curvature + localization)
 
 
-def run_length(settings: SamplingSettings, localization: float, epsilon: float) -> tuple[int, int]:
+def run_length(
+    settings: SamplingSettings, localization: float, epsilon: float, relaxations: float = BURN_IN_RELAXATIONS
+) -> tuple[int, int]:
     """Burn-in and first round of draws, in steps.
 
     A flat direction forgets its start in 2/(εγ) steps.
@@ -72,9 +76,10 @@ def run_length(settings: SamplingSettings, localization: float, epsilon: float) 
         settings: chains; burn_in and draws, where given.
         localization: γ.
         epsilon: ε.
+        relaxations: relaxation times of the flat directions to burn in for.
     """
     relaxation = 2 / (epsilon * localization)
-    burn_in = min(math.ceil(BURN_IN_RELAXATIONS * relaxation), MAX_STEPS // 2)
+    burn_in = min(math.ceil(relaxations * relaxation), MAX_STEPS // 2)
     share = max(1.0, DRAW_RELAXATIONS / settings.chains)
     draws = min(max(MIN_DRAWS, math.ceil(share * relaxation)), MAX_STEPS // 2)
     return (

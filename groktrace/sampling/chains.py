@@ -65,6 +65,13 @@ class Traces:
         return bool(torch.isfinite(self.excess).all() and torch.isfinite(self.pull).all())
 
 
+def cooled(traces: Traces) -> float:
+    """The step at which the noise of minibatches heats the chains no more than is wanted."""
+    if traces.heating <= WANTED_HEATING:
+        return traces.step_size
+    return traces.step_size * max(0.8 * WANTED_HEATING / traces.heating, MIN_COOLING)
+
+
 def rows_per_stack(loss: StackedLoss, batch_size: int | None = None) -> int:
     """How many chains are advanced at once: as many as fit the working set.
 
@@ -126,8 +133,8 @@ def sample(
                 halvings[s] += 1
             elif group.is_too_large(traces):
                 epsilon[s] = step_size(nbeta, localization, traces.curvature)
-            elif traces.heating > WANTED_HEATING:
-                epsilon[s] *= max(0.8 * WANTED_HEATING / traces.heating, MIN_COOLING)
+            else:
+                epsilon[s] = cooled(traces)
         pending = [s for s in pending if epsilon[s] != results[s].step_size]
         if not pending or settings.step_size is not None:
             break

@@ -65,6 +65,8 @@ class StackedLoss:
         vectorised: False for networks that cannot be stacked: rows are then evaluated one by one.
         row_bytes: memory that one row's gradient takes with all samples; None where it was not measured.
         separable: whether it was found to be a mean over samples of losses of single samples.
+        micro_batch: samples evaluated at once where networks are large and go alone, in place (`network`, `large`);
+            None where they are stacked.
         plans: recorded gradients by the shapes they take, shared by all losses made of this one.
     """
 
@@ -75,6 +77,7 @@ class StackedLoss:
     vectorised: bool = True
     row_bytes: int | None = None
     separable: bool = False
+    micro_batch: int | None = None
     plans: dict[Any, Plan | None] = field(default_factory=dict, repr=False, compare=False)
 
     @property
