@@ -122,6 +122,7 @@ def analyze(
     """Replay the snapshots of RUN into an LLC trajectory, find its phase transitions, write TensorBoard files."""
     from groktrace.analysis import replay
     from groktrace.analysis.grokking import measure_grokking
+    from groktrace.analysis.journal import exclusive
     from groktrace.analysis.temperature import temperature_curve_at
     from groktrace.analysis.transitions import find_transitions
     from groktrace.reporting import console
@@ -156,7 +157,8 @@ def analyze(
     from groktrace.reporting.tensorboard import COLOURS, SUFFIX, write_events
 
     logs = logdir or opened.root / layout.TENSORBOARD_FOLDER
-    write_events(trajectory, transitions, grokking, logs)
+    with exclusive(opened.root / layout.ANALYSIS_FOLDER, wait=True):
+        write_events(trajectory, transitions, grokking, logs)
     if logdir is None:
         opened.publish_folder(logs, SUFFIX)
     _print(as_json, trajectory, transitions, grokking, console.transitions_table)

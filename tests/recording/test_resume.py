@@ -168,3 +168,20 @@ def test_a_program_of_other_data_does_not_stay(training, root, program):
     with pytest.warns(RuntimeWarning, match="--task package.module:factory"):
         record(training, root, 1, start_step=1)
     assert not (root / layout.PROGRAM_FILE).exists()
+
+
+def test_a_recording_that_was_killed_while_it_began_is_begun_anew(make_training, root):
+    record(make_training(), root, 1)
+    (root / layout.RUN_FILE).unlink()
+    for path in (root / layout.WEIGHTS_FOLDER).iterdir():
+        path.unlink()
+    (root / layout.WEIGHTS_FOLDER).rmdir()
+    torn = root / f"{files.TEMPORARY_PREFIX}-{layout.RUN_FILE}-1"
+    torn.touch()
+    os.utime(torn, (0, 0))
+    assert record(make_training(), root, 2) == [0, 2]
+    assert not torn.exists()
+    (root / "thesis.tex").touch()
+    (root / layout.RUN_FILE).unlink()
+    with pytest.raises(SettingsError, match="is not a groktrace run"):
+        record(make_training(), root, 2)
