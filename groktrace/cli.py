@@ -93,6 +93,7 @@ def _number_or(word: str) -> Callable[[click.Context, click.Parameter, str | Non
 )
 @click.option("--curvature", is_flag=True, help="Also measure trace and top eigenvalue of the loss's Hessian.")
 @click.option("--device", help="Where to compute, such as cpu or cuda:0; a GPU where there is one.")
+@click.option("--adaptive", is_flag=True, help="Sample at most a tenth of the snapshots: those that date transitions.")
 @click.option("--follow", is_flag=True, help="Analyse snapshots as they appear, until the recording is closed.")
 @click.option("--timeout", type=float, help="With --follow: seconds without a new snapshot until it ends [none].")
 @click.option("--jobs", type=click.IntRange(1), default=1, help="Processes on this machine, which share its cores [1].")
@@ -121,6 +122,7 @@ def analyze(
     logdir: Path | None,
     reference: float | str | None,
     curvature: bool,
+    adaptive: bool,
     follow: bool,
     timeout: float | None,
     jobs: int,
@@ -148,6 +150,8 @@ def analyze(
         torch.set_num_threads(threads)
     if timeout is not None and not follow:
         raise click.UsageError("--timeout goes with --follow")
+    if adaptive and follow:
+        raise click.UsageError("--adaptive takes a finished recording, --follow one that goes on")
     chosen = {name: value for name, value in given.items() if value not in (None, ())}
     settings = replace(PAPER if preset == "paper" else SamplingSettings(), **chosen)
     if follow and isinstance(run, Path):
@@ -157,8 +161,10 @@ def analyze(
         sys.path.insert(0, os.getcwd())
     loaded = None if task is None else load_factory(task)
     if curve_step is not None:
-        if reference is not None or curvature or follow:
-            raise click.UsageError("--temperature-curve takes neither --reference nor --curvature nor --follow")
+        if reference is not None or curvature or follow or adaptive:
+            raise click.UsageError(
+                "--temperature-curve takes neither --reference nor --curvature nor --follow nor --adaptive"
+            )
         _print_curve(temperature_curve_at(opened, curve_step, task=loaded, device=device, **chosen), as_json)
         return
 
@@ -175,7 +181,7 @@ def analyze(
             trajectory = show_events(events, write_logs, as_json, sys.stdout)
         else:
             report = held.enter_context(_Phases()).report
-            more = {"progress": report, "reference": reference, "curvature": curvature}
+            more = {"progress": report, "reference": reference, "curvature": curvature, "adaptive": adaptive}
             trajectory = replay.analyze(opened, **where, **more, **settings.to_dict())
     transitions, grokking = write_logs(trajectory)
     _print(as_json, trajectory, transitions, grokking, console.transitions_table)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from groktrace.analysis.adaptive import sample_adaptively
 from groktrace.analysis.estimate import choose_device, choose_scale, make_settings
 from groktrace.analysis.evaluation import Survey
 from groktrace.analysis.evaluator import Chunk, Evaluator, Recipe, run_layout
@@ -47,6 +48,7 @@ def analyze(
     progress: Progress | None = None,
     reference: float | Literal["jacobian"] | None = None,
     curvature: bool = False,
+    adaptive: bool = False,
     jobs: int = 1,
     executor: Executor | None = None,
     **settings: Any,
@@ -65,6 +67,8 @@ def analyze(
         reference: a value of λ to show beside the trajectory; "jacobian" for half the rank of the Jacobian of the
             outputs on the training samples, at the last snapshot.
         curvature: whether to measure trace and top eigenvalue of the training loss's Hessian at each snapshot.
+        adaptive: whether to sample only a coarse subset of the snapshots, and those that date its transitions: a tenth
+            of all at most, or 128. Losses and curvature are still measured at all, since they fix nβ and γ.
         jobs: processes on this machine, which share this one's threads. A script that asks for more than one needs
             `if __name__ == "__main__":`, as with all of Python's multiprocessing.
         executor: instead of `jobs`, takes the work in pieces of some snapshots; its processes must reach the run
@@ -82,7 +86,7 @@ def analyze(
     check_reference(reference)
     chosen = make_settings(settings)
     with open_analysis(run, chosen, task, task_name, device, progress, jobs, executor) as analysis:
-        return analysis.complete(reference, curvature)
+        return analysis.complete(reference, curvature, adaptive)
 
 
 @contextlib.contextmanager
@@ -138,7 +142,9 @@ class Analysis:
         self.evaluator, self.snapshots, self.folder = evaluator, snapshots, folder
         self._workers, self._report = workers, report
 
-    def complete(self, reference: float | str | None = None, curvature: bool = False) -> Trajectory:
+    def complete(
+        self, reference: float | str | None = None, curvature: bool = False, adaptive: bool = False
+    ) -> Trajectory:
         """All snapshots, and the trajectory of them; arguments as those of `analyze`."""
         surveys = self.survey()
         scale = self.fix_scale(surveys)
@@ -146,9 +152,10 @@ class Analysis:
         beside = self.rank() if reference == "jacobian" else None
         if isinstance(reference, float | int):
             beside = Reference(float(reference), "value")
-        points = self.sample(surveys, scale)
+        points = self._sample_some(surveys, scale) if adaptive else self.sample(surveys, scale)
         if curvature:
-            points = {step: replace(points[step], **each.to_dict()) for step, each in self.sharpen().items()}
+            found = self.sharpen(sorted(points))
+            points = {step: replace(points[step], **each.to_dict()) for step, each in found.items()}
         return self.finish(points, scale, beside)
 
     def survey(self, among: Sequence[int] | None = None) -> dict[int, Survey]:
@@ -210,6 +217,7 @@ class Analysis:
         scale: Scale,
         among: Sequence[int] | None = None,
         journal: str = POINTS_FILE,
+        phase: str | None = "sampling",
     ) -> dict[int, Point]:
         """λ̂ by step.
 
@@ -218,6 +226,7 @@ class Analysis:
             scale: nβ and γ.
             among: the steps wanted; None for all.
             journal: the file that keeps the results.
+            phase: what to call it in reports; None for no reports.
         """
         return self.snapshots.replay(
             self.folder / journal,
@@ -225,17 +234,31 @@ class Analysis:
             self._workers,
             lambda steps: Chunk("sample", steps, tuple(surveys[step] for step in steps), scale),
             Point.from_dict,
-            lambda done, total: self._report("sampling", done, total),
+            lambda done, total: self._report(phase, done, total) if phase is not None else None,
             among,
         )
+
+    def _sample_some(self, surveys: dict[int, Survey], scale: Scale) -> dict[int, Point]:
+        def report(done: int, total: int) -> None:
+            self._report("sampling", done, total)
+
+        def measure(wanted: list[int]) -> dict[int, Point]:
+            return self.sample(surveys, scale, wanted, phase=None)
+
+        steps = [step for step in surveys if step in self.snapshots.prints]
+        return sample_adaptively(steps, measure, report, self.evaluator.task.n)
 
     def sampled(self, journal: str = POINTS_FILE) -> dict[int, Point]:
         """What a journal holds of the snapshots, by step."""
         known = read_journal(self.folder / journal, Point.from_dict)
         return {step: known[each] for step, each in self.snapshots.prints.items() if each in known}
 
-    def sharpen(self) -> dict[int, Sharpness]:
-        """Trace and top eigenvalue of the Hessian of all snapshots, by step."""
+    def sharpen(self, among: Sequence[int]) -> dict[int, Sharpness]:
+        """Trace and top eigenvalue of the Hessian, by step.
+
+        Args:
+            among: the steps wanted.
+        """
         return self.snapshots.replay(
             self.folder / _SHARPNESS_FILE,
             self.evaluator.rows,
@@ -243,6 +266,7 @@ class Analysis:
             lambda steps: Chunk("sharpen", steps),
             Sharpness.from_dict,
             lambda done, total: self._report("Hessian", done, total),
+            among,
         )
 
     def rank(self) -> Reference | None:
