@@ -189,13 +189,15 @@ def analyze(
 def _write_logs(trajectory: Any, opened: Any, logdir: Path | None) -> tuple[Any, Any]:
     """Write TensorBoard's files; returns the transitions and the grokking that they show."""
     from groktrace.analysis.grokking import measure_grokking
+    from groktrace.analysis.journal import exclusive
     from groktrace.analysis.transitions import find_transitions
     from groktrace.reporting.tensorboard import SUFFIX, write_events
     from groktrace.run import layout
 
     transitions, grokking = find_transitions(trajectory), measure_grokking(trajectory)
     logs = logdir or opened.root / layout.TENSORBOARD_FOLDER
-    write_events(trajectory, transitions, grokking, logs)
+    with exclusive(opened.root / layout.ANALYSIS_FOLDER, wait=True):
+        write_events(trajectory, transitions, grokking, logs)
     if logdir is None:
         opened.publish_folder(logs, SUFFIX)
     return transitions, grokking

@@ -221,7 +221,10 @@ def _check_folder(place: Path | str, root: Path, specs: dict[str, WeightSpec], s
         return
     path = root / layout.RUN_FILE
     if not path.exists():
-        if any(not entry.name.startswith(files.TEMPORARY_PREFIX) for entry in root.iterdir()):
+        # A recording that was killed while it began has left what it writes before run.json.
+        begun = {layout.DATA_FILE, layout.PROGRAM_FILE}
+        names = {entry.name for entry in root.iterdir() if not entry.name.startswith(files.TEMPORARY_PREFIX)}
+        if names - begun:
             raise SettingsError(f"out: '{place}' holds files, but is not a groktrace run; choose another out=.")
         return
     known = check_info(files.read_json(path), path)

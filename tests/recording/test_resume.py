@@ -186,3 +186,20 @@ def test_the_run_says_whether_it_is_closed(tmp_path):
     after = opened.refreshed()
     assert after.closed
     assert [snapshot.step for snapshot in after.snapshots] == [0, 1, 2]
+
+
+def test_a_recording_that_was_killed_while_it_began_is_begun_anew(make_training, root):
+    record(make_training(), root, 1)
+    (root / layout.RUN_FILE).unlink()
+    for path in (root / layout.WEIGHTS_FOLDER).iterdir():
+        path.unlink()
+    (root / layout.WEIGHTS_FOLDER).rmdir()
+    torn = root / f"{files.TEMPORARY_PREFIX}-{layout.RUN_FILE}-1"
+    torn.touch()
+    os.utime(torn, (0, 0))
+    assert record(make_training(), root, 2) == [0, 2]
+    assert not torn.exists()
+    (root / "thesis.tex").touch()
+    (root / layout.RUN_FILE).unlink()
+    with pytest.raises(SettingsError, match="is not a groktrace run"):
+        record(make_training(), root, 2)
