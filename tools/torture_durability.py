@@ -1,18 +1,14 @@
 """Kills and failing disks: what a recording and an analysis have to outlive."""
 
-import hashlib
-import json
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,43 +16,16 @@ from typing import Any
 
 import click
 import torch
-from click.testing import CliRunner
 from torch import nn
+from torture_common import Tally, forked, seed_option, trials_option
 
 import groktrace
-from groktrace.cli import main as command_line
-from groktrace.recording import writer
+from groktrace.recording import prepare, writer
 from groktrace.run import files, layout
 
 SIZES = {"small": 40, "large": 400}  # 6 kB and 640 kB a snapshot: queued, and written at once
-FEW = ("--chains", "2", "--burn-in", "10", "--draws", "20")
 CALLS = ("write", "fsync", "rename")
 TMPFS_BYTES = 16 * 2**20
-
-_trials = click.option("--trials", type=int, help="How many times, instead of what the table in the README has.")
-_seed = click.option("--seed", default=0, show_default=True, help="Of the random moments.")
-
-
-class Tally:
-    """Counts what was tried, and what failed."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.counts: Counter[str] = Counter()
-        self.failures: list[str] = []
-
-    def expect(self, true: bool, what: str) -> None:
-        """Note a failure, unless it is true."""
-        if not true:
-            self.failures.append(what)
-            click.echo(f"FAILED: {what}", err=True)
-
-    def finish(self) -> None:
-        """Print the counts; exit code 1 where something failed."""
-        counts = ", ".join(f"{count} {name}" for name, count in self.counts.items())
-        click.echo(f"{self.what}: {counts}; {len(self.failures)} failures")
-        if self.failures:
-            sys.exit(1)
 
 
 class Training:
@@ -114,23 +83,20 @@ def resume(tally: Tally, root: Path, width: int, last: int | None, name: str) ->
 
 
 def warm_up() -> None:
-    """Do once what takes seconds in each new process, so that copies of this one need not."""
+    """Do once what takes seconds in each new process, the tracing above all, so that copies of this one need not."""
     torch.set_num_threads(1)
+    trace, traced = prepare._trace, {}
+
+    def trace_once(forward: Any, batch: Any) -> Any:
+        shape = batch.tensors[0].shape
+        if shape not in traced:
+            traced[shape] = trace(forward, batch)
+        return traced[shape]
+
+    prepare._trace = trace_once
     with tempfile.TemporaryDirectory() as scratch:
-        Training(2).watch(Path(scratch) / "run").close()
-
-
-def forked(action: Callable[[], Any]) -> int:
-    """The process that runs the action in a copy of this one, and ends with 0 unless it raises."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            action()
-            code = 0
-        finally:
-            os._exit(code)
-    return child
+        for size, width in SIZES.items():
+            Training(width).watch(Path(scratch) / size).close()
 
 
 def record_forever(root: Path, width: int) -> None:
@@ -164,8 +130,8 @@ def kill_at_call(strace: str, child: int, call: str, number: int) -> bool:
 
 
 @click.command()
-@_trials
-@_seed
+@trials_option
+@seed_option
 def kill(trials: int | None, seed: int) -> None:
     """SIGKILL a recording: at random moments, and, with strace, at random calls of write, fsync and rename."""
     warm_up()
@@ -187,7 +153,7 @@ def kill(trials: int | None, seed: int) -> None:
             else:
                 name = f"trial {trial}, {size}, by the clock"
                 os.kill(child, signal.SIGCONT)
-                time.sleep(draw.uniform(0, 2.0))
+                time.sleep(draw.uniform(0, 1.5))
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 tally.counts["kills by the clock"] += 1
@@ -199,8 +165,8 @@ def kill(trials: int | None, seed: int) -> None:
 
 
 @click.command()
-@_trials
-@_seed
+@trials_option
+@seed_option
 def signals(trials: int | None, seed: int) -> None:
     """SIGTERM, Ctrl-C and an exception in the loop at random moments: all that was taken is written, nothing else."""
     warm_up()
@@ -389,118 +355,4 @@ def disk() -> None:
         tally.expect(verify(tally, Path(scratch) / "run", "slow disk") == 8, "slow disk: snapshots were dropped")
         tally.expect([("training waits" in str(each.message)) for each in told] == [True], "slow disk: not told once")
         tally.counts["slow disks"] += 1
-    tally.finish()
-
-
-def record_small_run(root: Path, steps: int = 24) -> None:
-    """A classifier's training, to be analysed."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    x, y = torch.randn(60, 4), torch.randint(0, 3, (60,))
-    with groktrace.watch(model, optimizer, train=(x, y), loss="cross_entropy", out=root, every=1):
-        for _ in range(steps):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-
-
-def analysed(root: Path) -> dict[str, str]:
-    """What an analysis leaves, by name of the file; a digest each."""
-    found = {}
-    for path in sorted((root / layout.ANALYSIS_FOLDER).rglob("*")):
-        if path.is_file() and path.name != ".lock":
-            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
-
-
-def run_analysis(root: Path) -> str:
-    """The command, in this process; what it prints."""
-    result = CliRunner().invoke(command_line, ["analyze", str(root), "--json", *FEW])
-    if result.exit_code not in (0, 3):
-        raise SystemExit(f"groktrace analyze: {result.exit_code}: {result.output}")
-    return result.stdout
-
-
-@click.command()
-@_trials
-@_seed
-def analyze(trials: int | None, seed: int) -> None:
-    """SIGKILL an analysis at random moments and start it again; two at once; one beside a recording."""
-    from groktrace.sampling import chains
-
-    torch.set_num_threads(1)
-    chains.WORKING_SET_BYTES["cpu"] = 2**18  # many stacks, so that there is something to interrupt
-    trials, draw, tally = trials or 100, random.Random(seed), Tally("kill -9 of an analysis")
-    with tempfile.TemporaryDirectory() as scratch:
-        source, root = Path(scratch) / "source", Path(scratch) / "run"
-        record_small_run(source)
-
-        def fresh() -> None:
-            shutil.rmtree(root, ignore_errors=True)
-            shutil.copytree(source, root)
-
-        fresh()
-        run_analysis(root)  # what is done once in a process is done
-        fresh()
-        began = time.perf_counter()
-        printed, whole = run_analysis(root), None
-        seconds, whole = time.perf_counter() - began, analysed(root)
-        for trial in range(trials):
-            fresh()
-            child = forked(lambda: run_analysis(root))
-            time.sleep(draw.uniform(0, seconds))
-            os.kill(child, signal.SIGKILL)
-            tally.counts["kills"] += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-            before = analysed(root)
-            tally.counts["before any result"] += not before
-            tally.counts["after the last"] += before == whole
-            tally.expect(run_analysis(root) == printed, f"trial {trial}: printed something else")
-            tally.expect(analysed(root) == whole, f"trial {trial}: other files than without the kill")
-            tally.expect(not list(root.glob("analysis/**/.tmp*")), f"trial {trial}: leftovers")
-
-        for trial in range(max(1, trials // 10)):
-            fresh()
-            first = forked(lambda: run_analysis(root))
-            time.sleep(draw.uniform(0, seconds))
-            second = CliRunner().invoke(command_line, ["analyze", str(root), "--json", *FEW])
-            held = f"another analysis (process {first} " in second.stderr
-            tally.expect(held or second.stdout == printed, f"two at once, {trial}: {second.output}")
-            tally.expect(
-                os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == 0, f"two at once, {trial}: the first failed"
-            )
-            tally.expect(analysed(root) == whole, f"two at once, {trial}: other files")
-            tally.counts["second analyses refused" if held else "second analyses after the first"] += 1
-
-        shutil.rmtree(root)
-        recording = forked(lambda: record_small_run(root, 400))
-        while not layout.snapshot_steps(root):
-            time.sleep(0.001)
-        for _ in range(3):
-            steps = [point["step"] for point in json.loads(run_analysis(root))["trajectory"]]
-            tally.expect(steps == list(range(len(steps))), f"beside a recording: {steps}")
-            tally.counts["analyses beside a recording"] += 1
-        os.kill(recording, signal.SIGKILL)
-        os.waitpid(recording, 0)
-    tally.finish()
-
-
-@click.command()
-def network() -> None:
-    """Record and analyse where every socket is refused."""
-    tally = Tally("without a network")
-
-    class Refused(socket.socket):
-        def __init__(self, *_: Any, **__: Any) -> None:
-            raise AssertionError("a socket was opened")
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("an address was looked up")
-
-    socket.socket, socket.getaddrinfo, socket.create_connection = Refused, refuse, refuse
-    with tempfile.TemporaryDirectory() as scratch:
-        record_small_run(Path(scratch) / "run")
-        steps = json.loads(run_analysis(Path(scratch) / "run"))["trajectory"]
-        tally.expect(len(steps) == 25, f"{len(steps)} snapshots analysed")
-        tally.counts["snapshots recorded and analysed"] += len(steps)
     tally.finish()
