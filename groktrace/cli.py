@@ -49,16 +49,16 @@ _run = click.argument("run", callback=lambda ctx, parameter, value: value if ":/
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 
 
-def _number_or(word: str) -> Callable[[click.Context, click.Parameter, str | None], float | str | None]:
-    """A callback for an option that takes a number, or this word."""
+def _number_or(*words: str) -> Callable[[click.Context, click.Parameter, str | None], float | str | None]:
+    """A callback for an option that takes a number, or one of these words."""
 
     def parse(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
-        if value is None or value == word:
+        if value is None or value in words:
             return value
         try:
             return float(value)
         except ValueError:
-            raise click.BadParameter(f"expected a number or '{word}', got '{value}'") from None
+            raise click.BadParameter(f"expected a number or {' or '.join(map(repr, words))}, got '{value}'") from None
 
     return parse
 
@@ -72,10 +72,17 @@ def _number_or(word: str) -> Callable[[click.Context, click.Parameter, str | Non
     show_default=True,
     help="auto: settings found from the run; paper: the published SGLD settings.",
 )
-@click.option("--nbeta", callback=_number_or("wbic"), metavar="F|wbic", help="Inverse temperature times sample count.")
+@click.option(
+    "--nbeta",
+    callback=_number_or("wbic", "curvature"),
+    metavar="F|wbic|curvature",
+    help="Inverse temperature times sample count; curvature: at each snapshot from --resolution.",
+)
 @click.option("--localization", type=float, help="Strength of the pull towards the snapshot.")
 @click.option("--locality", type=float, help="Wanted distance of the chains, relative to the weights' norm [0.3].")
-@click.option("--resolution", type=float, help="Curvatures down to h_max/resolution count [10].")
+@click.option(
+    "--resolution", type=float, help="Curvatures down to h_max/resolution count [10; 100 where nβ follows h_max]."
+)
 @click.option("--method", type=click.Choice(["averaged", "sgld"]), help="Sampler [averaged].")
 @click.option("--chains", type=int, help="Independent chains a snapshot [2; up to 16 for small networks].")
 @click.option("--draws", type=int, help="Draws a chain; grows until --rtol is met where not given.")

@@ -198,8 +198,8 @@ def test_a_task_of_ones_own(small_run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--nbeta", "-3"], 1, "nbeta: expected a positive number or 'wbic', got -3.0"),
-        (["--nbeta", "warm"], 2, "expected a number or 'wbic', got 'warm'"),
+        (["--nbeta", "-3"], 1, "nbeta: expected a positive number or 'wbic' or 'curvature', got -3.0"),
+        (["--nbeta", "warm"], 2, "expected a number or 'wbic' or 'curvature', got 'warm'"),
         (["--rtol", "0"], 1, "rtol: expected a positive number, got 0.0"),
         (["--method", "sgld"], 1, "'sgld' takes its settings as given"),
         (["--device", "tpu9"], 1, "device: 'tpu9' cannot be used here"),

@@ -17,7 +17,7 @@ from groktrace.analysis.trajectory import Point
 from groktrace.errors import SnapshotError, TaskError
 from groktrace.run.store import Run, Snapshot, open_run
 from groktrace.run.task import Task, load_factory
-from groktrace.sampling.calibration import settle_chains
+from groktrace.sampling.calibration import Scale, settle_chains
 from groktrace.sampling.chains import rows_per_stack
 from groktrace.sampling.network import as_float
 from groktrace.sampling.posterior import WeightLayout
@@ -41,7 +41,7 @@ class Chunk:
     phase: Literal["survey", "sample", "sharpen"]
     steps: tuple[int, ...]
     surveys: tuple[Survey, ...] = ()
-    scale: tuple[float, float] | None = None
+    scale: Scale | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Evaluator:
         known = {each.step: each for each in chunk.surveys}
         about = [known[snapshot.step] for snapshot, _ in group]
         weights = [weights for _, weights in group]
-        estimates = estimate_stack(self.loss, weights, about, self.settings, *chunk.scale, self.task.n)
+        estimates = estimate_stack(self.loss, weights, about, self.settings, chunk.scale, self.task.n)
         return [
             _point(snapshot, each, estimate)
             for (snapshot, _), each, estimate in zip(group, about, estimates, strict=True)
@@ -209,5 +209,10 @@ def _point(snapshot: Snapshot, about: Survey, estimate: LLCEstimate) -> Point:
         about.val_loss,
         about.val_accuracy,
         snapshot.metrics(),
-        {**estimate.diagnostics, "top_curvature": about.top_curvature, "norm": about.norm_squared**0.5},
+        {
+            **estimate.diagnostics,
+            "top_curvature": about.top_curvature,
+            "norm": about.norm_squared**0.5,
+            "nbeta": estimate.nbeta,
+        },
     )

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from groktrace.analysis.evaluation import Survey
-from groktrace.analysis.replay import POINTS_FILE, Analysis, Scale
+from groktrace.analysis.replay import POINTS_FILE, Analysis
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.analysis.transitions import Transition, find_transitions
 from groktrace.errors import RunError, SettingsError
 from groktrace.run import layout
 from groktrace.run.files import read_json, write_json
+from groktrace.sampling.calibration import Scale
 
 LIVE_FILE = "live.json"
 POLL_SECONDS = 1.0
@@ -27,6 +28,7 @@ class Scaled:
 
     nbeta: float
     localization: float
+    curvature: float | None
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,10 @@ def _scale(analysis: Analysis, surveys: dict[int, Survey], current: Scale | None
         wanted = analysis.choose_scale(surveys)
     except SettingsError:  # nothing finite, or no curvature yet
         return current
-    if current is None or any(max(a / b, b / a) > RESCALE for a, b in zip(wanted, current, strict=True)):
+    if current is None or (wanted.curvature is None) != (current.curvature is None):
         return wanted
-    return current
+    moved = any(max(a / b, b / a) > RESCALE for a, b in zip(wanted[:2], current[:2], strict=True))
+    return wanted if moved else current
 
 
 def _given(analysis: Analysis) -> bool:
@@ -176,7 +179,7 @@ class _Live:
         if path.exists():
             kept = read_json(path)
             try:
-                self.scale = None if kept["scale"] is None else (float(kept["scale"][0]), float(kept["scale"][1]))
+                self.scale = None if kept["scale"] is None else Scale.from_dict(kept["scale"])
                 self._said = [(Transition(**each["transition"]), bool(each["stands"])) for each in kept["said"]]
             except (KeyError, TypeError, ValueError, IndexError) as failure:
                 raise RunError(f"{path}: damaged ({failure}); remove the file to follow anew.") from failure
@@ -214,7 +217,7 @@ class _Live:
 
     def _save(self) -> None:
         said = [{"transition": asdict(each), "stands": stands} for each, stands in self._said]
-        write_json(self._path, {"scale": None if self.scale is None else [*self.scale], "said": said})
+        write_json(self._path, {"scale": None if self.scale is None else self.scale._asdict(), "said": said})
 
 
 def _overlap(a: Transition, b: Transition) -> bool:

@@ -26,6 +26,7 @@ from groktrace.run import layout
 from groktrace.run.files import read_json, read_metadata, write_json
 from groktrace.run.store import Run, open_run
 from groktrace.run.task import Task
+from groktrace.sampling.calibration import Scale, resolution
 from groktrace.sampling.settings import SamplingSettings
 
 TRAJECTORY_FILE = "trajectory.json"
@@ -36,7 +37,6 @@ _SHARPNESS_FILE = "sharpness.jsonl"
 _REFERENCE_FILE = "reference.jsonl"
 
 Progress = Callable[[str, int, int], None]
-Scale = tuple[float, float]
 
 
 def analyze(
@@ -183,11 +183,11 @@ class Analysis:
         kept = self.kept_scale()
         if kept is not None:
             return kept
-        nbeta, localization = self.choose_scale(surveys)
+        scale = self.choose_scale(surveys)
         path, asked = self.folder / SETTINGS_FILE, self.evaluator.settings.to_dict()
-        write_json(path, {"asked": asked, "chosen": {"nbeta": nbeta, "localization": localization}})
+        write_json(path, {"asked": asked, "chosen": scale._asdict()})
         self.snapshots.run.publish(path)
-        return nbeta, localization
+        return scale
 
     def kept_scale(self) -> Scale | None:
         """nβ and γ that were chosen before; None where none were."""
@@ -196,7 +196,7 @@ class Analysis:
             return None
         kept = read_json(path)
         try:
-            return float(kept["chosen"]["nbeta"]), float(kept["chosen"]["localization"])
+            return Scale.from_dict(kept["chosen"])
         except (KeyError, TypeError, ValueError) as failure:
             raise RunError(
                 f"{path}: damaged ({failure}); remove the folder {self.folder} and analyse again."
@@ -298,14 +298,17 @@ class Analysis:
         trajectory = Trajectory(
             tuple(points[step] for step in sorted(points)),
             n=self.evaluator.task.n,
-            nbeta=scale[0],
-            localization=scale[1],
-            resolution=settings.resolution if settings.nbeta is None else None,
+            nbeta=scale.nbeta if scale.curvature is None else None,
+            localization=scale.localization,
+            resolution=resolution(settings, scale.curvature is not None)
+            if settings.nbeta in (None, "curvature")
+            else None,
             locality=settings.locality if settings.localization is None else None,
             method=settings.method,
             run=run.name,
             unreadable=tuple(self.snapshots.unreadable),
             reference=beside,
+            weight_decay=run.weight_decay,
         )
         trajectory.save(self.folder / TRAJECTORY_FILE)
         run.publish(self.folder / TRAJECTORY_FILE)

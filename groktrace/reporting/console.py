@@ -178,6 +178,7 @@ def settings_line(trajectory: Trajectory) -> str:
         f"{len(trajectory.points)} snapshot{'' if len(trajectory.points) == 1 else 's'}",
         f"n = {trajectory.n}" if trajectory.n is not None else None,
         f"method {trajectory.method}" if trajectory.method else None,
+        "nβ follows each snapshot's curvature" if trajectory.follows_curvature else None,
         f"nβ = {number(trajectory.nbeta)}" if trajectory.nbeta is not None else None,
         f"γ = {number(trajectory.localization)}" if trajectory.localization is not None else None,
         f"resolution {trajectory.resolution:g}" if trajectory.resolution is not None else None,

@@ -66,7 +66,8 @@ def as_text(event: Scaled | Point | Announcement | Ended) -> str:
         event: of `groktrace.analysis.follow.follow`.
     """
     if isinstance(event, Scaled):
-        return f"measuring at nβ = {number(event.nbeta)}, γ = {number(event.localization)}"
+        follows = "" if event.curvature is None else " where the top curvature is " + number(event.curvature)
+        return f"measuring at nβ = {number(event.nbeta)}{follows}, γ = {number(event.localization)}"
     if isinstance(event, Ended):
         return f"{'recording closed' if event.why == 'closed' else 'no new snapshot for too long'}; the whole run:\n"
     if isinstance(event, Point):

@@ -140,6 +140,15 @@ class Run:
         """Whether the recording said at its end that nothing more will come; one that was killed never does."""
         return self.info.get("closed") is not None
 
+    @property
+    def weight_decay(self) -> bool | None:
+        """Whether any of the optimizer's groups decays its weights; None where that is not known."""
+        try:
+            decays = [group["weight_decay"] for group in self.info["optimizer"]["groups"]]
+        except (KeyError, TypeError):
+            return None
+        return any(isinstance(decay, int | float) and decay > 0 for decay in decays)
+
     def refreshed(self) -> "Run":
         """The run as it is now.
 

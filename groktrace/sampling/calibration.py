@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 from groktrace.errors import SettingsError
 from groktrace.sampling.settings import SamplingSettings
 
+RESOLUTION, FOLLOWING_RESOLUTION = 10.0, 100.0
 # ε = 2c/(s·nβ·h_max + γ), with s because curvature grows off the minimum and Lanczos iteration comes from below. At
 # c = 1 a direction of curvature s·h_max forgets its start in one step; twice that is where it becomes unstable.
 STEP_FRACTION = 1.0
@@ -23,9 +25,54 @@ STACKED_WEIGHTS = 2**14
 MIN_CHAINS, MAX_CHAINS = 2, 16
 
 
+class Scale(NamedTuple):
+    """Where the posterior of a run's snapshots is measured.
+
+    Attributes:
+        nbeta: nβ.
+        localization: γ.
+        curvature: where nβ follows the snapshots' top curvature h_max, the one that `nbeta` belongs to: others are
+            measured at nβ·curvature/h_max. None where one nβ serves all.
+    """
+
+    nbeta: float
+    localization: float
+    curvature: float | None = None
+
+    @classmethod
+    def from_dict(cls, value: Any) -> "Scale":
+        """The inverse of `_asdict`.
+
+        Raises:
+            KeyError: a value is missing.
+            TypeError: it is not a dict of numbers.
+            ValueError: a value is not positive.
+        """
+        top = value["curvature"]
+        found = cls(float(value["nbeta"]), float(value["localization"]), None if top is None else float(top))
+        if not all(number is None or 0 < number < math.inf for number in found):
+            raise ValueError(f"expected positive numbers, got {value}")
+        return found
+
+
+def resolution(settings: SamplingSettings, follow: bool) -> float:
+    """κ.
+
+    Args:
+        settings: resolution, where given.
+        follow: whether nβ follows each snapshot's curvature.
+    """
+    return settings.resolution or (FOLLOWING_RESOLUTION if follow else RESOLUTION)
+
+
 def posterior_scale(
-    settings: SamplingSettings, n: int, dimension: int, norm_squared: float, top_curvature: float
-) -> tuple[float, float]:
+    settings: SamplingSettings,
+    n: int,
+    dimension: int,
+    norm_squared: float,
+    top_curvature: float,
+    follow: bool = False,
+) -> Scale:
     """nβ and γ: as given, or from the two scale-free dials.
 
     γ = D/(ρ²‖w*‖²), so that the flat directions spread to E‖w − w*‖ ≈ ρ‖w*‖; nβ = κγ/h_max, so that curvatures down
@@ -37,6 +84,7 @@ def posterior_scale(
         dimension: D.
         norm_squared: typical ‖w*‖² after memorisation.
         top_curvature: typical h_max after memorisation.
+        follow: whether nβ follows each snapshot's curvature.
 
     Returns:
         nβ and γ.
@@ -52,12 +100,13 @@ def posterior_scale(
     if settings.nbeta == "wbic":
         if n < 2:
             raise SettingsError(f"nbeta: 'wbic' is n/log n and needs at least 2 samples, got {n}; give a number.")
-        return n / math.log(n), localization
-    if settings.nbeta is not None:
-        return float(settings.nbeta), float(localization)
+        return Scale(n / math.log(n), localization)
+    if settings.nbeta not in (None, "curvature"):
+        return Scale(float(settings.nbeta), float(localization))
     if not top_curvature > 0:
         raise SettingsError("nbeta: cannot be derived where the loss has no curvature; give a number.")
-    return settings.resolution * localization / top_curvature, localization
+    nbeta = resolution(settings, follow) * localization / top_curvature
+    return Scale(nbeta, localization, top_curvature if follow else None)
 
 
 def step_size(nbeta: float, localization: float, top_curvature: float) -> float:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from groktrace.sampling.posterior import StackedLoss
+from groktrace.sampling.posterior import FACTOR, StackedLoss
 
 # Networks of so many numbers, and those whose activations take so much, are evaluated alone and in micro-batches.
 LARGE_WEIGHTS = 2**24
@@ -43,10 +43,11 @@ class Network:
         sampled = [weights[name].detach().to(self.device) for name in loss.layout.names]
         self._anchor = [tensor.reshape(-1) for tensor in sampled]
         self.dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in sampled) else torch.float32
+        self._factor = float(weights.get(FACTOR, 1.0))
         self._fixed = {
             name: as_float(tensor.detach().to(self.device))
             for name, tensor in weights.items()
-            if name not in loss.layout.names
+            if name not in (*loss.layout.names, FACTOR)
         }
 
     @property
@@ -124,7 +125,7 @@ class Network:
         for start in range(0, count, self.loss.micro_batch):
             chosen = slice(start, start + self.loss.micro_batch)
             tensors = [tensor[chosen] if index is None else tensor[index[chosen]] for tensor in self.loss.tensors]
-            part = self.loss.forward({**named, **self._fixed}, tensors)[0] * (len(tensors[0]) / count)
+            part = self.loss.forward({**named, **self._fixed}, tensors)[0] * (self._factor * len(tensors[0]) / count)
             use(part)
             total += float(part.detach())
         return total

@@ -14,6 +14,8 @@ from groktrace.sampling.plan import CannotPlanError, Plan
 # Larger evaluations are not recorded as a plan: a recording holds every intermediate value, and saves little there.
 MAX_PLANNED_BYTES = 2**28
 MAX_SINGLE_SAMPLES = 1024
+# Among the tensors that are not sampled: a factor of the row's loss.
+FACTOR = "factor of the loss"
 
 Forward = Callable[[Mapping[str, Tensor], Sequence[Tensor]], tuple[Tensor, Tensor | None]]
 
@@ -127,7 +129,7 @@ class StackedLoss:
         """
 
         def one(flat: Tensor, fixed: dict[str, Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
-            return self.forward({**self.layout.unflatten(flat), **fixed}, tensors)[0]
+            return self._forward({**self.layout.unflatten(flat), **fixed}, tensors)
 
         # The fused attention kernels can be neither stacked nor differentiated twice.
         with sdpa_kernel(SDPBackend.MATH):
@@ -141,6 +143,11 @@ class StackedLoss:
                 rows.append(one(weights[r], {name: tensor[r] for name, tensor in self.fixed.items()}, tensors))
             return torch.stack(rows)
 
+    def _forward(self, weights: dict[str, Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        factor = weights.pop(FACTOR, None)
+        loss = self.forward(weights, tensors)[0]
+        return loss if factor is None else factor * loss
+
     def gradient_bytes(self, batch_size: int | None = None) -> int:
         """About how much memory one row's gradient takes, with so many samples; None for all."""
         share = 1.0 if batch_size is None else min(1.0, batch_size / len(self.tensors[0]))
@@ -151,7 +158,7 @@ class StackedLoss:
 
         def one(flat: Tensor, fixed: dict[str, Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
             alone = tuple(tensor.unsqueeze(0) for tensor in tensors)
-            return self.forward({**self.layout.unflatten(flat), **fixed}, alone)[0]
+            return self._forward({**self.layout.unflatten(flat), **fixed}, alone)
 
         tensors = tuple(tensor[self._spread()] for tensor in self.tensors)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -213,7 +220,7 @@ class StackedLoss:
         row = self.gradient_bytes(None if index is None else index.shape[1])
         if not self.vectorised or self.row_bytes is None or row * len(weights) > MAX_PLANNED_BYTES:
             return None
-        key = (len(weights), weights.dtype, None if index is None else index.shape)
+        key = (len(weights), weights.dtype, None if index is None else index.shape, FACTOR in self.fixed)
         if key not in self.plans:
 
             def function(flat: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:

@@ -137,5 +137,6 @@ def test_events_as_lines_and_in_words():
     assert live.as_line(news) == {"event": "transition", "number": 1, **news.transition.to_dict()}
     assert live.as_text(news) == "transition 1: generalisation at step 100 [95, 105], λ 10 → 5"
     assert "withdrawn" in live.as_text(Announcement("withdrawn", 1, transition(100)))
-    assert live.as_line(Scaled(1.0, 2.0)) == {"event": "scale", "nbeta": 1.0, "localization": 2.0}
+    scale = {"nbeta": 1.0, "localization": 2.0, "curvature": None}
+    assert live.as_line(Scaled(1.0, 2.0, None)) == {"event": "scale", **scale}
     assert live.as_line(Point(3, 1.0, 0.1))["event"] == "point"
