@@ -328,7 +328,7 @@ def test_following_prints_one_object_a_line_and_the_result_last(small_run, monke
     assert result.exit_code in (0, 3)
     *events, end, found = [json.loads(line) for line in result.stdout.splitlines()]
     assert priorities == [19]
-    assert events[0].keys() == {"event", "nbeta", "localization"}
+    assert events[0].keys() == {"event", "nbeta", "localization", "curvature"}
     assert [event["step"] for event in events[1:]] == [0, 10, 20, 30, 40, 50]
     assert end == {"event": "end", "why": "closed"}
     assert found == json.loads(invoke("show", small_run, "--json").stdout)
