@@ -68,9 +68,12 @@ def test_the_base_install_needs_only_what_pyproject_names():
     base = set(re.findall(r'"([a-z]+)', named))
     assert base == {"torch", "tensorboard", "safetensors", "numpy", "click"}
     extras = {
-        "figures.py": {"matplotlib"}, "lightning.py": {"lightning", "torchmetrics"}, "transformers.py": {"transformers"},
-        "remote.py": {"fsspec"}, "workers.py": {"distributed"},
-    }  # fmt: skip
+        "figures.py": {"matplotlib"},
+        "lightning.py": {"lightning", "torchmetrics"},
+        "transformers.py": {"transformers"},
+        "remote.py": {"fsspec"},
+        "workers.py": {"distributed"},
+    }
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
