@@ -100,11 +100,12 @@ def warm_up() -> None:
 
 
 def record_forever(root: Path, width: int) -> None:
-    """A training that never ends, and begins when it is told to."""
+    """A training that begins when it is told to, and ends only with the process that started it."""
+    parent = os.getppid()
     os.kill(os.getpid(), signal.SIGSTOP)
     training = Training(width)
     training.watch(root)
-    while True:
+    while os.getppid() == parent:
         training.optimizer.step()
         time.sleep(0.002)
 
@@ -173,11 +174,11 @@ def signals(trials: int | None, seed: int) -> None:
     trials, draw, tally = trials or 60, random.Random(seed), Tally("SIGTERM, SIGINT and exceptions")
 
     def train(root: Path, width: int, steps: int | None, counts: Path) -> None:
-        training = Training(width)
+        training, parent = Training(width), os.getppid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with open(counts, "wb", buffering=0) as told, training.watch(root):
             done = 0
-            while done != steps:
+            while done != steps and os.getppid() == parent:
                 training.optimizer.step()
                 done += 1
                 told.write(b".")

@@ -203,3 +203,10 @@ def test_a_recording_that_was_killed_while_it_began_is_begun_anew(make_training,
     (root / layout.RUN_FILE).unlink()
     with pytest.raises(SettingsError, match="is not a groktrace run"):
         record(make_training(), root, 2)
+
+
+def test_a_recording_that_was_killed_after_its_first_snapshot_goes_on_where_told_to(make_training, root):
+    assert record(make_training(), root, 0) == [0]
+    with pytest.raises(SettingsError, match="or pass start_step="):
+        record(make_training(), root, 2)
+    assert record(make_training(), root, 2, start_step=0) == [0, 2]
