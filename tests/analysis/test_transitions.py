@@ -171,13 +171,13 @@ def test_where_the_curvature_collapses_a_fall_is_not_called_generalisation():
     risen = np.interp(STEPS, [0, 200, 1200], [1.0, 1.0, 10.0])
     points = [replace(each, diagnostics={"top_curvature": float(top)}) for each, top in zip(points, risen, strict=True)]
     fall = find_transitions(replace(trajectory, points=tuple(points), resolution=100.0, weight_decay=True))[1]
-    assert (fall.label, "grows 10-fold" in fall.evidence) == (None, True)
+    assert (fall.label, "the largest curvature grows" in fall.evidence) == (None, True)
 
 
 def test_of_a_fall_that_begins_while_the_loss_is_high_the_rest_counts():
     values = np.interp(STEPS, [0, 200, 600, 1400, 3000], [100.0, 1000.0, 1000.0, 500.0, 500.0])
     for low_from, label in ((800, "generalisation"), (1350, None)):
-        loss = np.where(STEPS < low_from, 1.0, 0.0)
+        loss = np.where(low_from > STEPS, 1.0, 0.0)
         fall = find_transitions(curve(values, train_loss=loss))[-1]
         assert fall.kind == "simplification"
         assert fall.label == label
