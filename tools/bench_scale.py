@@ -46,7 +46,7 @@ class Settings:
         long: (snapshots, steps between them) of the runs that are replayed adaptively.
     """
 
-    snapshots: int = 128
+    snapshots: int = 96
     tasks: int = 200
     rounds: int = 3
     long: tuple[tuple[int, int], ...] = ((2000, 10), (2000, 2))

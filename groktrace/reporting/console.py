@@ -39,8 +39,8 @@ def as_json(trajectory: Trajectory, transitions: Sequence[Transition], grokking:
         "method": plain["method"],
         "reference": plain["reference"],
         "trajectory": plain["points"],
-        "transitions": [_finite_values(each.to_dict()) for each in transitions],
-        "grokking": _finite_values(grokking.to_dict()),
+        "transitions": [finite_values(each.to_dict()) for each in transitions],
+        "grokking": finite_values(grokking.to_dict()),
         "unreadable": plain["unreadable"],
     }
 
@@ -315,7 +315,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _finite_values(plain: dict[str, Any]) -> dict[str, Any]:
+def finite_values(plain: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that are not finite become None, as JSON has none.
+
+    Args:
+        plain: by name.
+    """
     return {name: _finite(value) for name, value in plain.items()}
 
 

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from groktrace.analysis.follow import Announcement, Ended, Event, Scaled
 from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.reporting.console import number
+from groktrace.reporting.console import finite_values, number
 
 # TensorBoard's files are written anew as a whole, so not after every snapshot.
 WRITE_SECONDS = 30.0
@@ -51,7 +51,7 @@ def as_line(event: Scaled | Point | Announcement | Ended) -> dict[str, Any]:
         event: of `groktrace.analysis.follow.follow`.
     """
     if isinstance(event, Announcement):
-        return {"event": event.news, "number": event.number, **event.transition.to_dict()}
+        return {"event": event.news, "number": event.number, **finite_values(event.transition.to_dict())}
     if isinstance(event, Ended):
         return {"event": "end", "why": event.why}
     if isinstance(event, Scaled):

@@ -1,7 +1,9 @@
 """A recording that is analysed while it goes on; the training is done wherever the follower would sleep."""
 
 import json
+import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,6 +137,8 @@ def test_a_transition_is_announced_once_and_what_becomes_of_it_is_said(tmp_path)
 def test_events_as_lines_and_in_words():
     news = Announcement("transition", 1, transition(100, label="generalisation"))
     assert live.as_line(news) == {"event": "transition", "number": 1, **news.transition.to_dict()}
+    endless = Announcement("revised", 1, replace(news.transition, stderr=math.inf))
+    assert live.as_line(endless)["stderr"] is None
     assert live.as_text(news) == "transition 1: generalisation at step 100 [95, 105], λ 10 → 5"
     assert "withdrawn" in live.as_text(Announcement("withdrawn", 1, transition(100)))
     scale = {"nbeta": 1.0, "localization": 2.0, "curvature": None}
