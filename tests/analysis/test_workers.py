@@ -7,6 +7,7 @@ import signal
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 
 import pytest
+import torch
 
 import groktrace
 from groktrace.analysis import evaluator, workers
@@ -18,8 +19,12 @@ FAST = {"draws": 20, "burn_in": 20}
 
 @pytest.fixture
 def in_pieces(monkeypatch):
-    """Several pieces of work, also of a small run: stacks of one snapshot."""
+    """Several pieces of work, also of a small run: stacks of one snapshot, on one thread as in each worker."""
     monkeypatch.setattr(evaluator, "rows_per_stack", lambda loss, batch_size=None: 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def copy_of(run, tmp_path):
