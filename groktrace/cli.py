@@ -1,5 +1,6 @@
 """The command line: parse, call, print."""
 
+import contextlib
 import json
 import os
 import re
@@ -48,16 +49,16 @@ _run = click.argument("run", callback=lambda ctx, parameter, value: value if ":/
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 
 
-def _number_or(word: str) -> Callable[[click.Context, click.Parameter, str | None], float | str | None]:
-    """A callback for an option that takes a number, or this word."""
+def _number_or(*words: str) -> Callable[[click.Context, click.Parameter, str | None], float | str | None]:
+    """A callback for an option that takes a number, or one of these words."""
 
     def parse(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
-        if value is None or value == word:
+        if value is None or value in words:
             return value
         try:
             return float(value)
         except ValueError:
-            raise click.BadParameter(f"expected a number or '{word}', got '{value}'") from None
+            raise click.BadParameter(f"expected a number or {' or '.join(map(repr, words))}, got '{value}'") from None
 
     return parse
 
@@ -71,10 +72,17 @@ def _number_or(word: str) -> Callable[[click.Context, click.Parameter, str | Non
     show_default=True,
     help="auto: settings found from the run; paper: the published SGLD settings.",
 )
-@click.option("--nbeta", callback=_number_or("wbic"), metavar="F|wbic", help="Inverse temperature times sample count.")
+@click.option(
+    "--nbeta",
+    callback=_number_or("wbic", "curvature"),
+    metavar="F|wbic|curvature",
+    help="Inverse temperature times sample count; curvature: at each snapshot from --resolution.",
+)
 @click.option("--localization", type=float, help="Strength of the pull towards the snapshot.")
 @click.option("--locality", type=float, help="Wanted distance of the chains, relative to the weights' norm [0.3].")
-@click.option("--resolution", type=float, help="Curvatures down to h_max/resolution count [10].")
+@click.option(
+    "--resolution", type=float, help="Curvatures down to h_max/resolution count [10; 100 where nβ follows h_max]."
+)
 @click.option("--method", type=click.Choice(["averaged", "sgld"]), help="Sampler [averaged].")
 @click.option("--chains", type=int, help="Independent chains a snapshot [2; up to 16 for small networks].")
 @click.option("--draws", type=int, help="Draws a chain; grows until --rtol is met where not given.")
@@ -92,6 +100,12 @@ def _number_or(word: str) -> Callable[[click.Context, click.Parameter, str | Non
 )
 @click.option("--curvature", is_flag=True, help="Also measure trace and top eigenvalue of the loss's Hessian.")
 @click.option("--device", help="Where to compute, such as cpu or cuda:0; a GPU where there is one.")
+@click.option("--adaptive", is_flag=True, help="Sample at most a tenth of the snapshots: those that date transitions.")
+@click.option("--follow", is_flag=True, help="Analyse snapshots as they appear, until the recording is closed.")
+@click.option("--timeout", type=float, help="With --follow: seconds without a new snapshot until it ends [none].")
+@click.option("--jobs", type=click.IntRange(1), default=1, help="Processes on this machine, which share its cores [1].")
+@click.option("--dask", metavar="ADDRESS", help="Let the workers of this Dask scheduler do the work.")
+@click.option("--threads", type=click.IntRange(1), help="Cores to use, all jobs together [all].")
 @click.option(
     "--task",
     metavar="M:F",
@@ -115,54 +129,91 @@ def analyze(
     logdir: Path | None,
     reference: float | str | None,
     curvature: bool,
+    adaptive: bool,
+    follow: bool,
+    timeout: float | None,
+    jobs: int,
+    dask: str | None,
+    threads: int | None,
     curve_step: int | None,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Replay the snapshots of RUN into an LLC trajectory, find its phase transitions, write TensorBoard files."""
+    import torch
+
     from groktrace.analysis import replay
-    from groktrace.analysis.grokking import measure_grokking
+    from groktrace.analysis.follow import follow as follow_run
+    from groktrace.analysis.follow import wait_for_run
     from groktrace.analysis.temperature import temperature_curve_at
-    from groktrace.analysis.transitions import find_transitions
+    from groktrace.analysis.workers import dask_executor
     from groktrace.reporting import console
-    from groktrace.run import layout
+    from groktrace.reporting.live import show_events
     from groktrace.run.store import open_run
     from groktrace.run.task import load_factory
     from groktrace.sampling.settings import PAPER, SamplingSettings
 
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if timeout is not None and not follow:
+        raise click.UsageError("--timeout goes with --follow")
+    if adaptive and follow:
+        raise click.UsageError("--adaptive takes a finished recording, --follow one that goes on")
     chosen = {name: value for name, value in given.items() if value not in (None, ())}
     settings = replace(PAPER if preset == "paper" else SamplingSettings(), **chosen)
+    if follow and isinstance(run, Path):
+        wait_for_run(run, timeout)
     opened = open_run(run)
     if task is not None:
         sys.path.insert(0, os.getcwd())
     loaded = None if task is None else load_factory(task)
     if curve_step is not None:
-        if reference is not None or curvature:
-            raise click.UsageError("--temperature-curve takes neither --reference nor --curvature")
+        if reference is not None or curvature or follow or adaptive:
+            raise click.UsageError(
+                "--temperature-curve takes neither --reference nor --curvature nor --follow nor --adaptive"
+            )
         _print_curve(temperature_curve_at(opened, curve_step, task=loaded, device=device, **chosen), as_json)
         return
-    with _Phases() as phases:
-        trajectory = replay.analyze(
-            opened,
-            task=loaded,
-            task_name=task,
-            device=device,
-            progress=phases.report,
-            reference=reference,
-            curvature=curvature,
-            **settings.to_dict(),
-        )
-    transitions, grokking = find_transitions(trajectory), measure_grokking(trajectory)
-    from groktrace.reporting.tensorboard import COLOURS, SUFFIX, write_events
 
-    logs = logdir or opened.root / layout.TENSORBOARD_FOLDER
-    write_events(trajectory, transitions, grokking, logs)
-    if logdir is None:
-        opened.publish_folder(logs, SUFFIX)
+    def write_logs(trajectory: Any) -> tuple[Any, Any]:
+        return _write_logs(trajectory, opened, logdir)
+
+    with contextlib.ExitStack() as held:
+        executor = None if dask is None else held.enter_context(dask_executor(dask))
+        where = {"task": loaded, "task_name": task, "device": device, "jobs": jobs, "executor": executor}
+        if follow:
+            os.nice(19)  # the training goes first
+            analysis = held.enter_context(replay.open_analysis(opened, settings, **where))
+            events = follow_run(analysis, timeout, reference, curvature)
+            trajectory = show_events(events, write_logs, as_json, sys.stdout)
+        else:
+            report = held.enter_context(_Phases()).report
+            more = {"progress": report, "reference": reference, "curvature": curvature, "adaptive": adaptive}
+            trajectory = replay.analyze(opened, **where, **more, **settings.to_dict())
+    transitions, grokking = write_logs(trajectory)
     _print(as_json, trajectory, transitions, grokking, console.transitions_table)
     if not as_json:
+        from groktrace.reporting.tensorboard import COLOURS
+
         click.echo(f"\nSee it:  tensorboard --logdir {logdir or run}\nthen:    http://localhost:6006/{COLOURS}")
     _exit_incomplete(trajectory)
+
+
+def _write_logs(trajectory: Any, opened: Any, logdir: Path | None) -> tuple[Any, Any]:
+    """Write TensorBoard's files; returns the transitions and the grokking that they show."""
+    from groktrace.analysis.grokking import measure_grokking
+    from groktrace.analysis.journal import exclusive
+    from groktrace.analysis.transitions import find_transitions
+    from groktrace.reporting.tensorboard import SUFFIX, write_events
+    from groktrace.run import layout
+
+    transitions, grokking = find_transitions(trajectory), measure_grokking(trajectory)
+    logs = logdir or opened.root / layout.TENSORBOARD_FOLDER
+    with exclusive(opened.root / layout.ANALYSIS_FOLDER, wait=True):
+        write_events(trajectory, transitions, grokking, logs)
+    if logdir is None:
+        opened.publish_folder(logs, SUFFIX)
+    return transitions, grokking
 
 
 @main.command()

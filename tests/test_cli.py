@@ -199,8 +199,8 @@ def test_a_task_of_ones_own(small_run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--nbeta", "-3"], 1, "nbeta: expected a positive number or 'wbic', got -3.0"),
-        (["--nbeta", "warm"], 2, "expected a number or 'wbic', got 'warm'"),
+        (["--nbeta", "-3"], 1, "nbeta: expected a positive number or 'wbic' or 'curvature', got -3.0"),
+        (["--nbeta", "warm"], 2, "expected a number or 'wbic' or 'curvature', got 'warm'"),
         (["--rtol", "0"], 1, "rtol: expected a positive number, got 0.0"),
         (["--method", "sgld"], 1, "'sgld' takes its settings as given"),
         (["--device", "tpu9"], 1, "device: 'tpu9' cannot be used here"),
@@ -320,3 +320,18 @@ def test_runs_are_compared_in_a_table_a_figure_and_json(reference_run, small_run
     found = json.loads(invoke("compare", out, small_run, "--json").stdout)
     assert found.keys() == {str(out), str(small_run)}
     assert found[str(out)] == json.loads(invoke("show", out, "--json").stdout)
+
+
+def test_following_prints_one_object_a_line_and_the_result_last(small_run, monkeypatch):
+    priorities = []
+    monkeypatch.setattr(os, "nice", priorities.append)
+    result = invoke("analyze", small_run, "--follow", "--json", *FAST)
+    assert result.exit_code in (0, 3)
+    *events, end, found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert priorities == [19]
+    assert events[0].keys() == {"event", "nbeta", "localization", "curvature"}
+    assert [event["step"] for event in events[1:]] == [0, 10, 20, 30, 40, 50]
+    assert end == {"event": "end", "why": "closed"}
+    assert found == json.loads(invoke("show", small_run, "--json").stdout)
+    assert list((small_run / "tensorboard").rglob("*.groktrace"))
+    assert "--timeout goes with --follow" in invoke("analyze", small_run, "--timeout", "3").stderr

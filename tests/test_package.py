@@ -1,6 +1,7 @@
 """What importing groktrace costs, and which way its packages may depend on each other."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,23 @@ def test_public_names_are_documented():
         if callable(thing):
             assert thing.__doc__, thing
             assert thing.__module__.startswith("groktrace")
+
+
+def test_the_base_install_needs_only_what_pyproject_names():
+    text = (ROOT.parent / "pyproject.toml").read_text()
+    (named,) = re.findall(r"\ndependencies = \[(.*?)\n\]", text, flags=re.DOTALL)
+    base = set(re.findall(r'"([a-z]+)', named))
+    assert base == {"torch", "tensorboard", "safetensors", "numpy", "click"}
+    extras = {
+        "figures.py": {"matplotlib"},
+        "lightning.py": {"lightning", "torchmetrics"},
+        "transformers.py": {"transformers"},
+        "remote.py": {"fsspec"},
+        "workers.py": {"distributed"},
+    }
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"groktrace"}
+            assert tops <= base | extras.get(path.name, set()), path

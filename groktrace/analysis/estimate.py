@@ -4,6 +4,7 @@ import fnmatch
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,14 +14,17 @@ from groktrace.analysis.evaluation import Survey, stack_weights, survey, trainin
 from groktrace.analysis.llc import LLCEstimate, off_minimum, summarise, unusable
 from groktrace.errors import SettingsError, TaskError
 from groktrace.run.task import Task
-from groktrace.sampling.calibration import posterior_scale, settle_chains, step_size
+from groktrace.sampling.calibration import Scale, posterior_scale, settle_chains, step_size
 from groktrace.sampling.chains import Traces, sample
 from groktrace.sampling.diagnostics import standard_error
-from groktrace.sampling.posterior import StackedLoss, WeightLayout
+from groktrace.sampling.large import sample_large
+from groktrace.sampling.posterior import FACTOR, StackedLoss, WeightLayout
 from groktrace.sampling.settings import SamplingSettings
 
 # A snapshot counts as fitted once its training loss has fallen to this fraction of the run's range.
 FITTED = 0.05
+# nβ follows the curvature where that of fitted snapshots ranges over more than this factor.
+FALLEN = 10.0
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -68,44 +72,56 @@ def estimate_stack(
     weights: Sequence[dict[str, Tensor]],
     surveys: Sequence[Survey],
     settings: SamplingSettings,
-    nbeta: float,
-    localization: float,
+    scale: Scale,
     n: int,
 ) -> list[LLCEstimate]:
-    """λ̂ of several snapshots at once, at one (nβ, γ).
+    """λ̂ of several snapshots at once.
 
     Args:
         loss: the task's training loss.
         weights: tensors by name, of each snapshot.
         surveys: of the same snapshots.
         settings: of the sampling.
-        nbeta: nβ.
-        localization: γ.
+        scale: nβ and γ.
         n: number of training samples.
     """
+    nbeta, localization, curvature = scale
     estimates: list[LLCEstimate | None] = [None] * len(weights)
     usable = []
     for s, about in enumerate(surveys):
-        if math.isfinite(about.train_loss) and math.isfinite(about.top_curvature):
-            usable.append(s)
+        if not (math.isfinite(about.train_loss) and math.isfinite(about.top_curvature)):
+            reason = "the weights, the loss or its curvature at the snapshot are not finite"
+            estimates[s] = unusable(reason, settings, nbeta, localization)
+        elif curvature is not None and not about.top_curvature > 0:
+            reason = "the loss has no curvature at the snapshot, which nβ could follow"
+            estimates[s] = unusable(reason, settings, nbeta, localization)
         else:
-            estimates[s] = unusable(
-                "the weights, the loss or its curvature at the snapshot are not finite", settings, nbeta, localization
-            )
+            usable.append(s)
     if usable:
-        surveys = [surveys[s] for s in usable]
-        stacked, anchors = stack_weights(loss, [weights[s] for s in usable])
-        traces = sample(
-            stacked,
-            anchors,
-            [about.step for about in surveys],
-            settings,
-            nbeta,
-            localization,
-            [settings.step_size or step_size(nbeta, localization, about.top_curvature) for about in surveys],
-            lambda so_far: _precise(so_far, settings.rtol),
-        )
-        for s, about, trace in zip(usable, surveys, traces, strict=True):
+        surveys, weights = [surveys[s] for s in usable], [weights[s] for s in usable]
+        steps, tops = [about.step for about in surveys], [about.top_curvature for about in surveys]
+        factors = [1.0] * len(usable)
+        if curvature is not None:
+            # λ̂ = nβ·(E[L] − L*) stays what it is when the loss is multiplied and nβ divided by the same factor.
+            factors = [curvature / top for top in tops]
+            weights = [{**each, FACTOR: torch.tensor(f)} for each, f in zip(weights, factors, strict=True)]
+            tops = [curvature] * len(usable)
+        sizes = [settings.step_size or step_size(nbeta, localization, top) for top in tops]
+
+        def enough(so_far: Traces) -> bool:
+            return _precise(so_far, settings.rtol)
+
+        if loss.micro_batch is None:
+            stacked, anchors = stack_weights(loss, weights)
+            traces = sample(stacked, anchors, steps, settings, nbeta, localization, sizes, enough)
+        else:
+            traces = [
+                sample_large(loss, each, step, settings, nbeta, localization, size, enough)
+                for each, step, size in zip(weights, steps, sizes, strict=True)
+            ]
+        for s, about, trace, factor in zip(usable, surveys, traces, factors, strict=True):
+            if trace.fluctuation is not None:
+                trace = replace(trace, fluctuation=trace.fluctuation / factor)  # as quadratic in the loss as nβ is not
             estimates[s] = summarise(
                 trace,
                 settings,
@@ -113,7 +129,7 @@ def estimate_stack(
                 loss=about.train_loss,
                 norm=math.sqrt(about.norm_squared),
                 dimension=loss.layout.size,
-                nbeta=nbeta,
+                nbeta=nbeta * factor,
                 localization=localization,
             )
     return estimates
@@ -149,8 +165,8 @@ def estimate_llc(
     place = choose_device(device)
     n, training, weights, surveyed = prepare_point(model, loss, train, batch_loss, chosen, place)
     chosen = settle_chains(chosen, training.layout.size)
-    nbeta, localization = choose_scale(chosen, n, training.layout, [surveyed])
-    return estimate_stack(training, [weights], [surveyed], chosen, nbeta, localization, n)[0]
+    scale = choose_scale(chosen, n, training.layout, [surveyed])
+    return estimate_stack(training, [weights], [surveyed], chosen, scale, n)[0]
 
 
 def prepare_point(
@@ -200,9 +216,7 @@ def make_settings(settings: dict[str, Any]) -> SamplingSettings:
     return SamplingSettings(**settings)
 
 
-def choose_scale(
-    settings: SamplingSettings, n: int, layout: WeightLayout, surveys: Sequence[Survey]
-) -> tuple[float, float]:
+def choose_scale(settings: SamplingSettings, n: int, layout: WeightLayout, surveys: Sequence[Survey]) -> Scale:
     """nβ and γ for a whole run, from its typical snapshots once the training set is fitted.
 
     Args:
@@ -223,7 +237,10 @@ def choose_scale(
     fitted = [each for each in finite if each.train_loss <= min(losses) + FITTED * (max(losses) - min(losses))]
     norm_squared = statistics.median(each.norm_squared for each in fitted)
     top_curvature = statistics.median(each.top_curvature for each in fitted)
-    return posterior_scale(settings, n, layout.size, norm_squared, top_curvature)
+    tops = [each.top_curvature for each in fitted]
+    # Under cross-entropy all curvatures shrink as margins grow: at one nβ, λ̂ would fall in every run.
+    follow = settings.nbeta == "curvature" or (settings.nbeta is None and max(tops) > FALLEN * min(tops) > 0)
+    return posterior_scale(settings, n, layout.size, norm_squared, top_curvature, follow)
 
 
 def _precise(traces: Traces, rtol: float) -> bool:

@@ -13,6 +13,8 @@ from groktrace.run.batch import Batch
 from groktrace.run.task import Task
 from groktrace.sampling.curvature import top_eigenvalue
 from groktrace.sampling.langevin import fill_normal, generator_for
+from groktrace.sampling.large import top_eigenvalue_large
+from groktrace.sampling.network import Network, as_float, with_micro_batch
 from groktrace.sampling.posterior import StackedLoss, WeightLayout
 
 
@@ -66,7 +68,9 @@ def training_loss(task: Task, layout: WeightLayout, weights: dict[str, Tensor], 
         weights: tensors by name, of any snapshot.
         device: where to compute.
     """
-    bare = StackedLoss(task.forward, layout, task.train.to(device).tensors, {})
+    bare = with_micro_batch(StackedLoss(task.forward, layout, task.train.to(device).tensors, {}), weights)
+    if bare.micro_batch is not None:
+        return bare
     loss, anchor = stack_weights(bare, [weights])
     return loss.probe(anchor)
 
@@ -100,6 +104,8 @@ def survey(
         steps: the training step of each.
         seed: of the power iteration's start.
     """
+    if loss.micro_batch is not None:
+        return [_survey_large(task, loss, each, step, seed) for each, step in zip(weights, steps, strict=True)]
     device = loss.device
     measured = [_measure(task, {name: as_float(t).to(device) for name, t in each.items()}, device) for each in weights]
     loss, anchors = stack_weights(loss, weights)
@@ -113,11 +119,6 @@ def survey(
     ]
 
 
-def as_float(tensor: Tensor) -> Tensor:
-    """Half-precision weights in float32, as the sampled ones are; everything else as it is."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
 def accuracy(outputs: Tensor, targets: Tensor, offset: Tensor | None = None) -> float | None:
     """Fraction of samples whose largest output is the target's class; None where there are no classes.
 
@@ -126,6 +127,16 @@ def accuracy(outputs: Tensor, targets: Tensor, offset: Tensor | None = None) -> 
         targets: class indices, or one-hot rows of the shape of `outputs`.
         offset: [classes], taken off the outputs first.
     """
+    hits = _hits(outputs, targets, offset)
+    return None if hits is None else _fraction(hits)
+
+
+def _fraction(hits: Tensor) -> float | None:
+    return float(hits.double().mean()) if len(hits) else None
+
+
+def _hits(outputs: Tensor, targets: Tensor, offset: Tensor | None) -> Tensor | None:
+    """Whether each prediction that counts is right, see `accuracy`."""
     if outputs.ndim < 2 or outputs.shape[-1] < 2:
         return None
     if targets.is_floating_point():
@@ -141,28 +152,54 @@ def accuracy(outputs: Tensor, targets: Tensor, offset: Tensor | None = None) -> 
         return None
     predictions = (outputs if offset is None else outputs - offset).argmax(-1)
     counted = targets >= 0
-    return float((predictions == targets)[counted].double().mean()) if counted.any() else None
+    return (predictions == targets)[counted]
+
+
+def _survey_large(task: Task, loss: StackedLoss, weights: dict[str, Tensor], step: int, seed: int) -> Survey:
+    """The survey of one large network."""
+    network = Network(loss, weights)
+    together = loss.micro_batch if loss.micro_batch < network.samples else None
+    measured = _measure(task, {name: as_float(t).to(loss.device) for name, t in weights.items()}, loss.device, together)
+    norm_squared = sum(float(anchor.square().sum(dtype=torch.float64)) for _, anchor in network.pieces())
+    top = top_eigenvalue_large(network, generator_for(seed, step, 0, "curvature", loss.device))
+    return Survey(step, *measured, norm_squared=norm_squared, top_curvature=top)
 
 
 def _measure(
-    task: Task, weights: dict[str, Tensor], device: torch.device
+    task: Task, weights: dict[str, Tensor], device: torch.device, together: int | None = None
 ) -> tuple[float, float | None, float | None, float | None]:
-    """Training loss and accuracy, validation loss and accuracy of one snapshot."""
+    """Training loss and accuracy, validation loss and accuracy of one snapshot.
+
+    Args:
+        task: loss and data.
+        weights: tensors by name.
+        device: where to compute.
+        together: samples evaluated at once, of a loss that is a mean over samples; None for all.
+    """
     offset = None
 
     def one(batch: Batch) -> tuple[float, float | None]:
+        count, total = together or len(batch), 0.0
+        hits: list[Tensor | None] = []
+        for start in range(0, len(batch), count):
+            part = (batch if count >= len(batch) else batch.take(slice(start, start + count))).to(device)
+            loss, outputs = task.forward(weights, part.tensors)
+            total += float(loss) * (len(part) / len(batch))
+            hits.append(right(part, outputs, batch is task.train))
+        return total, None if any(each is None for each in hits) else _fraction(torch.cat(hits))
+
+    def right(batch: Batch, outputs: Tensor | None, training: bool) -> Tensor | None:
         nonlocal offset
-        loss, outputs = task.forward(weights, batch.to(device).tensors)
-        pair = batch.to(device).nested()
+        pair = batch.nested()
         if outputs is None or not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], Tensor):
-            return float(loss), None
+            return None
         targets = pair[1]
         if targets.dtype == torch.long and isinstance(pair[0], Tensor) and torch.equal(targets, pair[0]):
-            return float(loss), None  # next-token targets that the loss shifts itself: where each belongs is not known
-        if task.offset_free and batch is task.train:
+            return None  # next-token targets that the loss shifts itself: where each belongs is not known
+        if task.offset_free and training:
             # The loss cannot see this mean, so neither may the predictions (Gromov 2023's network has it at 30-50 %).
             offset = (outputs - targets).mean(0) if targets.shape == outputs.shape else None
-        return float(loss), accuracy(outputs, targets, offset)
+        return _hits(outputs, targets, offset)
 
     with torch.no_grad():
         train_loss, train_accuracy = one(task.train)

@@ -3,13 +3,14 @@
 import contextlib
 import json
 import os
+import platform
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from groktrace.errors import RunError
-from groktrace.run.files import MAX_JSON_BYTES, open_plain, parse_json, sealed, unsealed
+from groktrace.run.files import MAX_JSON_BYTES, TEMPORARY_PREFIX, open_plain, parse_json, sealed, sync, unsealed
 from groktrace.run.layout import MAX_STEP
 
 MAX_NUMBER = sys.float_info.max
@@ -74,12 +75,16 @@ def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
         file.truncate(whole)
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold a folder for one process; the hold ends with the process, however it ends.
+
+    Args:
+        folder: to be held; it exists.
+        wait: whether to wait for another process that holds it.
 
     Raises:
         RunError: another process holds it.
@@ -91,12 +96,16 @@ def exclusive(folder: Path) -> Iterator[None]:
         return
     with open(folder / ".lock", "a+", errors="replace") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as failure:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as failure:
             file.seek(0)
-            holder = file.read(20).strip() or "unknown"
+            holder = file.read(200).strip() or "unknown"
             raise RunError(f"{folder}: another analysis (process {holder}) is writing here; wait for it.") from failure
+        except OSError:  # nor on this file system
+            pass
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()} on {platform.node()}")
         file.flush()
+        for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):  # of a process that was killed while it held the folder
+            leftover.unlink(missing_ok=True)
         yield

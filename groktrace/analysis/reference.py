@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from groktrace.analysis.evaluation import as_float
 from groktrace.analysis.journal import check_numbers, check_step
 from groktrace.errors import GroktraceError, SettingsError
 from groktrace.run.task import Task
+from groktrace.sampling.network import as_float
 from groktrace.sampling.posterior import WeightLayout
 from groktrace.theory import jacobian_rank
 

@@ -1,47 +1,42 @@
 """A run directory in, a trajectory out; the only place where files and sampling meet."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from groktrace.analysis.estimate import (
-    choose_device,
-    choose_scale,
-    estimate_stack,
-    make_settings,
-    weight_layout,
-)
-from groktrace.analysis.evaluation import Survey, as_float, survey, training_loss
-from groktrace.analysis.journal import append_lines, check_numbers, exclusive, read_lines
-from groktrace.analysis.llc import LLCEstimate
+from groktrace.analysis.adaptive import sample_adaptively
+from groktrace.analysis.estimate import choose_device, choose_scale, make_settings
+from groktrace.analysis.evaluation import Survey
+from groktrace.analysis.evaluator import Chunk, Evaluator, Recipe, run_layout
+from groktrace.analysis.journal import append_lines, exclusive
 from groktrace.analysis.reference import Reference, check_reference, jacobian_reference
-from groktrace.analysis.sharpness import Sharpness, measure_sharpness
+from groktrace.analysis.sharpness import Sharpness
+from groktrace.analysis.snapshots import Snapshots, Workers, read_journal
 from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.errors import RunError, SnapshotError, TaskError
+from groktrace.analysis.workers import Elsewhere, Here, process_pool
+from groktrace.errors import RunError, SettingsError
 from groktrace.run import layout
 from groktrace.run.files import read_json, read_metadata, write_json
-from groktrace.run.store import Run, Snapshot, open_run
+from groktrace.run.store import Run, open_run
 from groktrace.run.task import Task
-from groktrace.sampling.calibration import settle_chains
-from groktrace.sampling.chains import rows_per_stack
-from groktrace.sampling.posterior import WeightLayout
+from groktrace.sampling.calibration import Scale, resolution
 from groktrace.sampling.settings import SamplingSettings
 
 TRAJECTORY_FILE = "trajectory.json"
 SETTINGS_FILE = "settings.json"
 _SURVEY_FILE = "survey.jsonl"
-_POINTS_FILE = "points.jsonl"
+POINTS_FILE = "points.jsonl"
 _SHARPNESS_FILE = "sharpness.jsonl"
 _REFERENCE_FILE = "reference.jsonl"
 
 Progress = Callable[[str, int, int], None]
-Result = TypeVar("Result", Survey, Point, Sharpness, Reference)
 
 
 def analyze(
@@ -53,6 +48,9 @@ def analyze(
     progress: Progress | None = None,
     reference: float | Literal["jacobian"] | None = None,
     curvature: bool = False,
+    adaptive: bool = False,
+    jobs: int = 1,
+    executor: Executor | None = None,
     **settings: Any,
 ) -> Trajectory:
     """Replay a run's snapshots through the sampler into a trajectory of λ̂.
@@ -62,12 +60,19 @@ def analyze(
     Args:
         run: a run directory, its path or its URL.
         task: loss and data, where the recording could not keep them.
-        task_name: what to call that task in the results' settings.
+        task_name: what to call that task in the results' settings; other processes import it by this name, as
+            "package.module:factory".
         device: where to compute; a GPU where there is one.
         progress: called with (phase, snapshots done, snapshots in all).
         reference: a value of λ to show beside the trajectory; "jacobian" for half the rank of the Jacobian of the
             outputs on the training samples, at the last snapshot.
         curvature: whether to measure trace and top eigenvalue of the training loss's Hessian at each snapshot.
+        adaptive: whether to sample only a coarse subset of the snapshots, and those that date its transitions: a tenth
+            of all at most, or 128. Losses and curvature are still measured at all, since they fix nβ and γ.
+        jobs: processes on this machine, which share this one's threads. A script that asks for more than one needs
+            `if __name__ == "__main__":`, as with all of Python's multiprocessing.
+        executor: instead of `jobs`, takes the work in pieces of some snapshots; its processes must reach the run
+            directory by the same path, or by its URL. Only this process writes there.
         **settings: see `groktrace.SamplingSettings`.
 
     Returns:
@@ -75,94 +80,239 @@ def analyze(
 
     Raises:
         SettingsError: a setting is outside what it may be.
-        RunError: the run directory cannot be used, or none of its snapshots.
+        RunError: the run directory cannot be used, or none of its snapshots; or workers were lost.
         TaskError: the recording holds no loss to evaluate and none was given.
     """
-    chosen = make_settings(settings)
     check_reference(reference)
+    chosen = make_settings(settings)
+    with open_analysis(run, chosen, task, task_name, device, progress, jobs, executor) as analysis:
+        return analysis.complete(reference, curvature, adaptive)
+
+
+@contextlib.contextmanager
+def open_analysis(
+    run: Run | str | Path,
+    settings: SamplingSettings,
+    task: Task | None = None,
+    task_name: str | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+    jobs: int = 1,
+    executor: Executor | None = None,
+) -> Iterator["Analysis"]:
+    """An analysis whose folder no other process writes to meanwhile; arguments and errors as those of `analyze`."""
+    if executor is not None and jobs != 1:
+        raise SettingsError("executor: takes the place of jobs; give one of them.")
     place = choose_device(device)
     run = run if isinstance(run, Run) else open_run(run)
     evaluated = run.task if task is None else task
-    sampled = weight_layout(
-        {name: (spec.shape, spec.dtype, spec.trainable) for name, spec in run.specs.items()}, chosen.parameters
-    )
-    chosen = settle_chains(chosen, sampled.size)
-    snapshots = _Snapshots(run)
-    first = snapshots.first()
+    snapshots = Snapshots(run)
+    step, first = snapshots.first()
     # A task of another network is refused here, before anything is written.
-    _check_task(evaluated, first)
-    loss = training_loss(evaluated, sampled, first, place)
-    rows = rows_per_stack(loss)
-    report = progress or (lambda phase, done, total: None)
-    folder = run.root / layout.ANALYSIS_FOLDER / _folder_name(run, chosen, task_name)
-    folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder):
+    evaluator = Evaluator(evaluated, run_layout(run, settings.parameters), settings, place, first)
+    with contextlib.ExitStack() as held:
+        workers: Workers = Here(evaluator)
+        if executor is not None or jobs != 1:
+            if task is not None and task_name is None:
+                raise SettingsError("task: other processes need its name; give task_name='package.module:factory'.")
+            where = str(run.root.absolute()) if run.remote is None else run.name
+            recipe = Recipe(where, task_name, evaluator.settings, str(place), step)
+            pool = (executor, None) if executor is not None else held.enter_context(process_pool(jobs))
+            workers = Elsewhere(recipe, *pool)
+        folder = run.root / layout.ANALYSIS_FOLDER / _folder_name(run, evaluator.settings, task_name)
+        folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(exclusive(folder))
+        yield Analysis(evaluator, snapshots, workers, folder, progress or (lambda phase, done, total: None))
 
-        def survey_group(group: _Group) -> list[Survey]:
-            weights, steps = [weights for _, weights in group], [snapshot.step for snapshot, _ in group]
-            return survey(evaluated, loss, weights, steps, chosen.seed)
 
-        surveyed = snapshots.replay(
-            folder / _SURVEY_FILE, rows, survey_group, Survey.from_dict, lambda d, n: report("losses, curvature", d, n)
-        )
-        nbeta, localization = _fixed_scale(folder, chosen, evaluated.n, sampled, list(surveyed.values()))
-        run.publish(folder / SETTINGS_FILE)
+class Analysis:
+    """One run at one set of settings, and what is known of it so far.
 
-        def take_rank(group: _Group) -> list[Reference]:
-            return [jacobian_reference(evaluated, sampled, weights, each.step, place) for each, weights in group]
+    Args:
+        evaluator: loss, data and settings.
+        snapshots: of the run.
+        workers: where the snapshots are evaluated.
+        folder: where the results are kept.
+        report: called with (phase, snapshots done, snapshots in all).
+    """
 
-        beside = None
-        if reference == "jacobian":
-            # Before the sampling, so that a network too large for its rank is refused early.
-            _, beside = snapshots.replay(
-                folder / _REFERENCE_FILE,
-                1,
-                take_rank,
-                Reference.from_dict,
-                lambda d, n: report("Jacobian rank", d, n),
-                snapshots.last(),
-            ).popitem()
-        elif reference is not None:
+    def __init__(
+        self, evaluator: Evaluator, snapshots: Snapshots, workers: Workers, folder: Path, report: Progress
+    ) -> None:
+        self.evaluator, self.snapshots, self.folder = evaluator, snapshots, folder
+        self._workers, self._report = workers, report
+
+    def complete(
+        self, reference: float | str | None = None, curvature: bool = False, adaptive: bool = False
+    ) -> Trajectory:
+        """All snapshots, and the trajectory of them; arguments as those of `analyze`."""
+        surveys = self.survey()
+        scale = self.fix_scale(surveys)
+        # Before the sampling, so that a network too large for its rank is refused early.
+        beside = self.rank() if reference == "jacobian" else None
+        if isinstance(reference, float | int):
             beside = Reference(float(reference), "value")
-
-        def sample_group(group: _Group) -> list[Point]:
-            weights = [weights for _, weights in group]
-            about = [surveyed[snapshot.step] for snapshot, _ in group]
-            estimates = estimate_stack(loss, weights, about, chosen, nbeta, localization, evaluated.n)
-            return [
-                _point(snapshot, each, estimate)
-                for (snapshot, _), each, estimate in zip(group, about, estimates, strict=True)
-            ]
-
-        together = max(1, rows_per_stack(loss, chosen.batch_size) // chosen.chains)
-        points = snapshots.replay(
-            folder / _POINTS_FILE, together, sample_group, Point.from_dict, lambda d, n: report("sampling", d, n)
-        )
+        points = self._sample_some(surveys, scale) if adaptive else self.sample(surveys, scale)
         if curvature:
+            found = self.sharpen(sorted(points))
+            points = {step: replace(points[step], **each.to_dict()) for step, each in found.items()}
+        return self.finish(points, scale, beside)
 
-            def measure_group(group: _Group) -> list[Sharpness]:
-                weights, steps = [weights for _, weights in group], [snapshot.step for snapshot, _ in group]
-                return measure_sharpness(loss, weights, steps, chosen.seed)
+    def survey(self, among: Sequence[int] | None = None) -> dict[int, Survey]:
+        """Losses and curvature of snapshots, by step.
 
-            measured = snapshots.replay(
-                folder / _SHARPNESS_FILE, rows, measure_group, Sharpness.from_dict, lambda d, n: report("Hessian", d, n)
-            )
-            points = {step: replace(points[step], **found.to_dict()) for step, found in measured.items()}
+        Args:
+            among: the steps wanted; None for all.
+        """
+        return self.snapshots.replay(
+            self.folder / _SURVEY_FILE,
+            self.evaluator.rows,
+            self._workers,
+            lambda steps: Chunk("survey", steps),
+            Survey.from_dict,
+            lambda done, total: self._report("losses, curvature", done, total),
+            among,
+        )
+
+    def fix_scale(self, surveys: dict[int, Survey]) -> Scale:
+        """nβ and γ of this analysis: chosen once, then kept, so that later snapshots are measured with the same.
+
+        Args:
+            surveys: of all snapshots.
+        """
+        kept = self.kept_scale()
+        if kept is not None:
+            return kept
+        scale = self.choose_scale(surveys)
+        path, asked = self.folder / SETTINGS_FILE, self.evaluator.settings.to_dict()
+        write_json(path, {"asked": asked, "chosen": scale._asdict()})
+        self.snapshots.run.publish(path)
+        return scale
+
+    def kept_scale(self) -> Scale | None:
+        """nβ and γ that were chosen before; None where none were."""
+        path = self.folder / SETTINGS_FILE
+        if not path.exists():
+            return None
+        kept = read_json(path)
+        try:
+            return Scale.from_dict(kept["chosen"])
+        except (KeyError, TypeError, ValueError) as failure:
+            raise RunError(
+                f"{path}: damaged ({failure}); remove the folder {self.folder} and analyse again."
+            ) from failure
+
+    def choose_scale(self, surveys: dict[int, Survey]) -> Scale:
+        """nβ and γ that these snapshots call for.
+
+        Args:
+            surveys: by step.
+        """
+        own = self.evaluator
+        return choose_scale(own.settings, own.task.n, own.layout, list(surveys.values()))
+
+    def sample(
+        self,
+        surveys: dict[int, Survey],
+        scale: Scale,
+        among: Sequence[int] | None = None,
+        journal: str = POINTS_FILE,
+        phase: str | None = "sampling",
+    ) -> dict[int, Point]:
+        """λ̂ by step.
+
+        Args:
+            surveys: of the same snapshots.
+            scale: nβ and γ.
+            among: the steps wanted; None for all.
+            journal: the file that keeps the results.
+            phase: what to call it in reports; None for no reports.
+        """
+        return self.snapshots.replay(
+            self.folder / journal,
+            self.evaluator.together,
+            self._workers,
+            lambda steps: Chunk("sample", steps, tuple(surveys[step] for step in steps), scale),
+            Point.from_dict,
+            lambda done, total: self._report(phase, done, total) if phase is not None else None,
+            among,
+        )
+
+    def _sample_some(self, surveys: dict[int, Survey], scale: Scale) -> dict[int, Point]:
+        def report(done: int, total: int) -> None:
+            self._report("sampling", done, total)
+
+        def measure(wanted: list[int]) -> dict[int, Point]:
+            return self.sample(surveys, scale, wanted, phase=None)
+
+        steps = [step for step in surveys if step in self.snapshots.prints]
+        return sample_adaptively(steps, measure, report, self.evaluator.task.n)
+
+    def sampled(self, journal: str = POINTS_FILE) -> dict[int, Point]:
+        """What a journal holds of the snapshots, by step."""
+        known = read_journal(self.folder / journal, Point.from_dict)
+        return {step: known[each] for step, each in self.snapshots.prints.items() if each in known}
+
+    def sharpen(self, among: Sequence[int]) -> dict[int, Sharpness]:
+        """Trace and top eigenvalue of the Hessian, by step.
+
+        Args:
+            among: the steps wanted.
+        """
+        return self.snapshots.replay(
+            self.folder / _SHARPNESS_FILE,
+            self.evaluator.rows,
+            self._workers,
+            lambda steps: Chunk("sharpen", steps),
+            Sharpness.from_dict,
+            lambda done, total: self._report("Hessian", done, total),
+            among,
+        )
+
+    def rank(self) -> Reference | None:
+        """Half the rank of the Jacobian at the last snapshot; None where none loads."""
+        last = self.snapshots.last()
+        if last is None:
+            return None
+        step, weights = last
+        journal, fingerprint = self.folder / _REFERENCE_FILE, self.snapshots.prints[step]
+        known = read_journal(journal, Reference.from_dict)
+        self._report("Jacobian rank", 0, 1)
+        if fingerprint not in known:
+            own = self.evaluator
+            known[fingerprint] = jacobian_reference(own.task, own.layout, weights, step, own.device)
+            append_lines(journal, [{"snapshot": fingerprint, **known[fingerprint].to_dict()}])
+            self.snapshots.run.publish(journal)
+        self._report("Jacobian rank", 1, 1)
+        return known[fingerprint]
+
+    def finish(self, points: dict[int, Point], scale: Scale, beside: Reference | None = None) -> Trajectory:
+        """The trajectory of these points, which becomes the last result of the run.
+
+        Args:
+            points: by step.
+            scale: their nβ and γ.
+            beside: the reference to keep with them.
+        """
+        settings, run = self.evaluator.settings, self.snapshots.run
         trajectory = Trajectory(
             tuple(points[step] for step in sorted(points)),
-            n=evaluated.n,
-            nbeta=nbeta,
-            localization=localization,
-            resolution=chosen.resolution if chosen.nbeta is None else None,
-            locality=chosen.locality if chosen.localization is None else None,
-            method=chosen.method,
+            n=self.evaluator.task.n,
+            nbeta=scale.nbeta if scale.curvature is None else None,
+            localization=scale.localization,
+            resolution=resolution(settings, scale.curvature is not None)
+            if settings.nbeta in (None, "curvature")
+            else None,
+            locality=settings.locality if settings.localization is None else None,
+            method=settings.method,
             run=run.name,
-            unreadable=tuple(snapshots.unreadable),
+            unreadable=tuple(self.snapshots.unreadable),
             reference=beside,
+            weight_decay=run.weight_decay,
         )
-        trajectory.save(folder / TRAJECTORY_FILE)
-        run.publish(folder / TRAJECTORY_FILE)
-    return trajectory
+        trajectory.save(self.folder / TRAJECTORY_FILE)
+        run.publish(self.folder / TRAJECTORY_FILE)
+        return trajectory
 
 
 def latest_trajectory(run: str | Path) -> Trajectory:
@@ -178,113 +328,6 @@ def latest_trajectory(run: str | Path) -> Trajectory:
     return Trajectory.load(max(found, key=lambda path: path.stat().st_mtime_ns))
 
 
-_Group = list[tuple[Snapshot, dict[str, Tensor]]]
-
-
-class _Snapshots:
-    """The snapshots of a run that can be read, and a line for each that cannot."""
-
-    def __init__(self, run: Run) -> None:
-        self.unreadable: list[str] = []
-        self.prints: dict[Snapshot, str] = {}
-        for snapshot in run.snapshots:
-            try:
-                self.prints[snapshot] = snapshot.fingerprint()
-            except SnapshotError as failure:
-                self.unreadable.append(str(failure))
-        self.run = run
-
-    def first(self) -> dict[str, Tensor]:
-        """The weights of the first snapshot that loads.
-
-        Raises:
-            RunError: none does.
-        """
-        for snapshot in list(self.prints):
-            if (weights := self.load(snapshot)) is not None:
-                return weights
-        raise RunError(f"{self.run.name}: none of its snapshots can be read; the first: {self.unreadable[0]}")
-
-    def last(self) -> list[Snapshot]:
-        """The last snapshot that loads, alone; none if none does."""
-        return next(([each] for each in reversed(list(self.prints)) if self.load(each) is not None), [])
-
-    def load(self, snapshot: Snapshot) -> dict[str, Tensor] | None:
-        """Its weights; None, and a line in `unreadable`, where the file is damaged."""
-        try:
-            return snapshot.load()
-        except SnapshotError as failure:
-            self.unreadable.append(str(failure))
-            del self.prints[snapshot]
-            return None
-
-    def replay(
-        self,
-        journal: Path,
-        stack: int,
-        compute: Callable[[_Group], list[Result]],
-        parse: Callable[[Any], Result],
-        report: Callable[[int, int], None],
-        among: Sequence[Snapshot] | None = None,
-    ) -> dict[int, Result]:
-        """A result for each snapshot, those in the journal as they are, the others computed and added to it.
-
-        Args:
-            journal: where results are kept, keyed by the snapshots' fingerprints.
-            stack: snapshots computed at once; a stack of which some are missing is computed anew as a whole, so that
-                an interruption leaves no trace in the rounding.
-            compute: results of a group.
-            parse: a result from its journal line.
-            report: called with (snapshots done, snapshots in all).
-            among: the snapshots wanted; None for all.
-        """
-        known: dict[str, Result] = {}
-        steps = {fingerprint: snapshot.step for snapshot, fingerprint in self.prints.items()}
-        for record in read_lines(journal):
-            try:
-                fingerprint = str(record.pop("snapshot"))
-                known[fingerprint] = parse(record)
-                if known[fingerprint].step != steps.get(fingerprint, known[fingerprint].step):
-                    raise ValueError("step")
-            except (KeyError, TypeError, ValueError) as failure:
-                raise RunError(f"{journal}: damaged ({failure}); remove the file to redo it.") from failure
-        ordered = list(self.prints if among is None else among)
-        results: dict[int, Result] = {}
-        report(0, len(ordered))
-        for start in range(0, len(ordered), stack):
-            wanted = ordered[start : start + stack]
-            if any(self.prints[snapshot] not in known for snapshot in wanted):
-                group = [(snapshot, weights) for snapshot in wanted if (weights := self.load(snapshot)) is not None]
-                computed = compute(group) if group else []
-                lines = []
-                for (snapshot, _), result in zip(group, computed, strict=True):
-                    if self.prints[snapshot] not in known:
-                        known[self.prints[snapshot]] = parse(result.to_dict())
-                        lines.append({"snapshot": self.prints[snapshot], **result.to_dict()})
-                append_lines(journal, lines)
-                self.run.publish(journal)
-            for snapshot in wanted:
-                if snapshot in self.prints:
-                    results[snapshot.step] = known[self.prints[snapshot]]
-            report(min(start + stack, len(ordered)), len(ordered))
-        return results
-
-
-def _check_task(task: Task, weights: dict[str, Tensor]) -> None:
-    """Evaluate the loss once, so that a task of another network is refused in plain words."""
-    try:
-        with torch.no_grad():
-            task.forward({name: as_float(tensor) for name, tensor in weights.items()}, task.train.tensors)
-    except TaskError:
-        raise
-    except Exception as failure:
-        line = str(failure).splitlines()[0] if str(failure) else ""
-        raise TaskError(
-            f"the task's loss cannot be evaluated on the recorded weights ({type(failure).__name__}: {line}); it "
-            "has to be of the network that was recorded."
-        ) from failure
-
-
 def _folder_name(run: Run, settings: SamplingSettings, task_name: str | None) -> str:
     """Where the results lie: the method, and a digest of everything that they depend on but the snapshots."""
     content: list[Any] = [layout.FORMAT_VERSION, settings.to_dict(), task_name]
@@ -292,41 +335,3 @@ def _folder_name(run: Run, settings: SamplingSettings, task_name: str | None) ->
         data = read_metadata(run.root / layout.DATA_FILE).get("digests")
         content += [data, read_json(run.root / layout.PROGRAM_FILE)]
     return f"{settings.method}-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]}"
-
-
-def _fixed_scale(
-    folder: Path, settings: SamplingSettings, n: int, sampled: WeightLayout, surveys: list[Survey]
-) -> tuple[float, float]:
-    """nβ and γ of this analysis: chosen once, then kept, so that later snapshots are measured with the same."""
-    path = folder / SETTINGS_FILE
-    if path.exists():
-        kept = read_json(path)
-        try:
-            scale = kept["chosen"]
-            check_numbers(scale, ("nbeta", "localization"))
-            if not min(scale["nbeta"], scale["localization"]) > 0:
-                raise ValueError("nbeta or localization is not positive")
-            return float(scale["nbeta"]), float(scale["localization"])
-        except (KeyError, TypeError, ValueError, AttributeError) as failure:
-            raise RunError(f"{path}: damaged ({failure}); remove the folder {folder} and analyse again.") from failure
-    nbeta, localization = choose_scale(settings, n, sampled, surveys)
-    write_json(path, {"asked": settings.to_dict(), "chosen": {"nbeta": nbeta, "localization": localization}})
-    return nbeta, localization
-
-
-def _point(snapshot: Snapshot, about: Survey, estimate: LLCEstimate) -> Point:
-    return Point(
-        snapshot.step,
-        estimate.llc,
-        estimate.stderr,
-        estimate.llc_centred,
-        estimate.stderr_centred,
-        estimate.reliable,
-        estimate.reasons,
-        about.train_loss,
-        about.train_accuracy,
-        about.val_loss,
-        about.val_accuracy,
-        snapshot.metrics(),
-        {**estimate.diagnostics, "top_curvature": about.top_curvature, "norm": about.norm_squared**0.5},
-    )

@@ -13,6 +13,8 @@ from groktrace.analysis.journal import check_numbers, check_step
 from groktrace.sampling.curvature import top_eigenvalue
 from groktrace.sampling.hutchinson import hessian_trace
 from groktrace.sampling.langevin import fill_normal, generator_for
+from groktrace.sampling.large import hessian_trace_large, top_eigenvalue_large
+from groktrace.sampling.network import Network
 from groktrace.sampling.posterior import StackedLoss
 
 # As many as arXiv 2603.01192.
@@ -65,6 +67,8 @@ def measure_sharpness(
         steps: the training step of each.
         seed: of the random directions.
     """
+    if loss.micro_batch is not None:
+        return [_measure_large(Network(loss, each), step, seed) for each, step in zip(weights, steps, strict=True)]
     stacked, anchors = stack_weights(loss, weights)
     generators = [generator_for(seed, step, 0, "sharpness", anchors.device) for step in steps]
     start = torch.empty_like(anchors)
@@ -75,3 +79,9 @@ def measure_sharpness(
         Sharpness(step, *(value if math.isfinite(value) else None for value in values))
         for step, *values in zip(steps, traces.tolist(), errors.tolist(), tops, strict=True)
     ]
+
+
+def _measure_large(network: Network, step: int, seed: int) -> Sharpness:
+    generator = generator_for(seed, step, 0, "sharpness", network.device)
+    values = (*hessian_trace_large(network, generator, VECTORS), top_eigenvalue_large(network, generator))
+    return Sharpness(step, *(value if math.isfinite(value) else None for value in values))

@@ -21,7 +21,7 @@ from groktrace.analysis.llc import LLCEstimate
 from groktrace.errors import SettingsError
 from groktrace.run.store import Run
 from groktrace.run.task import Task
-from groktrace.sampling.calibration import settle_chains
+from groktrace.sampling.calibration import RESOLUTION, Scale, settle_chains
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
 
@@ -139,13 +139,13 @@ def _measure_curve(
     nbetas: Sequence[float] | None,
 ) -> TemperatureCurve:
     settings = settle_chains(settings, training.layout.size)
-    middle, localization = choose_scale(settings, n, training.layout, [surveyed])
+    middle, localization, _ = choose_scale(settings, n, training.layout, [surveyed])
     if nbetas is None:
-        nbetas = [middle * resolution / settings.resolution for resolution in RESOLUTIONS]
+        nbetas = [middle * resolution / (settings.resolution or RESOLUTION) for resolution in RESOLUTIONS]
     for nbeta in nbetas:
         make_settings({"nbeta": nbeta})
     estimates = tuple(
-        estimate_stack(training, [weights], [surveyed], settings, float(nbeta), localization, n)[0]
+        estimate_stack(training, [weights], [surveyed], settings, Scale(float(nbeta), localization), n)[0]
         for nbeta in sorted(nbetas)
     )
     span = find_plateau(estimates)

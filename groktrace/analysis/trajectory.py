@@ -92,17 +92,19 @@ _NUMBERS = (
 
 @dataclass(frozen=True)
 class Trajectory:
-    """λ̂ against the training step, all at one (nβ, γ).
+    """λ̂ against the training step, all at one (nβ, γ) or at one resolution.
 
     Attributes:
         points: in step order.
         n: number of training samples; None if unknown.
-        nbeta, localization: nβ and γ of all points.
+        nbeta, localization: nβ and γ of all points; nβ is None where it follows each snapshot's curvature, and then
+            stands among each point's diagnostics.
         resolution, locality: the dials they came from; None where they were given as numbers.
         method: "averaged" or "sgld"; None for curves measured elsewhere.
         run: where the snapshots lie.
         unreadable: snapshots that were left out, each as one line that names the file and the reason.
         reference: a value of λ to hold the trajectory against; None where none was asked for.
+        weight_decay: whether training decayed the weights; None if unknown.
     """
 
     points: tuple[Point, ...]
@@ -115,6 +117,12 @@ class Trajectory:
     run: str | None = None
     unreadable: tuple[str, ...] = ()
     reference: Reference | None = None
+    weight_decay: bool | None = None
+
+    @property
+    def follows_curvature(self) -> bool:
+        """Whether each point was measured at an nβ of its own, so that resolution is the same at all."""
+        return self.nbeta is None and self.resolution is not None
 
     @classmethod
     def from_arrays(

@@ -18,8 +18,9 @@ MIN_GENERALISATION = 0.15
 MIN_POINTS = 5
 # A curve that one straight line describes nearly as well, in units of log(T), drifts and has no transition.
 DRIFT_FAVOUR = 3.0
-# A fall of λ is no evidence where the largest curvature has fallen below this fraction of what it was.
+# Within these factors the largest curvature stays what it was.
 MIN_CURVATURE = 0.5
+MAX_CURVATURE = 3.0
 # Standard errors of unreliable snapshots count as so many times larger.
 DOUBT = 3.0
 
@@ -168,6 +169,39 @@ def _roughness(value: np.ndarray, error: np.ndarray) -> float:
     return math.sqrt(max(seen - float(np.median(error**2)), floor**2))
 
 
+def _doubt(trajectory: Trajectory, onset: int, end: int) -> str | None:
+    """Why a fall of λ is no evidence of generalisation, from the curvature; None where nothing speaks against it.
+
+    Under cross-entropy all curvatures shrink as margins grow, and λ at one nβ falls whether or not the network
+    generalises.
+    """
+    curvature = [point.diagnostics.get("top_curvature") for point in trajectory.points]
+    begun, ended = curvature[onset], curvature[end]
+    if not begun or ended is None:
+        return None
+    if ended > MAX_CURVATURE * begun:
+        return f"the largest curvature grows {ended / begun:.3g}-fold, and λ counts what is stiff beside it"
+    if ended >= MIN_CURVATURE * begun:
+        return None
+    if not trajectory.follows_curvature:
+        return (
+            "the curvature vanishes with it"
+            if ended <= 0
+            else f"the largest curvature falls too, {begun / ended:.3g}-fold, as it does under cross-entropy whether "
+            "or not the network generalises; analyse at --nbeta curvature"
+        )
+    if trajectory.weight_decay is False:
+        return "without weight decay margins grow without end, and λ may fall for that alone"
+    return None
+
+
+def _level(trajectory: Trajectory, i: int) -> float:
+    """λ at one point: λ_c where it is known, else λ̂."""
+    point = trajectory.points[i]
+    value = point.llc if point.llc_centred is None else point.llc_centred
+    return math.nan if value is None else value
+
+
 def _label(trajectory: Trajectory, onset: int, end: int, before: float, after: float) -> tuple[str | None, str]:
     """What the training loss allows to say of a change, and whether validation data agree."""
     loss = trajectory.column("train_loss")
@@ -178,21 +212,19 @@ def _label(trajectory: Trajectory, onset: int, end: int, before: float, after: f
         if loss[end] < 0.5 * loss[onset]:
             return "memorisation", f"λ rises while the training loss falls from {loss[onset]:.3g} to {loss[end]:.3g}"
         return None, "no label: λ rises, but the training loss does not fall with it"
-    if np.nanmax(loss[onset : end + 1]) > low:
-        return None, "no label: λ falls while the training loss is not yet low"
+    high = np.flatnonzero(loss[onset : end + 1] > low)
+    if len(high):
+        # Of a fall that begins before, what is left of it counts.
+        start = onset + int(high[-1]) + 1
+        if start >= end:
+            return None, "no label: λ falls while the training loss is not yet low"
+        before = min(before, _level(trajectory, start))
     share = 1 - after / before if before > 0 else 0.0
     if share < MIN_GENERALISATION:
         return None, f"no label: λ falls by only {100 * share:.0f} % while the training loss stays low"
-    curvature = [point.diagnostics.get("top_curvature") for point in trajectory.points]
-    begun, ended = curvature[onset], curvature[end]
-    if begun and ended is not None and ended < MIN_CURVATURE * begun:
-        # Under cross-entropy all curvatures shrink as margins grow, and λ falls whether or not the network generalises.
-        return None, (
-            f"no label: λ falls by {100 * share:.0f} %, but the largest curvature falls too, {begun / ended:.3g}-fold, "
-            "as it does under cross-entropy whether or not the network generalises"
-            if ended > 0
-            else "no label: the curvature vanishes with λ"
-        )
+    doubt = _doubt(trajectory, onset, end)
+    if doubt is not None:
+        return None, f"no label: λ falls by {100 * share:.0f} %, but {doubt}"
     evidence = f"λ falls by {100 * share:.0f} % while the training loss stays low"
     accuracy = trajectory.column("val_accuracy")
     if np.isfinite(accuracy[end]) and np.isfinite(accuracy).any():

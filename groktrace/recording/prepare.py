@@ -151,6 +151,7 @@ def describe_run(
         "groktrace": _version(),
         "torch": torch.__version__,
         "created": now(),
+        "closed": None,
         "weights": {
             name: {
                 "shape": list(spec.shape),

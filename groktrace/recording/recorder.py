@@ -2,12 +2,14 @@
 
 import atexit
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,13 +62,14 @@ class Recorder:
         self._due: int | None = None
         self._metrics: dict[str, float] = {}
         self._blocked = self._waited = 0.0
-        self._closed = False
+        self._closed = self._within = False
         self._warned: set[str] = set()
         self._hooks: UpdateHooks | None = None
         self._guarded(lambda: self._snapshot(start))
         if optimizer is not None:
-            self._hooks = UpdateHooks(optimizer, self._update, self.settle)
+            self._hooks = UpdateHooks(optimizer, self._update, self._begin)
         open_recorders.append(self)
+        _catch_termination()
 
     @property
     def steps(self) -> int:
@@ -118,6 +121,13 @@ class Recorder:
         """Close where other processes may not: of a sharded model the last step is then not kept."""
         self._close(alone=True)
 
+    def end(self) -> None:
+        """Close from within a signal handler, whatever it interrupted."""
+        if self._closed and self._writer is not None and os.getpid() == self._pid:
+            self._writer.close()  # it was being closed
+        self._within |= self._hooks is None  # whether weights and count belong together is then not known
+        self.leave()
+
     def _close(self, alone: bool) -> None:
         if self._inert():
             return
@@ -137,6 +147,7 @@ class Recorder:
         self._model = self._optimizer = self._capture = self._hooks = None
         if self in open_recorders:
             open_recorders.remove(self)
+            _leave_termination()
 
     def __enter__(self) -> "Recorder":
         return self
@@ -144,6 +155,7 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._within |= error is not None and self._hooks is None
         self._close(alone=error is not None)
 
     def __repr__(self) -> str:
@@ -159,16 +171,22 @@ class Recorder:
         # A forked child inherits hooks and buffers, but not the writer's thread.
         return self._closed or os.getpid() != self._pid
 
+    def _begin(self) -> None:
+        """An update begins; until it is counted, the weights belong to no step."""
+        self.settle()
+        self._within = True
+
     def _update(self, found_inf: Tensor | None) -> None:
         if self._inert():
             return
         try:
-            self._steps += 1
             if found_inf is not None:
                 # Reading the flag would wait for the GPU at every step, so updates are counted as if none were
                 # skipped and the count is set right when it says that a snapshot is due, which is never too late.
                 flag = (found_inf > 0).sum()
                 self._skipped = flag if self._skipped is None else self._skipped + flag
+            self._steps += 1
+            self._within = False
             if self._keep(self._steps):
                 counted = self._steps
                 if self.steps == counted:
@@ -204,9 +222,9 @@ class Recorder:
         else:
             if writer is not None and wanted:
                 tensors = capture.copy()
-                self._copied = step
                 metrics, self._metrics = self._metrics, {}
                 writer.submit(step, tensors, metrics)
+                self._copied = step
             elif capture.sharded:
                 capture.take_part()
         finally:
@@ -229,6 +247,11 @@ class Recorder:
         self._settle()
         steps, capture = self.steps, self._capture
         if capture is None:
+            return
+        if self._within:
+            self._warn(
+                "within", f"the end came within an update, or may have: the weights after step {steps} are not kept."
+            )
             return
         if self._writer is not None and not capture.sharded:
             self._writer.wait()  # so that what is there can be seen
@@ -272,6 +295,32 @@ def tell(message: str) -> None:
         warnings.warn(f"groktrace: {message}", RuntimeWarning, stacklevel=2)
     except RuntimeWarning:  # warnings are errors in this process, but recording must not stop a training
         print(f"groktrace: {message}", file=sys.stderr)
+
+
+def _catch_termination() -> None:
+    """Have SIGTERM, with which schedulers end a job, close recordings first; a handler of the script's own stays."""
+    if _is_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _leave_termination() -> None:
+    """Put SIGTERM back once no recording is open."""
+    if _is_main_thread() and not open_recorders and signal.getsignal(signal.SIGTERM) is _terminate:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()  # no other may set handlers
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Close what is open, then end the process as the signal alone would have; a second one does so at once."""
+    signal.signal(number, signal.SIG_DFL)
+    try:
+        for recorder in list(open_recorders):
+            recorder.end()
+    finally:
+        os.kill(os.getpid(), number)
 
 
 @atexit.register

@@ -117,7 +117,8 @@ def watch(
             root = remote.folder
         if writes:
             # An explicit start_step may contradict the open recording; then it is refused as after a restart.
-            _check_folder(place, root, specs, start, resuming=earlier is not None and start == earlier.steps)
+            resuming = earlier is not None and start == earlier.steps
+            _check_folder(place, root, specs, start, resuming, start_step is not None)
     evaluation = Evaluation()
     if train is not None:
         with gathered(model):
@@ -215,13 +216,18 @@ def _is_writer() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def _check_folder(place: Path | str, root: Path, specs: dict[str, WeightSpec], start: int, resuming: bool) -> None:
+def _check_folder(
+    place: Path | str, root: Path, specs: dict[str, WeightSpec], start: int, resuming: bool, given: bool
+) -> None:
     """Refuse to write into a folder that holds something else, or steps that this recording would make again."""
     if not root.exists():
         return
     path = root / layout.RUN_FILE
     if not path.exists():
-        if any(not entry.name.startswith(files.TEMPORARY_PREFIX) for entry in root.iterdir()):
+        # A recording that was killed while it began has left what it writes before run.json.
+        begun = {layout.DATA_FILE, layout.PROGRAM_FILE}
+        names = {entry.name for entry in root.iterdir() if not entry.name.startswith(files.TEMPORARY_PREFIX)}
+        if names - begun:
             raise SettingsError(f"out: '{place}' holds files, but is not a groktrace run; choose another out=.")
         return
     known = check_info(files.read_json(path), path)
@@ -229,7 +235,7 @@ def _check_folder(place: Path | str, root: Path, specs: dict[str, WeightSpec], s
     if shapes[0] != shapes[1]:
         raise SettingsError(f"out: '{place}' is the run of another network; choose another out=.")
     steps = layout.snapshot_steps(root)
-    if steps and start == 0 and not resuming:
+    if steps and start == 0 and not resuming and not (given and steps == [0]):  # one killed right after its start
         raise SettingsError(
             f"out: '{place}' holds a recording up to step {steps[-1]}. To continue it, load the optimizer's state "
             "before watch() or pass start_step=; to start anew, choose another out= or remove the folder."

@@ -25,14 +25,15 @@ def now() -> str:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove temporary files that a killed recording left among the snapshots.
+    """Remove temporary files that a killed recording left.
 
     Those younger than this process stay: another process may be writing them, and readers pass over them anyway.
     """
-    for entry in (root / layout.WEIGHTS_FOLDER).glob(f"{files.TEMPORARY_PREFIX}*"):
-        with contextlib.suppress(FileNotFoundError):
-            if entry.stat().st_mtime < _PROCESS_START:
-                entry.unlink()
+    for folder in (root, root / layout.WEIGHTS_FOLDER):
+        for entry in folder.glob(f"{files.TEMPORARY_PREFIX}*"):
+            with contextlib.suppress(FileNotFoundError):
+                if entry.stat().st_mtime < _PROCESS_START:
+                    entry.unlink()
 
 
 class Writer:
@@ -63,7 +64,7 @@ class Writer:
         self._root = root
         self._jobs: deque[tuple[int, dict[str, Tensor], dict[str, float]]] = deque()
         self._queued = 0  # bytes of the jobs that wait, QUEUE_BYTES and more where one is not small
-        self._hurry = self._stopping = False
+        self._hurry = self._stopping = self._ended = False
         self._changed = threading.Condition()
         # Daemon: a writer stuck on a dead file system must not keep the process from ending.
         self._thread = threading.Thread(target=self._work, name="groktrace-writer", daemon=True)
@@ -108,8 +109,8 @@ class Writer:
         if small:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         with self._changed:
+            self._queued += size if small else QUEUE_BYTES  # first, so that an interruption between leaves it too large
             self._jobs.append((step, tensors, metrics))
-            self._queued += size if small else QUEUE_BYTES
             if 2 * self._queued >= QUEUE_BYTES or not self.written:  # the first at once, to show that it works
                 self._hurry = True
                 self._changed.notify_all()
@@ -119,12 +120,19 @@ class Writer:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
+            # Not join() alone: a signal handler may come here while this thread holds the lock; only wait() lets go.
+            while not self._ended and self._thread.is_alive():
+                self._changed.wait(1.0)
         self._thread.join()
+        try:
+            path = self._root / layout.RUN_FILE
+            # Who follows the recording learns from this, written last, that nothing more will come.
+            files.write_json(path, {**files.read_json(path), "closed": now()})
+            if self._remote is not None:
+                self._remote.send(path, forget=True)
+        except Exception as failure:
+            self.error = failure
         if self._remote is not None:
-            try:
-                self._remote.retry(forget=True)
-            except Exception as failure:
-                self.error = failure
             self.unsent = self._remote.close()
 
     def _work(self) -> None:
@@ -136,6 +144,8 @@ class Writer:
                 if not self._jobs:
                     self._hurry = False
                     if self._stopping:
+                        self._ended = True
+                        self._changed.notify_all()
                         return
                     continue
                 step, tensors, metrics = self._jobs[0]

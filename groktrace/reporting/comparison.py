@@ -40,7 +40,8 @@ def comparison_table(results: Sequence[Result]) -> str:
     lines = aligned(rows)
     if len(scales) > 1:
         listed = "; ".join(
-            f"{number(nbeta)}, {number(localization)}" for nbeta, localization in sorted(scales, key=str)
+            f"{'as curvature' if nbeta is None else number(nbeta)}, {number(localization)}"
+            for nbeta, localization in sorted(scales, key=str)
         )
         lines += [
             "",

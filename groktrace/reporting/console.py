@@ -39,8 +39,8 @@ def as_json(trajectory: Trajectory, transitions: Sequence[Transition], grokking:
         "method": plain["method"],
         "reference": plain["reference"],
         "trajectory": plain["points"],
-        "transitions": [_finite_values(each.to_dict()) for each in transitions],
-        "grokking": _finite_values(grokking.to_dict()),
+        "transitions": [finite_values(each.to_dict()) for each in transitions],
+        "grokking": finite_values(grokking.to_dict()),
         "unreadable": plain["unreadable"],
     }
 
@@ -178,6 +178,7 @@ def settings_line(trajectory: Trajectory) -> str:
         f"{len(trajectory.points)} snapshot{'' if len(trajectory.points) == 1 else 's'}",
         f"n = {trajectory.n}" if trajectory.n is not None else None,
         f"method {trajectory.method}" if trajectory.method else None,
+        "nβ follows each snapshot's curvature" if trajectory.follows_curvature else None,
         f"nβ = {number(trajectory.nbeta)}" if trajectory.nbeta is not None else None,
         f"γ = {number(trajectory.localization)}" if trajectory.localization is not None else None,
         f"resolution {trajectory.resolution:g}" if trajectory.resolution is not None else None,
@@ -314,7 +315,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _finite_values(plain: dict[str, Any]) -> dict[str, Any]:
+def finite_values(plain: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that are not finite become None, as JSON has none.
+
+    Args:
+        plain: by name.
+    """
     return {name: _finite(value) for name, value in plain.items()}
 
 

@@ -1,10 +1,13 @@
 """Writing and reading single files: whole or not at all, JSON and safetensors only."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
@@ -25,23 +28,32 @@ MAX_JSON_BYTES = 64 * 2**20
 # What a parsed file may take beside its bytes.
 MAX_PARSED_BYTES = 100 * 10**6
 DIGEST_KEY = "digest"
+# What file systems answer that cannot do a thing at all, such as those of object stores.
+_UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[Path]:
     """A new file that becomes `path` once the body has written it, so that a reader sees the whole file or none of it.
 
-    Temporary file in the same folder, fsync, rename, fsync of the folder.
+    Temporary file in the same folder, fsync, rename, fsync of the folder. A file system without fsync decides itself
+    when the bytes are on disk; one without rename gets a copy under the final name, so that a kill in the midst of it
+    leaves a file that is refused when it is read.
 
     Raises:
-        OSError: the file system refused; `path` is then as it was.
+        OSError: the file system refused; `path` is then as it was (but for one without rename).
     """
     temporary = path.parent / f"{TEMPORARY_PREFIX}-{path.name}-{uuid.uuid4().hex[:8]}"
     try:
         yield temporary
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            sync(file.fileno())
+        try:
+            os.replace(temporary, path)
+        except OSError as failure:
+            if failure.errno not in _UNSUPPORTED | {errno.EPERM}:
+                raise
+            _copy(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -52,6 +64,34 @@ def appearing(path: Path) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def sync(descriptor: int) -> None:
+    """Wait until an open file is on disk, where the file system can tell.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as failure:
+        if failure.errno not in _UNSUPPORTED:
+            raise
+
+
+def _copy(temporary: Path, path: Path) -> None:
+    """Write to the final name itself what lies under the temporary one, and remove that."""
+    new = not path.exists()
+    try:
+        shutil.copyfile(temporary, path)
+        with open(path, "rb+") as file:
+            sync(file.fileno())
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        raise
+    temporary.unlink()
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -176,7 +216,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         try:
             save_file(tensors, temporary, metadata)  # straight from the tensors, without a copy
         except SafetensorError as failure:  # its name for what the file system refused
-            raise OSError(str(failure)) from failure
+            number = re.search(r"os error (\d+)", str(failure))
+            refusal = OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(failure))
+            if refusal.errno not in _UNSUPPORTED | {errno.EPERM}:
+                raise refusal from failure
+            temporary.write_bytes(save(tensors, metadata))  # it renames files too
         return temporary.stat().st_size
 
 

@@ -44,13 +44,24 @@ class Remote:
             self._files.invalidate_cache()
         self.folder = Path(tempfile.mkdtemp(prefix="groktrace-"))
         self._removal = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        for folder in ("", layout.WEIGHTS_FOLDER):
-            for name in self._names(folder):
-                path = self.folder / folder / name
-                path.parent.mkdir(exist_ok=True)
-                path.touch()
+        self._list("")
+        self._list(layout.WEIGHTS_FOLDER)
         for name in _SMALL:
             self.fetch(self.folder / name)
+
+    def refresh(self) -> None:
+        """Learn what has come since; of the files that are here, run.json alone may have changed."""
+        self._files.invalidate_cache()
+        path = self.folder / layout.RUN_FILE
+        with _reaching(self.url):
+            self._files.get_file(self._place(path), str(path))
+        self._list(layout.WEIGHTS_FOLDER)
+
+    def _list(self, folder: str) -> None:
+        for name in self._names(folder):
+            path = self.folder / folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
 
     def fetch(self, path: Path) -> None:
         """Bring a file whose place is known, unless it is here already."""

@@ -140,6 +140,33 @@ class Run:
         """The path or URL of the run."""
         return str(self.root) if self.remote is None else self.remote.url
 
+    @property
+    def closed(self) -> bool:
+        """Whether the recording said at its end that nothing more will come; one that was killed never does."""
+        return self.info.get("closed") is not None
+
+    @property
+    def weight_decay(self) -> bool | None:
+        """Whether any of the optimizer's groups decays its weights; None where that is not known."""
+        try:
+            decays = [group["weight_decay"] for group in self.info["optimizer"]["groups"]]
+        except (KeyError, TypeError):
+            return None
+        return any(isinstance(decay, int | float) and decay > 0 for decay in decays)
+
+    def refreshed(self) -> "Run":
+        """The run as it is now.
+
+        Raises:
+            RunError: as `open_run`.
+        """
+        try:
+            if self.remote is not None:
+                self.remote.refresh()
+            return _read_run(self.root, self.name, self.remote)
+        except OSError as failure:
+            raise RunError(f"{self.name}: cannot be read ({failure.strerror or failure}).") from failure
+
     def publish(self, path: Path) -> None:
         """Send a file in `root` to where the run lies.
 
@@ -229,23 +256,25 @@ def open_run(path: str | Path) -> Run:
         if is_url(path):
             remote = Remote(str(path))
             remote.fetch_results()
-        root = Path(path) if remote is None else remote.folder
-        if not root.is_dir():
-            raise RunError(f"{root}: no such directory; expected one that groktrace.watch(out=...) wrote.")
-        if not (root / layout.RUN_FILE).exists():
-            raise RunError(
-                f"{path}: holds no {layout.RUN_FILE}, so it is not a directory that groktrace.watch() wrote."
-            )
-        if (link := next(layout.links_out(root), None)) is not None:
-            raise RunError(f"{link}: a link {LINK_ADVICE}")
-        steps = layout.snapshot_steps(root)
+        return _read_run(Path(path) if remote is None else remote.folder, str(path), remote)
     except OSError as failure:
         raise RunError(f"{path}: cannot be read ({failure.strerror or failure}).") from failure
+
+
+def _read_run(root: Path, name: str, remote: Remote | None) -> Run:
+    if not root.is_dir():
+        raise RunError(f"{root}: no such directory; expected one that groktrace.watch(out=...) wrote.")
+    if not (root / layout.RUN_FILE).exists():
+        raise RunError(f"{name}: holds no {layout.RUN_FILE}, so it is not a directory that groktrace.watch() wrote.")
+    if (link := next(layout.links_out(root), None)) is not None:
+        raise RunError(f"{link}: a link {LINK_ADVICE}")
     check_format(read_unverified(root / layout.RUN_FILE), root / layout.RUN_FILE)
+    # Before the snapshots are listed, so that none is missed that came before the recording said that it is closed.
     info = read_json(root / layout.RUN_FILE)
     specs = check_info(info, root / layout.RUN_FILE)
+    steps = layout.snapshot_steps(root)
     if not steps:
-        raise RunError(f"{path}: holds no snapshots; the training has not kept one yet, or they were removed.")
+        raise RunError(f"{name}: holds no snapshots; the training has not kept one yet, or they were removed.")
 
     @cache
     def frozen() -> dict[str, Tensor]:

@@ -1,17 +1,22 @@
 """Temperature, localisation, step size and run length from the curvature and size of the network."""
 
 import math
+import sys
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 from groktrace.errors import SettingsError
 from groktrace.sampling.settings import SamplingSettings
 
+RESOLUTION, FOLLOWING_RESOLUTION = 10.0, 100.0
 # ε = 2c/(s·nβ·h_max + γ), with s because curvature grows off the minimum and Lanczos iteration comes from below. At
 # c = 1 a direction of curvature s·h_max forgets its start in one step; twice that is where it becomes unstable.
 STEP_FRACTION = 1.0
 CURVATURE_SAFETY = 1.5
 # Chains start near equilibrium; of what they have to forget a relaxation time leaves e⁻².
 BURN_IN_RELAXATIONS = 1.0
+# Of chains that start at w*, where flat directions have no spread yet.
+COLD_BURN_IN_RELAXATIONS = 2.5
 # Draws of all chains together, at first; each chain takes one at least.
 DRAW_RELAXATIONS = 10.0
 MIN_DRAWS = 64
@@ -21,9 +26,54 @@ STACKED_WEIGHTS = 2**14
 MIN_CHAINS, MAX_CHAINS = 2, 16
 
 
+class Scale(NamedTuple):
+    """Where the posterior of a run's snapshots is measured.
+
+    Attributes:
+        nbeta: nβ.
+        localization: γ.
+        curvature: where nβ follows the snapshots' top curvature h_max, the one that `nbeta` belongs to: others are
+            measured at nβ·curvature/h_max. None where one nβ serves all.
+    """
+
+    nbeta: float
+    localization: float
+    curvature: float | None = None
+
+    @classmethod
+    def from_dict(cls, value: Any) -> "Scale":
+        """The inverse of `_asdict`.
+
+        Raises:
+            KeyError: a value is missing.
+            TypeError: it is not a dict of numbers.
+            ValueError: a value is not positive.
+        """
+        top = value["curvature"]
+        numbers = (value["nbeta"], value["localization"], *(() if top is None else (top,)))
+        if not all(type(number) in (int, float) and 0 < number <= sys.float_info.max for number in numbers):
+            raise ValueError(f"expected positive numbers, got {value}")
+        return cls(*(float(number) for number in numbers))
+
+
+def resolution(settings: SamplingSettings, follow: bool) -> float:
+    """κ.
+
+    Args:
+        settings: resolution, where given.
+        follow: whether nβ follows each snapshot's curvature.
+    """
+    return settings.resolution or (FOLLOWING_RESOLUTION if follow else RESOLUTION)
+
+
 def posterior_scale(
-    settings: SamplingSettings, n: int, dimension: int, norm_squared: float, top_curvature: float
-) -> tuple[float, float]:
+    settings: SamplingSettings,
+    n: int,
+    dimension: int,
+    norm_squared: float,
+    top_curvature: float,
+    follow: bool = False,
+) -> Scale:
     """nβ and γ: as given, or from the two scale-free dials.
 
     γ = D/(ρ²‖w*‖²), so that the flat directions spread to E‖w − w*‖ ≈ ρ‖w*‖; nβ = κγ/h_max, so that curvatures down
@@ -35,6 +85,7 @@ def posterior_scale(
         dimension: D.
         norm_squared: typical ‖w*‖² after memorisation.
         top_curvature: typical h_max after memorisation.
+        follow: whether nβ follows each snapshot's curvature.
 
     Returns:
         nβ and γ.
@@ -50,12 +101,13 @@ def posterior_scale(
     if settings.nbeta == "wbic":
         if n < 2:
             raise SettingsError(f"nbeta: 'wbic' is n/log n and needs at least 2 samples, got {n}; give a number.")
-        return n / math.log(n), localization
-    if settings.nbeta is not None:
-        return float(settings.nbeta), float(localization)
+        return Scale(n / math.log(n), localization)
+    if settings.nbeta not in (None, "curvature"):
+        return Scale(float(settings.nbeta), float(localization))
     if not top_curvature > 0:
         raise SettingsError("nbeta: cannot be derived where the loss has no curvature; give a number.")
-    return settings.resolution * localization / top_curvature, localization
+    nbeta = resolution(settings, follow) * localization / top_curvature
+    return Scale(nbeta, localization, top_curvature if follow else None)
 
 
 def step_size(nbeta: float, localization: float, top_curvature: float) -> float:
@@ -63,7 +115,9 @@ def step_size(nbeta: float, localization: float, top_curvature: float) -> float:
     return 2 * STEP_FRACTION / (CURVATURE_SAFETY * nbeta * top_curvature + localization)
 
 
-def run_length(settings: SamplingSettings, localization: float, epsilon: float) -> tuple[int, int]:
+def run_length(
+    settings: SamplingSettings, localization: float, epsilon: float, relaxations: float = BURN_IN_RELAXATIONS
+) -> tuple[int, int]:
     """Burn-in and first round of draws, in steps.
 
     A flat direction forgets its start in 2/(εγ) steps.
@@ -72,9 +126,10 @@ def run_length(settings: SamplingSettings, localization: float, epsilon: float) 
         settings: chains; burn_in and draws, where given.
         localization: γ.
         epsilon: ε.
+        relaxations: relaxation times of the flat directions to burn in for.
     """
     relaxation = 2 / (epsilon * localization)
-    burn_in = min(math.ceil(BURN_IN_RELAXATIONS * relaxation), MAX_STEPS // 2)
+    burn_in = min(math.ceil(relaxations * relaxation), MAX_STEPS // 2)
     share = max(1.0, DRAW_RELAXATIONS / settings.chains)
     draws = min(max(MIN_DRAWS, math.ceil(share * relaxation)), MAX_STEPS // 2)
     return (

@@ -65,6 +65,13 @@ class Traces:
         return bool(torch.isfinite(self.excess).all() and torch.isfinite(self.pull).all())
 
 
+def cooled(traces: Traces) -> float:
+    """The step at which the noise of minibatches heats the chains no more than is wanted."""
+    if traces.heating <= WANTED_HEATING:
+        return traces.step_size
+    return traces.step_size * max(0.8 * WANTED_HEATING / traces.heating, MIN_COOLING)
+
+
 def rows_per_stack(loss: StackedLoss, batch_size: int | None = None) -> int:
     """How many chains are advanced at once: as many as fit the working set.
 
@@ -126,8 +133,8 @@ def sample(
                 halvings[s] += 1
             elif group.is_too_large(traces):
                 epsilon[s] = step_size(nbeta, localization, traces.curvature)
-            elif traces.heating > WANTED_HEATING:
-                epsilon[s] *= max(0.8 * WANTED_HEATING / traces.heating, MIN_COOLING)
+            else:
+                epsilon[s] = cooled(traces)
         pending = [s for s in pending if epsilon[s] != results[s].step_size]
         if not pending or settings.step_size is not None:
             break
@@ -175,29 +182,22 @@ class _Group:
         noise = [generator_for(settings.seed, *key, "noise", device) for key in keys]
         self.state = langevin.init(self.config, start, noise)
         self.control = torch.empty_like(self.anchors) if self.batches is not None else None
-        self.noise: list[Tensor] = []
-        self.single_losses: list[Tensor] = []
 
     def run(self, enough: Callable[[Traces], bool]) -> list[Traces]:
         """Burn in, draw, and go on with those snapshots whose draws are not enough yet."""
         count, chains = len(self.epsilons), self.settings.chains
-        record = self._advance(
-            max(burn_in + draws for burn_in, draws in self.lengths), max(burn_in for burn_in, _ in self.lengths)
-        )
+        looks = _Looks(self.lengths) if self.loss.separable else None
+        record = self._advance([burn_in + draws for burn_in, draws in self.lengths], first=True, looks=looks)
         traces = []
         for s, (burn_in, draws) in enumerate(self.lengths):
             piece = record[burn_in : burn_in + draws, :, s * chains : (s + 1) * chains]
             traces.append(self._traces(piece, self.epsilons[s], burn_in))
-        if self.noise:
-            noise = torch.stack(self.noise).double().mean(0).view(count, chains).mean(1).cpu()
-            traces = [
-                replace(each, heating=float(noise[s]) / abs(float(each.pull.mean()))) for s, each in enumerate(traces)
-            ]
+            noise = piece[:, 4].nanmean()  # NaN where a snapshot has too few draws for a single measurement, too
+            if torch.isfinite(noise):
+                traces[s] = replace(traces[s], heating=float(noise) / abs(float(traces[s].pull.mean())))
+            if looks is not None and (variance := looks.variance(s)) is not None:
+                traces[s] = replace(traces[s], fluctuation=0.5 * self.config.nbeta * variance)
         self._look_around(traces)
-        if len(self.single_losses) > 1:
-            variance = torch.stack(self.single_losses).double().var(0).mean(1).view(count, chains).cpu()
-            traces = [replace(each, fluctuation=0.5 * self.config.nbeta * variance[s]) for s, each in enumerate(traces)]
-            self.single_losses = []
         active = list(range(count))
         while self.settings.draws is None:
             going = [
@@ -212,7 +212,7 @@ class _Group:
                 break
             self._keep(going)
             active = [active[i] for i in going]
-            record = self._advance(max(len(traces[s].excess) for s in active))
+            record = self._advance([len(traces[s].excess) for s in active])
             for i, s in enumerate(active):
                 more = record[: len(traces[s].excess), :, i * chains : (i + 1) * chains]
                 piece = self._traces(more, self.epsilons[s], traces[s].burn_in)
@@ -239,7 +239,7 @@ class _Group:
         ]
         if not odd:
             return
-        rows = torch.tensor([s * chains + c for s in odd for c in range(chains)], device=self.anchors.device)
+        rows = self._rows(odd)
         positions = self.anchors[rows] + self.state.displacement[rows]
         start = self.state.displacement[rows] + torch.finfo(positions.dtype).tiny
         top = top_eigenvalue(self.loss.select(rows), positions, start).view(-1, chains).amax(1)
@@ -251,8 +251,7 @@ class _Group:
 
     def _keep(self, snapshots: list[int]) -> None:
         """Drop all other snapshots from the stack."""
-        chains = self.settings.chains
-        rows = torch.tensor([s * chains + c for s in snapshots for c in range(chains)], device=self.anchors.device)
+        rows = self._rows(snapshots)
         self.loss = self.loss.select(rows)
         self.anchors = self.anchors[rows]
         self.config = replace(self.config, step_size=self.config.step_size[rows])
@@ -262,28 +261,30 @@ class _Group:
             self.batches = [self.batches[r] for r in rows.tolist()]
             self.control = torch.empty_like(self.anchors)
 
-    def _advance(self, count: int, burn_in: int | None = None) -> Tensor:
-        """Make `count` steps; [count, 4, R]: excess, pull, spread, paired.
+    def _advance(self, counts: Sequence[int], first: bool = False, looks: "_Looks | None" = None) -> Tensor:
+        """Make so many steps with each snapshot's chains; [steps, 5, R]: excess, pull, spread, paired, batch noise.
+
+        The stack goes on until the last snapshot is done. The others are put back to where they were when they were
+        done themselves, so that no result depends on what a snapshot was stacked with.
 
         Args:
-            count: of steps.
-            burn_in: the step from which on the losses of single samples are looked at now and then; None for never.
+            counts: of steps, for each snapshot.
+            first: whether to measure the noise of minibatches now and then.
+            looks: when to keep the losses of single samples; None for never.
         """
-        looks = set()
-        if burn_in is not None and self.loss.separable:
-            every = max(_FLUCTUATION_EVERY, (count - burn_in) // _FLUCTUATION_DRAWS)
-            looks = set(range(count - 1, burn_in - 1, -every))
         rows, dimension = self.anchors.shape
         chains, nbeta = self.settings.chains, self.config.nbeta
-        record = torch.full((count, 4, rows), torch.nan, dtype=torch.float64, device=self.anchors.device)
+        count = max(counts)
+        record = torch.full((count, 5, rows), torch.nan, dtype=torch.float64, device=self.anchors.device)
         weights, gradients = torch.empty_like(self.anchors), torch.empty_like(self.anchors)
         state: LangevinState = self.state
+        done: list[tuple[int, LangevinState, list[Tensor]]] = []
         for t in range(count):
             displacement = state.displacement
             torch.add(self.anchors, displacement, out=weights)
             excess = self._evaluate(weights, gradients)
-            if burn_in is not None and t >= burn_in and t % _HEATING_EVERY == 0 and self._corrected:
-                self.noise.append(self._gradient_noise(weights, gradients))
+            if first and t % _HEATING_EVERY == 0 and self._corrected:
+                record[t, 4] = self._gradient_noise(weights, gradients)
             record[t, 0] = nbeta * excess
             record[t, 1] = nbeta * torch.linalg.vecdot(displacement, gradients)
             record[t, 2] = self.config.localization * torch.linalg.vecdot(displacement, displacement)
@@ -294,12 +295,36 @@ class _Group:
                 else:
                     paired = torch.linalg.vecdot(w - w.roll(-1, 1), g - g.roll(-1, 1))
                 record[t, 3] = 0.25 * nbeta * paired.reshape(-1)
-            if t in looks:
-                self.single_losses.append(self.loss.sample_losses(weights))
+            for s in looks.due(t) if looks is not None else ():
+                rows_of = self._rows([s])
+                looks.keep(s, self.loss.select(rows_of).sample_losses(weights[rows_of]))
             langevin.step(self.config, state, gradients)
             if t % _CHECK_EVERY == _CHECK_EVERY - 1 and not torch.isfinite(record[t, 0]).any():
                 break
+            done += [(s, *self._saved(s)) for s, own in enumerate(counts) if t == own - 1 < count - 1]
+        for s, saved, batches in done:
+            self._restore(s, saved, batches)
         return record
+
+    def _rows(self, snapshots: Sequence[int]) -> Tensor:
+        chains = self.settings.chains
+        return torch.tensor([s * chains + c for s in snapshots for c in range(chains)], device=self.anchors.device)
+
+    def _saved(self, s: int) -> tuple[LangevinState, list[Tensor]]:
+        """A copy of one snapshot's chains as they are, and the state of what draws their batches."""
+        rows = self._rows([s])
+        saved = self.state.select(rows)
+        copies = [torch.Generator(each.device).set_state(each.get_state()) for each in saved.generators]
+        batches = [] if self.batches is None else [self.batches[r].get_state() for r in rows.tolist()]
+        return replace(saved, generators=copies), batches
+
+    def _restore(self, s: int, saved: LangevinState, batches: list[Tensor]) -> None:
+        rows = self._rows([s])
+        self.state.displacement[rows], self.state.noise[rows] = saved.displacement, saved.noise
+        for r, generator in zip(rows.tolist(), saved.generators, strict=True):
+            self.state.generators[r] = generator
+        for r, state in zip(rows.tolist(), batches, strict=False):
+            self.batches[r].set_state(state)
 
     def _evaluate(self, weights: Tensor, gradients: Tensor) -> Tensor:
         """L(w) − L(w*) of each row, [R]; ∇L(w) goes into `gradients`, [R, D]."""
@@ -338,6 +363,35 @@ class _Group:
         piece = piece.cpu()
         pairs = {1: 0, 2: 1}.get(self.settings.chains, self.settings.chains)
         return Traces(piece[:, 0], piece[:, 1], piece[:, 2], piece[:, 3, :pairs], epsilon, burn_in)
+
+
+class _Looks:
+    """When the losses of single samples are looked at, and what was seen.
+
+    Args:
+        lengths: burn-in and draws of each snapshot.
+    """
+
+    def __init__(self, lengths: Sequence[tuple[int, int]]) -> None:
+        self._seen: list[list[Tensor]] = [[] for _ in lengths]
+        self._due: dict[int, list[int]] = {}
+        for s, (burn_in, draws) in enumerate(lengths):
+            every = max(_FLUCTUATION_EVERY, draws // _FLUCTUATION_DRAWS)
+            for t in range(burn_in + draws - 1, burn_in - 1, -every):
+                self._due.setdefault(t, []).append(s)
+
+    def due(self, t: int) -> Sequence[int]:
+        """The snapshots to look at before step t."""
+        return self._due.get(t, ())
+
+    def keep(self, s: int, losses: Tensor) -> None:
+        """Take the losses of one snapshot's chains, [chains, m]."""
+        self._seen[s].append(losses)
+
+    def variance(self, s: int) -> Tensor | None:
+        """Variance of a sample's loss, mean over samples, [chains]; None where it was seen less than twice."""
+        seen = self._seen[s]
+        return torch.stack(seen).double().var(0).mean(1).cpu() if len(seen) > 1 else None
 
 
 def _is_anharmonic(traces: Traces, dimension: int) -> bool:

@@ -14,6 +14,8 @@ from groktrace.sampling.plan import CannotPlanError, Plan
 # Larger evaluations are not recorded as a plan: a recording holds every intermediate value, and saves little there.
 MAX_PLANNED_BYTES = 2**28
 MAX_SINGLE_SAMPLES = 1024
+# Among the tensors that are not sampled: a factor of the row's loss.
+FACTOR = "factor of the loss"
 
 Forward = Callable[[Mapping[str, Tensor], Sequence[Tensor]], tuple[Tensor, Tensor | None]]
 
@@ -65,6 +67,8 @@ class StackedLoss:
         vectorised: False for networks that cannot be stacked: rows are then evaluated one by one.
         row_bytes: memory that one row's gradient takes with all samples; None where it was not measured.
         separable: whether it was found to be a mean over samples of losses of single samples.
+        micro_batch: samples evaluated at once where networks are large and go alone, in place (`network`, `large`);
+            None where they are stacked.
         plans: recorded gradients by the shapes they take, shared by all losses made of this one.
     """
 
@@ -75,6 +79,7 @@ class StackedLoss:
     vectorised: bool = True
     row_bytes: int | None = None
     separable: bool = False
+    micro_batch: int | None = None
     plans: dict[Any, Plan | None] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -124,7 +129,7 @@ class StackedLoss:
         """
 
         def one(flat: Tensor, fixed: dict[str, Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
-            return self.forward({**self.layout.unflatten(flat), **fixed}, tensors)[0]
+            return self._forward({**self.layout.unflatten(flat), **fixed}, tensors)
 
         # The fused attention kernels can be neither stacked nor differentiated twice.
         with sdpa_kernel(SDPBackend.MATH):
@@ -138,6 +143,11 @@ class StackedLoss:
                 rows.append(one(weights[r], {name: tensor[r] for name, tensor in self.fixed.items()}, tensors))
             return torch.stack(rows)
 
+    def _forward(self, weights: dict[str, Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        factor = weights.pop(FACTOR, None)
+        loss = self.forward(weights, tensors)[0]
+        return loss if factor is None else factor * loss
+
     def gradient_bytes(self, batch_size: int | None = None) -> int:
         """About how much memory one row's gradient takes, with so many samples; None for all."""
         share = 1.0 if batch_size is None else min(1.0, batch_size / len(self.tensors[0]))
@@ -148,7 +158,7 @@ class StackedLoss:
 
         def one(flat: Tensor, fixed: dict[str, Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
             alone = tuple(tensor.unsqueeze(0) for tensor in tensors)
-            return self.forward({**self.layout.unflatten(flat), **fixed}, alone)[0]
+            return self._forward({**self.layout.unflatten(flat), **fixed}, alone)
 
         tensors = tuple(tensor[self._spread()] for tensor in self.tensors)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -210,7 +220,7 @@ class StackedLoss:
         row = self.gradient_bytes(None if index is None else index.shape[1])
         if not self.vectorised or self.row_bytes is None or row * len(weights) > MAX_PLANNED_BYTES:
             return None
-        key = (len(weights), weights.dtype, None if index is None else index.shape)
+        key = (len(weights), weights.dtype, None if index is None else index.shape, FACTOR in self.fixed)
         if key not in self.plans:
 
             def function(flat: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:

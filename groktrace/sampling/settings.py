@@ -7,6 +7,7 @@ from typing import Any, Literal
 from groktrace.errors import SettingsError
 
 METHODS = ("averaged", "sgld")
+NAMED_NBETA = ("wbic", "curvature")
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,13 @@ class SamplingSettings:
     Attributes:
         method: "averaged" (averaged-noise Langevin: Leimkuhler & Matthews 2013, arXiv 1203.5428) or "sgld" (Welling &
             Teh 2011, as published).
-        nbeta: nβ, inverse temperature times sample count; "wbic" for n/log n; None to derive it from `resolution`.
+        nbeta: nβ, inverse temperature times sample count; "wbic" for n/log n; "curvature" to derive it from
+            `resolution` at each snapshot anew; None to derive it once for all, or at each snapshot where the top
+            curvature falls away after the training set is fitted, as under cross-entropy.
         localization: γ, the pull towards w*; None to derive it from `locality`.
         locality: wanted distance of the chains from w*, relative to ‖w*‖.
-        resolution: κ = nβ·h_max/γ; curvatures down to h_max/κ count.
+        resolution: κ = nβ·h_max/γ; curvatures down to h_max/κ count. None for 10, or 100 where nβ follows each
+            snapshot's curvature: there transitions show at flatter directions.
         chains: independent chains a snapshot; the centred estimate needs two. None for two, and up to 16 where the
             network is so small that they cost little more than one.
         draws: draws a chain after burn-in; None to grow until `rtol` is met.
@@ -35,10 +39,10 @@ class SamplingSettings:
     """
 
     method: Literal["averaged", "sgld"] = "averaged"
-    nbeta: float | Literal["wbic"] | None = None
+    nbeta: float | Literal["wbic", "curvature"] | None = None
     localization: float | None = None
     locality: float = 0.3
-    resolution: float = 10.0
+    resolution: float | None = None
     chains: int | None = None
     draws: int | None = None
     burn_in: int | None = None
@@ -51,8 +55,8 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise SettingsError(f"method: expected one of {', '.join(METHODS)}, got '{self.method}'.")
-        if self.nbeta != "wbic":
-            _positive("nbeta", self.nbeta, " or 'wbic'")
+        if self.nbeta not in NAMED_NBETA:
+            _positive("nbeta", self.nbeta, " or 'wbic' or 'curvature'")
         for name in ("localization", "locality", "resolution", "step_size", "rtol"):
             _positive(name, getattr(self, name))
         for name, least in (("chains", 1), ("draws", 2), ("burn_in", 0), ("batch_size", 1), ("seed", 0)):
@@ -79,7 +83,7 @@ class SamplingSettings:
 
 def _positive(name: str, value: Any, more: str = "") -> None:
     """Refuse anything but None and finite positive numbers."""
-    if value is None and name not in ("locality", "resolution", "rtol"):
+    if value is None and name not in ("locality", "rtol"):
         return
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and value > 0):

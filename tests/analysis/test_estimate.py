@@ -244,3 +244,25 @@ def test_minibatch_noise_is_kept_small_or_named():
     hot = estimate_llc(model, half_square, train, batch_size=32, step_size=full.step_size, **common)
     assert hot.llc > 1.1 * exact
     assert any("heated by minibatch noise" in reason for reason in hot.reasons)
+
+
+def test_nbeta_that_follows_the_curvature_measures_at_one_resolution():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 6, generator=generator)
+    model = torch.nn.Linear(6, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(1, 6, generator=generator))
+        y = model(x)
+    found = {}
+    for size in (1.0, 1e-4):
+
+        def loss(outputs, targets, size=size):
+            return size * (outputs - targets).square().mean()
+
+        found[size] = estimate_llc(model, loss, (x, y), nbeta="curvature", localization=1.0, draws=2000)
+    large, small = found[1.0], found[1e-4]
+    assert small.nbeta == pytest.approx(1e4 * large.nbeta, rel=1e-3)
+    curvatures = torch.linalg.eigvalsh(2 * x.T.double() @ x.double() / 64)
+    exact = float(0.5 * (curvatures / (curvatures + 1 / large.nbeta)).sum())
+    assert large.llc == pytest.approx(exact, abs=4 * large.stderr)
+    assert small.llc == pytest.approx(exact, abs=4 * small.stderr)

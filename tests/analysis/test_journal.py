@@ -1,9 +1,12 @@
+import errno
+import fcntl
 import multiprocessing
 
 import pytest
 
 from groktrace.analysis.journal import append_lines, check_numbers, check_step, exclusive, read_lines
 from groktrace.errors import RunError
+from groktrace.run.files import TEMPORARY_PREFIX
 
 
 def test_lines_come_back_in_order(tmp_path):
@@ -47,7 +50,7 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
     try:
         assert ready.wait(30)
         with (
-            pytest.raises(RunError, match=rf"another analysis \(process {process.pid}\) is writing here"),
+            pytest.raises(RunError, match=rf"another analysis \(process {process.pid} on .*\) is writing here"),
             exclusive(tmp_path),
         ):
             pass
@@ -78,3 +81,18 @@ def test_what_is_no_step_of_a_snapshot_is_refused(step):
     check_step({"step": 10**12 - 1})
     with pytest.raises(ValueError, match="step"):
         check_step({"step": step})
+
+
+def test_a_file_system_without_locks_is_not_held(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with exclusive(tmp_path):
+        pass
+
+
+def test_what_a_killed_analysis_left_is_removed(tmp_path):
+    (tmp_path / f"{TEMPORARY_PREFIX}-settings.json-1").touch()
+    with exclusive(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]

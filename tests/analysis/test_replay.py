@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import groktrace
-from groktrace.analysis import replay
+from groktrace.analysis import evaluator, replay
 from groktrace.errors import RunError, SnapshotError, TaskError
 from groktrace.run import layout
 from groktrace.run.files import write_json
@@ -16,13 +16,13 @@ FAST = {"draws": 20, "burn_in": 20}
 
 def count_samplings(monkeypatch):
     calls = []
-    original = replay.estimate_stack
+    original = evaluator.estimate_stack
 
     def counting(task, sampled, weights, *rest):
         calls.append(len(weights))
         return original(task, sampled, weights, *rest)
 
-    monkeypatch.setattr(replay, "estimate_stack", counting)
+    monkeypatch.setattr(evaluator, "estimate_stack", counting)
     return calls
 
 
@@ -52,7 +52,7 @@ def test_finished_snapshots_are_not_redone(small_run, monkeypatch):
 
 def test_an_interrupted_analysis_goes_on_to_the_same_result(small_run, tmp_path, monkeypatch):
     other = shutil.copytree(small_run, tmp_path / "other" / "run")
-    monkeypatch.setattr(replay, "rows_per_stack", lambda loss, batch_size=None: 4)
+    monkeypatch.setattr(evaluator, "rows_per_stack", lambda loss, batch_size=None: 4)
     whole = groktrace.analyze(small_run, **FAST)
 
     def interrupt(phase, done, total):
@@ -201,8 +201,8 @@ def test_curvature_is_measured_where_asked_for_and_kept(small_run, monkeypatch):
     plain = groktrace.analyze(small_run, **FAST)
     assert plain.points[0].hessian_trace is None
     calls = []
-    original = replay.measure_sharpness
-    monkeypatch.setattr(replay, "measure_sharpness", lambda *rest: calls.append(1) or original(*rest))
+    original = evaluator.measure_sharpness
+    monkeypatch.setattr(evaluator, "measure_sharpness", lambda *rest: calls.append(1) or original(*rest))
     curved = groktrace.analyze(small_run, **FAST, curvature=True)
     assert len(calls) >= 1
     for point in curved.points:

@@ -66,9 +66,9 @@ def test_plateaus(values, span):
 
 def test_wrong_temperatures_are_named(two_scales):
     model, train, _ = two_scales
-    with pytest.raises(SettingsError, match=r"nbeta: expected a positive number or 'wbic', got -1\.0"):
+    with pytest.raises(SettingsError, match=r"nbeta: expected a positive number or 'wbic' or 'curvature', got -1\.0"):
         groktrace.temperature_curve(model, half_square, train, [1.0, -1.0])
     with pytest.raises(SettingsError, match="nbeta: a temperature curve takes several; give them as nbetas"):
         groktrace.temperature_curve(model, half_square, train, nbeta=3.0)
-    with pytest.raises(SettingsError, match="nbeta: expected a positive number or 'wbic', got nan"):
+    with pytest.raises(SettingsError, match="nbeta: expected a positive number or 'wbic' or 'curvature', got nan"):
         groktrace.temperature_curve(model, half_square, train, [math.nan])

@@ -162,6 +162,25 @@ def test_where_the_curvature_collapses_a_fall_is_not_called_generalisation():
         fall = find_transitions(replace(trajectory, points=tuple(points)))[1]
         assert fall.label == label
         assert ("as it does under cross-entropy" in fall.evidence) == (label is None)
+    # At one resolution the fall is not the curvature's, but without weight decay that of the margins.
+    for decays, label in ((True, "generalisation"), (None, "generalisation"), (False, None)):
+        following = replace(trajectory, points=tuple(points), resolution=100.0, weight_decay=decays)
+        fall = find_transitions(following)[1]
+        assert fall.label == label
+        assert ("margins grow without end" in fall.evidence) == (label is None)
+    risen = np.interp(STEPS, [0, 200, 1200], [1.0, 1.0, 10.0])
+    points = [replace(each, diagnostics={"top_curvature": float(top)}) for each, top in zip(points, risen, strict=True)]
+    fall = find_transitions(replace(trajectory, points=tuple(points), resolution=100.0, weight_decay=True))[1]
+    assert (fall.label, "the largest curvature grows" in fall.evidence) == (None, True)
+
+
+def test_of_a_fall_that_begins_while_the_loss_is_high_the_rest_counts():
+    values = np.interp(STEPS, [0, 200, 600, 1400, 3000], [100.0, 1000.0, 1000.0, 500.0, 500.0])
+    for low_from, label in ((800, "generalisation"), (1350, None)):
+        loss = np.where(low_from > STEPS, 1.0, 0.0)
+        fall = find_transitions(curve(values, train_loss=loss))[-1]
+        assert fall.kind == "simplification"
+        assert fall.label == label
 
 
 def test_unreliable_points_weigh_less():

@@ -156,16 +156,85 @@ def test_killed_recordings_leave_whole_snapshots_only(tmp_path):
     assert not any(name.startswith(files.TEMPORARY_PREFIX) for name in names)
 
 
-def test_termination_loses_nothing_that_was_written(tmp_path):
+def test_termination_flushes_and_keeps_the_last_step(tmp_path):
     done = run_script(
         """
-        recorder = watch(model, optimizer, out=out, every=10)
+        recorder = watch(model, optimizer, out=out, every=1)
         for _ in range(25):
             update()
-        recorder._writer.wait()
         os.kill(os.getpid(), signal.SIGTERM)
         """,
         tmp_path / "run",
     )
-    assert done.returncode == -signal.SIGTERM
-    assert [snapshot.step for snapshot in open_run(tmp_path / "run").snapshots] == [0, 10, 20]
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    run = open_run(tmp_path / "run")
+    assert [snapshot.step for snapshot in run.snapshots] == list(range(26))
+    assert all(snapshot.load() for snapshot in run.snapshots)
+
+
+def test_termination_within_our_own_code(tmp_path):
+    done = run_script(
+        """
+        def kill():
+            os.kill(os.getpid(), signal.SIGTERM)
+        def submit(recorder):  # with the writer's lock held
+            class Jobs(type(recorder._writer._jobs)):
+                def append(self, job):
+                    super().append(job)
+                    kill()
+            recorder._writer._jobs = Jobs(recorder._writer._jobs)
+        def close(recorder):
+            join = recorder._writer._thread.join
+            recorder._writer._thread.join = lambda: (kill(), join())
+            recorder.close()
+        def copy(recorder):
+            original = recorder._capture.copy
+            recorder._capture.copy = lambda: (setattr(recorder._capture, "copy", original), kill(), original())[2]
+        def within(recorder):
+            optimizer.register_step_pre_hook(lambda *_: kill())  # after ours, as if amid the parameters
+        for place in (submit, close, copy, within):
+            child = os.fork()
+            if child == 0:
+                recorder = watch(model, optimizer, out=f"{out}/{place.__name__}", every=1)
+                update()
+                place(recorder)
+                update()
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM, place
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    for place, kept in {"submit": [0, 1, 2], "close": [0, 1], "copy": [0, 1, 2], "within": [0, 1]}.items():
+        assert [snapshot.step for snapshot in open_run(tmp_path / place).snapshots] == kept, place
+    assert done.stderr.count("the weights after step 1 are not kept") == 1
+
+
+def test_termination_is_left_to_a_handler_of_the_scripts_own(training, tmp_path):
+    calls = []
+    before = signal.signal(signal.SIGTERM, lambda *_: calls.append(1))
+    try:
+        with watch(training.model, training.optimizer, out=tmp_path / "own"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            training.update()
+        assert calls == [1]
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with watch(training.model, training.optimizer, out=tmp_path / "ours"):
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_an_update_that_was_interrupted_is_not_kept(training, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def interrupted_update():
+        with watch(training.model, training.optimizer, out=tmp_path / "run", every=1):
+            training.update(2)
+            training.optimizer.register_step_pre_hook(interrupt)  # after ours, as if amid the parameters
+            training.update()
+
+    with pytest.warns(RuntimeWarning, match="the weights after step 2 are not kept"), pytest.raises(KeyboardInterrupt):
+        interrupted_update()
+    assert layout.snapshot_steps(tmp_path / "run") == [0, 1, 2]

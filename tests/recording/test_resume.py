@@ -168,3 +168,45 @@ def test_a_program_of_other_data_does_not_stay(training, root, program):
     with pytest.warns(RuntimeWarning, match="--task package.module:factory"):
         record(training, root, 1, start_step=1)
     assert not (root / layout.PROGRAM_FILE).exists()
+
+
+def test_the_run_says_whether_it_is_closed(tmp_path):
+    model = nn.Linear(2, 1)
+    recorder = watch(model, out=tmp_path / "run", every=1)
+    recorder.step()
+    recorder.flush()
+    opened = open_run(tmp_path / "run")
+    assert not opened.closed
+    recorder.close()
+    assert opened.refreshed().closed
+    again = watch(model, out=tmp_path / "run", every=1, start_step=1)
+    assert not opened.refreshed().closed
+    again.step()
+    again.close()
+    after = opened.refreshed()
+    assert after.closed
+    assert [snapshot.step for snapshot in after.snapshots] == [0, 1, 2]
+
+
+def test_a_recording_that_was_killed_while_it_began_is_begun_anew(make_training, root):
+    record(make_training(), root, 1)
+    (root / layout.RUN_FILE).unlink()
+    for path in (root / layout.WEIGHTS_FOLDER).iterdir():
+        path.unlink()
+    (root / layout.WEIGHTS_FOLDER).rmdir()
+    torn = root / f"{files.TEMPORARY_PREFIX}-{layout.RUN_FILE}-1"
+    torn.touch()
+    os.utime(torn, (0, 0))
+    assert record(make_training(), root, 2) == [0, 2]
+    assert not torn.exists()
+    (root / "thesis.tex").touch()
+    (root / layout.RUN_FILE).unlink()
+    with pytest.raises(SettingsError, match="is not a groktrace run"):
+        record(make_training(), root, 2)
+
+
+def test_a_recording_that_was_killed_after_its_first_snapshot_goes_on_where_told_to(make_training, root):
+    assert record(make_training(), root, 0) == [0]
+    with pytest.raises(SettingsError, match="or pass start_step="):
+        record(make_training(), root, 2)
+    assert record(make_training(), root, 2, start_step=0) == [0, 2]

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from groktrace.errors import RunError, SnapshotError
 from groktrace.run import files
@@ -88,6 +90,49 @@ def test_nothing_is_seen_before_the_bytes_are_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", note_replace)
     files.write_file(path, b"data")
     assert order == ["fsync False", "replace", "fsync True"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL])
+def test_a_file_system_without_fsync_is_written_to(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    files.write_file(tmp_path / "file", b"data")
+    assert (tmp_path / "file").read_bytes() == b"data"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM])
+@pytest.mark.parametrize("limit", [files.SMALL_BYTES, 0])
+def test_a_file_system_without_rename_is_written_to(tmp_path, monkeypatch, number, limit):
+    def refuse(*_):
+        raise OSError(number, "no")
+
+    def refuse_in_rust(*_):  # it renames a file of its own
+        raise SafetensorError(f"Error while serializing: I/O error: no (os error {number})")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(files, "save_file", refuse_in_rust)
+    monkeypatch.setattr(files, "SMALL_BYTES", limit)
+    for value in (1.0, 2.0):
+        files.write_tensors(tmp_path / "file", {"w": torch.full((3,), value)}, {})
+        assert files.read_tensors(tmp_path / "file")[0]["w"].tolist() == [value] * 3
+    assert os.listdir(tmp_path) == ["file"]
+    monkeypatch.setattr(files.shutil, "copyfile", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        files.write_tensors(tmp_path / "other", {}, {})
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_large_file_met_is_told_by_its_number(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", refuse)
+    monkeypatch.setattr(files, "SMALL_BYTES", 0)
+    with pytest.raises(OSError, match="No space left") as caught:
+        files.write_tensors(tmp_path / "file", {"w": torch.ones(3)}, {})
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_a_folder_that_cannot_be_synced_does_not_undo_the_write(tmp_path, monkeypatch):

@@ -3,22 +3,33 @@ import math
 import pytest
 
 from groktrace.errors import SettingsError
-from groktrace.sampling.calibration import posterior_scale, run_length, settle_chains, step_size
+from groktrace.sampling.calibration import Scale, posterior_scale, run_length, settle_chains, step_size
 from groktrace.sampling.settings import SamplingSettings
 
 
 def test_dials_give_locality_and_resolution():
-    nbeta, gamma = posterior_scale(SamplingSettings(locality=0.2, resolution=25.0), 300, 1000, 50.0, 0.1)
+    nbeta, gamma, _ = posterior_scale(SamplingSettings(locality=0.2, resolution=25.0), 300, 1000, 50.0, 0.1)
     # E‖w − w*‖² of flat directions is D/γ = (ρ‖w*‖)²; h_max over the cutoff γ/nβ is the resolution.
     assert 1000 / gamma == pytest.approx(0.2**2 * 50.0)
     assert 0.1 * nbeta / gamma == pytest.approx(25.0)
 
 
 def test_numbers_are_taken_as_they_are_and_wbic_is_n_over_log_n():
-    assert posterior_scale(SamplingSettings(nbeta=30.0, localization=5.0), 10, 10, math.nan, math.nan) == (30.0, 5.0)
+    assert posterior_scale(SamplingSettings(nbeta=30.0, localization=5.0), 10, 10, math.nan, math.nan)[:2] == (
+        30.0,
+        5.0,
+    )
     assert posterior_scale(SamplingSettings(nbeta="wbic", localization=5.0), 317, 10, 1.0, 1.0)[0] == pytest.approx(
         317 / math.log(317)
     )
+
+
+def test_a_scale_that_follows_the_curvature_is_finer_and_keeps_where_it_belongs():
+    scale = posterior_scale(SamplingSettings(localization=2.0), 10, 10, 1.0, 0.5, follow=True)
+    assert scale == Scale(100 * 2.0 / 0.5, 2.0, 0.5)
+    assert Scale.from_dict(scale._asdict()) == scale
+    with pytest.raises(ValueError, match="expected positive numbers"):
+        Scale.from_dict({"nbeta": -1.0, "localization": 2.0, "curvature": None})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Whole chains against exact answers: harmonic bowls at every temperature, with and without a minimum at w*."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,6 +83,27 @@ def test_results_do_not_depend_on_what_is_stacked_with_them(bowl):
         (alone,) = draw(bowl(SPECTRUM), anchors[s : s + 1], settings, 10.0, 1.0, steps=[50 * s])
         torch.testing.assert_close(alone.excess, together[s].excess, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(alone.paired, together[s].paired, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("batch_size", [None, 50])
+def test_nor_do_they_where_run_lengths_differ_and_grow(batch_size):
+    loss, best, _ = regression()
+    loss = replace(loss, separable=True)
+    anchors = torch.stack([best, best + 0.01, best - 0.01])
+    epsilons = [f * step_size(10.0, 1.0, 4.0) for f in (1.0, 0.3, 0.5)]
+    settings = SamplingSettings(chains=2, batch_size=batch_size)
+
+    def enough(traces):
+        return len(traces.excess) >= 250
+
+    together = draw(loss, anchors, settings, 10.0, 1.0, enough=enough, epsilons=epsilons)
+    assert len({len(traces.excess) for traces in together}) > 1
+    for s, traces in enumerate(together):
+        (alone,) = draw(loss, anchors[s : s + 1], settings, 10.0, 1.0, 1.0, [s], enough, epsilons[s : s + 1])
+        torch.testing.assert_close(alone.excess, traces.excess, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(alone.fluctuation, traces.fluctuation, rtol=1e-9, atol=1e-9)
+        assert alone.heating == pytest.approx(traces.heating, rel=1e-9)
+        assert (traces.heating > 0) == (batch_size is not None)
 
 
 def test_diverging_chains_are_halved_until_they_hold_and_counted(bowl):

@@ -7,9 +7,9 @@ from groktrace.sampling.settings import PAPER, SamplingSettings
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"nbeta": -1.0}, r"nbeta: expected a positive number or 'wbic', got -1\.0"),
-        ({"nbeta": "hot"}, "nbeta: expected a positive number or 'wbic', got 'hot'"),
-        ({"nbeta": float("nan")}, "nbeta: expected a positive number or 'wbic', got nan"),
+        ({"nbeta": -1.0}, r"nbeta: expected a positive number or 'wbic' or 'curvature', got -1\.0"),
+        ({"nbeta": "hot"}, "nbeta: expected a positive number or 'wbic' or 'curvature', got 'hot'"),
+        ({"nbeta": float("nan")}, "nbeta: expected a positive number or 'wbic' or 'curvature', got nan"),
         ({"localization": 0}, "localization: expected a positive number, got 0"),
         ({"locality": None}, "locality: expected a positive number, got None"),
         ({"resolution": float("inf")}, "resolution: expected a positive number, got inf"),

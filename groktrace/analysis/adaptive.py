@@ -1,0 +1,90 @@
+"""Which snapshots to sample where not all of them are: a coarse subset, then those that date the transitions."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.transitions import Transition, find_transitions
+
+# The coarse subset, and the share of all snapshots that is sampled at most, but for runs so short that it is no matter.
+COARSE = 64
+SHARE = 0.1
+# Snapshots that are chosen at once; of the run alone, so that neither memory nor workers decide which are sampled.
+ROUND = 8
+# Outside transitions, neighbours that differ by so many errors, and by this fraction of the largest level, are suspect.
+SUSPICIOUS_ERRORS = 4.0
+SUSPICIOUS_CHANGE = 0.05
+
+
+def sample_adaptively(
+    steps: Sequence[int],
+    measure: Callable[[list[int]], dict[int, Point]],
+    report: Callable[[int, int], None],
+    n: int | None = None,
+) -> dict[int, Point]:
+    """Sample evenly spread snapshots first, then between those where a transition is or may be.
+
+    A gap between neighbours counts by the snapshots that it hides times the share of the transition that happens in it:
+    what it leaves open of the transition's date. Gaps are halved, those that count most first, until no snapshot within
+    a transition is hidden, or a tenth of all are sampled.
+
+    Args:
+        steps: of all snapshots, ascending.
+        measure: gives the points of snapshots; those that cannot be read are left out.
+        report: called with (snapshots sampled, the most that will be).
+        n: number of training samples.
+
+    Returns:
+        The points that were sampled, by step.
+    """
+    count = min(len(steps), COARSE)
+    limit = max(2 * COARSE, math.floor(SHARE * len(steps)))
+    wanted = sorted({round(i * (len(steps) - 1) / max(count - 1, 1)) for i in range(count)})
+    limit = min(limit, len(steps))
+    tried: set[int] = set()
+    points: dict[int, Point] = {}
+    while wanted:
+        tried |= set(wanted)
+        points |= measure([steps[i] for i in wanted])
+        report(len(tried), limit)
+        wanted = sorted(_next(steps, tried, points, n)[: min(ROUND, limit - len(tried))])
+    return points
+
+
+def _next(steps: Sequence[int], tried: set[int], points: dict[int, Point], n: int | None) -> list[int]:
+    """Indices of snapshots that halve the gaps, those that count most first."""
+    trajectory = Trajectory(tuple(points[step] for step in sorted(points)), n=n)
+    transitions = find_transitions(trajectory)
+    known = [(i, *_value(points[steps[i]])) for i in sorted(tried) if steps[i] in points]
+    known = [each for each in known if math.isfinite(each[1]) and math.isfinite(each[2])]
+    level = max((abs(value) for _, value, _ in known), default=0.0)
+    scored = []
+    for (i, before, error), (j, after, other) in itertools.pairwise(known):
+        inside = [k for k in range(i + 1, j) if k not in tried]
+        if not inside:
+            continue
+        size, noise = abs(after - before), math.hypot(error, other)
+        within = [each for each in transitions if _touches(each, steps[i], steps[j])]
+        if within:
+            share = max(size, noise) / min(abs(each.delta_llc) for each in within)
+        elif size > max(SUSPICIOUS_ERRORS * noise, SUSPICIOUS_CHANGE * level):
+            share = 1.0
+        else:
+            continue
+        scored.append((-len(inside) * share, inside[len(inside) // 2]))
+    return [index for _, index in sorted(scored)]
+
+
+def _value(point: Point) -> tuple[float, float]:
+    """λ_c, or λ̂ where there is none, and its error; NaN where there is neither."""
+    value, error = point.llc_centred, point.stderr_centred
+    if value is None:
+        value, error = point.llc, point.stderr
+    return (math.nan if value is None else value), (math.nan if error is None else error)
+
+
+def _touches(transition: Transition, first: int, last: int) -> bool:
+    """Whether a transition, or what its date leaves open, lies between two steps."""
+    begin, end = min(transition.onset, transition.step_low), max(transition.end, transition.step_high)
+    return first < end and last > begin

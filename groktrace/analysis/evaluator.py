@@ -1,0 +1,218 @@
+"""What evaluates the snapshots of one run; any process can rebuild it from names and settings."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from groktrace.analysis.estimate import estimate_stack, weight_layout
+from groktrace.analysis.evaluation import Survey, survey, training_loss
+from groktrace.analysis.llc import LLCEstimate
+from groktrace.analysis.sharpness import Sharpness, measure_sharpness
+from groktrace.analysis.trajectory import Point
+from groktrace.errors import SnapshotError, TaskError
+from groktrace.run.store import Run, Snapshot, open_run
+from groktrace.run.task import Task, load_factory
+from groktrace.sampling.calibration import Scale, settle_chains
+from groktrace.sampling.chains import rows_per_stack
+from groktrace.sampling.network import as_float
+from groktrace.sampling.posterior import WeightLayout
+from groktrace.sampling.settings import SamplingSettings
+
+Result = Survey | Point | Sharpness
+Group = list[tuple[Snapshot, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Snapshots that are evaluated as one stack, and what is to be found out of them.
+
+    Attributes:
+        phase: "survey" (losses and curvature), "sample" (λ̂) or "sharpen" (trace and top eigenvalue of the Hessian).
+        steps: of the snapshots.
+        surveys: of the same snapshots, for "sample".
+        scale: nβ and γ, for "sample".
+    """
+
+    phase: Literal["survey", "sample", "sharpen"]
+    steps: tuple[int, ...]
+    surveys: tuple[Survey, ...] = ()
+    scale: Scale | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What another process needs to evaluate the same snapshots in the same way.
+
+    Attributes:
+        run: absolute path or URL.
+        task_name: "package.module:factory", where the recording could not keep model and loss.
+        settings: of the sampling.
+        device: where to compute.
+        first: the snapshot at which the loss is tried.
+    """
+
+    run: str
+    task_name: str | None
+    settings: SamplingSettings
+    device: str
+    first: int
+
+
+class Evaluator:
+    """Loss, data and settings of one analysis.
+
+    Args:
+        task: loss and data.
+        layout: the sampled weights.
+        settings: of the sampling.
+        device: where to compute.
+        first: the weights of a snapshot, to try the loss at.
+
+    Raises:
+        TaskError: the loss cannot be evaluated on them.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        layout: WeightLayout,
+        settings: SamplingSettings,
+        device: torch.device,
+        first: dict[str, Tensor],
+    ) -> None:
+        _check_task(task, first)
+        self.task, self.layout, self.device = task, layout, device
+        self.settings = settle_chains(settings, layout.size)
+        self.loss = training_loss(task, layout, first, device)
+
+    @property
+    def rows(self) -> int:
+        """How many snapshots without chains make a stack."""
+        return rows_per_stack(self.loss)
+
+    @property
+    def together(self) -> int:
+        """How many snapshots are sampled as one stack."""
+        return max(1, rows_per_stack(self.loss, self.settings.batch_size) // self.settings.chains)
+
+    def evaluate(self, chunk: Chunk, snapshots: Mapping[int, Snapshot]) -> list[Result | SnapshotError]:
+        """A result for each snapshot of a chunk, or what is wrong with its file.
+
+        Args:
+            chunk: what to do.
+            snapshots: the run's, by step.
+        """
+        results: dict[int, Result | SnapshotError] = {}
+        group: Group = []
+        for step in chunk.steps:
+            try:
+                group.append((snapshots[step], snapshots[step].load()))
+            except SnapshotError as failure:
+                results[step] = failure
+        if group:
+            found = getattr(self, f"_{chunk.phase}")(group, chunk)
+            results |= {snapshot.step: each for (snapshot, _), each in zip(group, found, strict=True)}
+        return [results[step] for step in chunk.steps]
+
+    def _survey(self, group: Group, chunk: Chunk) -> list[Survey]:
+        weights, steps = [weights for _, weights in group], [snapshot.step for snapshot, _ in group]
+        return survey(self.task, self.loss, weights, steps, self.settings.seed)
+
+    def _sample(self, group: Group, chunk: Chunk) -> list[Point]:
+        known = {each.step: each for each in chunk.surveys}
+        about = [known[snapshot.step] for snapshot, _ in group]
+        weights = [weights for _, weights in group]
+        estimates = estimate_stack(self.loss, weights, about, self.settings, chunk.scale, self.task.n)
+        return [
+            _point(snapshot, each, estimate)
+            for (snapshot, _), each, estimate in zip(group, about, estimates, strict=True)
+        ]
+
+    def _sharpen(self, group: Group, chunk: Chunk) -> list[Sharpness]:
+        weights, steps = [weights for _, weights in group], [snapshot.step for snapshot, _ in group]
+        return measure_sharpness(self.loss, weights, steps, self.settings.seed)
+
+
+def run_layout(run: Run, patterns: Sequence[str] | None) -> WeightLayout:
+    """The sampled weights of a run, see `weight_layout`.
+
+    Args:
+        run: opened.
+        patterns: of the names to sample; None for all.
+    """
+    return weight_layout({name: (spec.shape, spec.dtype, spec.trainable) for name, spec in run.specs.items()}, patterns)
+
+
+# A rebuilt evaluator writes into buffers of its own, so that one process evaluates one chunk at a time.
+_one_at_a_time = threading.Lock()
+
+
+def evaluate_elsewhere(recipe: Recipe, chunk: Chunk) -> list[Result | SnapshotError]:
+    """Evaluate a chunk in whatever process this is called; what it needs is read once and kept for the next chunk.
+
+    Args:
+        recipe: how.
+        chunk: what.
+    """
+    with _one_at_a_time:
+        evaluator, snapshots = _rebuild(recipe)
+        if not snapshots.keys() >= set(chunk.steps):  # the recording goes on
+            snapshots.update((each.step, each) for each in open_run(recipe.run).snapshots)
+        return evaluator.evaluate(chunk, snapshots)
+
+
+@lru_cache(maxsize=1)
+def _rebuild(recipe: Recipe) -> tuple[Evaluator, dict[int, Snapshot]]:
+    run = open_run(recipe.run)
+    task = run.task if recipe.task_name is None else load_factory(recipe.task_name)
+    snapshots = {each.step: each for each in run.snapshots}
+    layout = run_layout(run, recipe.settings.parameters)
+    first = snapshots[recipe.first].load()
+    return Evaluator(task, layout, recipe.settings, torch.device(recipe.device), first), snapshots
+
+
+def _check_task(task: Task, weights: dict[str, Tensor]) -> None:
+    """Evaluate the loss once, so that a task of another network is refused in plain words."""
+    try:
+        with torch.no_grad():
+            named = {name: as_float(tensor) for name, tensor in weights.items()}
+            try:
+                task.forward(named, task.train.take(slice(0, 2)).tensors)
+            except Exception:  # some take one batch size only
+                task.forward(named, task.train.tensors)
+    except TaskError:
+        raise
+    except Exception as failure:
+        line = str(failure).splitlines()[0] if str(failure) else ""
+        raise TaskError(
+            f"the task's loss cannot be evaluated on the recorded weights ({type(failure).__name__}: {line}); it "
+            "has to be of the network that was recorded."
+        ) from failure
+
+
+def _point(snapshot: Snapshot, about: Survey, estimate: LLCEstimate) -> Point:
+    return Point(
+        snapshot.step,
+        estimate.llc,
+        estimate.stderr,
+        estimate.llc_centred,
+        estimate.stderr_centred,
+        estimate.reliable,
+        estimate.reasons,
+        about.train_loss,
+        about.train_accuracy,
+        about.val_loss,
+        about.val_accuracy,
+        snapshot.metrics(),
+        {
+            **estimate.diagnostics,
+            "top_curvature": about.top_curvature,
+            "norm": about.norm_squared**0.5,
+            "nbeta": estimate.nbeta,
+        },
+    )

@@ -1,0 +1,166 @@
+"""Where chunks of snapshots are evaluated: here, in processes on this machine, or by any executor."""
+
+import contextlib
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
+
+import torch
+
+from groktrace.analysis.evaluator import Chunk, Evaluator, Recipe, Result, evaluate_elsewhere
+from groktrace.errors import GroktraceError, RunError, SettingsError, SnapshotError
+from groktrace.run.store import Snapshot
+
+# Pools lost in a row, without a chunk finished between, until we take it that the next one would be lost too.
+MAX_LOSSES = 3
+CONNECT_SECONDS = 10
+
+Finished = Iterator[tuple[int, list[Result | SnapshotError]]]
+
+
+class Here:
+    """Evaluates in this process, chunk by chunk.
+
+    Args:
+        evaluator: of the run.
+    """
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self._evaluator = evaluator
+
+    def evaluate(self, chunks: Sequence[Chunk], snapshots: Mapping[int, Snapshot]) -> Finished:
+        """Numbers of chunks and their results, as they are finished.
+
+        Args:
+            chunks: the work.
+            snapshots: the run's, by step.
+        """
+        for number, chunk in enumerate(chunks):
+            yield number, self._evaluator.evaluate(chunk, snapshots)
+
+
+class Elsewhere:
+    """Evaluates in other processes, whose chunks finish in any order.
+
+    Args:
+        recipe: what they rebuild.
+        executor: takes the chunks.
+        renew: a new executor in place of one whose processes were lost; None where that is not ours to make.
+    """
+
+    def __init__(self, recipe: Recipe, executor: Executor, renew: Callable[[], Executor] | None = None) -> None:
+        self._recipe, self._executor, self._renew = recipe, executor, renew
+
+    def evaluate(self, chunks: Sequence[Chunk], snapshots: Mapping[int, Snapshot]) -> Finished:
+        """Numbers of chunks and their results, as they are finished; a lost process's chunks are given out again.
+
+        Args:
+            chunks: the work.
+            snapshots: not used: the other processes have their own.
+
+        Raises:
+            RunError: processes were lost again and again, or a chunk failed.
+        """
+        todo, losses = list(range(len(chunks))), 0
+        while todo:
+            futures: dict[Future, int] = {}
+            lost, failed = set(todo), None
+            try:
+                with contextlib.suppress(BrokenExecutor):  # some of the futures tell it again
+                    for number in todo:
+                        futures[self._executor.submit(evaluate_elsewhere, self._recipe, chunks[number])] = number
+                for future in as_completed(futures):
+                    number = futures[future]
+                    try:
+                        results = future.result()
+                    except BrokenExecutor:
+                        continue
+                    except (Exception, CancelledError) as failure:
+                        # What the others are at, or have finished, is still taken.
+                        failed = failed or (number, failure)
+                        for other in futures:
+                            other.cancel()
+                        continue
+                    lost.discard(number)
+                    yield number, results
+            finally:
+                for future in futures:
+                    future.cancel()
+            if failed is not None:
+                raise _failure(chunks[failed[0]], failed[1])
+            losses = losses + 1 if len(lost) == len(todo) else 0
+            todo = sorted(lost)
+            if todo:
+                if self._renew is None or losses == MAX_LOSSES:
+                    raise RunError(
+                        "workers end before they finish; out of memory? What is finished is kept: try fewer of them."
+                    )
+                self._executor = self._renew()
+
+
+def _failure(chunk: Chunk, failure: BaseException) -> GroktraceError:
+    if isinstance(failure, GroktraceError):
+        return failure
+    found = RunError(
+        f"a worker failed at the snapshots of steps {chunk.steps[0]} to {chunk.steps[-1]} "
+        f"({type(failure).__name__}: {failure}); what is finished is kept."
+    )
+    found.__cause__ = failure
+    return found
+
+
+@contextlib.contextmanager
+def process_pool(jobs: int) -> Iterator[tuple[Executor, Callable[[], Executor]]]:
+    """Processes on this machine that share this one's threads, and what replaces them when they are lost.
+
+    Args:
+        jobs: how many.
+
+    Raises:
+        SettingsError: it is no positive whole number.
+    """
+    if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
+        raise SettingsError(f"jobs: expected a whole number of at least 1, got {jobs!r}.")
+    pools: list[ProcessPoolExecutor] = []
+    # More threads than cores wait for each other at every operation: up to 50 times slower (measured).
+    threads = max(1, torch.get_num_threads() // jobs)
+
+    def new() -> Executor:
+        context = multiprocessing.get_context("spawn")
+        pools.append(ProcessPoolExecutor(jobs, context, _begin_worker, (threads,)))
+        return pools[-1]
+
+    try:
+        yield new(), new
+    finally:
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    # Ctrl-C goes to all processes of a terminal; those that only compute end without a word.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def dask_executor(address: str) -> Iterator[Executor]:
+    """The workers of a Dask cluster that is running.
+
+    Args:
+        address: of its scheduler, such as tcp://host:8786.
+
+    Raises:
+        SettingsError: distributed is not installed, or there is no such scheduler.
+    """
+    try:
+        from distributed import Client
+    except ImportError as failure:
+        raise SettingsError("dask: needs distributed; pip install 'groktrace[dask]'.") from failure
+    try:
+        client = Client(address, set_as_default=False, timeout=CONNECT_SECONDS)
+    except (OSError, ValueError) as failure:
+        raise SettingsError(f"dask: no scheduler answers at '{address}' ({failure}).") from failure
+    with client, client.get_executor() as executor:
+        yield executor

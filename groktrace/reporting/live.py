@@ -1,0 +1,82 @@
+"""What a followed recording tells as it goes on: lines for people, or one JSON object a line."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any, TextIO
+
+from groktrace.analysis.follow import Announcement, Ended, Event, Scaled
+from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.reporting.console import finite_values, number
+
+# TensorBoard's files are written anew as a whole, so not after every snapshot.
+WRITE_SECONDS = 30.0
+
+
+def show_events(
+    events: Iterator[Event], write_logs: Callable[[Trajectory], Any], as_json: bool, stream: TextIO
+) -> Trajectory:
+    """Print what comes, and keep TensorBoard's files up to date; returns the final trajectory.
+
+    Args:
+        events: of `groktrace.analysis.follow.follow`.
+        write_logs: writes TensorBoard's files; called every half minute, and when a transition is announced.
+        as_json: whether to print one JSON object a line.
+        stream: where to print.
+
+    Raises:
+        RuntimeError: the events have no end.
+    """
+    written, due = None, False
+    for event in events:
+        if isinstance(event, Trajectory):
+            if due or written is None or time.monotonic() - written > WRITE_SECONDS:
+                write_logs(event)
+                written, due = time.monotonic(), False
+            continue
+        due = due or isinstance(event, Announcement)
+        line = json.dumps(as_line(event), allow_nan=False) if as_json else as_text(event)
+        if line:
+            print(line, file=stream, flush=True)
+        if isinstance(event, Ended):
+            return event.trajectory
+    raise RuntimeError("the events of a recording have no end")
+
+
+def as_line(event: Scaled | Point | Announcement | Ended) -> dict[str, Any]:
+    """An event as one JSON object; of an end without its trajectory.
+
+    Args:
+        event: of `groktrace.analysis.follow.follow`.
+    """
+    if isinstance(event, Announcement):
+        return {"event": event.news, "number": event.number, **finite_values(event.transition.to_dict())}
+    if isinstance(event, Ended):
+        return {"event": "end", "why": event.why}
+    if isinstance(event, Scaled):
+        return {"event": "scale", **asdict(event)}
+    return {"event": "point", **event.to_dict()}
+
+
+def as_text(event: Scaled | Point | Announcement | Ended) -> str:
+    """An event in words; of points nothing, since TensorBoard shows them.
+
+    Args:
+        event: of `groktrace.analysis.follow.follow`.
+    """
+    if isinstance(event, Scaled):
+        follows = "" if event.curvature is None else " where the top curvature is " + number(event.curvature)
+        return f"measuring at nβ = {number(event.nbeta)}{follows}, γ = {number(event.localization)}"
+    if isinstance(event, Ended):
+        return f"{'recording closed' if event.why == 'closed' else 'no new snapshot for too long'}; the whole run:\n"
+    if isinstance(event, Point):
+        return ""
+    each = event.transition
+    if event.news == "withdrawn":
+        return f"transition {event.number} at step {each.step}: withdrawn, the curve no longer shows it"
+    news = "" if event.news == "transition" else "revised: "
+    return (
+        f"transition {event.number}: {news}{each.label or each.kind} at step {each.step} "
+        f"[{each.step_low}, {each.step_high}], λ {number(each.llc_before)} → {number(each.llc_after)}"
+    )

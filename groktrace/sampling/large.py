@@ -1,0 +1,293 @@
+"""Chains of one large network: one gradient at a time, and everything else in place.
+
+Beside w* there are the chains' positions and one gradient, and with minibatches ∇L(w*) of all samples: for C chains
+1 + C or 2 + C vectors. Noise is not kept: that of the last step is drawn a second time, by a generator one step behind.
+Chains start at w*, as products with the Hessian would need several vectors more, and burn in for longer.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, MAX_STEPS, run_length
+from groktrace.sampling.chains import MAX_GROWTH, MAX_RESTARTS, Traces, cooled
+from groktrace.sampling.langevin import generator_for
+from groktrace.sampling.network import Network
+from groktrace.sampling.posterior import StackedLoss
+from groktrace.sampling.settings import SamplingSettings
+
+_RELATIVE_STEP = 1e-3
+_POWER_ITERATIONS = 8
+_MAX_VIRIAL = 1.5
+# Steps between two looks at the noise of minibatches, each of which costs four gradients.
+_HEATING_EVERY = 32
+
+
+def sample_large(
+    loss: StackedLoss,
+    weights: Mapping[str, Tensor],
+    step: int,
+    settings: SamplingSettings,
+    nbeta: float,
+    localization: float,
+    step_size: float,
+    enough: Callable[[Traces], bool],
+) -> Traces:
+    """Run all chains of one snapshot, see `chains.sample`.
+
+    Args:
+        loss: with its `micro_batch`.
+        weights: all tensors of the network by name.
+        step: the training step, the key of its noise.
+        settings: chains, batch size, run length.
+        nbeta: nβ.
+        localization: γ.
+        step_size: ε; halved where chains diverge, reduced where minibatch noise heats them.
+        enough: whether the draws suffice; asked only where `settings.draws` is None.
+
+    Returns:
+        Traces; not finite where the chains diverged at every step size tried.
+    """
+    network, halvings = Network(loss, weights), 0
+    for _ in range(MAX_RESTARTS + 1):
+        chains = _Chains(network, step, settings, nbeta, localization, step_size)
+        traces = replace(chains.run(enough), halvings=halvings)
+        del chains
+        if settings.step_size is not None:
+            break
+        # In equilibrium pull and spread add up to D, wherever w* lies; beyond, the chains are on their way out.
+        climbed = float((traces.pull + traces.spread).mean()) > _MAX_VIRIAL * network.layout.size
+        if climbed or not traces.is_finite():
+            step_size /= 2
+            halvings += 1
+        elif (smaller := cooled(traces)) != traces.step_size:
+            step_size = smaller
+        else:
+            break
+    return traces
+
+
+@dataclass
+class _Chain:
+    """One chain.
+
+    Attributes:
+        position: w, [D].
+        noise: gives ξ_{t+1}.
+        before: gives ξ_t; None where the method does not ask for it.
+        batches: gives the samples of minibatches.
+    """
+
+    position: Tensor
+    noise: torch.Generator
+    before: torch.Generator | None
+    batches: torch.Generator
+
+
+class _Chains:
+    """The chains of one snapshot in flight."""
+
+    def __init__(
+        self,
+        network: Network,
+        step: int,
+        settings: SamplingSettings,
+        nbeta: float,
+        localization: float,
+        step_size: float,
+    ) -> None:
+        self.network, self.settings = network, settings
+        self.nbeta, self.localization, self.step_size = nbeta, localization, step_size
+        self.batched = settings.batch_size is not None and settings.batch_size < network.samples
+        self.corrected = self.batched and settings.method != "sgld"
+        self.gradient = torch.zeros(network.layout.size, dtype=network.dtype, device=network.device)
+        self.control = None
+        if self.corrected:
+            self.base = network.add_gradient(self.gradient)
+            # Read once a step, in pieces: it need not lie where memory is dear.
+            self.control = self.gradient.clone() if network.device.type == "cpu" else self.gradient.cpu()
+        else:
+            self.base = network.mean_loss()
+        self.chains = [self._chain(step, number) for number in range(settings.chains)]
+        self.heating: list[float] = []
+
+    def _chain(self, step: int, number: int) -> _Chain:
+        def generator(purpose: str) -> torch.Generator:
+            return generator_for(self.settings.seed, step, number, purpose, self.network.device)
+
+        noise, before = generator("noise"), None
+        if self.settings.method == "averaged":
+            before = generator("noise")
+            for _, anchor in self.network.pieces():
+                anchor.normal_(generator=noise)
+        return _Chain(self.network.vector(), noise, before, generator("batch"))
+
+    def run(self, enough: Callable[[Traces], bool]) -> Traces:
+        """Burn in, draw, and go on until the draws are enough."""
+        burn_in, draws = run_length(self.settings, self.localization, self.step_size, COLD_BURN_IN_RELAXATIONS)
+        self._advance(burn_in)
+        record = self._advance(draws, measured=True)
+        limit = min(MAX_GROWTH * draws, MAX_STEPS)
+        while True:
+            traces = self._traces(record, burn_in)
+            if self.settings.draws is not None or len(record) >= limit or not traces.is_finite() or enough(traces):
+                return traces
+            record = torch.cat([record, self._advance(len(record))])
+
+    def _traces(self, record: Tensor, burn_in: int) -> Traces:
+        pairs = {1: 0, 2: 1}.get(self.settings.chains, self.settings.chains)
+        excess, pull, spread, paired = record.unbind(1)
+        heating = sum(self.heating) / len(self.heating) / abs(float(pull.mean())) if self.heating else 0.0
+        return Traces(excess, pull, spread, paired[:, :pairs], self.step_size, burn_in, heating=heating)
+
+    def _advance(self, count: int, measured: bool = False) -> Tensor:
+        """Make `count` steps of every chain; [count, 4, C]: excess, pull, spread, paired.
+
+        Chains take turns, so that one gradient after another is all there is. A pair's product w_a·g_b then takes w_a
+        one step later than g_b for one of the two; the chains are independent, so that its expectation is the same.
+        """
+        chains = len(self.chains)
+        record = torch.full((count, 4, chains), math.nan, dtype=torch.float64)
+        for t in range(count):
+            products = torch.zeros(chains, chains, dtype=torch.float64)  # displacement of one, gradient of another
+            for c, chain in enumerate(self.chains):
+                if measured and self.corrected and t % _HEATING_EVERY == 0:
+                    self.heating.append(self._gradient_noise(chain))
+                record[t, 0, c] = self.nbeta * self._evaluate(chain)
+                products[:, c], record[t, 2, c] = self._move(c)
+            if not torch.isfinite(record[t, 0]).all():
+                break
+            products *= self.nbeta
+            record[t, 1] = products.diagonal()
+            if chains > 1:
+                after = torch.arange(chains).roll(-1)
+                here = torch.arange(chains)
+                own = record[t, 1] + record[t, 1, after]
+                record[t, 3] = 0.25 * (own - products[after, here] - products[here, after])
+        return record
+
+    def _evaluate(self, chain: _Chain) -> float:
+        """L(w) − L(w*); ∇L(w) goes into the gradient."""
+        network = self.network
+        if not self.batched:
+            self.gradient.zero_()
+            return network.add_gradient(self.gradient, chain.position) - self.base
+        index = self._batch(chain)
+        if not self.corrected:
+            self.gradient.zero_()
+            return network.add_gradient(self.gradient, chain.position, index) - self.base
+        # Control variate at w* and paired losses, as in `chains`.
+        self.gradient.copy_(self.control)
+        base = network.add_gradient(self.gradient, None, index, -1.0)
+        return network.add_gradient(self.gradient, chain.position, index) - base
+
+    def _batch(self, chain: _Chain) -> Tensor:
+        device, size = self.network.device, self.settings.batch_size
+        return torch.randperm(self.network.samples, generator=chain.batches, device=device)[:size]
+
+    def _gradient_noise(self, chain: _Chain) -> float:
+        """¼ε·nβ²·tr Cov[g], from two batches."""
+        self.gradient.zero_()
+        for sign in (1.0, -1.0):
+            index = self._batch(chain)
+            self.network.add_gradient(self.gradient, chain.position, index, sign)
+            self.network.add_gradient(self.gradient, None, index, -sign)
+        return 0.25 * self.step_size * self.nbeta**2 * 0.5 * float(self.gradient.norm()) ** 2
+
+    def _move(self, c: int) -> tuple[Tensor, float]:
+        """One step of chain c, with ∇L there in the gradient.
+
+        Returns:
+            Before the step, displacements times gradient for every chain, [C], and γ‖w − w*‖² of this one.
+        """
+        chain, epsilon = self.chains[c], self.step_size
+        averaged = chain.before is not None
+        spread = 0.5 * math.sqrt(epsilon) if averaged else math.sqrt(epsilon)
+        products = torch.zeros(len(self.chains), dtype=torch.float64, device=self.network.device)
+        length = torch.zeros((), dtype=torch.float64, device=self.network.device)
+        for place, anchor in self.network.pieces():
+            gradient, position = self.gradient[place], chain.position[place]
+            for a, other in enumerate(self.chains):
+                displacement = other.position[place] - anchor
+                products[a] += torch.dot(displacement, gradient)
+                if a == c:
+                    length += torch.dot(displacement, displacement)
+                    pull = displacement
+            position.add_(pull, alpha=-0.5 * epsilon * self.localization)
+            position.add_(gradient, alpha=-0.5 * epsilon * self.nbeta)
+            for generator in (chain.before, chain.noise):
+                if generator is not None:
+                    position.add_(anchor.normal_(generator=generator), alpha=spread)  # its place is free now
+        return products.cpu(), self.localization * float(length)
+
+
+def top_eigenvalue_large(network: Network, generator: torch.Generator) -> float:
+    """Largest |eigenvalue| of the Hessian at w*, from below.
+
+    Power iteration with central differences, which needs two vectors beside the gradient; the last two iterates span
+    the plane from which the value is taken (Rayleigh-Ritz).
+
+    Args:
+        network: the loss around w*.
+        generator: of the direction to start from.
+
+    Returns:
+        NaN where the loss is not finite.
+    """
+    direction = torch.empty(network.layout.size, dtype=network.dtype, device=network.device)
+    for place, _ in network.pieces():
+        direction[place].normal_(generator=generator)
+    direction /= direction.norm()
+    product, moved = torch.empty_like(direction), torch.empty_like(direction)
+    quotients, norms = [], []
+    for _ in range(_POWER_ITERATIONS):
+        _hessian_product(network, direction, product, moved)
+        quotients.append(float(torch.dot(direction, product)))
+        norms.append(float(product.norm()))
+        if not (math.isfinite(norms[-1]) and norms[-1] > 0):
+            return math.nan if not math.isfinite(norms[-1]) else max(map(abs, quotients))
+        torch.div(product, norms[-1], out=direction)
+    overlap = quotients[-2] / norms[-2]
+    best = max(abs(each) for each in quotients[-2:])
+    if 1 - overlap**2 < 1e-3:
+        return best
+    # In the orthonormal basis of the last iterate but one, u, and the rest of the last, v = (w − (u·w)u)/s.
+    s = math.sqrt(1 - overlap**2)
+    corner = (norms[-2] - overlap * quotients[-2]) / s
+    rest = (quotients[-1] - 2 * overlap * norms[-2] + overlap**2 * quotients[-2]) / s**2
+    plane = torch.tensor([[quotients[-2], corner], [corner, rest]], dtype=torch.float64)
+    return max(best, float(torch.linalg.eigvalsh(plane).abs().max()))
+
+
+def hessian_trace_large(network: Network, generator: torch.Generator, vectors: int) -> tuple[float, float]:
+    """The Hessian's trace at w* and its standard error, see `hutchinson.hessian_trace`.
+
+    Args:
+        network: the loss around w*.
+        generator: of the random signs.
+        vectors: at least 2; each costs two gradients.
+    """
+    size = network.layout.size
+    direction = torch.empty(size, dtype=network.dtype, device=network.device)
+    product, moved = torch.empty_like(direction), torch.empty_like(direction)
+    found = []
+    for _ in range(vectors):
+        direction.bernoulli_(0.5, generator=generator).mul_(2).sub_(1).div_(math.sqrt(size))
+        _hessian_product(network, direction, product, moved)
+        found.append(size * float(torch.dot(direction, product)))
+    values = torch.tensor(found, dtype=torch.float64)
+    return float(values.mean()), float(values.std()) / math.sqrt(vectors)
+
+
+def _hessian_product(network: Network, direction: Tensor, out: Tensor, moved: Tensor) -> None:
+    """∇²L(w*)·v into `out`; `moved` is room for a position."""
+    norm = math.sqrt(sum(float(anchor.square().sum(dtype=torch.float64)) for _, anchor in network.pieces()))
+    delta = _RELATIVE_STEP * norm if norm > 0 else _RELATIVE_STEP
+    out.zero_()
+    for sign in (1.0, -1.0):
+        for place, anchor in network.pieces():
+            torch.add(anchor, direction[place], alpha=sign * delta, out=moved[place])
+        network.add_gradient(out, moved, scale=sign / (2 * delta))

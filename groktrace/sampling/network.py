@@ -1,0 +1,186 @@
+"""One large network: w* as it was recorded, and gradients summed over micro-batches into one vector.
+
+Beside w* itself, in its own dtype, only flat vectors that a caller makes exist: the network is evaluated on views of
+one, gradients are added to another as they appear, and the rest is done in pieces that fit the processor's cache.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from groktrace.sampling.posterior import FACTOR, StackedLoss
+
+# Networks of so many numbers, and those whose activations take so much, are evaluated alone and in micro-batches.
+LARGE_WEIGHTS = 2**24
+LARGE_ACTIVATIONS = 2**31
+# What the activations of a micro-batch may take: this share of the weights in float32, or so many bytes.
+_ACTIVATION_SHARE = 0.25
+_LEAST_ACTIVATIONS = 2**26
+_FEW_SAMPLES = 4
+# Elements. Random numbers come in blocks of 16, so that drawing them in pieces gives what drawing them at once does.
+_PIECE = 2**20
+_BLOCK = 16
+
+
+def as_float(tensor: Tensor) -> Tensor:
+    """Half-precision weights in float32, as the sampled ones are; everything else as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+class Network:
+    """The loss of one network around w*.
+
+    Args:
+        loss: forward, layout and samples; its `fixed` is not used.
+        weights: all tensors of the network by name. They are not copied where they are on the loss's device, and never
+            changed.
+    """
+
+    def __init__(self, loss: StackedLoss, weights: Mapping[str, Tensor]) -> None:
+        self.loss, self.layout, self.device = loss, loss.layout, loss.device
+        sampled = [weights[name].detach().to(self.device) for name in loss.layout.names]
+        self._anchor = [tensor.reshape(-1) for tensor in sampled]
+        self.dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in sampled) else torch.float32
+        self._factor = float(weights.get(FACTOR, 1.0))
+        self._fixed = {
+            name: as_float(tensor.detach().to(self.device))
+            for name, tensor in weights.items()
+            if name not in (*loss.layout.names, FACTOR)
+        }
+
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+        return len(self.loss.tensors[0])
+
+    def vector(self) -> Tensor:
+        """A new vector of w*, [D]."""
+        out = torch.empty(self.layout.size, dtype=self.dtype, device=self.device)
+        for place, anchor in self.pieces():
+            out[place] = anchor
+        return out
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """w* piece by piece: where each lies in a flat vector, and its values, which the next piece overwrites."""
+        size = self.layout.size
+        scratch = torch.empty(min(size, _PIECE + _BLOCK), dtype=self.dtype, device=self.device)
+        parts = iter(self._anchor)
+        part, used, start = next(parts), 0, 0
+        while start < size:
+            stop = size if size - start < _PIECE + _BLOCK else start + _PIECE
+            filled = 0
+            while filled < stop - start:
+                if used == len(part):
+                    part, used = next(parts), 0
+                    continue
+                count = min(len(part) - used, stop - start - filled)
+                scratch[filled : filled + count] = part[used : used + count]
+                filled, used = filled + count, used + count
+            yield slice(start, stop), scratch[:filled]
+            start = stop
+
+    def mean_loss(self, at: Tensor | None = None) -> float:
+        """L at a flat vector, or at w*."""
+        with torch.no_grad():
+            return self._evaluate(self._named(at), None, lambda part: None)
+
+    def add_gradient(
+        self, out: Tensor, at: Tensor | None = None, index: Tensor | None = None, scale: float = 1.0
+    ) -> float:
+        """Add scale·∇L to a vector.
+
+        Args:
+            out: [D].
+            at: where, [D]; None for w*.
+            index: [B] samples; None for all of them.
+            scale: a factor.
+
+        Returns:
+            L there, without the factor.
+        """
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in self._named(at).items()}
+        for leaf, place in zip(leaves.values(), self.layout.unflatten(out).values(), strict=True):
+
+            def collect(leaf: Tensor, place: Tensor = place) -> None:
+                # As soon as it is there, so that no second set of gradients ever exists.
+                place.add_(leaf.grad)
+                leaf.grad = None
+
+            leaf.register_post_accumulate_grad_hook(collect)
+        with torch.enable_grad():
+            return self._evaluate(leaves, index, lambda part: (scale * part).backward())
+
+    def _named(self, at: Tensor | None) -> dict[str, Tensor]:
+        if at is not None:
+            return self.layout.unflatten(at)
+        tensors = zip(self.layout.names, self._anchor, self.layout.shapes, strict=True)
+        return {name: as_float(tensor).view(shape) for name, tensor, shape in tensors}
+
+    def _evaluate(self, named: dict[str, Tensor], index: Tensor | None, use: Callable[[Tensor], None]) -> float:
+        """L as a sum over micro-batches, each of whose parts is given to `use`."""
+        count = self.samples if index is None else len(index)
+        total = 0.0
+        for start in range(0, count, self.loss.micro_batch):
+            chosen = slice(start, start + self.loss.micro_batch)
+            tensors = [tensor[chosen] if index is None else tensor[index[chosen]] for tensor in self.loss.tensors]
+            part = self.loss.forward({**named, **self._fixed}, tensors)[0] * (self._factor * len(tensors[0]) / count)
+            use(part)
+            total += float(part.detach())
+        return total
+
+
+def with_micro_batch(loss: StackedLoss, weights: Mapping[str, Tensor]) -> StackedLoss:
+    """The loss as it is, or, where the network is large, with the number of samples that are evaluated at once.
+
+    Args:
+        loss: forward, layout and samples.
+        weights: all tensors of one network by name.
+    """
+    numbers = sum(tensor.numel() for tensor in weights.values())
+    samples = len(loss.tensors[0])
+    alone = replace(loss, vectorised=False, micro_batch=samples)
+    network = Network(alone, weights)
+    try:
+        activations = _activation_bytes(network)
+        large = numbers >= LARGE_WEIGHTS or samples * activations >= LARGE_ACTIVATIONS
+        divisible = large and _is_mean_over_samples(network)
+    except Exception:  # the program takes one batch size only, or the loss fails on a single sample
+        return alone if numbers >= LARGE_WEIGHTS else loss
+    if not divisible:
+        return alone if large else loss
+    budget = max(_ACTIVATION_SHARE * 4 * numbers, _LEAST_ACTIVATIONS)
+    return replace(alone, micro_batch=max(1, min(samples, int(budget / max(activations, 1)))))
+
+
+def _activation_bytes(network: Network) -> int:
+    """What one sample's gradient keeps between forward and backward, beside weights and data."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in network.loss.tensors}
+    named = {name: tensor.detach().requires_grad_() for name, tensor in network._named(None).items()}
+    known |= {tensor.untyped_storage().data_ptr() for tensor in (*named.values(), *network._fixed.values())}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    first = [tensor[:1] for tensor in network.loss.tensors]
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        network.loss.forward({**named, **network._fixed}, first)
+    return sum(seen.values())
+
+
+def _is_mean_over_samples(network: Network) -> bool:
+    """Whether a few samples' loss is the mean of their own losses."""
+    few = tuple(tensor[:_FEW_SAMPLES] for tensor in network.loss.tensors)
+    named = {**network._named(None), **network._fixed}
+    with torch.no_grad():
+        together = float(network.loss.forward(named, few)[0])
+        singles = [
+            float(network.loss.forward(named, [tensor[i : i + 1] for tensor in few])[0]) for i in range(len(few[0]))
+        ]
+    # At a perfect fit every loss is zero, which tells nothing.
+    return together != 0 and abs(sum(singles) / len(singles) - together) <= 1e-4 * abs(together)

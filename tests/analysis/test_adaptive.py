@@ -1,0 +1,106 @@
+"""A tenth of the snapshots gives the transitions that all of them give."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import groktrace
+from groktrace.analysis import adaptive
+from groktrace.analysis.adaptive import sample_adaptively
+from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.transitions import find_transitions
+
+
+def simulated(count, jumps, noise=0.01, seed=0):
+    """A curve that goes from level to level, each step a snapshot: {step: level from there on}."""
+    generator = np.random.default_rng(seed)
+    curve = np.zeros(count)
+    for step, level in jumps.items():
+        curve[step:] = level
+    error = noise * curve.max()
+    values = curve + error * generator.standard_normal(count)
+    return {step: Point(step, value, error, value, error) for step, value in enumerate(values.tolist())}
+
+
+def replayed(points, reports=None):
+    """The points that are chosen, and the sizes of the rounds."""
+    rounds = []
+
+    def measure(wanted):
+        rounds.append(len(wanted))
+        return {step: points[step] for step in wanted if step in points}
+
+    chosen = sample_adaptively(
+        range(max(points) + 1), measure, lambda *each: None if reports is None else reports.append(each)
+    )
+    return chosen, rounds
+
+
+def dated(points):
+    found = find_transitions(Trajectory(tuple(points[step] for step in sorted(points))))
+    return [(each.kind, each.step, each.step_low, each.step_high) for each in found]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_jumps_are_dated_as_by_all_snapshots(seed):
+    points = simulated(2000, {0: 50.0, 333: 100.0, 1217: 60.0}, seed=seed)
+    full = dated(points)
+    chosen, _ = replayed(points)
+    some = dated(chosen)
+    assert len(chosen) <= 200
+    assert [each[0] for each in some] == [each[0] for each in full] == ["complexification", "simplification"]
+    for ours, theirs in zip(some, full, strict=True):
+        assert abs(ours[1] - theirs[1]) <= 1
+        assert ours[3] - ours[2] <= 2
+    # The two snapshots on either side of each jump are there.
+    assert {332, 333, 1216, 1217} <= chosen.keys()
+
+
+def test_a_flat_curve_is_left_at_the_coarse_subset():
+    chosen, rounds = replayed(simulated(2000, {0: 50.0}))
+    assert rounds == [adaptive.COARSE]
+    assert min(chosen) == 0
+    assert max(chosen) == 1999
+
+
+def test_a_change_among_few_snapshots_is_looked_into():
+    """Two points at another level are no transition yet."""
+    points = simulated(2000, {0: 50.0, 1000: 90.0, 1070: 50.0})
+    chosen, _ = replayed(points)
+    assert {999, 1000, 1069, 1070} <= chosen.keys()
+    assert len(dated(chosen)) == 2
+
+
+def test_short_runs_are_sampled_whole_and_damaged_snapshots_left_out():
+    points = simulated(50, {0: 50.0, 20: 100.0})
+    del points[30]
+    chosen, rounds = replayed(points)
+    assert chosen == points
+    assert rounds == [50]
+    points = simulated(2000, {0: 50.0, 333: 100.0})
+    for step in (320, 332, 333, 334):
+        del points[step]
+    reports = []
+    chosen, rounds = replayed(points, reports)
+    assert {331, 335} <= chosen.keys()
+    assert sum(rounds) <= 200
+    assert reports[-1] == (sum(rounds), 200)
+
+
+def test_what_is_sampled_is_what_a_full_replay_gives(small_run, tmp_path, monkeypatch):
+    other = shutil.copytree(small_run, tmp_path / "other" / "run")
+    full = groktrace.analyze(other, draws=20, burn_in=20)
+    monkeypatch.setattr(adaptive, "COARSE", 3)
+    some = groktrace.analyze(small_run, draws=20, burn_in=20, adaptive=True, curvature=True)
+    assert [point.step for point in some.points] == [0, 20, 50]
+    assert (some.nbeta, some.localization) == (full.nbeta, full.localization)
+    known = {point.step: json.loads(json.dumps(point.to_dict())) for point in full.points}
+    for point in some.points:
+        plain = point.to_dict()
+        assert plain["hessian_trace"] > 0
+        curved = ("hessian_trace", "hessian_trace_stderr", "hessian_top")
+        assert {**plain, **dict.fromkeys(curved)} == known[point.step]
+    # A full replay takes the sampled ones as they are.
+    assert groktrace.analyze(small_run, draws=20, burn_in=20).points == full.points

@@ -1,0 +1,147 @@
+"""A recording that is analysed while it goes on; the training is done wherever the follower would sleep."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import groktrace
+from groktrace.analysis import evaluator
+from groktrace.analysis import follow as following
+from groktrace.analysis.follow import Announcement, Ended, Scaled, follow, wait_for_run
+from groktrace.analysis.replay import open_analysis
+from groktrace.analysis.trajectory import Point
+from groktrace.analysis.transitions import Transition
+from groktrace.errors import RunError
+from groktrace.reporting import live
+from groktrace.run.files import write_json
+from groktrace.sampling.settings import SamplingSettings
+
+FAST = {"draws": 20, "burn_in": 20}
+
+
+@pytest.fixture
+def recording(tmp_path, monkeypatch):
+    """A recording that goes on by two snapshots at each poll, and is closed after twelve; of a growing network."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    x = torch.randn(30, 3)
+    recorder = groktrace.watch(model, train=(x, x[:, :2]), loss="mse", out=tmp_path / "run", every=1)
+    recorder.flush()
+
+    def train(seconds):
+        for _ in range(2):
+            with torch.no_grad():
+                model.weight.mul_(1.3)
+            recorder.step()
+        recorder.flush()
+        if recorder.steps >= 12:
+            recorder.close()
+
+    monkeypatch.setattr(following.time, "sleep", train)
+    yield tmp_path / "run"
+    recorder.close()
+
+
+def events_of(run, timeout=None, stop_after=None, **settings):
+    found = []
+    with open_analysis(run, SamplingSettings(**FAST, **settings)) as analysis:
+        for event in follow(analysis, timeout):
+            found.append(event)
+            if stop_after is not None and sum(isinstance(each, Point) for each in found) == stop_after:
+                break
+    return found
+
+
+def steps_of(events):
+    return [each.step for each in events if isinstance(each, Point)]
+
+
+def test_a_recording_is_followed_to_its_end_and_gives_what_a_plain_analysis_gives(recording, tmp_path):
+    events = events_of(recording)
+    end = events[-1]
+    assert end.why == "closed"
+    scales = [each for each in events if isinstance(each, Scaled)]
+    assert len(scales) > 1  # the norm grows, so that all was measured anew now and then
+    assert set(steps_of(events)) == set(range(13))
+    assert len(steps_of(events)) > 13
+    plain = shutil.copytree(recording, tmp_path / "plain" / "run")
+    shutil.rmtree(plain / "analysis")
+    assert groktrace.analyze(plain, **FAST).points == end.trajectory.points
+    assert not list((recording / "analysis").rglob("live-*.jsonl"))
+
+
+def test_with_numbers_given_nothing_is_measured_twice_whatever_comes_between(recording, monkeypatch):
+    sampled = []
+    original = evaluator.estimate_stack
+    monkeypatch.setattr(
+        evaluator,
+        "estimate_stack",
+        lambda loss, weights, *rest: sampled.append(len(weights)) or original(loss, weights, *rest),
+    )
+    monkeypatch.setattr(evaluator, "rows_per_stack", lambda loss, batch_size=None: 1)
+    numbers = {"nbeta": 100.0, "localization": 1.0}
+    first = events_of(recording, **numbers, stop_after=4)
+    rest = events_of(recording, **numbers)
+    assert steps_of(first) + steps_of(rest) == list(range(13))
+    assert sum(sampled) == 13
+    assert [point.step for point in rest[-1].trajectory.points] == list(range(13))
+
+
+def test_a_recording_that_was_killed_ends_by_the_timeout(recorded, tmp_path, monkeypatch):
+    run = shutil.copytree(recorded, tmp_path / "run")
+    info = json.loads((run / "run.json").read_text())
+    write_json(run / "run.json", {**info, "closed": None})
+    monkeypatch.setattr(following, "POLL_SECONDS", 0.01)
+    (end,) = [each for each in events_of(run, timeout=0.05) if isinstance(each, Ended)]
+    assert end.why == "timeout"
+    assert len(end.trajectory.points) == 6
+
+
+def test_the_first_snapshot_is_waited_for(recorded, tmp_path, monkeypatch):
+    monkeypatch.setattr(following, "POLL_SECONDS", 0.01)
+    wait_for_run(recorded, None)
+    with pytest.raises(RunError, match=r"nowhere: no recording has begun there in 0\.05 s"):
+        wait_for_run(tmp_path / "nowhere", 0.05)
+
+
+def transition(step, kind="simplification", label=None, width=20):
+    return Transition(kind, label, step, step - 5, step + 5, step - width, step + width, 10.0, 5.0, -5.0, 0.1)
+
+
+def said(announcements):
+    return [(each.news, each.number, each.transition.step) for each in announcements]
+
+
+def test_a_transition_is_announced_once_and_what_becomes_of_it_is_said(tmp_path):
+    path = tmp_path / "live.json"
+    a, b = transition(100), transition(300, "complexification")
+    assert said(following._Live(path).compare([a])) == [("transition", 1, 100)]
+    # Also by another process, and though its date moves within its interval.
+    assert following._Live(path).compare([transition(104)]) == []
+    assert said(following._Live(path).compare([transition(104), b])) == [("transition", 2, 300)]
+    assert said(following._Live(path).compare([transition(110), b])) == [("revised", 1, 110)]
+    assert said(following._Live(path).compare([transition(110, label="generalisation"), b])) == [("revised", 1, 110)]
+    assert said(following._Live(path).compare([b])) == [("withdrawn", 1, 110)]
+    assert following._Live(path).compare([b]) == []
+    assert said(following._Live(path).compare([transition(112), b])) == [("revised", 1, 112)]
+    assert said(following._Live(path).compare([transition(112), b, transition(500)])) == [("transition", 3, 500)]
+    path.write_text("{}")
+    with pytest.raises(RunError, match=r"live\.json: damaged .* remove the file to follow anew"):
+        following._Live(path)
+
+
+def test_events_as_lines_and_in_words():
+    news = Announcement("transition", 1, transition(100, label="generalisation"))
+    assert live.as_line(news) == {"event": "transition", "number": 1, **news.transition.to_dict()}
+    endless = Announcement("revised", 1, replace(news.transition, stderr=math.inf))
+    assert live.as_line(endless)["stderr"] is None
+    assert live.as_text(news) == "transition 1: generalisation at step 100 [95, 105], λ 10 → 5"
+    assert "withdrawn" in live.as_text(Announcement("withdrawn", 1, transition(100)))
+    scale = {"nbeta": 1.0, "localization": 2.0, "curvature": None}
+    assert live.as_line(Scaled(1.0, 2.0, None)) == {"event": "scale", **scale}
+    assert live.as_line(Point(3, 1.0, 0.1))["event"] == "point"

@@ -1,0 +1,137 @@
+"""Many processes give what one gives, whatever happens to them."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
+
+import pytest
+import torch
+
+import groktrace
+from groktrace.analysis import evaluator, workers
+from groktrace.errors import RunError, SettingsError
+from groktrace.run import layout
+
+FAST = {"draws": 20, "burn_in": 20}
+
+
+@pytest.fixture
+def in_pieces(monkeypatch):
+    """Several pieces of work, also of a small run: stacks of one snapshot, on one thread as in each worker."""
+    monkeypatch.setattr(evaluator, "rows_per_stack", lambda loss, batch_size=None: 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def copy_of(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "other" / "run")
+
+
+def test_jobs_give_what_one_process_gives_though_one_of_them_is_killed(small_run, tmp_path, in_pieces):
+    other = copy_of(small_run, tmp_path)
+    alone = groktrace.analyze(small_run, **FAST)
+    killed = []
+
+    def kill_one(phase, done, total):
+        if phase == "sampling" and done == 1:
+            killed.append(multiprocessing.active_children()[0])
+            killed[0].kill()
+
+    together = groktrace.analyze(other, **FAST, jobs=2, progress=kill_one)
+    assert together.points == alone.points
+    assert killed[0].exitcode == -signal.SIGKILL
+    assert not multiprocessing.active_children()
+
+
+def test_a_dask_cluster_gives_what_one_process_gives_though_a_worker_is_killed(small_run, tmp_path, in_pieces):
+    distributed = pytest.importorskip("distributed")
+    other = copy_of(small_run, tmp_path)
+    alone = groktrace.analyze(small_run, **FAST)
+    with distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster:
+        pids = process_ids(cluster)
+        assert len(set(pids)) == 2
+
+        def kill_one(phase, done, total):
+            if phase == "sampling" and done == 1:
+                os.kill(pids[0], signal.SIGKILL)
+
+        with workers.dask_executor(cluster.scheduler_address) as executor:
+            together = groktrace.analyze(other, **FAST, executor=executor, progress=kill_one)
+        after = process_ids(cluster)
+    assert together.points == alone.points
+    assert pids[0] not in after
+
+
+def process_ids(cluster):
+    """Of the workers that there are."""
+    import distributed
+
+    with distributed.Client(cluster.scheduler_address, set_as_default=False) as client:
+        return list(client.run(os.getpid).values())
+
+
+def test_any_executor_will_do_and_damaged_snapshots_are_named(small_run, tmp_path, in_pieces):
+    path = layout.snapshot_path(small_run, 20)
+    path.write_bytes(path.read_bytes()[:-1])
+    other = copy_of(small_run, tmp_path)
+    with ThreadPoolExecutor(2) as executor:
+        together = groktrace.analyze(small_run, **FAST, executor=executor)
+    alone = groktrace.analyze(other, **FAST)
+    assert together.points == alone.points
+    assert [point.step for point in together.points] == [0, 10, 30, 40, 50]
+    assert len(together.unreadable) == 1
+    assert "000000000020.safetensors" in together.unreadable[0]
+
+
+class Failing(Executor):
+    """Fails in one way from some call on."""
+
+    def __init__(self, failure, after):
+        self.failure, self.after = failure, after
+
+    def submit(self, function, *args):
+        future = Future()
+        self.after -= 1
+        if self.after < 0:
+            future.set_exception(self.failure)
+        else:
+            future.set_result(function(*args))
+        return future
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (BrokenExecutor(), "workers end before they finish; out of memory"),
+        (OSError("disk gone"), r"a worker failed at the snapshots of steps \d+ to \d+ \(OSError: disk gone\)"),
+    ],
+)
+def test_what_was_finished_before_a_failure_is_kept(small_run, tmp_path, in_pieces, monkeypatch, failure, message):
+    with pytest.raises(RunError, match=message):
+        groktrace.analyze(small_run, **FAST, executor=Failing(failure, 6 + 2))
+    calls = []
+    original = evaluator.estimate_stack
+    monkeypatch.setattr(evaluator, "estimate_stack", lambda *rest: calls.append(1) or original(*rest))
+    groktrace.analyze(small_run, **FAST)
+    assert len(calls) == 4
+
+
+def test_what_cannot_be_asked_for_is_refused(small_run, monkeypatch):
+    with pytest.raises(SettingsError, match="jobs: expected a whole number of at least 1, got 0"):
+        groktrace.analyze(small_run, jobs=0)
+    with pytest.raises(SettingsError, match="executor: takes the place of jobs"):
+        groktrace.analyze(small_run, jobs=2, executor=Failing(OSError(), 0))
+    task = groktrace.open_run(small_run).task
+    with pytest.raises(SettingsError, match="other processes need its name"):
+        groktrace.analyze(small_run, task=task, jobs=2)
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(workers, "CONNECT_SECONDS", 1)
+    with (
+        pytest.raises(SettingsError, match=r"no scheduler answers at 'tcp://127\.0\.0\.1:9'"),
+        workers.dask_executor("tcp://127.0.0.1:9"),
+    ):
+        pass

@@ -1,0 +1,119 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from groktrace.sampling.calibration import step_size
+from groktrace.sampling.chains import sample
+from groktrace.sampling.diagnostics import standard_error
+from groktrace.sampling.large import hessian_trace_large, sample_large, top_eigenvalue_large
+from groktrace.sampling.network import Network
+from groktrace.sampling.posterior import StackedLoss, WeightLayout
+from groktrace.sampling.settings import SamplingSettings
+
+SPECTRUM = torch.logspace(0, -3, 60).double()
+
+
+def alone(loss, micro_batch=8):
+    return replace(loss, vectorised=False, micro_batch=micro_batch)
+
+
+def draw(loss, weights, settings, nbeta, gamma, epsilon, enough=lambda traces: True, step=0):
+    return sample_large(loss, weights, step, settings, nbeta, gamma, epsilon, enough)
+
+
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_large_networks_take_the_same_steps_as_stacked_ones(batch_size):
+    # The published method, as it begins at w* in both.
+    loss, weights = regression()
+    settings = SamplingSettings("sgld", chains=3, draws=20, burn_in=4, step_size=1e-3, batch_size=batch_size)
+    found = draw(alone(loss, 7), weights, settings, 30.0, 5.0, 1e-3, step=700)
+    (expected,) = sample(loss, weights["w"][None], [700], settings, 30.0, 5.0, [1e-3], lambda traces: True)
+    for name in ("excess", "pull", "spread"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-9, atol=1e-9)
+    assert found.paired.shape == expected.paired.shape
+
+
+@pytest.mark.parametrize("chains", [1, 2, 3])
+def test_chains_of_a_large_network_find_the_posterior_of_a_bowl(bowl, chains):
+    nbeta, gamma = 100.0, 1.0
+    off = 0.05
+    loss = alone(bowl(SPECTRUM, minimum=torch.full((60,), -off)))
+    a = nbeta * SPECTRUM + gamma
+    soft_rank = float(0.5 * (nbeta * SPECTRUM / a).sum())
+    shift = nbeta * SPECTRUM * off / a
+    slope = 0.5 * nbeta * float((SPECTRUM * ((off - shift).square() - off**2)).sum())
+    settings = SamplingSettings(chains=chains, burn_in=150, draws=6000 // chains)
+    traces = draw(loss, {"w": torch.zeros(60).double()}, settings, nbeta, gamma, step_size(nbeta, gamma, 1.0))
+    error = standard_error(traces.excess)
+    assert float(traces.excess.mean()) == pytest.approx(soft_rank + slope, abs=4 * error)
+    assert error < 0.05 * soft_rank
+    assert float((traces.pull + traces.spread).mean()) == pytest.approx(60, rel=0.03)
+    if chains == 1:
+        assert traces.paired.shape[1] == 0
+    else:  # that of the centre, wherever w* lies
+        assert float(traces.paired.mean()) == pytest.approx(soft_rank, abs=5 * standard_error(traces.paired))
+
+
+def regression(n=200, d=8):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(n, d, generator=generator).double()
+    y = x @ torch.randn(d, generator=generator).double() + 0.5 * torch.randn(n, generator=generator).double()
+    best = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+    layout = WeightLayout(("w",), ((d,),))
+    loss = StackedLoss(lambda w, t: (0.5 * (t[0] @ w["w"] - t[1]).square().mean(), None), layout, (x, y), {})
+    return loss, {"w": best + 0.1}
+
+
+def test_minibatches_of_a_large_network_agree_with_the_full_batch_and_cool_down():
+    loss, weights = regression()
+    x = loss.tensors[0]
+    nbeta, gamma = 200.0, 1.0
+    epsilon = step_size(nbeta, gamma, float(torch.linalg.eigvalsh(x.T @ x / len(x)).max()))
+    full, batched = (
+        draw(alone(loss, 16), weights, SamplingSettings(chains=2, draws=1000, batch_size=size), nbeta, gamma, epsilon)
+        for size in (None, 40)
+    )
+    error = math.hypot(standard_error(full.excess), standard_error(batched.excess))
+    assert float(batched.excess.mean()) == pytest.approx(float(full.excess.mean()), abs=4 * error + 0.1)
+    assert full.heating == 0
+    assert 0 < batched.heating < 0.03
+    assert batched.step_size < full.step_size
+
+
+def test_diverging_chains_of_a_large_network_are_halved_and_counted(bowl):
+    stable = step_size(10.0, 1.0, 1.0)
+    weights = {"w": torch.zeros(60).double()}
+    settings = SamplingSettings(chains=2, burn_in=300, draws=300)
+    traces = draw(alone(bowl(SPECTRUM)), weights, settings, 10.0, 1.0, 16 * stable)
+    assert traces.is_finite()
+    assert traces.halvings in (3, 4)
+    explicit = replace(settings, step_size=50.0)
+    assert not draw(alone(bowl(SPECTRUM)), weights, explicit, 10.0, 1.0, 50.0).is_finite()
+
+
+def test_draws_of_a_large_network_grow_until_they_are_enough(bowl):
+    weights = {"w": torch.zeros(60).double()}
+    epsilon = step_size(10.0, 1.0, 1.0)
+    settings = SamplingSettings(chains=2)
+    first = draw(alone(bowl(SPECTRUM)), weights, settings, 10.0, 1.0, epsilon)
+    grown = draw(alone(bowl(SPECTRUM)), weights, settings, 10.0, 1.0, epsilon, lambda traces: len(traces.excess) >= 300)
+    assert 300 <= len(grown.excess) < 600
+    assert torch.equal(grown.excess[: len(first.excess)], first.excess)
+
+
+def test_curvature_of_a_large_network(bowl):
+    curvatures = torch.cat([torch.tensor([3.0, -2.0, 2.9]), torch.rand(57, generator=torch.Generator().manual_seed(0))])
+    network = Network(alone(bowl(curvatures)), {"w": torch.ones(60).double()})
+    top = top_eigenvalue_large(network, torch.Generator().manual_seed(1))
+    assert 0.95 * 3 < top <= 3 * (1 + 1e-6)
+    trace, error = hessian_trace_large(network, torch.Generator().manual_seed(1), 4)
+    assert trace == pytest.approx(float(curvatures.sum()), abs=4 * error + 1e-4)
+
+
+@pytest.mark.parametrize(("curvature", "expected"), [(0.0, 0.0), (math.nan, math.nan)])
+def test_curvature_where_there_is_none(bowl, curvature, expected):
+    network = Network(alone(bowl([curvature] * 20)), {"w": torch.ones(20).double()})
+    found = top_eigenvalue_large(network, torch.Generator().manual_seed(1))
+    assert found == expected or (math.isnan(found) and math.isnan(expected))

@@ -1,0 +1,117 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from groktrace.run.task import Task
+from groktrace.sampling import network as module
+from groktrace.sampling.network import Network, with_micro_batch
+from groktrace.sampling.posterior import StackedLoss, WeightLayout
+
+
+class Tied(nn.Module):
+    """A small language model whose unembedding is its embedding; one buffer, one frozen layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.mix = nn.Linear(6, 6)
+        self.register_buffer("scale", torch.tensor(0.7))
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        return functional.linear(torch.tanh(self.mix(self.frozen(x))) * self.scale, self.embedding.weight)
+
+
+def tied_loss(dtype=torch.float32):
+    torch.manual_seed(0)
+    model = Tied().to(dtype)
+    x, y = torch.randint(11, (10, 4)), torch.randint(11, (10, 4))
+    task = Task.from_model(
+        model, loss=lambda o, t: functional.cross_entropy(o.flatten(0, 1), t.flatten()), train=(x, y)
+    )
+    layout = WeightLayout(
+        *zip(*[(n, tuple(p.shape)) for n, p in model.named_parameters() if p.requires_grad], strict=True)
+    )
+    weights = {n: t.detach() for n, t in (dict(model.named_parameters()) | dict(model.named_buffers())).items()}
+    return StackedLoss(task.forward, layout, (x, y), {}, vectorised=False), weights
+
+
+def stacked(loss, weights):
+    fixed = {name: t.float()[None] for name, t in weights.items() if name not in loss.layout.names}
+    return StackedLoss(loss.forward, loss.layout, loss.tensors, fixed, vectorised=False)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 10, 50])
+@pytest.mark.parametrize("index", [None, torch.tensor([0, 4, 4, 9, 2])])
+def test_micro_batches_give_the_loss_and_gradient_of_the_whole(micro_batch, index):
+    loss, weights = tied_loss()
+    flat = loss.layout.flatten(weights)
+    moved = flat + 0.1
+    network = Network(module.replace(loss, micro_batch=micro_batch), weights)
+    rows = None if index is None else index[None]
+    for at in (None, moved):
+        expected = stacked(loss, weights).gradients((flat if at is None else at)[None], rows)
+        out = torch.ones_like(flat)
+        found = network.add_gradient(out, at, index, -2.0)
+        assert found == pytest.approx(float(expected[0]), rel=1e-6)
+        torch.testing.assert_close(out, 1 - 2 * expected[1][0], rtol=1e-5, atol=1e-6)
+    assert network.mean_loss(moved) == pytest.approx(float(stacked(loss, weights).losses(moved[None])), rel=1e-6)
+
+
+def test_half_precision_weights_are_not_copied_and_gradients_are_float32():
+    loss, weights = tied_loss(torch.bfloat16)
+    kept = {name: tensor.clone() for name, tensor in weights.items()}
+    network = Network(module.replace(loss, micro_batch=4), weights)
+    vector = network.vector()
+    assert vector.dtype == torch.float32
+    assert {part.data_ptr() for part in network._anchor} == {weights[name].data_ptr() for name in loss.layout.names}
+    out = torch.zeros_like(vector)
+    network.add_gradient(out)
+    wide, _ = tied_loss()
+    expected = stacked(wide, weights).gradients(vector[None])[1][0]
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-7)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in kept.items())
+
+
+@pytest.mark.parametrize("sizes", [(5,), (3, 0, 40), (100, 1, 61, 2), (32, 48)])
+def test_pieces_make_up_the_flat_vector(sizes, monkeypatch):
+    monkeypatch.setattr(module, "_PIECE", 32)
+    layout = WeightLayout(tuple(map(str, range(len(sizes)))), tuple((size,) for size in sizes))
+    weights = {str(i): torch.randn(size) for i, size in enumerate(sizes)}
+    network = Network(StackedLoss(None, layout, (torch.ones(1),), {}), weights)
+    assert torch.equal(network.vector(), layout.flatten(weights))
+    # Noise drawn in pieces is the noise drawn at once, so that the last piece is not too short.
+    generator = torch.Generator().manual_seed(5)
+    drawn = torch.cat([piece.normal_(generator=generator).clone() for _, piece in network.pieces()])
+    at_once = torch.empty(layout.size).normal_(generator=torch.Generator().manual_seed(5))
+    assert torch.equal(drawn, at_once)
+
+
+def test_small_networks_stay_stacked_and_large_ones_go_alone(monkeypatch):
+    loss, weights = tied_loss()
+    assert with_micro_batch(loss, weights).micro_batch is None
+    monkeypatch.setattr(module, "LARGE_WEIGHTS", 100)
+    assert with_micro_batch(loss, weights).micro_batch == 10
+    monkeypatch.setattr(module, "_LEAST_ACTIVATIONS", 1)
+    monkeypatch.setattr(module, "_ACTIVATION_SHARE", 0)
+    assert with_micro_batch(loss, weights).micro_batch == 1
+    monkeypatch.setattr(module, "LARGE_WEIGHTS", math.inf)
+    monkeypatch.setattr(module, "LARGE_ACTIVATIONS", 1000)
+    assert with_micro_batch(loss, weights).micro_batch == 1
+
+
+def test_a_loss_that_is_no_mean_over_samples_is_not_divided(monkeypatch):
+    monkeypatch.setattr(module, "LARGE_WEIGHTS", 1)
+    monkeypatch.setattr(module, "_ACTIVATION_SHARE", 0)
+    monkeypatch.setattr(module, "_LEAST_ACTIVATIONS", 1)
+    x = torch.randn(12, 3)
+    layout = WeightLayout(("w",), ((3,),))
+    centred = StackedLoss(lambda w, t: ((t[0] @ w["w"]).var(unbiased=False), None), layout, (x,), {})
+    mean = StackedLoss(lambda w, t: ((t[0] @ w["w"]).square().mean(), None), layout, (x,), {})
+    weights = {"w": torch.ones(3)}
+    assert with_micro_batch(centred, weights).micro_batch == 12
+    assert with_micro_batch(mean, weights).micro_batch == 1
