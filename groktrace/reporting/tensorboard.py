@@ -26,6 +26,10 @@ _LINE_POINTS = range(4, 13)
 COLOURS = "?runColorGroup=regex%3A(trajectory%7Cmemorisation%7Cgeneralisation%7Ccomplexification%7Csimplification)"
 
 
+# Scalars are kept in single precision; what is larger would be shown as infinite.
+_LARGEST = float(np.finfo(np.float32).max)
+
+
 def write_events(trajectory: Trajectory, transitions: Sequence[Transition], grokking: Grokking, logdir: Path) -> None:
     """Write the result for TensorBoard, in place of what an earlier call wrote to the same folder.
 
@@ -65,7 +69,7 @@ def write_events(trajectory: Trajectory, transitions: Sequence[Transition], grok
                 columns[f"{group}/{name}"] = np.array([np.nan if x is None else x for x in found], dtype=float)
         for tag, column in columns.items():
             for step, measured in zip(steps, column, strict=True):
-                if np.isfinite(measured):
+                if abs(measured) <= _LARGEST:
                     writer.add_scalar(tag, float(measured), step)
         writer.add_text("transitions", _table(trajectory, transitions, grokking))
         writer.add_text("settings", f"{settings_line(trajectory)}\n\n```\n{settings_json(trajectory)}\n```")

@@ -145,3 +145,22 @@ def test_events_as_lines_and_in_words():
     scale = {"nbeta": 1.0, "localization": 2.0, "curvature": None}
     assert live.as_line(Scaled(1.0, 2.0, None)) == {"event": "scale", **scale}
     assert live.as_line(Point(3, 1.0, 0.1))["event"] == "point"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {"scale": None},
+        {"scale": {"nbeta": -1, "localization": 1, "curvature": None}, "said": []},
+        {"scale": {"nbeta": "1", "localization": 1, "curvature": None}, "said": []},
+        {"scale": {"nbeta": 10**400, "localization": 1, "curvature": None}, "said": []},
+        {"scale": None, "said": [{"transition": {"step": 1}, "stands": True}]},
+        {"scale": None, "said": [{"transition": [], "stands": True}]},
+        {"scale": None, "said": [7]},
+    ],
+)
+def test_damaged_notes_are_named(tmp_path, content):
+    write_json(tmp_path / "live.json", content)
+    with pytest.raises(RunError, match=r"live\.json: damaged \(.*\); remove the file to follow anew"):
+        following._Live(tmp_path / "live.json")

@@ -1,13 +1,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import groktrace
 from groktrace.analysis import evaluator, replay
-from groktrace.errors import RunError, SnapshotError, TaskError
+from groktrace.errors import RunError, SettingsError, SnapshotError, TaskError
 from groktrace.run import layout
 from groktrace.run.files import write_json
 
@@ -111,6 +112,48 @@ def test_snapshots_that_are_not_finite_are_named_and_the_rest_is_measured(tmp_pa
     assert last.reasons == ("the weights, the loss or its curvature at the snapshot are not finite",)
     assert trajectory.points[0].llc is not None
     assert json.loads(json.dumps(trajectory.to_dict(), allow_nan=False))
+
+
+class Odd(nn.Module):
+    """A network with an empty parameter, in some precision."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.inner = nn.Linear(2, 1, dtype=dtype)
+        self.empty = nn.Parameter(torch.zeros(0, 3, dtype=dtype))
+
+    def forward(self, x):
+        return self.inner(x) + self.empty.sum()
+
+
+def record_odd(root, dtype, samples, loss="mse"):
+    x = torch.randn(samples, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with groktrace.watch(Odd(dtype), train=(x, x[:, :1]), loss=loss, out=root, every=1) as recorder:
+        recorder.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("samples", [1, 10])
+def test_odd_networks_get_numbers(tmp_path, dtype, samples):
+    record_odd(tmp_path / "run", dtype, samples)
+    trajectory = groktrace.analyze(tmp_path / "run", curvature=True, **FAST)
+    assert trajectory.n == samples
+    for name in ("llc", "stderr", "train_loss", "hessian_trace"):
+        assert np.isfinite(trajectory.column(name)).all(), name
+
+
+def test_a_constant_loss_has_no_scale_of_its_own_and_no_complexity(tmp_path):
+    record_odd(tmp_path / "run", torch.float32, 10, lambda outputs, targets: (0 * outputs).sum())
+    with pytest.raises(SettingsError, match="nbeta: cannot be derived where the loss has no curvature; give a number"):
+        groktrace.analyze(tmp_path / "run", **FAST)
+    trajectory = groktrace.analyze(tmp_path / "run", nbeta=100.0, localization=1.0, **FAST)
+    assert [point.llc for point in trajectory.points] == [0.0, 0.0]
+
+
+def test_wbic_of_a_single_sample_is_refused(tmp_path):
+    record_odd(tmp_path / "run", torch.float32, 1)
+    with pytest.raises(SettingsError, match="'wbic' is n/log n and needs at least 2 samples, got 1"):
+        groktrace.analyze(tmp_path / "run", nbeta="wbic", **FAST)
 
 
 def test_no_readable_snapshot_is_an_error(small_run):

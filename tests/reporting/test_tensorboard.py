@@ -5,6 +5,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
+from groktrace.analysis.grokking import measure_grokking
 from groktrace.analysis.reference import Reference
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.reporting.tensorboard import write_events
@@ -149,3 +150,15 @@ def test_curvature_is_scalars(grokked, tmp_path):
     assert scalars(tmp_path / "trajectory", "sharpness/hessian_trace") == [(0, 19.5)]
     assert scalars(tmp_path / "trajectory", "sharpness/hessian_trace_stderr") == [(0, 0.25)]
     assert scalars(tmp_path / "trajectory", "sharpness/hessian_top") == [(0, 2.0)]
+
+
+def test_no_chart_holds_what_is_not_finite(tmp_path):
+    points = (
+        Point(0, 1e300, 1e300, metrics={"a": -1e39}),
+        Point(1, 2.0, 1.0, metrics={"a": 3.0}),
+        Point(2, None, None),
+    )
+    trajectory = Trajectory(points)
+    write_events(trajectory, [], measure_grokking(trajectory), tmp_path)
+    for tag in read(tmp_path / "trajectory").Tags()["scalars"]:
+        assert [step for step, _ in scalars(tmp_path / "trajectory", tag)] == [1]
