@@ -16,7 +16,6 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save, save_file
 from torch import Tensor
 
@@ -28,6 +27,14 @@ MAX_JSON_BYTES = 64 * 2**20
 # What a parsed file may take beside its bytes.
 MAX_PARSED_BYTES = 100 * 10**6
 DIGEST_KEY = "digest"
+# As safetensors calls them.
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    **{"F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz},
+}
 # What file systems answer that cannot do a thing at all, such as those of object stores.
 _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 
@@ -230,24 +237,76 @@ def read_metadata(path: Path, error: type[GroktraceError] = RunError) -> dict[st
     Raises:
         error: the file is missing or its header is damaged.
     """
+    with _reading(path, error), open_plain(path) as file:
+        return _metadata(_header(path, file, error))
+
+
+@contextlib.contextmanager
+def _reading(path: Path, error: type[GroktraceError]) -> Iterator[None]:
+    """What may fail while a safetensors file is read, as `error`."""
     try:
-        with open_plain(path) as file:
-            return _metadata(path, file, error)
+        yield
     except OSError as failure:
         raise error(f"{path}: cannot be read ({failure.strerror or failure}).") from failure
-    except (ValueError, RecursionError, AttributeError) as failure:
+    except (ValueError, RecursionError, MemoryError) as failure:
         raise error(f"{path}: its header is damaged ({failure}).") from failure
 
 
-def _metadata(path: Path, file: BinaryIO, error: type[GroktraceError]) -> dict[str, str]:
+def _header(path: Path, file: BinaryIO, error: type[GroktraceError]) -> dict[str, Any]:
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(size - 8, MAX_JSON_BYTES):
         raise error(f"{path}: truncated or not a safetensors file ({size} bytes).")
-    metadata = unsealed(parse_json(file.read(length)).get("__metadata__", {}))
-    if not isinstance(metadata, dict):
-        raise error(f"{path}: its header is damaged.")
+    header = parse_json(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("expected an object")
+    return header
+
+
+def _metadata(header: dict[str, Any]) -> dict[str, str]:
+    metadata = unsealed(header.get("__metadata__", {}))
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("expected texts as metadata")
     return metadata
+
+
+def _tensors(header: dict[str, Any], data: bytearray) -> dict[str, Tensor]:
+    """Views of the data, which hold one tensor after another without a gap; safetensors itself would copy them.
+
+    Raises:
+        ValueError: they do not.
+    """
+    tensors: dict[str, Tensor] = {}
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: _offsets(item[1])):
+        if name == "__metadata__":
+            continue
+        (start, stop), dtype, shape = _offsets(entry), DTYPES.get(entry.get("dtype")), entry.get("shape")
+        if dtype is None or not (isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**63 for n in shape)):
+            raise ValueError(f"'{name}' has no dtype or shape")
+        count = math.prod(shape)
+        if start != end or stop - start != count * dtype.itemsize:
+            raise ValueError(f"'{name}' does not lie where it should")
+        if not count:
+            flat = torch.empty(0, dtype=dtype)
+        elif start % dtype.itemsize == 0:
+            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start)
+        else:
+            flat = torch.frombuffer(data[start:stop], dtype=dtype)
+        tensors[name] = flat.reshape(shape)
+        end = stop
+    if end != len(data):
+        raise ValueError(f"it ends at {end} bytes of {len(data)}")
+    return tensors
+
+
+def _offsets(entry: Any) -> tuple[int, int]:
+    match entry:
+        case {"data_offsets": [int(start), int(stop)]} if 0 <= start <= stop:
+            return start, stop
+        case {"data_offsets": _}:
+            raise ValueError("offsets that are none")
+    return (0, 0)
 
 
 def read_tensors(path: Path, error: type[GroktraceError] = RunError) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -259,14 +318,17 @@ def read_tensors(path: Path, error: type[GroktraceError] = RunError) -> tuple[di
     Raises:
         error: the file is missing, truncated, damaged, or a digest does not match.
     """
-    metadata = read_metadata(path, error)
+    with _reading(path, error), open_plain(path) as file:
+        header = _header(path, file, error)
+        metadata = _metadata(header)
+        data = bytearray(max(0, os.fstat(file.fileno()).st_size - file.tell()))
+        read = file.readinto(data)
     try:
-        with open_plain(path) as file:
-            tensors = load_tensors(file.read())
+        if read != len(data):
+            raise ValueError("it was cut while it was read")
+        tensors = _tensors(header, data)
         digests = parse_json(metadata.get("digests", "null").encode())
-    except OSError as failure:
-        raise error(f"{path}: cannot be read ({failure.strerror or failure}).") from failure
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as failure:
+    except (ValueError, TypeError, RuntimeError, AttributeError) as failure:
         raise error(f"{path}: not a whole safetensors file ({failure}).") from failure
     if not isinstance(digests, dict):
         raise error(f"{path}: holds no digests; groktrace did not write it.")
