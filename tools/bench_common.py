@@ -86,13 +86,18 @@ class Store:
         """Keep and print a finished table."""
         self.content |= {"rows": list(rows), "bars": [vars(bar) for bar in bars], "notes": list(notes)}
         write_json(self.path, self.content)
-        with open(self.path.with_suffix(".csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        save_rows(self.path.with_suffix(".csv"), rows)
         print(f"\n### {title}\n\n{markdown(rows)}\n")
         for note in notes:
             print(f"- {note}")
+
+
+def save_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write a table as CSV, with the columns of its first row."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def environment() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     python tools/bench_transitions.py synthetic
     python tools/bench_transitions.py networks --limit 20
+    python tools/bench_transitions.py cross-entropy
 
 Each part prints a table and leaves its results under runs/bench_transitions. ruptures' columns need ruptures 1.1.10.
 """
@@ -10,6 +11,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from transitions_cross_entropy import run_cross_entropy
 from transitions_networks import run_networks
 from transitions_synthetic import run_synthetic
 
@@ -17,7 +19,7 @@ from transitions_synthetic import run_synthetic
 def main() -> None:
     """Run the part that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["synthetic", "networks"])
+    parser.add_argument("part", choices=["synthetic", "networks", "cross-entropy"])
     parser.add_argument("--out", type=Path, default=Path("runs/bench_transitions"), help="where the results go")
     parser.add_argument("--series", type=int, default=100, help="curves of each shape and noise level")
     parser.add_argument("--seed", type=int, default=0, help="of the curves")
@@ -26,6 +28,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.part == "networks":
         run_networks(options.out, options.limit)
+        return
+    if options.part == "cross-entropy":
+        run_cross_entropy(options.out, options.limit)
         return
     peers = not options.no_peers and importlib.util.find_spec("ruptures") is not None
     run_synthetic(options.out, options.series, options.seed, peers)

@@ -132,7 +132,8 @@ def mutate(document: Any, draw: random.Random) -> Any:
             else:
                 parent.append(copy.deepcopy(parent[key]))
         elif way < 0.8 and isinstance(parent[key], int | float):
-            parent[key] = type(parent[key])(parent[key] + draw.choice([-1, 1, 2, 1e3]))
+            with contextlib.suppress(OverflowError, ValueError):
+                parent[key] = type(parent[key])(parent[key] + draw.choice([-1, 1, 2, 1e3]))
         else:
             source = document
             for step in draw.choice(paths):
@@ -170,12 +171,12 @@ def written(document: Any, draw: random.Random) -> bytes:
 def operations() -> list[tuple[str, Any]]:
     """The operations that a program may call, with their schemas."""
     found = []
-    for name in sorted(dir(torch.ops.aten)):
-        packet = getattr(torch.ops.aten, name)
-        for overload in packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else ():
-            with contextlib.suppress(RefusedError, RandomError):
-                find_operation(f"aten.{name}.{overload}", [], {})
-                found.append((f"aten.{name}.{overload}", getattr(packet, overload)._schema))
+    for schema in torch._C._jit_get_all_schemas():
+        target = f"{schema.name.replace('::', '.')}.{schema.overload_name or 'default'}"
+        with contextlib.suppress(RefusedError, RandomError):
+            find_operation(target, [], {})
+            found.append((target, schema))
+    found.sort(key=lambda item: item[0])
     return found
 
 

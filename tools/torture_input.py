@@ -296,7 +296,10 @@ def work(root: Path, start: int, count: int, seed: int, stride: int, progress: A
             outcome, remark, took = bench.attempt(case, group == "command line")
             counts[GROUPS.index(group) * len(OUTCOMES) + OUTCOMES.index(outcome)] += 1
             if outcome in ("VIOLATION", "unnamed") or (outcome == "refused" and i % 100 == 0):
-                print(json.dumps([i, group, case[1].name, outcome, remark[:500], took]), file=lines, flush=True)
+                content = case[2].decode(errors="replace") if outcome == "VIOLATION" else ""
+                print(
+                    json.dumps([i, group, case[1].name, outcome, remark[:500], took, content]), file=lines, flush=True
+                )
         progress.value = -1
 
 

@@ -1,6 +1,5 @@
 """Cross-entropy networks on modular addition, grokking and not: which λ̂ tells them apart, from training data alone."""
 
-import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -8,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_common import Row, markdown, say
+from bench_common import Row, markdown, save_rows, say
 from torch import Tensor, nn
 from torch.nn import functional
-from transitions_networks import crossing
+from transitions_networks import CHANCE, GENERALISED, Training, crossing, without
 
 import groktrace
 from groktrace.analysis.trajectory import Point, Trajectory
@@ -20,8 +19,6 @@ from groktrace.errors import GroktraceError
 
 SNAPSHOTS = 28
 FIRST = 30
-GENERALISED = 0.9
-CHANCE = 0.5
 BUDGET = {"chains": 2, "burn_in": 80, "draws": 100}
 # Measures that are not the training loss take more work a snapshot: every second one.
 SPARSE = 2
@@ -77,32 +74,14 @@ class Transformer(nn.Module):
 
 
 @dataclass(frozen=True)
-class Network:
-    """A network to train.
+class Network(Training):
+    """A network that is trained with AdamW.
 
     Attributes:
         kind: "mlp" or "transformer".
-        p: modulus.
-        fraction: of all pairs that is trained on.
-        lr: learning rate of AdamW.
-        weight_decay: of AdamW.
-        random_labels: labels that can only be memorised.
-        seed: of data and initial weights.
     """
 
     kind: str
-    p: int
-    fraction: float
-    lr: float
-    weight_decay: float
-    random_labels: bool
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        words = (self.kind, self.p, self.fraction, self.lr, self.weight_decay, self.seed)
-        return "-".join(str(word) for word in words) + ("-random" if self.random_labels else "")
 
 
 def networks() -> list[Network]:
@@ -110,14 +89,14 @@ def networks() -> list[Network]:
     chosen = []
     for i in range(12):
         p, fraction = ((23, 0.75), (23, 0.8), (29, 0.7), (19, 0.8))[i % 4]
-        chosen.append(Network("mlp", p, fraction, (1e-3, 2e-3)[i % 2], (2.0, 1.5, 2.0)[i % 3], False, 1000 + i))
+        chosen.append(Network(p, fraction, (1e-3, 2e-3)[i % 2], (2.0, 1.5, 2.0)[i % 3], False, 1000 + i, "mlp"))
         p = (23, 23, 29)[i % 3]
-        chosen.append(Network("transformer", p, 0.6, (2e-3, 3e-3)[p == 29], 1.5, False, 1000 + i))
+        chosen.append(Network(p, 0.6, (2e-3, 3e-3)[p == 29], 1.5, False, 1000 + i, "transformer"))
         p = (23, 29)[i % 2]
         fraction, decay, random = ((0.7, 2.0, True), (0.35, 2.0, False), (0.7, 0.0, False))[i % 3]
-        chosen.append(Network("mlp", p, fraction, (1e-3, 2e-3)[i % 2], decay, random, 2000 + i))
+        chosen.append(Network(p, fraction, (1e-3, 2e-3)[i % 2], decay, random, 2000 + i, "mlp"))
         fraction, decay, random = ((0.6, 1.5, True), (0.3, 1.5, False), (0.3, 0.0, False))[i % 3]
-        chosen.append(Network("transformer", p, fraction, 2e-3, decay, random, 2000 + i))
+        chosen.append(Network(p, fraction, 2e-3, decay, random, 2000 + i, "transformer"))
     return chosen
 
 
@@ -248,8 +227,7 @@ def labelled(trajectory: Trajectory, doubts: bool) -> list[groktrace.Transition]
     unseen: dict[str, object] = {"val_loss": None, "val_accuracy": None}
     if not doubts:
         unseen["diagnostics"] = {}
-    blind = replace(trajectory, points=tuple(replace(point, **unseen) for point in trajectory.points))
-    return [each for each in find_transitions(blind) if each.label == "generalisation"]
+    return [each for each in find_transitions(without(trajectory, **unseen)) if each.label == "generalisation"]
 
 
 def outcome(trajectory: Trajectory) -> str:
@@ -285,10 +263,7 @@ def run_cross_entropy(folder: Path, limit: int) -> None:
             done.touch()
         judged.append((network, {path.stem: Trajectory.load(path) for path in sorted(done.parent.glob("*.json"))}))
     rows = [row(network, found) for network, found in judged]
-    with open(folder / "cross_entropy.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    save_rows(folder / "cross_entropy.csv", rows)
     print(f"\n### Cross-entropy networks\n\n{markdown(summarise(judged))}\n")
 
 

@@ -1,6 +1,5 @@
 """Quadratic networks on modular addition, grokking and not: what is found in their λ̂, from training data alone."""
 
-import csv
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_common import Row, markdown, say
+from bench_common import Row, markdown, save_rows, say
 from bench_networks import load_example
 
 import groktrace
@@ -23,14 +22,12 @@ CHANCE = 0.5
 
 
 @dataclass(frozen=True)
-class Network:
-    """A network to train; the fields are the example's options.
+class Training:
+    """A training on modular addition.
 
     Attributes:
         p: modulus.
-        width: hidden neurons.
         fraction: of all pairs that is trained on.
-        optimizer: "adamw", "adam" (weight decay in the gradient) or "sgd" (momentum 0.9).
         lr: learning rate.
         weight_decay: of the optimizer.
         random_labels: labels that can only be memorised.
@@ -38,9 +35,7 @@ class Network:
     """
 
     p: int
-    width: int
     fraction: float
-    optimizer: str
     lr: float
     weight_decay: float
     random_labels: bool
@@ -49,8 +44,20 @@ class Network:
     @property
     def name(self) -> str:
         """Of its files."""
-        words = (self.p, self.width, self.fraction, self.optimizer, self.lr, self.weight_decay, self.seed)
-        return "-".join(str(word) for word in words) + ("-random" if self.random_labels else "")
+        return "-".join(str(value) for value in asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Network(Training):
+    """A quadratic network; further options of the example.
+
+    Attributes:
+        width: hidden neurons.
+        optimizer: "adamw", "adam" (weight decay in the gradient) or "sgd" (momentum 0.9).
+    """
+
+    width: int
+    optimizer: str
 
 
 def networks() -> list[Network]:
@@ -63,12 +70,12 @@ def networks() -> list[Network]:
         optimizer = ("adamw", "adamw", "adamw", "adam")[(i // 3) % 4]
         lr = (3e-3, 5e-3)[(i // 4) % 2]
         weight_decay = (0.5, 1.0, 2.0)[(i // 5) % 3] if optimizer == "adamw" else 3e-4
-        chosen.append(Network(p, width, fraction, optimizer, lr, weight_decay, False, i))
+        chosen.append(Network(p, fraction, lr, weight_decay, False, i, width, optimizer))
     for i in range(30):
         p, width = (13, 17, 19, 23)[i % 4], (64, 96, 128)[i % 3]
         fraction, weight_decay, random_labels = ((0.6, 1.0, True), (0.25, 1.0, False), (0.35, 0.0, False))[i % 3]
         lr = (3e-3, 5e-3)[(i // 2) % 2]
-        chosen.append(Network(p, width, fraction, "adamw", lr, weight_decay, random_labels, 100 + i))
+        chosen.append(Network(p, fraction, lr, weight_decay, random_labels, 100 + i, width, "adamw"))
     return chosen
 
 
@@ -98,10 +105,7 @@ def measure(network: Network) -> Trajectory:
 
 def judge(network: Network, trajectory: Trajectory) -> Row:
     """One line about a network: whether it grokked, and what was found without looking at validation data."""
-    # Labels may not depend on validation data, and here they cannot.
-    unseen = {"val_loss": None, "val_accuracy": None}
-    blind = replace(trajectory, points=tuple(replace(point, **unseen) for point in trajectory.points))
-    transitions = find_transitions(blind)
+    transitions = find_transitions(without(trajectory, val_loss=None, val_accuracy=None))
     labelled = [each for each in transitions if each.label == "generalisation"]
     steps, accuracy = trajectory.column("step"), trajectory.column("val_accuracy")
     curve = trajectory.column("llc_centred")
@@ -123,6 +127,11 @@ def judge(network: Network, trajectory: Trajectory) -> Row:
         f"{(each.label or each.kind)} @ {each.step} {each.llc_before:.0f}->{each.llc_after:.0f}" for each in transitions
     )
     return row
+
+
+def without(trajectory: Trajectory, **values: object) -> Trajectory:
+    """A trajectory whose points have these values instead: labels may not depend on what they cannot see."""
+    return replace(trajectory, points=tuple(replace(point, **values) for point in trajectory.points))
 
 
 def crossing(steps: np.ndarray, accuracy: np.ndarray, level: float) -> float | None:
@@ -155,10 +164,7 @@ def run_networks(folder: Path, limit: int) -> None:
             say(network.name)
             measure(network).save(path)
         rows.append(judge(network, Trajectory.load(path)))
-    with open(folder / "networks.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    save_rows(folder / "networks.csv", rows)
     print(f"\n### Quadratic networks\n\n{markdown(summarise(rows))}\n")
     for row in rows:
         if row["outcome"] in ("groks", "control") and (row["outcome"] == "groks") != (row["found"] != "0"):

@@ -1,6 +1,5 @@
 """Curves with known transitions, flat ones and drifting ones; what groktrace and ruptures find in them."""
 
-import csv
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from bench_common import Row, markdown, say
+from bench_common import Row, markdown, save_rows, say
 
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.analysis.transitions import find_transitions
@@ -230,9 +229,6 @@ def run_synthetic(folder: Path, series: int, seed: int, peers: bool) -> None:
         if alarmed:
             say(f"{kind}: " + "; ".join(f"{each.kind} T={len(each.steps)}" for each in alarmed[:12]))
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "synthetic.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    save_rows(folder / "synthetic.csv", rows)
     print(f"\n### Curves with known transitions: F1 within ±{TOLERANCE:g} snapshots\n\n{markdown(rows)}\n")
     print(f"False alarms: {', '.join(f'{count} {kind} curves' for kind, count in alarms.items())}.")

@@ -121,7 +121,8 @@ def estimate_stack(
             ]
         for s, about, trace, factor in zip(usable, surveys, traces, factors, strict=True):
             if trace.fluctuation is not None:
-                trace = replace(trace, fluctuation=trace.fluctuation / factor)  # as quadratic in the loss as nβ is not
+                # ½nβ·Var ℓ is quadratic in the loss, but linear in nβ.
+                trace = replace(trace, fluctuation=trace.fluctuation / factor)
             estimates[s] = summarise(
                 trace,
                 settings,

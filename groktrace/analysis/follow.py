@@ -156,7 +156,7 @@ def _scale(analysis: Analysis, surveys: dict[int, Survey], current: Scale | None
 
 def _given(analysis: Analysis) -> bool:
     settings = analysis.evaluator.settings
-    return settings.nbeta is not None and settings.localization is not None
+    return settings.nbeta not in (None, "curvature") and settings.localization is not None
 
 
 def _journal(analysis: Analysis, scale: Scale) -> str:

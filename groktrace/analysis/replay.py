@@ -110,6 +110,7 @@ def open_analysis(
     step, first = snapshots.first()
     # A task of another network is refused here, before anything is written.
     evaluator = Evaluator(evaluated, run_layout(run, settings.parameters), settings, place, first)
+    del first  # a large network's weights are not held twice
     with contextlib.ExitStack() as held:
         workers: Workers = Here(evaluator)
         if executor is not None or jobs != 1:

@@ -53,6 +53,8 @@ class Sharpness:
         """
         check_step(value)
         check_numbers(value, value)
+        if (value.get("hessian_trace_stderr") or 0) < 0:
+            raise ValueError("hessian_trace_stderr")
         return cls(**value)
 
 

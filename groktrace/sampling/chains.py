@@ -279,6 +279,10 @@ class _Group:
         weights, gradients = torch.empty_like(self.anchors), torch.empty_like(self.anchors)
         state: LangevinState = self.state
         done: list[tuple[int, LangevinState, list[Tensor]]] = []
+        ends: dict[int, list[int]] = {}
+        for s, own in enumerate(counts):
+            if own < count:
+                ends.setdefault(own, []).append(s)
         for t in range(count):
             displacement = state.displacement
             torch.add(self.anchors, displacement, out=weights)
@@ -301,7 +305,7 @@ class _Group:
             langevin.step(self.config, state, gradients)
             if t % _CHECK_EVERY == _CHECK_EVERY - 1 and not torch.isfinite(record[t, 0]).any():
                 break
-            done += [(s, *self._saved(s)) for s, own in enumerate(counts) if t == own - 1 < count - 1]
+            done += [(s, *self._saved(s)) for s in ends.get(t + 1, ())]
         for s, saved, batches in done:
             self._restore(s, saved, batches)
         return record

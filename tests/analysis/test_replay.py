@@ -11,6 +11,7 @@ from groktrace.analysis import evaluator, replay
 from groktrace.errors import RunError, SettingsError, SnapshotError, TaskError
 from groktrace.run import layout
 from groktrace.run.files import write_json
+from groktrace.sampling import network
 
 FAST = {"draws": 20, "burn_in": 20}
 
@@ -256,3 +257,40 @@ def test_curvature_is_measured_where_asked_for_and_kept(small_run, monkeypatch):
     assert groktrace.analyze(small_run, **FAST, curvature=True) == curved
     assert replay.latest_trajectory(small_run) == curved
     assert len(calls) == done
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_nbeta_that_follows_the_curvature_is_at_each_snapshot_the_number_given(small_run, monkeypatch, large):
+    if large:
+        monkeypatch.setattr(network, "LARGE_WEIGHTS", 1)
+    settings = {"chains": 2, "burn_in": 20, "draws": 60, "localization": 5.0, "resolution": 30.0}
+    following = groktrace.analyze(small_run, nbeta="curvature", **settings)
+    assert (following.nbeta, following.resolution, following.follows_curvature) == (None, 30.0, True)
+    nbetas = [point.diagnostics["nbeta"] for point in following.points]
+    assert max(nbetas) > 1.1 * min(nbetas)
+    for point in (following.points[0], following.points[-1]):
+        top = point.diagnostics["top_curvature"]
+        assert point.diagnostics["nbeta"] == pytest.approx(30.0 * 5.0 / top)
+        fixed = groktrace.analyze(small_run, nbeta=point.diagnostics["nbeta"], **settings)
+        (same,) = (each for each in fixed.points if each.step == point.step)
+        assert point.llc == pytest.approx(same.llc, rel=1e-3)
+        assert point.llc_centred == pytest.approx(same.llc_centred, rel=1e-3)
+        if not large:
+            seen = point.diagnostics["singular_fluctuation"]
+            assert seen == pytest.approx(same.diagnostics["singular_fluctuation"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("loss", "follows"), [("cross_entropy", True), ("mse", False)])
+def test_where_the_curvature_falls_away_nbeta_follows_it_by_default(tmp_path, loss, follows):
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0)).sign()
+    classes = (x[:, 0] > 0).long()
+    targets = classes if follows else nn.functional.one_hot(classes, 2).float()
+    model, run = nn.Linear(2, 2, bias=False), tmp_path / "run"
+    with groktrace.watch(model, train=(x, targets), loss=loss, out=run, every=1) as recorder, torch.no_grad():
+        for size in np.geomspace(0.1, 8.0, 12):  # margins that grow
+            model.weight.copy_(size * torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+            recorder.step()
+    found = groktrace.analyze(run, chains=2, burn_in=10, draws=20)
+    assert found.follows_curvature is follows
+    assert found.resolution == (100.0 if follows else 10.0)
+    assert found.weight_decay is None

@@ -40,7 +40,9 @@ def test_what_is_not_finite_is_unknown(teacher):
     assert Sharpness.from_dict(found.to_dict()) == found
 
 
-@pytest.mark.parametrize("change", [{"step": 1.5}, {"hessian_top": "3"}, {"hessian_trace": True}])
+@pytest.mark.parametrize(
+    "change", [{"step": 1.5}, {"hessian_top": "3"}, {"hessian_trace": True}, {"hessian_trace_stderr": -1.0}]
+)
 def test_damaged_records_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         Sharpness.from_dict({**Sharpness(1, 2.0, 3.0, 4.0).to_dict(), **change})
