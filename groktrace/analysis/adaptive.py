@@ -58,7 +58,7 @@ def _next(steps: Sequence[int], tried: set[int], points: dict[int, Point], n: in
     transitions = find_transitions(trajectory)
     known = [(i, *_value(points[steps[i]])) for i in sorted(tried) if steps[i] in points]
     known = [each for each in known if math.isfinite(each[1]) and math.isfinite(each[2])]
-    level = max((abs(value) for _, value, _ in known), default=0.0)
+    level = max((value for _, value, _ in known), default=0.0)
     scored = []
     for (i, before, error), (j, after, other) in itertools.pairwise(known):
         inside = [k for k in range(i + 1, j) if k not in tried]

@@ -26,7 +26,8 @@ def find_changes(x: np.ndarray, fit: Fit) -> list[tuple[int, int]]:
         x: abscissa, [T].
         fit: of the curve.
     """
-    least = MIN_CHANGE * float(np.max(np.abs(fit.value)))
+    # A complexity is positive: what is negative, far off any minimum, sets no scale.
+    least = MIN_CHANGE * max(float(fit.value.max()), 0.0)
     quantile = statistics.NormalDist().inv_cdf(1 - SIGNIFICANCE / (2 * len(x)))
 
     def counts(first: int, last: int) -> bool:

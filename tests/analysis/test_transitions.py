@@ -174,6 +174,13 @@ def test_where_the_curvature_collapses_a_fall_is_not_called_generalisation():
     assert (fall.label, "the largest curvature grows" in fall.evidence) == (None, True)
 
 
+def test_levels_far_below_zero_hide_no_change():
+    values = hump(low=100.0, rise=1000.0, fall=200.0)
+    values[0] = -20_000.0  # λ_c far off any minimum
+    fall = find_transitions(curve(values))[-1]
+    assert (fall.kind, round(fall.llc_after, -2)) == ("simplification", 900)
+
+
 def test_of_a_fall_that_begins_while_the_loss_is_high_the_rest_counts():
     values = np.interp(STEPS, [0, 200, 600, 1400, 3000], [100.0, 1000.0, 1000.0, 500.0, 500.0])
     for low_from, label in ((800, "generalisation"), (1350, None)):
