@@ -19,6 +19,9 @@ from groktrace.errors import GroktraceError
 
 SNAPSHOTS = 28
 FIRST = 30
+# What the analysis chooses for such networks by itself.
+DEFAULT = "training loss, κ = 100"
+# Of the other measures, in fewer draws.
 BUDGET = {"chains": 2, "burn_in": 80, "draws": 100}
 # Measures that are not the training loss take more work a snapshot: every second one.
 SPARSE = 2
@@ -201,7 +204,7 @@ def other_measures(network: Network, folder: Path, plain: Trajectory) -> dict[st
 
 def measure(network: Network, folder: Path) -> dict[str, Trajectory]:
     """All measures of one network, from its snapshots."""
-    plain = groktrace.analyze(folder, nbeta="curvature", **BUDGET)
+    plain = groktrace.analyze(folder)
     typical = float(np.median([point.diagnostics["nbeta"] for point in plain.points if fitted(point)] or [1.0]))
     fixed = groktrace.analyze(folder, nbeta=typical / 10, localization=plain.localization, **BUDGET)
     found = {"training loss, one nβ": fixed}
@@ -209,7 +212,7 @@ def measure(network: Network, folder: Path) -> dict[str, Trajectory]:
         found[f"training loss, κ = {resolution:g}"] = groktrace.analyze(
             folder, nbeta="curvature", resolution=resolution, **BUDGET
         )
-    return found | {"training loss, κ = 100": plain} | other_measures(network, folder, plain)
+    return found | {DEFAULT: plain} | other_measures(network, folder, plain)
 
 
 def fitted(point: Point) -> bool:
@@ -269,12 +272,13 @@ def run_cross_entropy(folder: Path, limit: int) -> None:
 
 def row(network: Network, found: dict[str, Trajectory]) -> Row:
     """One line about a network."""
-    plain = found["training loss, κ = 100"]
+    plain = found[DEFAULT]
     half = crossing(plain.column("step"), plain.column("val_accuracy"), CHANCE)
     line = {name: str(value) for name, value in asdict(network).items()}
     line |= {"outcome": outcome(plain), "half_at": "" if half is None else f"{half:.0f}"}
     line |= {name: str(len(labelled(trajectory, doubts=False))) for name, trajectory in found.items()}
     shipped = labelled(plain, doubts=True)
+    line["follows"] = str(plain.follows_curvature)
     line |= {"shipped": str(len(shipped)), "midpoint": str(shipped[0].step) if shipped else ""}
     return line
 
@@ -283,14 +287,14 @@ def summarise(judged: Sequence[tuple[Network, dict[str, Trajectory]]]) -> list[R
     """Hits and false alarms of each measure."""
     groups: dict[str, list[dict[str, Trajectory]]] = {}
     for network, found in judged:
-        kind = outcome(found["training loss, κ = 100"])
+        kind = outcome(found[DEFAULT])
         if kind == "control":
             reason = "random labels" if network.random_labels else "few pairs"
             kind = "no weight decay" if network.weight_decay == 0 else reason
         groups.setdefault(f"{network.kind}: {kind}", []).append(found)
     names = list(judged[0][1])
     rows = []
-    for name, doubts in [*((name, False) for name in names), ("training loss, κ = 100", True)]:
+    for name, doubts in [*((name, False) for name in names), (DEFAULT, True)]:
         line = {"measure": name + (", with doubts" if doubts else "")}
         for group, members in sorted(groups.items()):
             hits = sum(bool(labelled(found[name], doubts)) for found in members if name in found)

@@ -82,6 +82,15 @@ def test_minibatches_of_a_large_network_agree_with_the_full_batch_and_cool_down(
     assert batched.step_size < full.step_size
 
 
+def test_minibatches_heat_a_large_network_as_they_heat_stacked_ones():
+    loss, weights = regression()
+    settings = SamplingSettings(chains=2, burn_in=20, draws=1500, step_size=1e-2, batch_size=40)
+    found = draw(alone(loss, 16), weights, settings, 200.0, 1.0, 1e-2)
+    (expected,) = sample(loss, weights["w"][None], [0], settings, 200.0, 1.0, [1e-2], lambda traces: True)
+    assert expected.heating > 0.01
+    assert found.heating == pytest.approx(expected.heating, rel=0.3)
+
+
 def test_diverging_chains_of_a_large_network_are_halved_and_counted(bowl):
     stable = step_size(10.0, 1.0, 1.0)
     weights = {"w": torch.zeros(60).double()}
