@@ -8,6 +8,7 @@ Each process uses one thread. Finished parts are kept in the results' folder.
 """
 
 import contextlib
+import math
 import shutil
 import statistics
 import subprocess
@@ -96,7 +97,7 @@ def measure_workers(folder: Path, settings: Settings) -> None:
     torch.set_num_threads(2)  # two processes then take one each
     store = Store(folder, "workers", vars(settings))
     run = record(folder, settings.snapshots - 1, 20)
-    size = sum(spec_size(spec.shape) for spec in groktrace.open_run(run).specs.values())
+    size = sum(math.prod(spec.shape) for spec in groktrace.open_run(run).specs.values())
     recipe = Recipe(str(run.absolute()), None, settle_chains(SamplingSettings(), size), "cpu", 0)
 
     def one_round(number: int) -> dict[str, float]:
@@ -138,11 +139,6 @@ def measure_workers(folder: Path, settings: Settings) -> None:
         )
     speedup = statistics.median(a / b for a, b in zip(column["1 process"], column["2 processes"], strict=True))
     store.finish("Many workers", rows, [Bar("2 processes against 1", speedup, 1.6, True)])
-
-
-def spec_size(shape: tuple[int, ...]) -> int:
-    """Number of elements."""
-    return int(torch.Size(shape).numel())
 
 
 def measure_adaptive(folder: Path, settings: Settings) -> None:

@@ -21,7 +21,6 @@ SNAPSHOTS = 28
 FIRST = 30
 # What the analysis chooses for such networks by itself.
 DEFAULT = "training loss, κ = 100"
-# Of the other measures, in fewer draws.
 BUDGET = {"chains": 2, "burn_in": 80, "draws": 100}
 # Measures that are not the training loss take more work a snapshot: every second one.
 SPARSE = 2
@@ -204,7 +203,7 @@ def other_measures(network: Network, folder: Path, plain: Trajectory) -> dict[st
 
 def measure(network: Network, folder: Path) -> dict[str, Trajectory]:
     """All measures of one network, from its snapshots."""
-    plain = groktrace.analyze(folder)
+    plain = groktrace.analyze(folder, **BUDGET)
     typical = float(np.median([point.diagnostics["nbeta"] for point in plain.points if fitted(point)] or [1.0]))
     fixed = groktrace.analyze(folder, nbeta=typical / 10, localization=plain.localization, **BUDGET)
     found = {"training loss, one nβ": fixed}

@@ -21,6 +21,8 @@ DRIFT_FAVOUR = 3.0
 # Within these factors the largest curvature stays what it was.
 MIN_CURVATURE = 0.5
 MAX_CURVATURE = 3.0
+# Where nβ follows the curvature, so many errors tell a fall from noise: memorising transformers fell by up to 5.8.
+CLEAR = 6.0
 # Standard errors of unreliable snapshots count as so many times larger.
 DOUBT = 3.0
 
@@ -126,7 +128,7 @@ def _describe(
     energy = None
     if trajectory.n is not None and trajectory.n > 0 and np.isfinite(loss).all():
         energy = trajectory.n * float(loss[1] - loss[0]) + delta * math.log(trajectory.n)
-    label, evidence = _label(trajectory, position[first], position[last], measured.before, measured.after)
+    label, evidence = _label(trajectory, position[first], position[last], measured)
     return Transition(
         kind="complexification" if delta > 0 else "simplification",
         label=label,
@@ -169,12 +171,14 @@ def _roughness(value: np.ndarray, error: np.ndarray) -> float:
     return math.sqrt(max(seen - float(np.median(error**2)), floor**2))
 
 
-def _doubt(trajectory: Trajectory, onset: int, end: int) -> str | None:
-    """Why a fall of λ is no evidence of generalisation, from the curvature; None where nothing speaks against it.
+def _doubt(trajectory: Trajectory, onset: int, end: int, errors: float) -> str | None:
+    """Why a fall of λ by so many errors is no evidence of generalisation; None where nothing speaks against it.
 
     Under cross-entropy all curvatures shrink as margins grow, and λ at one nβ falls whether or not the network
     generalises.
     """
+    if trajectory.follows_curvature and errors < CLEAR:
+        return f"that is {errors:.1f} standard errors; where nβ follows the curvature fewer than {CLEAR:g} tell nothing"
     curvature = [point.diagnostics.get("top_curvature") for point in trajectory.points]
     begun, ended = curvature[onset], curvature[end]
     if not begun or ended is None:
@@ -202,8 +206,9 @@ def _level(trajectory: Trajectory, i: int) -> float:
     return math.nan if value is None else value
 
 
-def _label(trajectory: Trajectory, onset: int, end: int, before: float, after: float) -> tuple[str | None, str]:
+def _label(trajectory: Trajectory, onset: int, end: int, measured: Measured) -> tuple[str | None, str]:
     """What the training loss allows to say of a change, and whether validation data agree."""
+    before, after = measured.before, measured.after
     loss = trajectory.column("train_loss")
     if not np.isfinite(loss[[onset, end]]).all():
         return None, "no label: the training loss is not known"
@@ -222,7 +227,7 @@ def _label(trajectory: Trajectory, onset: int, end: int, before: float, after: f
     share = 1 - after / before if before > 0 else 0.0
     if share < MIN_GENERALISATION:
         return None, f"no label: λ falls by only {100 * share:.0f} % while the training loss stays low"
-    doubt = _doubt(trajectory, onset, end)
+    doubt = _doubt(trajectory, onset, end, abs(after - measured.before) / max(measured.error, 1e-300))
     if doubt is not None:
         return None, f"no label: λ falls by {100 * share:.0f} %, but {doubt}"
     evidence = f"λ falls by {100 * share:.0f} % while the training loss stays low"

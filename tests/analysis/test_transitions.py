@@ -168,6 +168,10 @@ def test_where_the_curvature_collapses_a_fall_is_not_called_generalisation():
         fall = find_transitions(following)[1]
         assert fall.label == label
         assert ("margins grow without end" in fall.evidence) == (label is None)
+    noisy = replace(following, weight_decay=True, points=tuple(replace(each, stderr=140.0) for each in points))
+    fall = find_transitions(noisy)[1]
+    assert 3 < -fall.delta_llc / fall.stderr < 6
+    assert (fall.label, "standard errors; where" in fall.evidence) == (None, True)
     risen = np.interp(STEPS, [0, 200, 1200], [1.0, 1.0, 10.0])
     points = [replace(each, diagnostics={"top_curvature": float(top)}) for each, top in zip(points, risen, strict=True)]
     fall = find_transitions(replace(trajectory, points=tuple(points), resolution=100.0, weight_decay=True))[1]
