@@ -106,6 +106,7 @@ def _number_or(word: str) -> Callable[[click.Context, click.Parameter, str | Non
     metavar="STEP",
     help="Instead of the trajectory, print λ̂ of the snapshot of STEP at several temperatures, and its plateau.",
 )
+@click.option("--dry-run", is_flag=True, help="Instead, say what it would take, after a few seconds of trying.")
 @_json
 def analyze(
     run: Path | str,
@@ -116,6 +117,7 @@ def analyze(
     reference: float | str | None,
     curvature: bool,
     curve_step: int | None,
+    dry_run: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -140,6 +142,14 @@ def analyze(
         if reference is not None or curvature:
             raise click.UsageError("--temperature-curve takes neither --reference nor --curvature")
         _print_curve(temperature_curve_at(opened, curve_step, task=loaded, device=device, **chosen), as_json)
+        return
+    if dry_run:
+        if reference is not None or curvature:
+            raise click.UsageError("--dry-run takes neither --reference nor --curvature")
+        from groktrace.analysis.forecast import forecast
+
+        found = forecast(opened, task=loaded, task_name=task, device=device, **settings.to_dict())
+        click.echo(json.dumps(found.to_dict()) if as_json else console.forecast_text(found))
         return
     with _Phases() as phases:
         trajectory = replay.analyze(

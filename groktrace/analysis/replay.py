@@ -37,7 +37,7 @@ from groktrace.sampling.settings import SamplingSettings
 TRAJECTORY_FILE = "trajectory.json"
 SETTINGS_FILE = "settings.json"
 _SURVEY_FILE = "survey.jsonl"
-_POINTS_FILE = "points.jsonl"
+POINTS_FILE = "points.jsonl"
 _SHARPNESS_FILE = "sharpness.jsonl"
 _REFERENCE_FILE = "reference.jsonl"
 
@@ -96,7 +96,7 @@ def analyze(
     del first  # a large network's weights are not held twice
     rows = rows_per_stack(loss)
     report = progress or (lambda phase, done, total: None)
-    folder = run.root / layout.ANALYSIS_FOLDER / _folder_name(run, chosen, task_name)
+    folder = run.root / layout.ANALYSIS_FOLDER / folder_name(run, chosen, task_name)
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder):
 
@@ -138,7 +138,7 @@ def analyze(
 
         together = max(1, rows_per_stack(loss, chosen.batch_size) // chosen.chains)
         points = snapshots.replay(
-            folder / _POINTS_FILE, together, sample_group, Point.from_dict, lambda d, n: report("sampling", d, n)
+            folder / POINTS_FILE, together, sample_group, Point.from_dict, lambda d, n: report("sampling", d, n)
         )
         if curvature:
 
@@ -288,7 +288,7 @@ def _check_task(task: Task, weights: dict[str, Tensor]) -> None:
         ) from failure
 
 
-def _folder_name(run: Run, settings: SamplingSettings, task_name: str | None) -> str:
+def folder_name(run: Run, settings: SamplingSettings, task_name: str | None) -> str:
     """Where the results lie: the method, and a digest of everything that they depend on but the snapshots."""
     content: list[Any] = [layout.FORMAT_VERSION, settings.to_dict(), task_name]
     if task_name is None:

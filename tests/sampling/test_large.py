@@ -72,7 +72,7 @@ def test_minibatches_of_a_large_network_agree_with_the_full_batch_and_cool_down(
     nbeta, gamma = 200.0, 1.0
     epsilon = step_size(nbeta, gamma, float(torch.linalg.eigvalsh(x.T @ x / len(x)).max()))
     full, batched = (
-        draw(alone(loss, 16), weights, SamplingSettings(chains=2, draws=1000, batch_size=size), nbeta, gamma, epsilon)
+        draw(alone(loss, 100), weights, SamplingSettings(chains=2, draws=1000, batch_size=size), nbeta, gamma, epsilon)
         for size in (None, 40)
     )
     error = math.hypot(standard_error(full.excess), standard_error(batched.excess))
