@@ -4,7 +4,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from groktrace.run.files import read_json
 from groktrace.run.store import Run, Snapshot, open_run
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import (
-    BURN_IN_RELAXATIONS,
     COLD_BURN_IN_RELAXATIONS,
     CURVATURE_SAFETY,
     run_length,
@@ -37,6 +36,8 @@ from groktrace.sampling.settings import SamplingSettings
 # Snapshots that are measured as the analysis will measure them, and seconds that this may take.
 _TRIED = 6
 _SECONDS = 3.0
+# Weights of snapshots that are held at once.
+_MAX_NUMBERS = 2**24
 # Gradients of a snapshot before it is sampled, stacked (Lanczos) and alone (differences on both sides).
 _SURVEY_GRADIENTS, _SURVEY_GRADIENTS_LARGE = 9, 16
 
@@ -132,14 +133,14 @@ def forecast(
         if not readable:
             raise RunError(f"{run.name}: none of its snapshots can be read.")
         return Forecast(0, len(readable), sampled.size, chosen.chains, 0, 0, _peak_bytes(place), 0.0, 0)
-    tried, weights = _load_some(run, wanted)
-    loss = training_loss(evaluated, sampled, weights[0], place)
+    first, weights = _first(run, wanted)
+    loss = training_loss(evaluated, sampled, weights, place)
     opened = time.perf_counter() - start
-    load = _seconds(lambda: tried[0].load())
+    load = _seconds(first.load)
     if loss.micro_batch is None:
-        found = _stacked(evaluated, loss, tried, weights, chosen, _kept_scale(folder), wanted)
+        found = _stacked(evaluated, loss, weights, load, chosen, _kept_scale(folder), wanted)
     else:
-        found = _large(evaluated, loss, weights[0], chosen, _kept_scale(folder), len(wanted))
+        found = _large(evaluated, loss, weights, chosen, _kept_scale(folder), len(wanted))
     seconds, lengths, memory, count = found
     # Each file is read to survey it, to sample it, and for what the script logged.
     seconds += opened + 3 * load * len(wanted)
@@ -157,78 +158,109 @@ def forecast(
     )
 
 
-def _load_some(run: Run, wanted: Sequence[Snapshot]) -> tuple[list[Snapshot], list[dict[str, Tensor]]]:
-    """Snapshots spread evenly over the run, the last among them, and their weights; of large ones only one."""
-    numbers = sum(math.prod(spec.shape) for spec in run.specs.values())
-    count = min(_TRIED, len(wanted), max(1, 2**24 // max(numbers, 1)))
-    places = sorted({round((i + 1) * len(wanted) / count) - 1 for i in range(count)})
-    tried, weights = [], []
-    for snapshot in (wanted[i] for i in places):
+def _first(run: Run, wanted: Sequence[Snapshot]) -> tuple[Snapshot, dict[str, Tensor]]:
+    """The last snapshot that can be read, and its weights."""
+    for snapshot in reversed(wanted):
         try:
-            weights.append(snapshot.load())
+            return snapshot, snapshot.load()
         except SnapshotError:
             continue
-        tried.append(snapshot)
-    if not tried:
-        raise RunError(f"{run.name}: none of the snapshots tried can be read; groktrace check tells more.")
-    return tried, weights
+    raise RunError(f"{run.name}: none of its snapshots can be read; groktrace check tells more.")
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """So many of them or all, spread evenly, the last among them."""
+    count = max(1, min(count, len(items)))
+    return [items[round((i + 1) * len(items) / count) - 1] for i in range(count)]
 
 
 def _stacked(
     task: Task,
     loss: StackedLoss,
-    tried: Sequence[Snapshot],
-    weights: Sequence[dict[str, Tensor]],
+    weights: dict[str, Tensor],
+    load: float,
     settings: SamplingSettings,
     scale: tuple[float, float] | None,
     wanted: Sequence[Snapshot],
 ) -> tuple[float, list[_Lengths], int, int]:
     """Seconds, lengths of all snapshots, peak of memory, snapshots tried."""
-    total, chains = len(wanted), settings.chains
-    together = min(total, max(1, rows_per_stack(loss, settings.batch_size) // chains))
-    one = weights[0]
-    measure = _seconds(lambda: measure_point(task, one, loss.device))
-    step, before = _seconds_a_step(loss, one, together, settings)
-    seconds = total * measure
-    # A survey's stack holds one row a snapshot.
-    gradient = step / (together * chains)
-    seconds += total * _SURVEY_GRADIENTS * gradient
-    keep = max(1, min(len(tried), int(_SECONDS / max(measure + _SURVEY_GRADIENTS * gradient, 1e-9))))
-    tried, weights = tried[-keep:], weights[-keep:]
-    surveys = survey(task, loss, weights, [each.step for each in tried], settings.seed)
+    total, rows = len(wanted), rows_per_stack(loss)
+    together = min(total, max(1, rows_per_stack(loss, settings.batch_size) // settings.chains))
+    measure = _seconds(lambda: measure_point(task, weights, loss.device))
+    steps = {count: _seconds_a_step(loss, weights, count, settings) for count in {1, together}}
+    # A step of a stack takes some time whatever it holds, and some for each snapshot.
+    each = (steps[together][0] - steps[1][0]) / max(together - 1, 1)
+    each = max(each, 0.0) if together > 1 else steps[1][0]
+    always = max(steps[1][0] - each, 0.0)
+    stack = _SURVEY_GRADIENTS * (always / min(total, rows) + each / settings.chains) + measure
+    seconds = total * stack
+
+    numbers = sum(tensor.numel() for tensor in weights.values())
+    affordable = min(int(0.5 * _SECONDS / max(load + stack, 1e-9)), _MAX_NUMBERS // max(numbers, 1))
+    surveyed = []
+    for snapshot in _spread(wanted, affordable):
+        try:
+            surveyed.append((snapshot, snapshot.load()))
+        except SnapshotError:
+            continue
+    surveys: list[Survey] = []
+    for start in range(0, len(surveyed), rows):
+        group = surveyed[start : start + rows]
+        surveys += survey(task, loss, [w for _, w in group], [snapshot.step for snapshot, _ in group], settings.seed)
     nbeta, localization = scale or choose_scale(settings, task.n, loss.layout, surveys)
-    expected = [_first_lengths(settings, nbeta, localization, each) for each in surveys]
-    affordable, spent = [], 0.0
-    # From both ends inwards: what is left out lies between others.
-    for s in sorted(range(len(tried)), key=lambda s: min(s, len(tried) - 1 - s)):
-        spent += expected[s].total * chains * gradient * max(1.0, together / len(tried)) ** 0.5
-        if spent < _SECONDS:
-            affordable.append(s)
-    known = dict(zip((each.step for each in tried), expected, strict=True))
-    if affordable:
-        chosen = sorted(affordable)
-        few, about = [weights[s] for s in chosen], [surveys[s] for s in chosen]
-        estimates = estimate_stack(loss, few, about, settings, nbeta, localization, task.n)
-        for s, estimate in zip(chosen, estimates, strict=True):
-            if estimate.step_size is not None:
-                known[tried[s].step] = _observed(
-                    expected[s], estimate.burn_in, estimate.draws, estimate.step_size, settings, localization
+    expected = {about.step: _first_lengths(settings, nbeta, localization, about) for about in surveys}
+
+    chosen, spent = [], 0.0
+    for about, (_, loaded) in _spread(list(zip(surveys, surveyed, strict=True)), _TRIED):
+        spent += expected[about.step].total * (always + each)
+        if spent < 0.5 * _SECONDS:
+            chosen.append((about, loaded))
+    seen: dict[int, _Lengths] = {}
+    if chosen:
+        few, known = [loaded for _, loaded in chosen], [about for about, _ in chosen]
+        estimates = estimate_stack(loss, few, known, settings, nbeta, localization, task.n)
+        for about, found in zip(known, estimates, strict=True):
+            if found.step_size is not None:
+                first = run_length(settings, localization, found.step_size)[1]
+                lost = found.step_size < 0.999 * _step_size(settings, nbeta, localization, about)
+                seen[about.step] = _Lengths(
+                    found.burn_in, min(first, found.draws), found.draws, expected[about.step].total if lost else 0
                 )
-    steps = sorted(known)
-    lengths = [known[min(steps, key=lambda other: abs(other - snapshot.step))] for snapshot in wanted]
-    for first in range(0, total, together):
-        group = lengths[first : first + together]
-        # A stack goes on until its longest chain is done; those that need more draws then go on alone.
-        rounds = len(group) * max(each.burn_in + each.first + each.lost for each in group)
-        rounds += sum(each.draws - each.first for each in group)
-        seconds += rounds * chains * gradient + before * len(group) / together
-    return seconds, lengths, _peak_bytes(loss.device), len(affordable)
+    lengths = []
+    for snapshot in wanted:
+        near = min(expected, key=lambda step: abs(step - snapshot.step))
+        alike = min(seen, key=lambda step: abs(step - snapshot.step), default=None)
+        lengths.append(expected[near] if alike is None else _like(expected[near], expected[alike], seen[alike]))
+    for start in range(0, total, together):
+        group = lengths[start : start + together]
+        seconds += steps[together][1] * len(group) / together
+        for active, count in _rounds(group):
+            seconds += (always + each * active) * count
+    return seconds, lengths, _peak_bytes(loss.device), len(chosen)
+
+
+def _like(expected: _Lengths, other: _Lengths, seen: _Lengths) -> _Lengths:
+    """What a snapshot will take if it differs from what it asks for as another one did."""
+    burn_in = round(expected.burn_in * seen.burn_in / max(other.burn_in, 1))
+    first = round(expected.first * seen.first / max(other.first, 1))
+    return _Lengths(burn_in, first, round(first * seen.draws / max(seen.first, 1)), expected.total if seen.lost else 0)
+
+
+def _rounds(group: Sequence[_Lengths]) -> Iterator[tuple[int, int]]:
+    """Snapshots and steps of each round of a stack: it goes on until its longest is done, then those that need more."""
+    if lost := [each.lost for each in group if each.lost]:
+        yield len(lost), max(lost)
+    yield len(group), max(each.burn_in + each.first for each in group)
+    going, count = group, 1
+    while going := [each for each in going if each.draws >= 2 * count * each.first > 0]:
+        yield len(going), max(count * each.first for each in going)
+        count *= 2
 
 
 def _seconds_a_step(
     loss: StackedLoss, weights: dict[str, Tensor], together: int, settings: SamplingSettings
 ) -> tuple[float, float]:
-    """Time of one step of a whole stack, and of what comes before the first."""
+    """Time of one step of a stack of so many snapshots, and of what comes before the first."""
     stacked, anchors = stack_weights(loss, [weights] * together)
 
     def run(steps: int) -> float:
@@ -239,31 +271,22 @@ def _seconds_a_step(
 
     run(2)  # records the plan
     few = run(2)
-    count = max(4, min(100, int(0.15 * _SECONDS / max(few, 1e-9)) * 4))
+    count = max(4, min(80, int(0.1 * _SECONDS / max(few, 1e-9)) * 4))
     many = run(2 + count)
     step = max((many - few) / count, 0.0)
     return step, max(few - 2 * step, 0.0)
 
 
-def _first_lengths(
-    settings: SamplingSettings, nbeta: float, localization: float, about: Survey, cold: bool = False
-) -> _Lengths:
+def _step_size(settings: SamplingSettings, nbeta: float, localization: float, about: Survey) -> float:
+    return settings.step_size or step_size(nbeta, localization, about.top_curvature)
+
+
+def _first_lengths(settings: SamplingSettings, nbeta: float, localization: float, about: Survey) -> _Lengths:
     """What one snapshot asks for before anything is known of its draws."""
     if not (math.isfinite(about.train_loss) and math.isfinite(about.top_curvature)):
         return _Lengths(0, 0, 0)
-    epsilon = settings.step_size or step_size(nbeta, localization, about.top_curvature)
-    relaxations = COLD_BURN_IN_RELAXATIONS if cold else BURN_IN_RELAXATIONS
-    burn_in, draws = run_length(settings, localization, epsilon, relaxations)
+    burn_in, draws = run_length(settings, localization, _step_size(settings, nbeta, localization, about))
     return _Lengths(burn_in, draws, draws)
-
-
-def _observed(
-    expected: _Lengths, burn_in: int, draws: int, epsilon: float, settings: SamplingSettings, localization: float
-) -> _Lengths:
-    """What a snapshot took; where its step was reduced on the way, what the first attempt took is lost."""
-    first = run_length(settings, localization, epsilon)[1]
-    lost = 0 if burn_in == expected.burn_in and first == expected.first else expected.total
-    return _Lengths(burn_in, min(first, draws), draws, lost)
 
 
 def _large(
