@@ -120,6 +120,7 @@ def _number_or(*words: str) -> Callable[[click.Context, click.Parameter, str | N
     metavar="STEP",
     help="Instead of the trajectory, print λ̂ of the snapshot of STEP at several temperatures, and its plateau.",
 )
+@click.option("--dry-run", is_flag=True, help="Instead, say what it would take, after a few seconds of trying.")
 @_json
 def analyze(
     run: Path | str,
@@ -136,6 +137,7 @@ def analyze(
     dask: str | None,
     threads: int | None,
     curve_step: int | None,
+    dry_run: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -145,6 +147,7 @@ def analyze(
     from groktrace.analysis import replay
     from groktrace.analysis.follow import follow as follow_run
     from groktrace.analysis.follow import wait_for_run
+    from groktrace.analysis.forecast import forecast
     from groktrace.analysis.temperature import temperature_curve_at
     from groktrace.analysis.workers import dask_executor
     from groktrace.reporting import console
@@ -173,6 +176,14 @@ def analyze(
                 "--temperature-curve takes neither --reference nor --curvature nor --follow nor --adaptive"
             )
         _print_curve(temperature_curve_at(opened, curve_step, task=loaded, device=device, **chosen), as_json)
+        return
+    if dry_run:
+        if reference is not None or curvature or follow or adaptive or jobs > 1 or dask is not None:
+            raise click.UsageError(
+                "--dry-run takes neither --reference nor --curvature nor --follow nor --adaptive nor --jobs nor --dask"
+            )
+        said = forecast(opened, task=loaded, task_name=task, device=device, **settings.to_dict())
+        click.echo(json.dumps(said.to_dict()) if as_json else console.forecast_text(said))
         return
 
     def write_logs(trajectory: Any) -> tuple[Any, Any]:

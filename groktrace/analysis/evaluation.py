@@ -107,7 +107,7 @@ def survey(
     if loss.micro_batch is not None:
         return [_survey_large(task, loss, each, step, seed) for each, step in zip(weights, steps, strict=True)]
     device = loss.device
-    measured = [_measure(task, {name: as_float(t).to(device) for name, t in each.items()}, device) for each in weights]
+    measured = [measure_point(task, each, device) for each in weights]
     loss, anchors = stack_weights(loss, weights)
     start = torch.empty_like(anchors)
     fill_normal(start, [generator_for(seed, step, 0, "curvature", device) for step in steps])
@@ -159,13 +159,13 @@ def _survey_large(task: Task, loss: StackedLoss, weights: dict[str, Tensor], ste
     """The survey of one large network."""
     network = Network(loss, weights)
     together = loss.micro_batch if loss.micro_batch < network.samples else None
-    measured = _measure(task, {name: as_float(t).to(loss.device) for name, t in weights.items()}, loss.device, together)
+    measured = measure_point(task, weights, loss.device, together)
     norm_squared = sum(float(anchor.square().sum(dtype=torch.float64)) for _, anchor in network.pieces())
     top = top_eigenvalue_large(network, generator_for(seed, step, 0, "curvature", loss.device))
     return Survey(step, *measured, norm_squared=norm_squared, top_curvature=top)
 
 
-def _measure(
+def measure_point(
     task: Task, weights: dict[str, Tensor], device: torch.device, together: int | None = None
 ) -> tuple[float, float | None, float | None, float | None]:
     """Training loss and accuracy, validation loss and accuracy of one snapshot.
@@ -176,6 +176,7 @@ def _measure(
         device: where to compute.
         together: samples evaluated at once, of a loss that is a mean over samples; None for all.
     """
+    weights = {name: as_float(tensor).to(device) for name, tensor in weights.items()}
     offset = None
 
     def one(batch: Batch) -> tuple[float, float | None]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from groktrace.analysis.evaluation import Survey
 from groktrace.analysis.journal import check_numbers
-from groktrace.analysis.replay import POINTS_FILE, Analysis
+from groktrace.analysis.replay import POINTS_FILE, Analysis, kept_scale
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.analysis.transitions import Transition, find_transitions
 from groktrace.errors import RunError, SettingsError, printable
@@ -139,7 +139,7 @@ def follow(
 
 def _scale(analysis: Analysis, surveys: dict[int, Survey], current: Scale | None) -> Scale | None:
     """nβ and γ to measure with now; None where the snapshots do not tell yet."""
-    kept = analysis.kept_scale()
+    kept = kept_scale(analysis.folder)
     if kept is not None:
         return kept
     if _given(analysis):
@@ -161,7 +161,7 @@ def _given(analysis: Analysis) -> bool:
 
 def _journal(analysis: Analysis, scale: Scale) -> str:
     """Where points at this scale are kept: with the final ones, if it is the final one."""
-    if scale == analysis.kept_scale():
+    if scale == kept_scale(analysis.folder):
         return POINTS_FILE
     return f"live-{hashlib.sha256(repr(scale).encode()).hexdigest()[:8]}.jsonl"
 

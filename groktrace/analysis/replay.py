@@ -120,7 +120,7 @@ def open_analysis(
             recipe = Recipe(where, task_name, evaluator.settings, str(place), step)
             pool = (executor, None) if executor is not None else held.enter_context(process_pool(jobs))
             workers = Elsewhere(recipe, *pool)
-        folder = run.root / layout.ANALYSIS_FOLDER / _folder_name(run, evaluator.settings, task_name)
+        folder = run.root / layout.ANALYSIS_FOLDER / folder_name(run, evaluator.settings, task_name)
         folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(exclusive(folder))
         yield Analysis(evaluator, snapshots, workers, folder, progress or (lambda phase, done, total: None))
@@ -181,7 +181,7 @@ class Analysis:
         Args:
             surveys: of all snapshots.
         """
-        kept = self.kept_scale()
+        kept = kept_scale(self.folder)
         if kept is not None:
             return kept
         scale = self.choose_scale(surveys)
@@ -189,19 +189,6 @@ class Analysis:
         write_json(path, {"asked": asked, "chosen": scale._asdict()})
         self.snapshots.run.publish(path)
         return scale
-
-    def kept_scale(self) -> Scale | None:
-        """nβ and γ that were chosen before; None where none were."""
-        path = self.folder / SETTINGS_FILE
-        if not path.exists():
-            return None
-        kept = read_json(path)
-        try:
-            return Scale.from_dict(kept["chosen"])
-        except (KeyError, TypeError, ValueError) as failure:
-            raise RunError(
-                f"{path}: damaged ({failure}); remove the folder {self.folder} and analyse again."
-            ) from failure
 
     def choose_scale(self, surveys: dict[int, Survey]) -> Scale:
         """nβ and γ that these snapshots call for.
@@ -329,7 +316,26 @@ def latest_trajectory(run: str | Path) -> Trajectory:
     return Trajectory.load(max(found, key=lambda path: path.stat().st_mtime_ns))
 
 
-def _folder_name(run: Run, settings: SamplingSettings, task_name: str | None) -> str:
+def kept_scale(folder: Path) -> Scale | None:
+    """nβ and γ that an analysis chose before; None where none were.
+
+    Args:
+        folder: of its results.
+
+    Raises:
+        RunError: the file that keeps them is damaged.
+    """
+    path = folder / SETTINGS_FILE
+    if not path.exists():
+        return None
+    kept = read_json(path)
+    try:
+        return Scale.from_dict(kept["chosen"])
+    except (KeyError, TypeError, ValueError) as failure:
+        raise RunError(f"{path}: damaged ({failure}); remove the folder {folder} and analyse again.") from failure
+
+
+def folder_name(run: Run, settings: SamplingSettings, task_name: str | None) -> str:
     """Where the results lie: the method, and a digest of everything that they depend on but the snapshots."""
     content: list[Any] = [layout.FORMAT_VERSION, settings.to_dict(), task_name]
     if task_name is None:

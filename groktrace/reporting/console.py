@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
+from groktrace.analysis.forecast import Forecast
 from groktrace.analysis.grokking import Grokking
 from groktrace.analysis.reference import Reference
 from groktrace.analysis.temperature import TemperatureCurve
@@ -43,6 +44,25 @@ def as_json(trajectory: Trajectory, transitions: Sequence[Transition], grokking:
         "grokking": finite_values(grokking.to_dict()),
         "unreadable": plain["unreadable"],
     }
+
+
+def forecast_text(forecast: Forecast) -> str:
+    """What an analysis will take, in a few lines.
+
+    Args:
+        forecast: of the analysis.
+    """
+    before = f" ({forecast.finished} measured before)" if forecast.finished else ""
+    lines = [
+        f"snapshots  {forecast.snapshots}{before}",
+        f"chains     {forecast.chains} a snapshot, {forecast.weights:,} weights each",
+        f"steps      {forecast.steps} a chain on average, {forecast.chain_steps:,} in all",
+        f"memory     {forecast.memory_bytes / 2**20:,.0f} MiB",
+        f"time       {_duration(forecast.seconds)}",
+    ]
+    if forecast.snapshots and not forecast.tried:
+        lines.append("One snapshot takes too long to try: more draws may be needed than were counted.")
+    return "\n".join(lines)
 
 
 def none_found(trajectory: Trajectory) -> str:

@@ -227,7 +227,7 @@ class _Chains:
 def top_eigenvalue_large(network: Network, generator: torch.Generator) -> float:
     """Largest |eigenvalue| of the Hessian at w*, from below.
 
-    Power iteration with central differences, which needs two vectors beside the gradient; the last two iterates span
+    Power iteration with central differences, which needs one vector beside the gradient; the last two iterates span
     the plane from which the value is taken (Rayleigh-Ritz).
 
     Args:
@@ -241,20 +241,19 @@ def top_eigenvalue_large(network: Network, generator: torch.Generator) -> float:
     for place, _ in network.pieces():
         direction[place].normal_(generator=generator)
     direction /= direction.norm()
-    product, moved = torch.empty_like(direction), torch.empty_like(direction)
+    product = torch.empty_like(direction)
     quotients, norms = [], []
     for _ in range(_POWER_ITERATIONS):
-        _hessian_product(network, direction, product, moved)
-        quotients.append(float(torch.dot(direction, product)))
+        quotients.append(_hessian_product(network, direction, product))
         norms.append(float(product.norm()))
         if not (math.isfinite(norms[-1]) and norms[-1] > 0):
             return math.nan if not math.isfinite(norms[-1]) else max(map(abs, quotients))
-        torch.div(product, norms[-1], out=direction)
+        direction, product = product.div_(norms[-1]), direction
     overlap = quotients[-2] / norms[-2]
     best = max(abs(each) for each in quotients[-2:])
     if 1 - overlap**2 < 1e-3:
         return best
-    # In the orthonormal basis of the last iterate but one, u, and the rest of the last, v = (w − (u·w)u)/s.
+    # Of the iterates u and w, in the orthonormal basis of u and what of w is not along u.
     s = math.sqrt(1 - overlap**2)
     corner = (norms[-2] - overlap * quotients[-2]) / s
     rest = (quotients[-1] - 2 * overlap * norms[-2] + overlap**2 * quotients[-2]) / s**2
@@ -272,22 +271,24 @@ def hessian_trace_large(network: Network, generator: torch.Generator, vectors: i
     """
     size = network.layout.size
     direction = torch.empty(size, dtype=network.dtype, device=network.device)
-    product, moved = torch.empty_like(direction), torch.empty_like(direction)
+    product = torch.empty_like(direction)
     found = []
     for _ in range(vectors):
         direction.bernoulli_(0.5, generator=generator).mul_(2).sub_(1).div_(math.sqrt(size))
-        _hessian_product(network, direction, product, moved)
-        found.append(size * float(torch.dot(direction, product)))
+        found.append(size * _hessian_product(network, direction, product))
     values = torch.tensor(found, dtype=torch.float64)
     return float(values.mean()), float(values.std()) / math.sqrt(vectors)
 
 
-def _hessian_product(network: Network, direction: Tensor, out: Tensor, moved: Tensor) -> None:
-    """∇²L(w*)·v into `out`; `moved` is room for a position."""
+def _hessian_product(network: Network, direction: Tensor, out: Tensor) -> float:
+    """∇²L(w*)·v into `out`; returns v·∇²L(w*)·v. The place of v becomes that of the positions."""
     norm = math.sqrt(sum(float(anchor.square().sum(dtype=torch.float64)) for _, anchor in network.pieces()))
     delta = _RELATIVE_STEP * norm if norm > 0 else _RELATIVE_STEP
     out.zero_()
-    for sign in (1.0, -1.0):
-        for place, anchor in network.pieces():
-            torch.add(anchor, direction[place], alpha=sign * delta, out=moved[place])
-        network.add_gradient(out, moved, scale=sign / (2 * delta))
+    for place, anchor in network.pieces():
+        direction[place].mul_(delta).add_(anchor)
+    network.add_gradient(out, direction, scale=0.5 / delta)
+    for place, anchor in network.pieces():
+        direction[place].neg_().add_(anchor, alpha=2)  # as far on the other side
+    network.add_gradient(out, direction, scale=-0.5 / delta)
+    return sum(float(torch.dot(anchor - direction[place], out[place])) for place, anchor in network.pieces()) / delta

@@ -27,7 +27,8 @@ class SamplingSettings:
         chains: independent chains a snapshot; the centred estimate needs two. None for two, and up to 16 where the
             network is so small that they cost little more than one.
         draws: draws a chain after burn-in; None to grow until `rtol` is met.
-        burn_in: discarded steps a chain; None for 2.5 relaxation times of the flat directions.
+        burn_in: discarded steps a chain; None for a relaxation time of the flat directions, or for 2.5 in large
+            networks, whose chains start at w*.
         step_size: ε; None to derive it from each snapshot's curvature.
         batch_size: samples a gradient; None for all stored ones.
         rtol: wanted standard error relative to the estimate, where `draws` is None.

@@ -44,11 +44,11 @@ def test_chains_of_a_large_network_find_the_posterior_of_a_bowl(bowl, chains):
     soft_rank = float(0.5 * (nbeta * SPECTRUM / a).sum())
     shift = nbeta * SPECTRUM * off / a
     slope = 0.5 * nbeta * float((SPECTRUM * ((off - shift).square() - off**2)).sum())
-    settings = SamplingSettings(chains=chains, burn_in=150, draws=6000 // chains)
+    settings = SamplingSettings(chains=chains, burn_in=150, draws=3000 // chains)
     traces = draw(loss, {"w": torch.zeros(60).double()}, settings, nbeta, gamma, step_size(nbeta, gamma, 1.0))
     error = standard_error(traces.excess)
     assert float(traces.excess.mean()) == pytest.approx(soft_rank + slope, abs=4 * error)
-    assert error < 0.05 * soft_rank
+    assert error < 0.07 * soft_rank
     assert float((traces.pull + traces.spread).mean()) == pytest.approx(60, rel=0.03)
     if chains == 1:
         assert traces.paired.shape[1] == 0
@@ -72,7 +72,14 @@ def test_minibatches_of_a_large_network_agree_with_the_full_batch_and_cool_down(
     nbeta, gamma = 200.0, 1.0
     epsilon = step_size(nbeta, gamma, float(torch.linalg.eigvalsh(x.T @ x / len(x)).max()))
     full, batched = (
-        draw(alone(loss, 16), weights, SamplingSettings(chains=2, draws=1000, batch_size=size), nbeta, gamma, epsilon)
+        draw(
+            alone(loss, 100),
+            weights,
+            SamplingSettings(chains=2, burn_in=300, draws=800, batch_size=size),
+            nbeta,
+            gamma,
+            epsilon,
+        )
         for size in (None, 40)
     )
     error = math.hypot(standard_error(full.excess), standard_error(batched.excess))

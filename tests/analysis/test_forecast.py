@@ -1,0 +1,91 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+
+import groktrace
+from groktrace.analysis import evaluator
+from groktrace.analysis.forecast import forecast
+from groktrace.cli import main
+from groktrace.sampling import network
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def counted(monkeypatch):
+    """Chain-steps of the estimates that an analysis makes, as they come."""
+    steps = []
+    plain = evaluator.estimate_stack
+
+    def count(*arguments):
+        estimates = plain(*arguments)
+        steps.extend(each.chains * (each.burn_in + each.draws) for each in estimates)
+        return estimates
+
+    monkeypatch.setattr(evaluator, "estimate_stack", count)
+    return steps
+
+
+@pytest.mark.parametrize("settings", [{}, {"chains": 3, "draws": 20, "burn_in": 5}])
+def test_a_forecast_counts_what_the_analysis_then_does(small_run, monkeypatch, settings):
+    before = contents(small_run)
+    said = forecast(small_run, **settings)
+    assert contents(small_run) == before
+    steps = counted(monkeypatch)
+    trajectory = groktrace.analyze(small_run, **settings)
+    assert (said.snapshots, said.finished, said.weights) == (len(trajectory.points), 0, 67)
+    assert said.chains == settings.get("chains", 16)
+    if settings:
+        assert said.chain_steps == sum(steps) == 6 * 3 * 25
+    else:  # all six were tried, and the scale was chosen from the same six
+        assert said.tried == 6
+        assert said.chain_steps == pytest.approx(sum(steps), rel=0.3)
+    assert said.seconds > 0
+    assert said.memory_bytes > 50 * 2**20
+    again = forecast(small_run, **settings)
+    assert (again.snapshots, again.finished, again.chain_steps, again.seconds) == (0, 6, 0, 0.0)
+
+
+def test_only_stacks_of_which_some_are_missing_are_counted(small_run, monkeypatch):
+    settings = {"chains": 2, "draws": 10, "burn_in": 5}
+    trajectory = groktrace.analyze(small_run, **settings)
+    (points,) = small_run.glob("analysis/*/points.jsonl")
+    lines = points.read_text().splitlines(keepends=True)
+    points.write_text("".join(lines[:2]))
+    said = forecast(small_run, **settings)
+    steps = counted(monkeypatch)
+    assert groktrace.analyze(small_run, **settings) == trajectory
+    assert (said.snapshots, said.finished) == (6, 0)
+    assert said.chain_steps == sum(steps) == 6 * 2 * 15
+
+
+def test_a_large_network_is_forecast_from_one_micro_batch(small_run, monkeypatch):
+    monkeypatch.setattr(network, "LARGE_WEIGHTS", 1)
+    steps = counted(monkeypatch)
+    settings = {"chains": 2, "rtol": 10.0, "parameters": "2.*"}
+    said = forecast(small_run, **settings)
+    assert said.tried == 0
+    groktrace.analyze(small_run, **settings)
+    # It takes every snapshot to be as curved as the typical one.
+    assert said.chain_steps == pytest.approx(sum(steps), rel=0.3)
+    explicit = {"chains": 2, "draws": 7, "burn_in": 3, "nbeta": 10.0, "batch_size": 20}
+    assert forecast(small_run, **explicit).chain_steps == 6 * 2 * 10
+    with pytest.raises(groktrace.errors.SettingsError, match="give step_size, or draws and burn_in"):
+        forecast(small_run, nbeta=10.0)
+
+
+def test_the_command_line_forecasts_and_writes_nothing(small_run):
+    before = contents(small_run)
+    arguments = ["analyze", str(small_run), "--dry-run", "--chains", "2", "--draws", "20", "--burn-in", "5"]
+    said = CliRunner().invoke(main, arguments)
+    assert said.exit_code == 0, said.output
+    for expected in ("snapshots  6", "chains     2 a snapshot, 67 weights each", "25 a chain", "300 in all", "time  "):
+        assert expected in said.stdout
+    found = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)
+    assert (found["snapshots"], found["chains"], found["steps"], found["chain_steps"]) == (6, 2, 25, 300)
+    refused = CliRunner().invoke(main, [*arguments, "--curvature"])
+    assert refused.exit_code == 2
+    assert "--dry-run takes neither" in refused.output
+    assert contents(small_run) == before
