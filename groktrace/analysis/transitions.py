@@ -12,12 +12,14 @@ from groktrace.analysis.llc import OFF_MINIMUM
 from groktrace.analysis.segmentation import segment, straight_cost
 from groktrace.analysis.trajectory import Trajectory
 
-# A fall is read as generalisation only from this fraction of the level before: networks that merely lose weight norm
-# after memorising fall by up to a tenth.
+# Falls in a row are read as generalisation only from this fraction of the level before them: networks that merely lose
+# weight norm after memorising fall by up to a seventh.
 MIN_GENERALISATION = 0.15
 MIN_POINTS = 5
 # A curve that one straight line describes nearly as well, in units of log(T), drifts and has no transition.
 DRIFT_FAVOUR = 3.0
+# The training loss is low once it has fallen to this fraction of the run's range.
+LOW = 0.1
 # Within these factors the largest curvature stays what it was.
 MIN_CURVATURE = 0.5
 MAX_CURVATURE = 3.0
@@ -112,23 +114,37 @@ def find_transitions(trajectory: Trajectory) -> list[Transition]:
     if straight <= fit.cost + DRIFT_FAVOUR * math.log(len(x)):
         return []
     changes = find_changes(x, fit)
-    return [
-        _describe(trajectory, steps.astype(int), position, measured, axis)
-        for measured in measure_changes(x, value, variance, fit, changes)
-    ]
+    found: list[Transition] = []
+    peak = None
+    for measured in measure_changes(x, value, variance, fit, changes):
+        onset, end = position[measured.first], position[measured.last]
+        if measured.after > measured.before:
+            peak = None
+        elif (level := _low_level(trajectory, onset, end, measured.before)) is not None:
+            peak = max(level, peak or level)
+        label, evidence = _label(trajectory, onset, end, measured, peak)
+        found.append(_describe(trajectory, steps.astype(int), position, measured, axis, label, evidence))
+        if label is not None:
+            peak = None
+    return found
 
 
 def _describe(
-    trajectory: Trajectory, steps: np.ndarray, position: np.ndarray, measured: Measured, axis: _Axis
+    trajectory: Trajectory,
+    steps: np.ndarray,
+    position: np.ndarray,
+    measured: Measured,
+    axis: _Axis,
+    label: str | None,
+    evidence: str,
 ) -> Transition:
-    """Name and label a change."""
+    """A change in units of training steps."""
     first, last = measured.first, measured.last
     delta = measured.after - measured.before
     loss = trajectory.column("train_loss")[position[[first, last]]]
     energy = None
     if trajectory.n is not None and trajectory.n > 0 and np.isfinite(loss).all():
         energy = trajectory.n * float(loss[1] - loss[0]) + delta * math.log(trajectory.n)
-    label, evidence = _label(trajectory, position[first], position[last], measured)
     return Transition(
         kind="complexification" if delta > 0 else "simplification",
         label=label,
@@ -206,31 +222,50 @@ def _level(trajectory: Trajectory, i: int) -> float:
     return math.nan if value is None else value
 
 
-def _label(trajectory: Trajectory, onset: int, end: int, measured: Measured) -> tuple[str | None, str]:
-    """What the training loss allows to say of a change, and whether validation data agree."""
+def _low_level(trajectory: Trajectory, onset: int, end: int, before: float) -> float | None:
+    """The level from which λ falls while the training loss is low; None where it is not low in time."""
+    loss = trajectory.column("train_loss")
+    if not np.isfinite(loss[[onset, end]]).all():
+        return None
+    low = np.nanmin(loss) + LOW * (np.nanmax(loss) - np.nanmin(loss))
+    high = np.flatnonzero(loss[onset : end + 1] > low)
+    if not len(high):
+        return before
+    # Of a fall that begins before, what is left of it counts.
+    start = onset + int(high[-1]) + 1
+    return min(before, _level(trajectory, start)) if start < end else None
+
+
+def _label(
+    trajectory: Trajectory, onset: int, end: int, measured: Measured, peak: float | None
+) -> tuple[str | None, str]:
+    """What the training loss allows to say of a change, and whether validation data agree.
+
+    Args:
+        trajectory: of the run.
+        onset: point at which the change begins.
+        end: point at which it is over.
+        measured: the change.
+        peak: of falls in a row, the level from which the first one falls while the training loss is low.
+    """
     before, after = measured.before, measured.after
     loss = trajectory.column("train_loss")
     if not np.isfinite(loss[[onset, end]]).all():
         return None, "no label: the training loss is not known"
-    low = np.nanmin(loss) + 0.1 * (np.nanmax(loss) - np.nanmin(loss))
     if after > before:
         if loss[end] < 0.5 * loss[onset]:
             return "memorisation", f"λ rises while the training loss falls from {loss[onset]:.3g} to {loss[end]:.3g}"
         return None, "no label: λ rises, but the training loss does not fall with it"
-    high = np.flatnonzero(loss[onset : end + 1] > low)
-    if len(high):
-        # Of a fall that begins before, what is left of it counts.
-        start = onset + int(high[-1]) + 1
-        if start >= end:
-            return None, "no label: λ falls while the training loss is not yet low"
-        before = min(before, _level(trajectory, start))
-    share = 1 - after / before if before > 0 else 0.0
+    if peak is None:
+        return None, "no label: λ falls while the training loss is not yet low"
+    share = 1 - after / peak if peak > 0 else 0.0
     if share < MIN_GENERALISATION:
         return None, f"no label: λ falls by only {100 * share:.0f} % while the training loss stays low"
     doubt = _doubt(trajectory, onset, end, abs(after - measured.before) / max(measured.error, 1e-300))
     if doubt is not None:
         return None, f"no label: λ falls by {100 * share:.0f} %, but {doubt}"
-    evidence = f"λ falls by {100 * share:.0f} % while the training loss stays low"
+    since = ", since it began to fall," if peak > before else ""
+    evidence = f"λ falls by {100 * share:.0f} %{since} while the training loss stays low"
     accuracy = trajectory.column("val_accuracy")
     if np.isfinite(accuracy[end]) and np.isfinite(accuracy).any():
         start = np.nanmin(accuracy[: onset + 1]) if np.isfinite(accuracy[: onset + 1]).any() else math.nan

@@ -55,7 +55,7 @@ def test_jitter_of_the_training_beyond_the_sampling_error_is_allowed_for():
     assert find_transitions(curve(900 + jitter, error=1.0)) == []
 
 
-def testlog_spaced_steps():
+def test_log_spaced_steps():
     steps = np.unique(np.geomspace(1, 100_000, 80).astype(int))
     values = np.interp(np.log(steps), np.log([1, 100, 10_000, 30_000, 100_000]), [100, 1000, 1000, 500, 500])
     rise, fall = find_transitions(curve(values, steps=steps))
@@ -192,6 +192,26 @@ def test_of_a_fall_that_begins_while_the_loss_is_high_the_rest_counts():
         fall = find_transitions(curve(values, train_loss=loss))[-1]
         assert fall.kind == "simplification"
         assert fall.label == label
+
+
+def jumps(*levels):
+    """Rises to the first level, then jumps at evenly spaced steps."""
+    return np.where(STEPS < 200, np.interp(STEPS, [0, 200], [100, 1000]), np.repeat(levels, 61 // len(levels) + 1)[:61])
+
+
+def test_falls_in_a_row_count_together():
+    loss = np.interp(STEPS, [0, 150, 3000], [1.0, 0.01, 0.001])
+    cases = (
+        ((1000, 900, 800), [None, "generalisation"], "20 %, since it began to fall,"),
+        ((1000, 930, 870), [None, None], "only 13 %"),
+        ((1000, 900, 800, 720), [None, "generalisation", None], "only 10 %"),  # from where the label was given
+        ((1000, 900, 1000, 900), [None, None, None], "only 10 %"),  # from where it rose to
+    )
+    for levels, expected, words in cases:
+        first, *falls = find_transitions(curve(jumps(*levels), train_loss=loss))
+        assert first.label == "memorisation"
+        assert [fall.label for fall in falls] == expected
+        assert words in falls[-1].evidence
 
 
 def test_unreliable_points_weigh_less():
