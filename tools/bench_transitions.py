@@ -2,7 +2,8 @@
 
     python tools/bench_transitions.py synthetic
     python tools/bench_transitions.py networks --limit 20
-    python tools/bench_transitions.py cross-entropy
+    python tools/bench_transitions.py cross-entropy --all-measures
+    python tools/bench_transitions.py networks --seed 1000        # others of the same kinds
 
 Each part prints a table and leaves its results under runs/bench_transitions. ruptures' columns need ruptures 1.1.10.
 """
@@ -22,15 +23,16 @@ def main() -> None:
     parser.add_argument("part", choices=["synthetic", "networks", "cross-entropy"])
     parser.add_argument("--out", type=Path, default=Path("runs/bench_transitions"), help="where the results go")
     parser.add_argument("--series", type=int, default=100, help="curves of each shape and noise level")
-    parser.add_argument("--seed", type=int, default=0, help="of the curves")
+    parser.add_argument("--seed", type=int, default=0, help="of the curves; added to those of the networks")
     parser.add_argument("--limit", type=int, default=1000, help="networks to train in this call; the others are kept")
+    parser.add_argument("--all-measures", action="store_true", help="cross-entropy: others than the analysis' own too")
     parser.add_argument("--no-peers", action="store_true", help="leave ruptures out")
     options = parser.parse_args()
     if options.part == "networks":
-        run_networks(options.out, options.limit)
+        run_networks(options.out, options.limit, options.seed)
         return
     if options.part == "cross-entropy":
-        run_cross_entropy(options.out, options.limit)
+        run_cross_entropy(options.out, options.limit, options.seed, options.all_measures)
         return
     peers = not options.no_peers and importlib.util.find_spec("ruptures") is not None
     run_synthetic(options.out, options.series, options.seed, peers)

@@ -1,6 +1,7 @@
 """Cross-entropy networks on modular addition, grokking and not: which λ̂ tells them apart, from training data alone."""
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -86,8 +87,12 @@ class Network(Training):
     kind: str
 
 
-def networks() -> list[Network]:
-    """Of each kind twelve that should grok, and twelve controls: random labels, few pairs, no weight decay."""
+def networks(seed: int) -> list[Network]:
+    """Of each kind twelve that should grok, and twelve controls: random labels, few pairs, no weight decay.
+
+    Args:
+        seed: added to those of all networks.
+    """
     chosen = []
     for i in range(12):
         p, fraction = ((23, 0.75), (23, 0.8), (29, 0.7), (19, 0.8))[i % 4]
@@ -99,7 +104,7 @@ def networks() -> list[Network]:
         chosen.append(Network(p, fraction, (1e-3, 2e-3)[i % 2], decay, random, 2000 + i, "mlp"))
         fraction, decay, random = ((0.6, 1.5, True), (0.3, 1.5, False), (0.3, 0.0, False))[i % 3]
         chosen.append(Network(p, fraction, 2e-3, decay, random, 2000 + i, "transformer"))
-    return chosen
+    return [replace(network, seed=network.seed + seed) for network in chosen]
 
 
 def pairs(network: Network) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -163,7 +168,7 @@ def tempered(logits: Tensor, targets: Tensor) -> Callable[[Tensor, Tensor], Tens
     return lambda outputs, wanted: functional.cross_entropy(factor * outputs, wanted)
 
 
-def other_measures(network: Network, folder: Path, plain: Trajectory) -> dict[str, Trajectory]:
+def output_measures(network: Network, folder: Path, plain: Trajectory) -> dict[str, Trajectory]:
     """λ̂ of losses other than the training's, at some of the snapshots."""
     (x, y), _ = pairs(network)
     model = build(network)
@@ -201,9 +206,8 @@ def other_measures(network: Network, folder: Path, plain: Trajectory) -> dict[st
     return {name: replace(plain, points=tuple(each)) for name, each in points.items()}
 
 
-def measure(network: Network, folder: Path) -> dict[str, Trajectory]:
-    """All measures of one network, from its snapshots."""
-    plain = groktrace.analyze(folder, **BUDGET)
+def other_measures(network: Network, folder: Path, plain: Trajectory) -> dict[str, Trajectory]:
+    """All other measures of one network, from its snapshots."""
     typical = float(np.median([point.diagnostics["nbeta"] for point in plain.points if fitted(point)] or [1.0]))
     fixed = groktrace.analyze(folder, nbeta=typical / 10, localization=plain.localization, **BUDGET)
     found = {"training loss, one nβ": fixed}
@@ -211,7 +215,7 @@ def measure(network: Network, folder: Path) -> dict[str, Trajectory]:
         found[f"training loss, κ = {resolution:g}"] = groktrace.analyze(
             folder, nbeta="curvature", resolution=resolution, **BUDGET
         )
-    return found | {DEFAULT: plain} | other_measures(network, folder, plain)
+    return found | output_measures(network, folder, plain)
 
 
 def fitted(point: Point) -> bool:
@@ -241,31 +245,37 @@ def outcome(trajectory: Trajectory) -> str:
     return "control" if np.nanmax(accuracy) < CHANCE else "between"
 
 
-def run_cross_entropy(folder: Path, limit: int) -> None:
+def run_cross_entropy(folder: Path, limit: int, seed: int, all_measures: bool) -> None:
     """Train and analyse those that are not yet there, then judge them all.
 
     Args:
         folder: of the results; snapshots and trajectories of a network are kept there.
         limit: how many to train at most now.
+        seed: added to those of all networks.
+        all_measures: whether to try others than the analysis' own.
     """
     kept = folder / "cross_entropy"
     kept.mkdir(parents=True, exist_ok=True)
     judged: list[tuple[Network, dict[str, Trajectory]]] = []
-    for network in networks():
-        done = kept / network.name / "done"
-        if not done.exists():
+    for network in networks(seed):
+        place = kept / network.name
+        run, done, plain = place / "run", place / "done", place / f"{DEFAULT}.json"
+        if not (done if all_measures else plain).exists():
             if limit <= 0:
                 continue
             limit -= 1
             say(network.name)
-            run = kept / network.name / "run"
-            record(network, run)
-            for name, trajectory in measure(network, run).items():
-                trajectory.save(kept / network.name / f"{name}.json")
-            done.touch()
-        judged.append((network, {path.stem: Trajectory.load(path) for path in sorted(done.parent.glob("*.json"))}))
+            if not plain.exists():
+                shutil.rmtree(run, ignore_errors=True)  # of a training that was interrupted
+                record(network, run)
+                groktrace.analyze(run, **BUDGET).save(plain)
+            if all_measures:
+                for name, trajectory in other_measures(network, run, Trajectory.load(plain)).items():
+                    trajectory.save(place / f"{name}.json")
+                done.touch()
+        judged.append((network, {path.stem: Trajectory.load(path) for path in sorted(place.glob("*.json"))}))
     rows = [row(network, found) for network, found in judged]
-    save_rows(folder / "cross_entropy.csv", rows)
+    save_rows(folder / f"cross_entropy-{seed}.csv", rows)
     print(f"\n### Cross-entropy networks\n\n{markdown(summarise(judged))}\n")
 
 
@@ -297,6 +307,6 @@ def summarise(judged: Sequence[tuple[Network, dict[str, Trajectory]]]) -> list[R
         line = {"measure": name + (", with doubts" if doubts else "")}
         for group, members in sorted(groups.items()):
             hits = sum(bool(labelled(found[name], doubts)) for found in members if name in found)
-            line[group] = f"{hits} of {len(members)}"
+            line[group] = f"{hits} of {sum(name in found for found in members)}"
         rows.append(line)
     return rows

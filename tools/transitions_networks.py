@@ -60,8 +60,12 @@ class Network(Training):
     optimizer: str
 
 
-def networks() -> list[Network]:
-    """Eighty networks: about fifty that should grok, and controls of three kinds."""
+def networks(seed: int) -> list[Network]:
+    """Eighty networks: about fifty that should grok, and controls of three kinds.
+
+    Args:
+        seed: added to those of all networks.
+    """
     chosen = []
     for i in range(50):
         p = (11, 13, 17, 19, 23)[i % 5]
@@ -76,7 +80,7 @@ def networks() -> list[Network]:
         fraction, weight_decay, random_labels = ((0.6, 1.0, True), (0.25, 1.0, False), (0.35, 0.0, False))[i % 3]
         lr = (3e-3, 5e-3)[(i // 2) % 2]
         chosen.append(Network(p, fraction, lr, weight_decay, random_labels, 100 + i, width, "adamw"))
-    return chosen
+    return [replace(network, seed=network.seed + seed) for network in chosen]
 
 
 def measure(network: Network) -> Trajectory:
@@ -145,17 +149,18 @@ def crossing(steps: np.ndarray, accuracy: np.ndarray, level: float) -> float | N
     return float(np.interp(level, accuracy[i - 1 : i + 1], steps[i - 1 : i + 1]))
 
 
-def run_networks(folder: Path, limit: int) -> None:
+def run_networks(folder: Path, limit: int, seed: int) -> None:
     """Train and analyse those that are not yet there, then judge them all.
 
     Args:
         folder: of the results; a trajectory a network is kept there.
         limit: how many to train at most now.
+        seed: added to those of all networks.
     """
     kept = folder / "networks"
     kept.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    for network in networks():
+    for network in networks(seed):
         path = kept / f"{network.name}.json"
         if not path.exists():
             if limit <= 0:
@@ -164,7 +169,7 @@ def run_networks(folder: Path, limit: int) -> None:
             say(network.name)
             measure(network).save(path)
         rows.append(judge(network, Trajectory.load(path)))
-    save_rows(folder / "networks.csv", rows)
+    save_rows(folder / f"networks-{seed}.csv", rows)
     print(f"\n### Quadratic networks\n\n{markdown(summarise(rows))}\n")
     for row in rows:
         if row["outcome"] in ("groks", "control") and (row["outcome"] == "groks") != (row["found"] != "0"):

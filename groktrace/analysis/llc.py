@@ -126,7 +126,8 @@ def summarise(
         reason = f"diverging: no chain stayed finite down to step size {traces.step_size:.3g}"
         return unusable(reason, settings, nbeta, localization)
     chains = settings.chains
-    llc, stderr = float(traces.excess.mean()), diagnose.standard_error(traces.excess)
+    llc, ess = float(traces.excess.mean()), diagnose.effective_sample_size(traces.excess)
+    stderr = math.sqrt(float(traces.excess.double().var()) / ess)
     centred = stderr_centred = None
     if traces.paired.shape[1]:
         centred, stderr_centred = float(traces.paired.mean()), _pairs_error(traces.paired)
@@ -134,7 +135,7 @@ def summarise(
     anharmonicity = diagnose.anharmonicity(traces.pull, traces.excess)
     distance = math.sqrt(float(traces.spread.mean()) / localization)
     relative_distance = distance / norm if norm > 0 else math.inf
-    rhat, ess = diagnose.split_rhat(traces.excess), diagnose.effective_sample_size(traces.excess)
+    rhat, off = diagnose.split_rhat(traces.excess), off_minimum(traces)
     virial_error = diagnose.standard_error(traces.pull + traces.spread) / dimension
     # A flat direction takes 2/(εγ) steps for each new value of w², which traces of few of them cannot tell themselves.
     passes = len(traces.spread) * traces.step_size * localization / 2
@@ -147,12 +148,12 @@ def summarise(
     bent = abs(anharmonicity - 1) > MAX_ANHARMONICITY + 3 * ratio_error
     # Neither alone does harm: in a quadratic bowl the estimate is exact however wide it is, and a singular loss is of
     # higher degree however close one looks.
-    if far and llc > 0 and (bent or off_minimum(traces)):
+    if far and llc > 0 and (bent or off):
         reasons.append(
             f"not local: the chains are {relative_distance:.2f}‖w*‖ away, where the loss is no longer quadratic "
             f"(anharmonicity {anharmonicity:.2f}, expected 1); use a larger localization"
         )
-    elif off_minimum(traces):
+    elif off:
         reasons.append(OFF_MINIMUM)
     if abs(virial - 1) > MAX_VIRIAL_GAP + 3 * virial_error:
         reasons.append(f"not equilibrated (virial ratio {virial:.3f}, expected 1); needs a longer burn-in")

@@ -12,8 +12,8 @@ from groktrace.analysis.llc import OFF_MINIMUM
 from groktrace.analysis.segmentation import segment, straight_cost
 from groktrace.analysis.trajectory import Trajectory
 
-# Falls in a row are read as generalisation only from this fraction of the level before them: networks that merely lose
-# weight norm after memorising fall by up to a seventh.
+# A fall, with those before it since λ rose and the drift of the phases between, is read as generalisation from this
+# fraction of the highest level: networks that merely lose weight norm after memorising fall by up to an eighth.
 MIN_GENERALISATION = 0.15
 MIN_POINTS = 5
 # A curve that one straight line describes nearly as well, in units of log(T), drifts and has no transition.
@@ -115,17 +115,18 @@ def find_transitions(trajectory: Trajectory) -> list[Transition]:
         return []
     changes = find_changes(x, fit)
     found: list[Transition] = []
-    peak = None
-    for measured in measure_changes(x, value, variance, fit, changes):
+    since = 0
+    dated = measure_changes(x, value, variance, fit, changes)
+    for i, measured in enumerate(dated):
         onset, end = position[measured.first], position[measured.last]
-        if measured.after > measured.before:
-            peak = None
-        elif (level := _low_level(trajectory, onset, end, measured.before)) is not None:
-            peak = max(level, peak or level)
-        label, evidence = _label(trajectory, onset, end, measured, peak)
+        # A phase may go on falling until the next change.
+        lowest = min(measured.after, fit.value[dated[i + 1].first if i + 1 < len(dated) else -1])
+        before = max(measured.before, fit.value[since])
+        peak = _low_level(trajectory, position[since], end, before) if measured.after < measured.before else None
+        label, evidence = _label(trajectory, onset, end, measured, peak, lowest)
         found.append(_describe(trajectory, steps.astype(int), position, measured, axis, label, evidence))
-        if label is not None:
-            peak = None
+        if label is not None or measured.after > measured.before:
+            since = measured.last
     return found
 
 
@@ -222,22 +223,22 @@ def _level(trajectory: Trajectory, i: int) -> float:
     return math.nan if value is None else value
 
 
-def _low_level(trajectory: Trajectory, onset: int, end: int, before: float) -> float | None:
-    """The level from which λ falls while the training loss is low; None where it is not low in time."""
+def _low_level(trajectory: Trajectory, start: int, end: int, before: float) -> float | None:
+    """The level from which λ falls between two points while the training loss is low; None where it is not in time."""
     loss = trajectory.column("train_loss")
-    if not np.isfinite(loss[[onset, end]]).all():
+    if not np.isfinite(loss[[start, end]]).all():
         return None
     low = np.nanmin(loss) + LOW * (np.nanmax(loss) - np.nanmin(loss))
-    high = np.flatnonzero(loss[onset : end + 1] > low)
+    high = np.flatnonzero(loss[start : end + 1] > low)
     if not len(high):
         return before
     # Of a fall that begins before, what is left of it counts.
-    start = onset + int(high[-1]) + 1
+    start += int(high[-1]) + 1
     return min(before, _level(trajectory, start)) if start < end else None
 
 
 def _label(
-    trajectory: Trajectory, onset: int, end: int, measured: Measured, peak: float | None
+    trajectory: Trajectory, onset: int, end: int, measured: Measured, peak: float | None, lowest: float
 ) -> tuple[str | None, str]:
     """What the training loss allows to say of a change, and whether validation data agree.
 
@@ -246,7 +247,8 @@ def _label(
         onset: point at which the change begins.
         end: point at which it is over.
         measured: the change.
-        peak: of falls in a row, the level from which the first one falls while the training loss is low.
+        peak: the highest level since the last rise or label while the training loss is low; None where it is not low.
+        lowest: the level that is reached until the next change.
     """
     before, after = measured.before, measured.after
     loss = trajectory.column("train_loss")
@@ -258,14 +260,14 @@ def _label(
         return None, "no label: λ rises, but the training loss does not fall with it"
     if peak is None:
         return None, "no label: λ falls while the training loss is not yet low"
-    share = 1 - after / peak if peak > 0 else 0.0
+    share = 1 - lowest / peak if peak > 0 else 0.0
     if share < MIN_GENERALISATION:
         return None, f"no label: λ falls by only {100 * share:.0f} % while the training loss stays low"
     doubt = _doubt(trajectory, onset, end, abs(after - measured.before) / max(measured.error, 1e-300))
     if doubt is not None:
         return None, f"no label: λ falls by {100 * share:.0f} %, but {doubt}"
-    since = ", since it began to fall," if peak > before else ""
-    evidence = f"λ falls by {100 * share:.0f} %{since} while the training loss stays low"
+    more = " in all" if peak > before or lowest < after else ""
+    evidence = f"λ falls by {100 * share:.0f} %{more} while the training loss stays low"
     accuracy = trajectory.column("val_accuracy")
     if np.isfinite(accuracy[end]) and np.isfinite(accuracy).any():
         start = np.nanmin(accuracy[: onset + 1]) if np.isfinite(accuracy[: onset + 1]).any() else math.nan

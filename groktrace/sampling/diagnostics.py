@@ -1,9 +1,11 @@
 """What a chain's traces say about its own trustworthiness; pure functions of arrays [draws, chains]."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def effective_sample_size(trace: Tensor) -> float:
     """Number of independent draws that the trace is worth (Vehtari et al. 2021, arXiv 1903.08008; Geyer 1992).
 
@@ -14,27 +16,27 @@ def effective_sample_size(trace: Tensor) -> float:
         At least 1, at most draws × chains; that maximum for a constant trace.
     """
     draws, chains = trace.shape
-    trace = trace.double()
-    centred = trace - trace.mean(0)
+    values = trace.double().cpu().numpy()  # for arrays this small numpy's calls cost a fraction of torch's
+    centred = values - values.mean(0)
     length = 1 << (2 * draws - 1).bit_length()
-    spectrum = torch.fft.rfft(centred, n=length, dim=0).abs().square()
-    covariance = torch.fft.irfft(spectrum, n=length, dim=0)[:draws] / draws
-    within = covariance[0].mean() * draws / (draws - 1)
+    spectrum = np.abs(np.fft.rfft(centred, n=length, axis=0)) ** 2
+    covariance = np.fft.irfft(spectrum, n=length, axis=0)[:draws] / draws
+    within = covariance[0].mean() * draws / (draws - 1) if draws > 1 else 0.0
     total = within * (draws - 1) / draws
     if chains > 1:
-        total = total + trace.mean(0).var()
+        total = total + values.mean(0).var(ddof=1)
     if not total > 0:
         return float(draws * chains)
     correlation = 1 - (within - covariance.mean(1)) / total
     correlation[0] = 1.0
     # Sums of neighbouring correlations are positive and decreasing for a reversible chain; cut where they are not.
-    pairs = correlation[: draws // 2 * 2].view(-1, 2).sum(1)
-    negative = (pairs <= 0).nonzero()
-    pairs = pairs[: int(negative[0]) if len(negative) else len(pairs)]
-    time = -1 + 2 * torch.cummin(pairs, 0).values.sum() if len(pairs) else torch.tensor(1.0)
+    pairs = correlation[: draws // 2 * 2].reshape(-1, 2).sum(1)
+    negative = np.flatnonzero(pairs <= 0)
+    pairs = pairs[: negative[0]] if len(negative) else pairs
+    time = -1 + 2 * np.minimum.accumulate(pairs).sum() if len(pairs) else 1.0
     # Taking the traces' own mean off lowers every correlation a little (Wolff 2004, hep-lat/0306017, eq. 49).
     time = time * (1 + (4 * len(pairs) + 1) / draws)
-    return float(draws * chains / time.clamp_min(1.0))
+    return float(draws * chains / max(time, 1.0))
 
 
 def standard_error(trace: Tensor) -> float:

@@ -202,7 +202,7 @@ def jumps(*levels):
 def test_falls_in_a_row_count_together():
     loss = np.interp(STEPS, [0, 150, 3000], [1.0, 0.01, 0.001])
     cases = (
-        ((1000, 900, 800), [None, "generalisation"], "20 %, since it began to fall,"),
+        ((1000, 900, 800), [None, "generalisation"], "20 % in all"),
         ((1000, 930, 870), [None, None], "only 13 %"),
         ((1000, 900, 800, 720), [None, "generalisation", None], "only 10 %"),  # from where the label was given
         ((1000, 900, 1000, 900), [None, None, None], "only 10 %"),  # from where it rose to
@@ -212,6 +212,24 @@ def test_falls_in_a_row_count_together():
         assert first.label == "memorisation"
         assert [fall.label for fall in falls] == expected
         assert words in falls[-1].evidence
+
+
+@pytest.mark.parametrize(
+    ("places", "levels", "label", "words"),
+    [
+        ([1000, 1001, 3000], [1000, 900, 750], "generalisation", "25 % in all"),
+        ([1000, 1001, 3000], [1000, 900, 900], None, "only 10 %"),
+        ([200, 2000, 2001], [1000, 930, 830], "generalisation", "17 % in all"),
+        ([200, 2000, 2001], [930, 930, 830], None, "only 11 %"),
+    ],
+)
+def test_what_the_phases_beside_a_fall_lose_counts(places, levels, label, words):
+    values = np.where(STEPS < 200, jumps(levels[0]), np.interp(STEPS, places, levels))
+    *_, fall = find_transitions(
+        curve(values, error=2.0, train_loss=np.interp(STEPS, [0, 150, 3000], [1.0, 0.01, 0.001]))
+    )
+    assert (fall.kind, fall.label) == ("simplification", label)
+    assert words in fall.evidence
 
 
 def test_unreliable_points_weigh_less():
