@@ -104,6 +104,8 @@ def analyze(trials: int | None, seed: int) -> None:
         for trial in range(max(1, trials // 10)):
             fresh()
             first = forked(lambda: run_analysis(root))
+            while not list(root.glob("analysis/*/.lock")):
+                time.sleep(0.001)
             time.sleep(draw.uniform(0, seconds))
             second = CliRunner().invoke(command_line, ["analyze", str(root), "--json", *FEW])
             held = f"another analysis (process {first} " in second.stderr

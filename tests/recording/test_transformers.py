@@ -17,10 +17,6 @@ from groktrace.recording.transformers import GroktraceCallback  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore:(?!groktrace)")
 FEW = {"chains": 1, "burn_in": 4, "draws": 8}
 
-traced = pytest.mark.skipif(
-    tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10), reason="PyTorch traces these from 2.10 on"
-)
-
 
 @pytest.fixture(autouse=True)
 def program():
@@ -60,7 +56,6 @@ def own_loss(model):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
 
 
-@traced
 def test_the_trainers_own_data_and_loss(tmp_path):
     alone = train(tmp_path / "alone").model
     after = torch.get_rng_state()
@@ -109,7 +104,6 @@ def test_accumulated_gradients_and_ends_of_epochs(tmp_path):
     assert layout.snapshot_steps(tmp_path / "run") == [0, 1, 2, 3, 4]
 
 
-@traced
 def test_a_loss_that_the_model_does_not_compute(tmp_path):
     class Unlabelled(Sentences):
         def __getitem__(self, i):
