@@ -171,7 +171,8 @@ class Watch:
             return None if "nvidia-ml" in str(args) else str(args)[:200]
         if event == "exec":  # of a module too, when it is imported
             name = args[0].co_filename
-            return None if name.startswith((*self._code, "<")) else name
+            # The last is a file that torch.distributed makes when it is imported.
+            return None if name.startswith((*self._code, "<", "_remote_module_non_scriptable")) else name
         return None
 
     def _inside(self, path: str) -> bool:

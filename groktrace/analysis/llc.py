@@ -122,8 +122,8 @@ def summarise(
         nbeta: nβ.
         localization: γ.
     """
-    if not traces.is_finite():
-        reason = f"diverging: no chain stayed finite down to step size {traces.step_size:.3g}"
+    if traces.diverged(dimension):
+        reason = f"diverging: chains left the snapshot at every step size down to {traces.step_size:.3g}"
         return unusable(reason, settings, nbeta, localization)
     chains = settings.chains
     llc, ess = float(traces.excess.mean()), diagnose.effective_sample_size(traces.excess)

@@ -115,14 +115,13 @@ def find_transitions(trajectory: Trajectory) -> list[Transition]:
         return []
     changes = find_changes(x, fit)
     found: list[Transition] = []
-    since = 0
+    since, loss = 0, trajectory.column("train_loss")[position]
     dated = measure_changes(x, value, variance, fit, changes)
     for i, measured in enumerate(dated):
         onset, end = position[measured.first], position[measured.last]
         # A phase may go on falling until the next change.
         lowest = min(measured.after, fit.value[dated[i + 1].first if i + 1 < len(dated) else -1])
-        before = max(measured.before, fit.value[since])
-        peak = _low_level(trajectory, position[since], end, before) if measured.after < measured.before else None
+        peak = _peak(loss, fit.value, value, since, measured) if measured.after < measured.before else None
         label, evidence = _label(trajectory, onset, end, measured, peak, lowest)
         found.append(_describe(trajectory, steps.astype(int), position, measured, axis, label, evidence))
         if label is not None or measured.after > measured.before:
@@ -216,25 +215,24 @@ def _doubt(trajectory: Trajectory, onset: int, end: int, errors: float) -> str |
     return None
 
 
-def _level(trajectory: Trajectory, i: int) -> float:
-    """λ at one point: λ_c where it is known, else λ̂."""
-    point = trajectory.points[i]
-    value = point.llc if point.llc_centred is None else point.llc_centred
-    return math.nan if value is None else value
+def _peak(loss: np.ndarray, fitted: np.ndarray, value: np.ndarray, since: int, fall: Measured) -> float | None:
+    """The highest level before a fall while the training loss is low; None where it is not low in time.
 
-
-def _low_level(trajectory: Trajectory, start: int, end: int, before: float) -> float | None:
-    """The level from which λ falls between two points while the training loss is low; None where it is not in time."""
-    loss = trajectory.column("train_loss")
-    if not np.isfinite(loss[[start, end]]).all():
+    Args:
+        loss: at the usable points, as the other two.
+        fitted: λ of the fit.
+        value: λ as measured.
+        since: index of the point from which on to look.
+        fall: the change.
+    """
+    if not np.isfinite(loss[since : fall.last + 1]).all():
         return None
-    low = np.nanmin(loss) + LOW * (np.nanmax(loss) - np.nanmin(loss))
-    high = np.flatnonzero(loss[start : end + 1] > low)
-    if not len(high):
-        return before
+    high = np.flatnonzero(loss[since : fall.last + 1] > np.nanmin(loss) + LOW * (np.nanmax(loss) - np.nanmin(loss)))
+    start = since + int(high[-1]) + 1 if len(high) else since
+    if start <= fall.first:
+        return max(fall.before, float(fitted[start : fall.first + 1].max()))
     # Of a fall that begins before, what is left of it counts.
-    start += int(high[-1]) + 1
-    return min(before, _level(trajectory, start)) if start < end else None
+    return min(fall.before, float(value[start])) if start < fall.last else None
 
 
 def _label(

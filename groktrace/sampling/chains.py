@@ -60,9 +60,15 @@ class Traces:
     heating: float = 0.0
     curvature: float | None = None
 
-    def is_finite(self) -> bool:
-        """Whether no chain diverged."""
-        return bool(torch.isfinite(self.excess).all() and torch.isfinite(self.pull).all())
+    def diverged(self, dimension: int) -> bool:
+        """Whether a chain is on its way out: in equilibrium pull and spread add up to D, wherever w* lies.
+
+        Args:
+            dimension: D.
+        """
+        if not (torch.isfinite(self.excess).all() and torch.isfinite(self.pull).all()):
+            return True
+        return float((self.pull.double() + self.spread).mean(0).amax()) > 10 * dimension + 100
 
 
 def cooled(traces: Traces) -> float:
@@ -108,7 +114,7 @@ def sample(
         enough: whether a snapshot's draws suffice; asked only where `settings.draws` is None.
 
     Returns:
-        Traces of each snapshot; not finite where the chains diverged at every step size tried.
+        Traces of each snapshot, those of the last attempt where its chains diverged at every step size tried.
     """
     results: dict[int, Traces] = {}
     pending = list(range(len(steps)))
@@ -128,7 +134,7 @@ def sample(
         )
         for s, traces in zip(pending, group.run(enough), strict=True):
             results[s] = replace(traces, halvings=halvings[s])
-            if not traces.is_finite():
+            if traces.diverged(anchors.shape[1]):
                 epsilon[s] /= 2
                 halvings[s] += 1
             elif group.is_too_large(traces):
@@ -185,7 +191,7 @@ class _Group:
 
     def run(self, enough: Callable[[Traces], bool]) -> list[Traces]:
         """Burn in, draw, and go on with those snapshots whose draws are not enough yet."""
-        count, chains = len(self.epsilons), self.settings.chains
+        count, chains, dimension = len(self.epsilons), self.settings.chains, self.anchors.shape[1]
         looks = _Looks(self.lengths) if self.loss.separable else None
         record = self._advance([burn_in + draws for burn_in, draws in self.lengths], first=True, looks=looks)
         traces = []
@@ -203,7 +209,7 @@ class _Group:
             going = [
                 i
                 for i, s in enumerate(active)
-                if traces[s].is_finite()
+                if not traces[s].diverged(dimension)
                 and len(traces[s].excess) < self._limit(s)
                 and not self.is_too_large(traces[s])
                 and not enough(traces[s])
@@ -235,7 +241,7 @@ class _Group:
         odd = [
             s
             for s, each in enumerate(traces)
-            if each.is_finite() and (self.diverged_before[s] or _is_anharmonic(each, dimension))
+            if not each.diverged(dimension) and (self.diverged_before[s] or _is_anharmonic(each, dimension))
         ]
         if not odd:
             return

@@ -60,7 +60,7 @@ def sample_large(
             break
         # In equilibrium pull and spread add up to D, wherever w* lies; beyond, the chains are on their way out.
         climbed = float((traces.pull + traces.spread).mean()) > _MAX_VIRIAL * network.layout.size
-        if climbed or not traces.is_finite():
+        if climbed or traces.diverged(network.layout.size):
             step_size /= 2
             halvings += 1
         elif (smaller := cooled(traces)) != traces.step_size:
@@ -133,7 +133,12 @@ class _Chains:
         limit = min(MAX_GROWTH * draws, MAX_STEPS)
         while True:
             traces = self._traces(record, burn_in)
-            if self.settings.draws is not None or len(record) >= limit or not traces.is_finite() or enough(traces):
+            if (
+                self.settings.draws is not None
+                or len(record) >= limit
+                or traces.diverged(self.network.layout.size)
+                or enough(traces)
+            ):
                 return traces
             record = torch.cat([record, self._advance(len(record))])
 
