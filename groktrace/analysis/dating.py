@@ -41,7 +41,8 @@ def measure_changes(
     """Date and measure changes: by a ramp between two phases where that describes them, else by the pieces themselves.
 
     Pieces need not meet, so that they leave the edges of a ramp open; a ramp joined to its phases is dated better. Two
-    changes the same way that one ramp describes as well are one.
+    changes that one ramp describes nearly as well are one, the same way or not: where pieces overshoot the corner of a
+    ramp, a small change the other way lies beside it.
 
     Args:
         x: abscissa, [T].
@@ -54,11 +55,11 @@ def measure_changes(
     pending, changes = list(changes), []
     while pending:
         first, last = pending.pop(0)
-        if pending and (fit.value[last] > fit.value[first]) == (fit.value[pending[0][1]] > fit.value[pending[0][0]]):
+        if pending:
             both = first, pending[0][1]
             window = _phases(fit, both, changes, pending[1:])
             ramp = fit_ramp(x, value, variance, both, window)
-            if ramp.cost(price) <= fit.cost_within(value, variance, window):
+            if ramp.cost(price) <= fit.cost_within(value, variance, window) + price:
                 pending[0] = both
                 continue
         changes.append((first, last))
