@@ -294,6 +294,7 @@ def work(root: Path, start: int, count: int, seed: int, stride: int, progress: A
         for i, (group, case) in enumerate(every_case(root, count, seed, stride)):
             if i < start:
                 continue
+            root.with_suffix(".case").write_text(json.dumps([group, case[1].name, case[2].decode(errors="replace")]))
             progress.value = i
             outcome, remark, took = bench.attempt(case, group == "command line")
             counts[GROUPS.index(group) * len(OUTCOMES) + OUTCOMES.index(outcome)] += 1
@@ -332,20 +333,10 @@ def torture(count: int, seed: int, stride: int, log: Path) -> dict[str, dict[str
             if process.exitcode == 1 and progress.value == max(start - 1, 0):
                 raise click.ClickException("the cases cannot be made")
             if progress.value >= 0:
-                group, case = next(
-                    c for i, c in enumerate(every_case(whole, count, seed, stride)) if i == progress.value
-                )
+                group, name, content = json.loads(root.with_suffix(".case").read_text())
                 counts[GROUPS.index(group) * len(OUTCOMES) + OUTCOMES.index("CRASH")] += 1
                 with open(log, "a") as lines:
-                    about = [
-                        progress.value,
-                        group,
-                        case[1].name,
-                        "CRASH",
-                        process.exitcode,
-                        case[2].decode(errors="replace"),
-                    ]
-                    print(json.dumps(about), file=lines)
+                    print(json.dumps([progress.value, group, name, "CRASH", process.exitcode, 0, content]), file=lines)
                 start = progress.value + 1
             shutil.rmtree(root)
     width = len(OUTCOMES)

@@ -138,11 +138,21 @@ def find_operation(target: str, args: list[Any], kwargs: dict[str, Any]) -> Call
         return op
 
     def bounded(*args: Any, **kwargs: Any) -> Any:
-        if _elements(name, given | dict(zip(names, args, strict=False)) | kwargs) > MAX_ELEMENTS:
+        values = given | dict(zip(names, args, strict=False)) | kwargs
+        if _elements(name, values) > MAX_ELEMENTS:
             raise TaskError(f"the recorded program calls {target} for an absurd size.")
+        if name.endswith("_aa") and not _scales_fit(values):
+            raise TaskError(f"the recorded program calls {target} with scales that are not those of its sizes.")
         return op(*args, **kwargs)
 
     return bounded
+
+
+def _scales_fit(values: dict[str, Any]) -> bool:
+    """Whether an image is resized by about the scales given; other ones make kernels read far beyond it."""
+    scales = values.get("scales_h"), values.get("scales_w")
+    pairs = zip(scales, values["self"].shape[-2:], values["output_size"], strict=False) if any(scales) else ()
+    return all(scale is None or 0.5 * after <= scale * before <= 2 * after for scale, before, after in pairs)
 
 
 def _fits(kind: str, value: Any) -> bool:
@@ -217,6 +227,8 @@ def _slice_scatter(
 def _weight_norm(direction: Tensor, size: Tensor, dim: int = 0) -> Tensor:
     if not direction.numel() or not size.numel() or not direction.ndim:  # the kernel divides by these
         raise TaskError("the recorded program normalises an empty weight.")
+    if dim in (0, direction.ndim - 1) and size.numel() != direction.size(dim):  # and reads as many without a look
+        raise TaskError("the recorded program normalises a weight to sizes that it does not have.")
     return torch._weight_norm(direction, size, dim)
 
 

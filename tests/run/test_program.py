@@ -714,12 +714,37 @@ def test_malformed_documents_are_refused(bad):
         ([node("sym.mul", 2**20, 2**20), node("aten.zeros.default", [{"ref": 2}])], "for an absurd size"),
         ([node("sym.mul", 2**20, 2**20), node("aten.arange.default", {"ref": 2})], "for an absurd size"),
         ([node("aten.sym_size.int", 3, 0)], "fails at aten.sym_size.int"),
+        (
+            [node("aten.reshape.default", W, [2, 2]), node("aten._weight_norm.default", {"ref": 2}, X)],
+            "to sizes that it does not have",
+        ),
+        (
+            [
+                node("aten.reshape.default", X, [1, 1, 2, 2]),
+                node("aten._upsample_bilinear2d_aa.default", {"ref": 2}, [2, 2], False, 1e-5, 1e-5),
+            ],
+            "with scales that are not those of its sizes",
+        ),
     ],
 )
 def test_absurd_arithmetic_is_refused_when_it_runs(nodes, message):
     program = Program.from_json(document(*nodes), {}, "program.json")
     with pytest.raises(TaskError, match=message):
         program.forward({"w": torch.ones(4)}, [torch.ones(4)])
+
+
+def test_scales_that_are_those_of_the_sizes_pass():
+    nodes = [
+        node("aten.reshape.default", X, [1, 1, 2, 2]),
+        node("aten._upsample_bilinear2d_aa.default", {"ref": 2}, [4, 4], False, 2.0, 2.0),
+        node("aten.sum.default", {"ref": 3}),
+    ]
+    program = Program.from_json(document(*nodes, outputs=[4, None]), {}, "program.json")
+    loss, _ = program.forward({"w": torch.ones(4)}, [torch.arange(4.0)])
+    image = torch.nn.functional.interpolate(
+        torch.arange(4.0).view(1, 1, 2, 2), scale_factor=2, mode="bilinear", antialias=True
+    )
+    assert loss == image.sum()
 
 
 JUNK = st.one_of(
