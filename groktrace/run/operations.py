@@ -25,7 +25,8 @@ _PRIVATE = re.compile(
 # ones (found by calling every operation with wrong arguments); a traced loss has hardly a use for them.
 _TRUSTING = re.compile(
     ".*(backward|mkldnn|fbgemm|quanti|qparams|sparse|cudnn|miopen|mps_|gather_stats|batch_norm_(stats|elemt|update)).*"
-    "|special_.*_polynomial_.*|ctc_loss|segment_reduce|lu_unpack|resize.*|set|pin_memory|to_padded_tensor|combinations"
+    "|special_.*_polynomial_.*|ctc_loss|_?embedding_bag.*|segment_reduce|lu_unpack|resize.*|set|pin_memory"
+    "|to_padded_tensor|combinations"
 )
 # What may stand for each kind of argument; a dtype by its number would not be checked by anything.
 _KINDS: dict[str, tuple[type, ...]] = {
