@@ -22,7 +22,7 @@ _LAYOUT = {"LLC": {"local learning coefficient, 95 %": ["Margin", [CURVE, "llc/l
 # A line needs its points at steps of their own: those sharing one collapse. Several at the top, so that smoothing does
 # not shorten it; in short runs fewer, so that it stays upright.
 _LINE_POINTS = range(4, 13)
-# What to add to TensorBoard's address: a colour for each curve and for each kind of marker, rise, fall, or their labels.
+# What to add to TensorBoard's address: a colour for each curve, and for each kind of marker (rise, fall, their labels).
 COLOURS = "?runColorGroup=regex%3A(.*trajectory%7Cmemorisation%7Cgeneralisation%7Ccomplexification%7Csimplification)"
 
 

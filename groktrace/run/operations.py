@@ -40,11 +40,12 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "Layout": (torch.layout,),
     "MemoryFormat": (torch.memory_format,),
 }
-_RECURRENT = frozenset(["lstm", "gru", "rnn_tanh", "rnn_relu"])
+# Rows of weights for each hidden unit.
+_RECURRENT = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 # Arguments that say how much to allocate.
 _SIZE_NAMES = frozenset(
     ["size", "steps", "n", "m", "N", "s", "window_length", "num_classes", "row", "col", "repeats", "output_size", "pad"]
-) | frozenset(["scale_factors", "arange.end", "range.end", "tile.dims"])
+) | frozenset(["scale_factors", "arange.end", "range.end", "tile.dims", "mvlgamma.p"])
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     f"sym.{function.__name__}": function
     for function in (
@@ -119,7 +120,7 @@ def find_operation(target: str, args: list[Any], kwargs: dict[str, Any]) -> Call
     # Without statistics to normalise by, some kernels read from nowhere.
     bare = "batch_norm" in name and given.get("running_mean") is None and given.get("training") is not True
     packed = overload == "data" and name in _RECURRENT  # sequences of several lengths
-    if _TRUSTING.fullmatch(name) or bare or packed:
+    if _TRUSTING.fullmatch(name) or bare or packed or overload.startswith("prim_"):
         raise RefusedError(f"it calls {target}, which does not check its arguments")
     if target in _SIZES:
         return _SIZES[target]
@@ -132,7 +133,7 @@ def find_operation(target: str, args: list[Any], kwargs: dict[str, Any]) -> Call
     if target in _REPLACED:
         return _REPLACED[target]
     if name in _RECURRENT:
-        return _recurrent(op)
+        return _recurrent(name, op)
     if name in ("bincount", "repeat_interleave") or (name == "one_hot" and given.get("num_classes") == -1):
         return _sized_by_values(op)
     if _elements(name, given) > MAX_LITERAL_ELEMENTS:
@@ -199,10 +200,12 @@ def _sized_by_values(op: Any) -> Callable[..., Any]:
     return bounded
 
 
-def _recurrent(op: Any) -> Callable[..., Any]:
+def _recurrent(name: str, op: Any) -> Callable[..., Any]:
     """The fused layer, as the live model has it; where it can be neither stacked nor differentiated, its parts."""
 
     def layer(*args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 9 or not _weights_fit(_RECURRENT[name], *args):
+            raise TaskError(f"the recorded program calls {name} with states or weights that do not fit its input.")
         try:
             return op(*args, **kwargs)
         except RuntimeError:
@@ -214,6 +217,39 @@ def _recurrent(op: Any) -> Callable[..., Any]:
                 torch._C._set_mkldnn_enabled(enabled)
 
     return layer
+
+
+def _weights_fit(
+    gates: int,
+    tensor: Tensor,
+    states: Any,
+    weights: list[Tensor],
+    biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    both_ways: bool,
+    batch_first: bool,
+) -> bool:
+    """Whether a recurrent layer's arguments have the shapes that its kernel takes on trust."""
+    states = list(states) if isinstance(states, list | tuple) else [states]
+    if tensor.ndim != 3 or not tensor.numel() or layers < 1 or len(states) != (2 if gates == 4 else 1):
+        return False
+    ways, hidden, batch = (
+        1 + both_ways,
+        states[0].shape[-1] if states[0].ndim else 0,
+        tensor.shape[0 if batch_first else 1],
+    )
+    wanted: list[tuple[int, ...]] = []
+    for i in range(layers * ways):
+        rows, inputs = gates * hidden, tensor.shape[2] if i < ways else ways * hidden
+        wanted += [(rows, inputs), (rows, hidden), *([(rows,), (rows,)] if biases else [])]
+    shapes = [tuple(state.shape) for state in states]
+    return (
+        hidden > 0
+        and shapes == [(layers * ways, batch, hidden)] * len(shapes)
+        and ([tuple(weight.shape) for weight in weights] == wanted)
+    )
 
 
 def _fill_tensor(tensor: Tensor, value: Tensor) -> Tensor:

@@ -88,6 +88,16 @@ class Recurrent(nn.Module):
         return self.out(self.lstm(self.embed(x))[0][:, -1])
 
 
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(7, 4), nn.Linear(6, 4)
+        self.gru = nn.GRU(4, 3, num_layers=2, bidirectional=True, bias=False, batch_first=True)
+
+    def forward(self, x):
+        return self.out(self.gru(self.embed(x))[0][:, -1])
+
+
 class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
@@ -195,6 +205,7 @@ CASES = {
     "CNN": (Conv, rows(1, 6, 6), {"loss": "cross_entropy"}),
     "embedding": (EmbeddingNet, ids(2), {"loss": "cross_entropy"}),
     "LSTM": (Recurrent, ids(5), {"loss": "cross_entropy"}),
+    "GRU": (Gated, ids(5), {"loss": "cross_entropy"}),
     "encoder": (encoder, ids(5), {"loss": "cross_entropy"}),
     "language model": (
         LanguageModel,
@@ -724,6 +735,13 @@ def test_malformed_documents_are_refused(bad):
                 node("aten._upsample_bilinear2d_aa.default", {"ref": 2}, [2, 2], False, 1e-5, 1e-5),
             ],
             "with scales that are not those of its sizes",
+        ),
+        (
+            [
+                node("aten.reshape.default", X, [1, 2, 2]),
+                node("aten.gru.input", {"ref": 2}, {"ref": 2}, [W, W], False, 1, 0.0, False, False, True),
+            ],
+            "with states or weights that do not fit its input",
         ),
     ],
 )
