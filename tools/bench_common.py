@@ -119,7 +119,7 @@ def say(line: str) -> None:
 def in_turn(
     store: Store, group: str, contenders: Mapping[str, Callable[[int], Any]], rounds: int
 ) -> dict[str, list[Any]]:
-    """Measure contenders one after the other, and all of them again: A B C A B C.
+    """Measure contenders one after the other, and all of them again, from the next one on: A B C, B C A.
 
     Args:
         store: keeps every finished round; a round is never split between processes.
@@ -130,10 +130,13 @@ def in_turn(
     Returns:
         Measurements of each contender, one a round.
     """
-    measured = [
-        store.cached(f"{group}, round {r}", lambda r=r: {name: measure(r) for name, measure in contenders.items()})
-        for r in range(rounds)
-    ]
+    order = list(contenders)
+
+    def one_round(r: int) -> dict[str, Any]:
+        first = r % len(order)
+        return {name: contenders[name](r) for name in (*order[first:], *order[:first])}
+
+    measured = [store.cached(f"{group}, round {r}", lambda r=r: one_round(r)) for r in range(rounds)]
     return {name: [each[name] for each in measured] for name in contenders}
 
 
