@@ -133,7 +133,7 @@ def forecast(
     opened = time.perf_counter() - start
     load = _seconds(lambda: snapshots.load(first))
     if evaluator.loss.micro_batch is None:
-        found = _stacked(evaluator, snapshots, weights, load, kept_scale(folder), wanted)
+        found = _stacked(evaluator, snapshots, (first, weights), load, kept_scale(folder), wanted)
     else:
         found = _large(evaluator, weights, kept_scale(folder), len(wanted))
     seconds, lengths, memory, tried = found
@@ -154,14 +154,14 @@ def _spread(items: Sequence[Any], count: int) -> list[Any]:
 def _stacked(
     evaluator: Evaluator,
     snapshots: Snapshots,
-    weights: dict[str, Tensor],
+    first: tuple[int, dict[str, Tensor]],
     load: float,
     scale: Scale | None,
     wanted: Sequence[int],
 ) -> tuple[float, list[_Lengths], int, int]:
     """Seconds, lengths of all snapshots, peak of memory, snapshots tried."""
     task, loss, settings = evaluator.task, evaluator.loss, evaluator.settings
-    total, rows = len(wanted), evaluator.rows
+    total, rows, weights = len(wanted), evaluator.rows, first[1]
     together = min(total, evaluator.together)
     measure = _seconds(lambda: measure_point(task, weights, loss.device))
     steps = {count: _seconds_a_step(loss, weights, count, settings) for count in {1, together}}
@@ -174,7 +174,8 @@ def _stacked(
 
     numbers = sum(tensor.numel() for tensor in weights.values())
     affordable = min(int(0.5 * _SECONDS / max(load + stack, 1e-9)), _MAX_NUMBERS // max(numbers, 1))
-    surveyed = [(step, loaded) for step in _spread(wanted, affordable) if (loaded := snapshots.load(step)) is not None]
+    tried = [(step, snapshots.load(step)) for step in _spread(wanted, affordable)]
+    surveyed = [(step, loaded) for step, loaded in tried if loaded is not None] or [first]
     surveys: list[Survey] = []
     for start in range(0, len(surveyed), rows):
         group = surveyed[start : start + rows]
@@ -193,10 +194,10 @@ def _stacked(
         estimates = estimate_stack(loss, few, known, settings, scale, task.n)
         for about, found in zip(known, estimates, strict=True):
             if found.step_size is not None:
-                first = run_length(settings, scale.localization, found.step_size)[1]
+                draws = run_length(settings, scale.localization, found.step_size)[1]
                 lost = found.step_size < 0.999 * _step_size(settings, scale, about)
                 seen[about.step] = _Lengths(
-                    found.burn_in, min(first, found.draws), found.draws, expected[about.step].total if lost else 0
+                    found.burn_in, min(draws, found.draws), found.draws, expected[about.step].total if lost else 0
                 )
     lengths = []
     for step in wanted:

@@ -61,6 +61,13 @@ def test_only_stacks_of_which_some_are_missing_are_counted(small_run, monkeypatc
     assert said.chain_steps == sum(steps) == 6 * 2 * 15
 
 
+def test_damaged_snapshots_cost_a_forecast_no_more_than_themselves(small_run):
+    *_, last = sorted((small_run / "weights").iterdir())
+    last.write_bytes(last.read_bytes()[:-1])
+    settings = {"chains": 2, "draws": 10, "burn_in": 5}
+    assert forecast(small_run, **settings).chain_steps == pytest.approx(6 * 2 * 15, abs=30)
+
+
 def test_a_large_network_is_forecast_from_one_micro_batch(small_run, monkeypatch):
     monkeypatch.setattr(network, "LARGE_WEIGHTS", 1)
     steps = counted(monkeypatch)
