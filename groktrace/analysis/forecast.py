@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groktrace.analysis.estimate import choose_device, choose_scale, estimate_stack, make_settings
+from groktrace.analysis.estimate import FITTED, choose_device, choose_scale, estimate_stack, make_settings
 from groktrace.analysis.evaluation import Survey, measure_point, stack_weights, survey
 from groktrace.analysis.evaluator import Evaluator, run_layout
 from groktrace.analysis.replay import POINTS_FILE, folder_name, kept_scale
@@ -174,25 +174,31 @@ def _stacked(
 
     numbers = sum(tensor.numel() for tensor in weights.values())
     affordable = min(int(0.5 * _SECONDS / max(load + stack, 1e-9)), _MAX_NUMBERS // max(numbers, 1))
-    tried = [(step, snapshots.load(step)) for step in _spread(wanted, affordable)]
-    surveyed = [(step, loaded) for step, loaded in tried if loaded is not None] or [first]
+    surveyed = {step: loaded for step in _spread(wanted, affordable) if (loaded := snapshots.load(step)) is not None}
+    surveyed = surveyed or dict([first])
     surveys: list[Survey] = []
     for start in range(0, len(surveyed), rows):
-        group = surveyed[start : start + rows]
-        surveys += survey(task, loss, [loaded for _, loaded in group], [step for step, _ in group], settings.seed)
+        steps_now = list(surveyed)[start : start + rows]
+        surveys += survey(task, loss, [surveyed[step] for step in steps_now], steps_now, settings.seed)
+    # Whether nβ follows the curvature is decided from the first snapshot that is fitted on.
+    while scale is None and (step := _before_fitted(surveys, wanted)) is not None:
+        if (loaded := snapshots.load(step)) is None:
+            break
+        surveyed[step] = loaded
+        surveys += survey(task, loss, [loaded], [step], settings.seed)
+        surveys.sort(key=lambda about: about.step)
     scale = scale or choose_scale(settings, task.n, loss.layout, surveys)
     expected = {about.step: _first_lengths(settings, scale, about) for about in surveys}
 
     chosen, spent = [], 0.0
-    for about, (_, loaded) in _spread(list(zip(surveys, surveyed, strict=True)), _TRIED):
+    for about in _spread(surveys, _TRIED):
         spent += expected[about.step].total * (always + each)
         if spent < 0.5 * _SECONDS:
-            chosen.append((about, loaded))
+            chosen.append(about)
     seen: dict[int, _Lengths] = {}
     if chosen:
-        few, known = [loaded for _, loaded in chosen], [about for about, _ in chosen]
-        estimates = estimate_stack(loss, few, known, settings, scale, task.n)
-        for about, found in zip(known, estimates, strict=True):
+        estimates = estimate_stack(loss, [surveyed[about.step] for about in chosen], chosen, settings, scale, task.n)
+        for about, found in zip(chosen, estimates, strict=True):
             if found.step_size is not None:
                 draws = run_length(settings, scale.localization, found.step_size)[1]
                 lost = found.step_size < 0.999 * _step_size(settings, scale, about)
@@ -210,6 +216,15 @@ def _stacked(
         for active, count in _rounds(group):
             seconds += (always + each * active) * count
     return seconds, lengths, _peak_bytes(loss.device), len(chosen)
+
+
+def _before_fitted(surveys: Sequence[Survey], wanted: Sequence[int]) -> int | None:
+    """Half-way between the last snapshot that is not fitted and the first that is; None where nothing lies between."""
+    losses = [about.train_loss for about in surveys]
+    low = min(losses) + FITTED * (max(losses) - min(losses))
+    first = next((i for i, loss in enumerate(losses) if loss <= low), 0)
+    between = [step for step in wanted if first and surveys[first - 1].step < step < surveys[first].step]
+    return between[len(between) // 2] if between else None
 
 
 def _like(expected: _Lengths, other: _Lengths, seen: _Lengths) -> _Lengths:
