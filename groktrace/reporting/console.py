@@ -15,6 +15,7 @@ from groktrace.analysis.reference import Reference
 from groktrace.analysis.temperature import TemperatureCurve
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.analysis.transitions import MIN_POINTS, Transition, usable_points
+from groktrace.sampling.chains import MAX_GROWTH
 
 MAX_ROWS = 25
 HEARTBEAT_SECONDS = 30.0
@@ -61,7 +62,10 @@ def forecast_text(forecast: Forecast) -> str:
         f"time       {_duration(forecast.seconds)}",
     ]
     if forecast.snapshots and not forecast.tried:
-        lines.append("One snapshot takes too long to try: more draws may be needed than were counted.")
+        lines.append(
+            f"One snapshot takes too long to try: where draws are not given, they grow up to {MAX_GROWTH}-fold where "
+            "needed, and the time with them."
+        )
     return "\n".join(lines)
 
 
