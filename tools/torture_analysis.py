@@ -19,7 +19,7 @@ import click
 import torch
 from click.testing import CliRunner
 from torch import nn
-from torture_common import Tally, forked, seed_option, trials_option
+from torture_common import Tally, forked, lives, seed_option, trials_option
 
 import groktrace
 from groktrace.cli import main as command_line
@@ -86,14 +86,16 @@ def analyze(trials: int | None, seed: int) -> None:
         began = time.perf_counter()
         groktrace.analyze(root, **SETTINGS)
         sampling = time.perf_counter() - began  # the rest of the command's time is TensorBoard's and transitions'
-        trial = 0
-        while tally.counts["kills"] < trials:
-            trial += 1
+        for trial in range(3 * trials):
+            if tally.counts["kills"] == trials:
+                break
             fresh()
             child = forked(lambda: run_analysis(root))
             time.sleep(draw.uniform(0, seconds if trial % 5 == 0 else sampling))
             os.kill(child, signal.SIGKILL)
-            tally.counts["kills"] += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+            ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            tally.expect(ended != 1, f"trial {trial}: the analysis failed by itself")
+            tally.counts["kills"] += ended == -signal.SIGKILL
             before = analysed(root)
             tally.counts["before any result"] += not before
             tally.counts["after the last"] += before == whole
@@ -104,7 +106,7 @@ def analyze(trials: int | None, seed: int) -> None:
         for trial in range(max(1, trials // 10)):
             fresh()
             first = forked(lambda: run_analysis(root))
-            while not list(root.glob("analysis/*/.lock")):
+            while lives(first) and not list(root.glob("analysis/*/.lock")):
                 time.sleep(0.001)
             time.sleep(draw.uniform(0, seconds))
             second = CliRunner().invoke(command_line, ["analyze", str(root), "--json", *FEW])
@@ -118,7 +120,7 @@ def analyze(trials: int | None, seed: int) -> None:
 
         shutil.rmtree(root)
         recording = forked(lambda: record_small_run(root, 400))
-        while not layout.snapshot_steps(root):
+        while lives(recording) and not layout.snapshot_steps(root):
             time.sleep(0.001)
         for _ in range(3):
             steps = [point["step"] for point in json.loads(run_analysis(root))["trajectory"]]

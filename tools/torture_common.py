@@ -45,3 +45,8 @@ def forked(action: Callable[[], Any]) -> int:
         finally:
             os._exit(code)
     return child
+
+
+def lives(child: int) -> bool:
+    """Whether a forked process has not ended by itself; it can still be waited for."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None

@@ -17,7 +17,7 @@ from typing import Any
 import click
 import torch
 from torch import nn
-from torture_common import Tally, forked, seed_option, trials_option
+from torture_common import Tally, forked, lives, seed_option, trials_option
 
 import groktrace
 from groktrace.recording import prepare, writer
@@ -193,7 +193,7 @@ def signals(trials: int | None, seed: int) -> None:
             sys.stderr.flush()
             child = forked(lambda a=(root, SIZES[size], steps, counts): train(*a))
             if steps is None:
-                while not layout.snapshot_steps(root):
+                while lives(child) and not layout.snapshot_steps(root):
                     time.sleep(0.001)
                 time.sleep(draw.uniform(0.01, 0.5))
                 os.kill(child, getattr(signal, kind))
