@@ -15,11 +15,12 @@ from groktrace.analysis.llc import LLCEstimate, off_minimum, summarise, unusable
 from groktrace.errors import SettingsError, TaskError
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import Scale, posterior_scale, settle_chains, step_size
-from groktrace.sampling.chains import Traces, sample
+from groktrace.sampling.chains import sample
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.large import sample_large
 from groktrace.sampling.posterior import FACTOR, StackedLoss, WeightLayout
 from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.traces import Traces
 
 # A snapshot counts as fitted once its training loss has fallen to this fraction of the run's range.
 FITTED = 0.05

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from groktrace.sampling import diagnostics as diagnose
-from groktrace.sampling.chains import Traces
 from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.traces import Traces
 
 # What is tolerated before a number is called unreliable; in each case plus three standard errors of the diagnostic.
 MAX_VIRIAL_GAP = 0.02

@@ -1,7 +1,7 @@
 """Chains of many snapshots as one stack: burn-in, draws, restarts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from groktrace.sampling.curvature import gaussian_start, top_eigenvalue
 from groktrace.sampling.langevin import LangevinConfig, LangevinState, fill_normal, generator_for
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.traces import Traces, cooled
 
 MAX_RESTARTS = 16
 MAX_GROWTH = 16
@@ -20,62 +21,11 @@ WORKING_SET_BYTES = {"cpu": 12 * 2**20}
 WORKING_SET_BYTES_ELSEWHERE = 2**31
 _STATE_VECTORS = 8
 _CHECK_EVERY = 64
-# Minibatch noise may raise λ̂ by this fraction, by what a second batch tells at every so many steps.
-WANTED_HEATING = 0.02
-MIN_COOLING = 1 / 32
+# A second batch tells at every so many steps how noisy the gradients are.
 _HEATING_EVERY = 16
 # The losses of single samples are looked at in so many draws of each chain, and so many steps apart at least.
 _FLUCTUATION_DRAWS = 16
 _FLUCTUATION_EVERY = 8
-
-
-@dataclass(frozen=True)
-class Traces:
-    """One snapshot's draws after burn-in, in units of U (nats).
-
-    Attributes:
-        excess: nβ(L(w) − L(w*)), [draws, chains].
-        pull: (w − w*)·nβ∇L(w), [draws, chains].
-        spread: γ‖w − w*‖², [draws, chains].
-        paired: ¼nβ(w_a − w_b)·(∇L(w_a) − ∇L(w_b)) for neighbouring chains a, b, [draws, pairs]. Its expectation is
-            ½nβE[(w − w̄)·∇L], without any estimate of the mean w̄: the chains are independent.
-        step_size: ε in the end.
-        burn_in: steps discarded.
-        halvings: times that ε was halved because the chains diverged.
-        fluctuation: ½nβ times the mean over samples of the variance of a sample's loss over some of the draws, a
-            number a chain, [chains]; None where the loss is no mean over samples, or there are fewer than nine draws.
-        heating: what the noise of minibatch gradients adds to λ̂ at most, relative to it: it widens the posterior along
-            a direction by ¼ε·nβ²·Var[g], so that 2λ̂ grows by at most ¼ε·nβ²·tr Cov[g].
-        curvature: h_max where the chains went; None where there was no reason to look.
-    """
-
-    excess: Tensor
-    pull: Tensor
-    spread: Tensor
-    paired: Tensor
-    step_size: float
-    burn_in: int
-    halvings: int = 0
-    fluctuation: Tensor | None = None
-    heating: float = 0.0
-    curvature: float | None = None
-
-    def diverged(self, dimension: int) -> bool:
-        """Whether a chain is on its way out: in equilibrium pull and spread add up to D, wherever w* lies.
-
-        Args:
-            dimension: D.
-        """
-        if not (torch.isfinite(self.excess).all() and torch.isfinite(self.pull).all()):
-            return True
-        return float((self.pull.double() + self.spread).mean(0).amax()) > 10 * dimension + 100
-
-
-def cooled(traces: Traces) -> float:
-    """The step at which the noise of minibatches heats the chains no more than is wanted."""
-    if traces.heating <= WANTED_HEATING:
-        return traces.step_size
-    return traces.step_size * max(0.8 * WANTED_HEATING / traces.heating, MIN_COOLING)
 
 
 def rows_per_stack(loss: StackedLoss, batch_size: int | None = None) -> int:

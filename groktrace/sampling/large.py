@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, MAX_STEPS, run_length
-from groktrace.sampling.chains import MAX_GROWTH, MAX_RESTARTS, Traces, cooled
+from groktrace.sampling.chains import MAX_GROWTH, MAX_RESTARTS
 from groktrace.sampling.langevin import generator_for
 from groktrace.sampling.network import Network
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.traces import Traces, cooled
 
 _RELATIVE_STEP = 1e-3
 _POWER_ITERATIONS = 8

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from groktrace.analysis.llc import OFF_MINIMUM, summarise
-from groktrace.sampling.chains import Traces
 from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.traces import Traces
 
 DIMENSION, STIFF = 400, 100
 CURVATURE = 4.0  # nβh of the stiff directions, in units of γ

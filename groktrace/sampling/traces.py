@@ -1,0 +1,62 @@
+"""What is kept of one snapshot's draws, and what they say of the step at which they were made."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Minibatch noise may raise λ̂ by this fraction.
+WANTED_HEATING = 0.02
+MIN_COOLING = 1 / 32
+# Chains whose pull and spread come to so many times D have left; few draws of a few weights scatter by SLACK.
+MAX_VIRIAL = 10.0
+SLACK = 100.0
+
+
+@dataclass(frozen=True)
+class Traces:
+    """One snapshot's draws after burn-in, in units of U (nats).
+
+    Attributes:
+        excess: nβ(L(w) − L(w*)), [draws, chains].
+        pull: (w − w*)·nβ∇L(w), [draws, chains].
+        spread: γ‖w − w*‖², [draws, chains].
+        paired: ¼nβ(w_a − w_b)·(∇L(w_a) − ∇L(w_b)) for neighbouring chains a, b, [draws, pairs]. Its expectation is
+            ½nβE[(w − w̄)·∇L], without any estimate of the mean w̄: the chains are independent.
+        step_size: ε in the end.
+        burn_in: steps discarded.
+        halvings: times that ε was halved because the chains diverged.
+        fluctuation: ½nβ times the mean over samples of the variance of a sample's loss over some of the draws, a
+            number a chain, [chains]; None where the loss is no mean over samples, or there are fewer than nine draws.
+        heating: what the noise of minibatch gradients adds to λ̂ at most, relative to it: it widens the posterior along
+            a direction by ¼ε·nβ²·Var[g], so that 2λ̂ grows by at most ¼ε·nβ²·tr Cov[g].
+        curvature: h_max where the chains went; None where there was no reason to look.
+    """
+
+    excess: Tensor
+    pull: Tensor
+    spread: Tensor
+    paired: Tensor
+    step_size: float
+    burn_in: int
+    halvings: int = 0
+    fluctuation: Tensor | None = None
+    heating: float = 0.0
+    curvature: float | None = None
+
+    def diverged(self, dimension: int) -> bool:
+        """Whether a chain is on its way out: in equilibrium pull and spread add up to D, wherever w* lies.
+
+        Args:
+            dimension: D.
+        """
+        if not (torch.isfinite(self.excess).all() and torch.isfinite(self.pull).all()):
+            return True
+        return not float((self.pull.double() + self.spread).mean(0).amax()) <= MAX_VIRIAL * dimension + SLACK
+
+
+def cooled(traces: Traces) -> float:
+    """The step at which the noise of minibatches heats the chains no more than is wanted."""
+    if traces.heating <= WANTED_HEATING:
+        return traces.step_size
+    return traces.step_size * max(0.8 * WANTED_HEATING / traces.heating, MIN_COOLING)
