@@ -225,7 +225,7 @@ def _peak(loss: np.ndarray, fitted: np.ndarray, value: np.ndarray, since: int, f
         since: index of the point from which on to look.
         fall: the change.
     """
-    if not np.isfinite(loss[since : fall.last + 1]).all():
+    if not np.isfinite(loss[[fall.first, fall.last]]).all():
         return None
     high = np.flatnonzero(loss[since : fall.last + 1] > np.nanmin(loss) + LOW * (np.nanmax(loss) - np.nanmin(loss)))
     start = since + int(high[-1]) + 1 if len(high) else since
@@ -261,7 +261,7 @@ def _label(
     share = 1 - lowest / peak if peak > 0 else 0.0
     if share < MIN_GENERALISATION:
         return None, f"no label: λ falls by only {100 * share:.0f} % while the training loss stays low"
-    doubt = _doubt(trajectory, onset, end, abs(after - measured.before) / max(measured.error, 1e-300))
+    doubt = _doubt(trajectory, onset, end, abs(after - before) / max(measured.error, 1e-300))
     if doubt is not None:
         return None, f"no label: λ falls by {100 * share:.0f} %, but {doubt}"
     more = " in all" if peak > before or lowest < after else ""

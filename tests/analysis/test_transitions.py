@@ -232,6 +232,13 @@ def test_what_the_phases_beside_a_fall_lose_counts(places, levels, label, words)
     assert words in fall.evidence
 
 
+def test_a_loss_that_is_not_known_between_takes_no_label_away():
+    loss = np.interp(STEPS, [0, 150, 3000], [1.0, 0.01, 0.001])
+    loss[10] = np.nan
+    _, fall = find_transitions(curve(hump(), train_loss=loss))
+    assert (fall.label, "by 36 %" in fall.evidence) == ("generalisation", True)
+
+
 def test_unreliable_points_weigh_less():
     values = np.where(STEPS < 1510, 900.0, 800.0)
     points = tuple(
