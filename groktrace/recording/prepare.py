@@ -254,6 +254,7 @@ def write_frozen(root: Path, specs: dict[str, WeightSpec], source: nn.Module) ->
     if frozen and not path.exists():
         copies = {name: tensor.cpu().contiguous() for name, tensor in frozen.items()}
         files.write_tensors(path, copies, {"groktrace": str(layout.FORMAT_VERSION), "time": now()})
+        files.sync_folder(root)
     kept = files.read_tensors(path)[0] if frozen and path.exists() else {}
     return frozenset(name for name in kept.keys() & frozen.keys() if _same(kept[name], frozen[name]))
 

@@ -149,12 +149,15 @@ class Writer:
                         return
                     continue
                 step, tensors, metrics = self._jobs[0]
+                last = len(self._jobs) == 1
             try:
                 size = self._write(step, tensors, metrics)
                 self.written, self.bytes, self.last_step = self.written + 1, self.bytes + size, step
             except Exception as failure:  # the training thread reports it; later snapshots are still tried
                 self.error = failure
             del tensors
+            if last:  # once for all that came together
+                files.sync_folder(self._root / layout.WEIGHTS_FOLDER)
             with self._changed:
                 self._jobs.popleft()
                 self._hurry = bool(self._jobs)  # those that came meanwhile go with this batch

@@ -43,9 +43,9 @@ _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNO
 def appearing(path: Path) -> Iterator[Path]:
     """A new file that becomes `path` once the body has written it, so that a reader sees the whole file or none of it.
 
-    Temporary file in the same folder, fsync, rename, fsync of the folder. A file system without fsync decides itself
-    when the bytes are on disk; one without rename gets a copy under the final name, so that a kill in the midst of it
-    leaves a file that is refused when it is read.
+    Temporary file in the same folder, fsync, rename; whoever calls this syncs the folder. A file system without fsync
+    decides itself when the bytes are on disk; one without rename gets a copy under the final name, so that a kill in
+    the midst of it leaves a file that is refused when it is read.
 
     Raises:
         OSError: the file system refused; `path` is then as it was (but for one without rename).
@@ -53,8 +53,6 @@ def appearing(path: Path) -> Iterator[Path]:
     temporary = path.parent / f"{TEMPORARY_PREFIX}-{path.name}-{uuid.uuid4().hex[:8]}"
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            sync(file.fileno())
         try:
             os.replace(temporary, path)
         except OSError as failure:
@@ -65,12 +63,16 @@ def appearing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    with contextlib.suppress(OSError):  # the file is in its place; not every system can open or sync folders
-        folder = os.open(path.parent, os.O_RDONLY)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names of new files are on disk; not every system can open or sync folders."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)
 
 
 def sync(descriptor: int) -> None:
@@ -102,13 +104,21 @@ def _copy(temporary: Path, path: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all.
+    """Write `data` to `path`, whole or not at all, and sync the folder.
 
     Raises:
         OSError: the file system refused; `path` is then as it was.
     """
-    with appearing(path) as temporary:
-        temporary.write_bytes(data)
+    _write(path, data)
+    sync_folder(path.parent)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with appearing(path) as temporary, open(temporary, "xb", buffering=0) as file:
+        left = memoryview(data)
+        while left:  # a system may take less at a time
+            left = left[file.write(left) :]
+        sync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -211,13 +221,20 @@ def digest(tensor: Tensor) -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
-    """Write named tensors as safetensors with a digest of each; returns the bytes written."""
+    """Write named tensors as safetensors with a digest of each; whoever calls this syncs the folder.
+
+    Returns:
+        The bytes written.
+
+    Raises:
+        OSError: the file system refused; `path` is then as it was.
+    """
     # The file holds raw bytes, and so no tensor that is conjugated or negated only when read.
     tensors = {name: tensor.resolve_conj().resolve_neg() for name, tensor in tensors.items()}
     metadata = sealed(metadata | {"digests": json.dumps({name: digest(tensor) for name, tensor in tensors.items()})})
     if sum(tensor.nbytes for tensor in tensors.values()) < SMALL_BYTES:
         data = save(tensors, metadata)  # the quicker way, at the price of a copy or two
-        write_file(path, data)
+        _write(path, data)
         return len(data)
     with appearing(path) as temporary:
         try:
@@ -228,6 +245,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             if refusal.errno not in _UNSUPPORTED | {errno.EPERM}:
                 raise refusal from failure
             temporary.write_bytes(save(tensors, metadata))  # it renames files too
+        with open(temporary, "rb+") as file:
+            sync(file.fileno())
         return temporary.stat().st_size
 
 

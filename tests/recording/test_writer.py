@@ -67,6 +67,20 @@ def test_the_queue_does_not_grow_beyond_its_bytes(root, monkeypatch, writer):
     assert most <= 10
 
 
+def test_the_folder_is_synced_once_for_all_that_come_together_and_before_they_count_as_written(
+    root, monkeypatch, writer
+):
+    writer.submit(0, {"w": torch.ones(1)}, {})
+    writer.wait()
+    synced = []
+    sync = files.sync_folder
+    monkeypatch.setattr(files, "sync_folder", lambda folder: synced.append(layout.snapshot_steps(root)) or sync(folder))
+    for step in range(1, 5):
+        writer.submit(step, {"w": torch.ones(1)}, {})
+    writer.wait()
+    assert synced == [[0, 1, 2, 3, 4]]
+
+
 def test_the_next_snapshot_waits_for_the_one_in_flight(monkeypatch, writer):
     monkeypatch.setattr(writer_module, "QUEUE_BYTES", 0)  # so that every one is large
     gate, done = threading.Event(), []
