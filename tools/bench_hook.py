@@ -3,8 +3,8 @@
     python tools/bench_hook.py all
     python tools/bench_hook.py verdicts
 
-`step`, `snapshot`, `reference`, `large`, `lightning` and `memory` run one part. Each prints a table and leaves it, with
-every single measurement, under runs/bench_hook; what is finished there is not measured again.
+`step`, `snapshot`, `reference`, `writes`, `large`, `lightning` and `memory` run one part. Each prints a table and
+leaves it, with every single measurement, under runs/bench_hook; what is finished there is not measured again.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from bench_common import Bar, Row, Store, command_line, in_turn, peak_bytes, ratios, run_parts, say, spread
@@ -44,24 +45,26 @@ class Settings:
         snapshots: copied for the blocking time.
         widths: of the square layers whose snapshots are timed.
         reference_steps: of the reference example, a snapshot every 100.
+        writes_steps: of the same, each timed.
         large_steps: of the network with 10 million weights, a snapshot every 50.
         large_width: of its three square layers.
         memory_width: of the network whose memory is measured.
     """
 
     rounds: int = 6
-    reference_rounds: int = 18
+    reference_rounds: int = 100
     bare_steps: int = 20_000
     snapshots: int = 12
     widths: tuple[int, ...] = (1825, 2900, 5000)
-    reference_steps: int = 2000
+    reference_steps: int = 1000
+    writes_steps: int = 20_000
     large_steps: int = 60
     large_width: int = 1825
     memory_width: int = 5000
 
 
 FULL = Settings()
-TINY = Settings(1, 1, 50, 2, (64,), 120, 52, 64, 1500)
+TINY = Settings(1, 1, 50, 2, (64,), 120, 300, 52, 64, 1500)
 
 
 def bench_step(folder: Path, settings: Settings) -> None:
@@ -226,6 +229,60 @@ def bench_throughput(
     _finish_throughput(store, f"Throughput, {name}", times, "nothing", "groktrace", steps)
 
 
+def bench_writes(folder: Path, settings: Settings) -> None:
+    """What a snapshot of the reference example adds to its own step and to those around its writing.
+
+    Single steps scatter less than runs of which one follows the other, as all happens within a second.
+    """
+    store = Store(folder, "writes", asdict(settings))
+
+    def measure(_: int) -> dict[str, float]:
+        training, out, begun = reference(), fresh(folder), []
+        write = files.write_tensors
+
+        def timed_write(*arguments: Any) -> int:
+            begun.append(time.perf_counter())
+            return write(*arguments)
+
+        files.write_tensors = timed_write
+        try:
+            with groktrace.watch(
+                *(training.model, training.optimizer),
+                train=training.batch, loss=training.loss, out=out, every=training.every, start_step=0,
+            ) as recorder:  # fmt: skip
+                training.run(training.every, None)
+                recorder.flush()
+                begun.clear()
+                ends = [time.perf_counter()]
+                # Writes come once a second, together; what is written when the recording closes does not count.
+                while len(ends) <= settings.writes_steps or ends[-1] < ends[0] + 3:
+                    training.run(1, None)
+                    ends.append(time.perf_counter())
+                writes = np.array(begun)
+        finally:
+            files.write_tensors = write
+        shutil.rmtree(out, ignore_errors=True)
+        times, number = np.diff(ends), np.arange(1, len(ends))
+        first = writes[np.diff(writes, prepend=-1.0) > 0.2]
+        since = np.array(ends[1:]) - np.array([ends[0], *first])[np.searchsorted(first, ends[1:])]
+        own = number % training.every == 0
+        # Also what comes after: caches, and threads that have to find their cores again.
+        near, far = ~own & (since < 0.2), ~own & (since > 0.3) & (since < 0.95)
+        near &= np.array(ends[1:]) > first[0]
+        bare = float(times[far].mean())
+        writing = float((times[near] - bare).sum()) / len(writes)
+        return {"bare": bare, "own": float(times[own].mean()) - bare, "writing": writing}
+
+    found = in_turn(store, "writes", {"snapshot": measure}, settings.rounds)["snapshot"]
+    shares = [100 / (1 + (each["own"] + each["writing"]) / (100 * each["bare"])) for each in found]
+    row = {"a step, ms": spread([each["bare"] for each in found], 1e3)}
+    row |= {"a snapshot adds to its own, ms": spread([each["own"] for each in found], 1e3)}
+    row |= {"its writing to those around, ms": spread([each["writing"] for each in found], 1e3)}
+    row |= {"throughput, every=100": spread(shares) + " %"}
+    bar = Bar("throughput, reference, from steps around the writes", statistics.median(shares), 98.0, True, "%")
+    store.finish("What a snapshot adds to the steps around it", [row], [bar])
+
+
 def bench_lightning(folder: Path, settings: Settings) -> None:
     """The same under Lightning: ModelCheckpoint and the callback, beside a trainer with neither."""
     try:
@@ -349,6 +406,7 @@ PARTS: dict[str, Callable[[Path, Settings], None]] = {
     "reference": lambda folder, s: bench_throughput(
         folder, s, "reference", reference, s.reference_steps, s.reference_rounds
     ),
+    "writes": bench_writes,
     "large": lambda folder, s: bench_throughput(
         folder, s, "large", lambda: large(s.large_width), s.large_steps, s.rounds
     ),
