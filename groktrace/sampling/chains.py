@@ -12,7 +12,7 @@ from groktrace.sampling.curvature import gaussian_start, top_eigenvalue
 from groktrace.sampling.langevin import LangevinConfig, LangevinState, fill_normal, generator_for
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
-from groktrace.sampling.traces import Traces, cooled
+from groktrace.sampling.traces import Traces, cooled, most_virial
 
 MAX_RESTARTS = 16
 MAX_GROWTH = 16
@@ -220,8 +220,8 @@ class _Group:
     def _advance(self, counts: Sequence[int], first: bool = False, looks: "_Looks | None" = None) -> Tensor:
         """Make so many steps with each snapshot's chains; [steps, 5, R]: excess, pull, spread, paired, batch noise.
 
-        The stack goes on until the last snapshot is done. The others are put back to where they were when they were
-        done themselves, so that no result depends on what a snapshot was stacked with.
+        The stack goes on until the last snapshot is done, or has lost a chain. The others are put back to where they
+        were when they were done themselves, so that no result depends on what a snapshot was stacked with.
 
         Args:
             counts: of steps, for each snapshot.
@@ -236,9 +236,13 @@ class _Group:
         state: LangevinState = self.state
         done: list[tuple[int, LangevinState, list[Tensor]]] = []
         ends: dict[int, list[int]] = {}
-        for s, own in enumerate(counts):
-            if own < count:
-                ends.setdefault(own, []).append(s)
+        for s, length in enumerate(counts):
+            if length < count:
+                ends.setdefault(length, []).append(s)
+        own = torch.tensor(counts, device=record.device).repeat_interleave(chains)
+        # Beyond this a single draw makes the mean too large.
+        most = most_virial(dimension) * own
+        gone = torch.zeros_like(own, dtype=torch.bool)
         for t in range(count):
             displacement = state.displacement
             torch.add(self.anchors, displacement, out=weights)
@@ -259,11 +263,14 @@ class _Group:
                 rows_of = self._rows([s])
                 looks.keep(s, self.loss.select(rows_of).sample_losses(weights[rows_of]))
             langevin.step(self.config, state, gradients)
-            if t % _CHECK_EVERY == _CHECK_EVERY - 1 and not torch.isfinite(record[t, 0]).any():
-                break
+            if t % _CHECK_EVERY == _CHECK_EVERY - 1:
+                gone |= (t < own) & ~(record[t, 1] + record[t, 2] <= most)
+                if ((t >= own) | gone).view(-1, chains).any(1).all():
+                    break
             done += [(s, *self._saved(s)) for s in ends.get(t + 1, ())]
         for s, saved, batches in done:
             self._restore(s, saved, batches)
+        record[:, :2, gone] = torch.nan  # whether or not the stack went on
         return record
 
     def _rows(self, snapshots: Sequence[int]) -> Tensor:

@@ -52,7 +52,16 @@ class Traces:
         """
         if not (torch.isfinite(self.excess).all() and torch.isfinite(self.pull).all()):
             return True
-        return not float((self.pull.double() + self.spread).mean(0).amax()) <= MAX_VIRIAL * dimension + SLACK
+        return not float((self.pull.double() + self.spread).mean(0).amax()) <= most_virial(dimension)
+
+
+def most_virial(dimension: int) -> float:
+    """What pull and spread come to in the mean at most, of chains that have not left.
+
+    Args:
+        dimension: D.
+    """
+    return MAX_VIRIAL * dimension + SLACK
 
 
 def cooled(traces: Traces) -> float:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from groktrace.sampling import langevin
 from groktrace.sampling.calibration import step_size
 from groktrace.sampling.chains import rows_per_stack, sample
 from groktrace.sampling.diagnostics import standard_error
@@ -116,6 +117,29 @@ def test_diverging_chains_are_halved_until_they_hold_and_counted(bowl):
     assert not bad.diverged(60)
     assert bad.halvings in (3, 4)
     assert bad.step_size <= stable * 1.5  # the chains met the curvature that the first step was too large for
+
+
+def test_a_stack_whose_snapshots_have_all_lost_a_chain_goes_no_further(bowl, monkeypatch):
+    made = []
+    step = langevin.step
+    monkeypatch.setattr(langevin, "step", lambda *arguments: made.append(1) or step(*arguments))
+    settings = SamplingSettings(chains=2, burn_in=200, draws=2000)
+    # The first does not explode at once: it is still finite when it is given up.
+    slow, fast = 3.0 * step_size(10.0, 1.0, 1.0), 50.0
+    counted = {}
+    for name, epsilons in (("one", [slow]), ("both", [slow, fast])):
+        explicit = replace(settings, step_size=slow)  # is not halved
+        traces = draw(bowl(SPECTRUM), torch.zeros(len(epsilons), 60).double(), explicit, 10.0, 1.0, epsilons=epsilons)
+        counted[name], made[:] = len(made), []
+        assert all(each.diverged(60) for each in traces)
+    assert counted["one"] == counted["both"] < 500
+    # One that holds takes the others along; they are given up all the same.
+    hold = step_size(10.0, 1.0, 1.0)
+    good, bad = draw(bowl(SPECTRUM), torch.zeros(2, 60).double(), explicit, 10.0, 1.0, epsilons=[hold, slow])
+    assert len(made) == 2200
+    assert not good.diverged(60)
+    assert bad.diverged(60)
+    assert torch.isfinite(good.excess).all()
 
 
 def test_an_explicit_step_size_is_left_alone(bowl):
