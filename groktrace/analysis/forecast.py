@@ -2,6 +2,7 @@
 
 import math
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 from groktrace.analysis.estimate import FITTED, choose_device, choose_scale, estimate_stack, make_settings
 from groktrace.analysis.evaluation import Survey, measure_point, stack_weights, survey
 from groktrace.analysis.evaluator import Evaluator, run_layout
+from groktrace.analysis.llc import OFF_MINIMUM, LLCEstimate
 from groktrace.analysis.replay import POINTS_FILE, folder_name, kept_scale
 from groktrace.analysis.snapshots import Snapshots, read_journal
 from groktrace.analysis.trajectory import Point
@@ -29,14 +31,18 @@ from groktrace.sampling.calibration import (
     run_length,
     step_size,
 )
-from groktrace.sampling.chains import sample
+from groktrace.sampling.chains import MAX_GROWTH, sample
 from groktrace.sampling.network import Network
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
 
-# Snapshots that are measured as the analysis will measure them, and seconds that this may take.
+# Snapshots that are measured as the analysis will measure them, and seconds that this may take. Where it would take
+# longer, only their first draws, for a share of what all snapshots' first draws take.
 _TRIED = 6
 _SECONDS = 3.0
+_SHARE = 0.1
+# A relative error that the first draws meet.
+_CONTENT = 1e9
 # Weights of snapshots that are held at once.
 _MAX_NUMBERS = 2**24
 # Gradients of a snapshot before it is sampled, stacked (Lanczos) and alone (differences on both sides).
@@ -190,20 +196,23 @@ def _stacked(
     scale = scale or choose_scale(settings, task.n, loss.layout, surveys)
     expected = {about.step: _first_lengths(settings, scale, about) for about in surveys}
 
-    chosen, spent = [], 0.0
-    for about in _spread(surveys, _TRIED):
-        spent += expected[about.step].total * (always + each)
-        if spent < 0.5 * _SECONDS:
-            chosen.append(about)
+    costs = {step: lengths.total * (always + each) for step, lengths in expected.items()}
+    chosen, trying = _affordable(surveys, costs, 0.5 * _SECONDS), settings
+    if not chosen:
+        chosen = _affordable(surveys, costs, _SHARE * total * statistics.mean(costs.values()))
+        trying = settings if settings.draws is not None else replace(settings, rtol=_CONTENT)
     seen: dict[int, _Lengths] = {}
     if chosen:
-        estimates = estimate_stack(loss, [surveyed[about.step] for about in chosen], chosen, settings, scale, task.n)
+        estimates = estimate_stack(loss, [surveyed[about.step] for about in chosen], chosen, trying, scale, task.n)
         for about, found in zip(chosen, estimates, strict=True):
             if found.step_size is not None:
                 draws = run_length(settings, scale.localization, found.step_size)[1]
-                lost = found.step_size < 0.999 * _step_size(settings, scale, about)
+                # Chains that leave are given up at once; those that get too hot or meet more curvature run on.
+                halved = _step_size(settings, scale, about) / 2 ** found.diagnostics["halvings"]
+                lost = found.step_size < 0.999 * halved
+                grown = found.draws * (_growth(found, settings.rtol) if trying.rtol == _CONTENT else 1)
                 seen[about.step] = _Lengths(
-                    found.burn_in, min(draws, found.draws), found.draws, expected[about.step].total if lost else 0
+                    found.burn_in, min(draws, found.draws), grown, expected[about.step].total if lost else 0
                 )
     lengths = []
     for step in wanted:
@@ -216,6 +225,23 @@ def _stacked(
         for active, count in _rounds(group):
             seconds += (always + each * active) * count
     return seconds, lengths, _peak_bytes(loss.device), len(chosen)
+
+
+def _affordable(surveys: Sequence[Survey], costs: dict[int, float], seconds: float) -> list[Survey]:
+    """Snapshots spread over those surveyed, as many as can be tried in so many seconds."""
+    for count in range(_TRIED, 0, -1):
+        chosen = _spread(surveys, count)
+        if sum(costs[about.step] for about in chosen) <= seconds:
+            return chosen
+    return []
+
+
+def _growth(found: LLCEstimate, rtol: float) -> int:
+    """How many times as many draws it will take for this standard error to fall to what is wanted: a power of two."""
+    if OFF_MINIMUM in found.reasons or not found.llc:
+        return 1
+    wanted = (found.stderr / (rtol * abs(found.llc))) ** 2
+    return min(2 ** math.ceil(math.log2(max(wanted, 1.0))), MAX_GROWTH)
 
 
 def _before_fitted(surveys: Sequence[Survey], wanted: Sequence[int]) -> int | None:
