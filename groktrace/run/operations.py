@@ -22,11 +22,12 @@ _PRIVATE = re.compile(
     "|upsample_(bilinear|bicubic)2d_aa|cdist_forward|euclidean_dist|linalg_(det|slogdet|svd|eigh))"
 )
 # Of the public ones, these trust indices, sizes or statistics that they are given and leave memory or hang on wrong
-# ones (found by calling every operation with wrong arguments); a traced loss has hardly a use for them.
+# ones (found by calling every operation with wrong arguments), or make as much as they are told to without a word to
+# PyTorch of how much that is; a traced loss has hardly a use for them.
 _TRUSTING = re.compile(
     ".*(backward|mkldnn|fbgemm|quanti|qparams|sparse|cudnn|miopen|mps_|gather_stats|batch_norm_(stats|elemt|update)).*"
     "|special_.*_polynomial_.*|ctc_loss|_?embedding_bag.*|segment_reduce|lu_unpack|resize.*|set|pin_memory"
-    "|to_padded_tensor|combinations"
+    "|to_padded_tensor|combinations|histogram.*"
 )
 # What may stand for each kind of argument; a dtype by its number would not be checked by anything.
 _KINDS: dict[str, tuple[type, ...]] = {

@@ -212,6 +212,7 @@ def test_refined_llc_moves_only_the_named_parameters():
         ({"train": (torch.zeros(3, 2), torch.zeros(4, 1))}, TaskError, r"equally many samples, got \[3, 4\]"),
         ({"train": (torch.zeros(0, 2), torch.zeros(0, 1))}, TaskError, "at least one sample, got an empty set"),
         ({"loss": lambda o, t: o - t}, TaskError, r"expected one number, the mean over the batch, got a tensor"),
+        ({"loss": lambda o, t: t.mean()}, TaskError, "differentiated .* function of the sampled weights: weight, bias"),
         ({"train": (torch.full((3, 2), math.nan), torch.zeros(3, 1))}, TaskError, "expected a finite loss .* got nan"),
     ],
 )

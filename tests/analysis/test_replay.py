@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -168,6 +169,17 @@ def test_no_readable_snapshot_is_an_error(small_run):
 def test_a_task_of_another_network_is_refused_before_anything_is_written(small_run):
     task = groktrace.Task.from_model(nn.Linear(4, 3), train=(torch.zeros(5, 4), torch.zeros(5, 3)), loss="mse")
     with pytest.raises(TaskError, match=r"cannot be evaluated on the recorded weights .* has to be of the network"):
+        groktrace.analyze(small_run, task=task, task_name="a:b", **FAST)
+    assert not (small_run / layout.ANALYSIS_FOLDER).exists()
+
+
+def test_a_loss_that_fails_on_all_samples_only_is_refused_before_anything_is_written(small_run):
+    def forward(weights, tensors):
+        torch.linalg.det(tensors[0][:, :2])  # of two samples
+        return weights["0.weight"].sum(), None
+
+    task = dataclasses.replace(groktrace.open_run(small_run).task, forward=forward)
+    with pytest.raises(TaskError, match=r"cannot be differentiated on the training samples .*square matrices"):
         groktrace.analyze(small_run, task=task, task_name="a:b", **FAST)
     assert not (small_run / layout.ANALYSIS_FOLDER).exists()
 
