@@ -13,6 +13,7 @@ from groktrace.errors import TaskError
 
 MAX_LITERAL_ELEMENTS = 2**28  # that a document may ask for in so many words
 MAX_ELEMENTS = 2**31
+MAX_PARTS = 2**16  # tensors that one call may return, each of which takes memory even if it is empty
 
 _TARGET = re.compile(r"aten\.([A-Za-z0-9_]{1,80})\.([A-Za-z0-9_]{1,80})", re.ASCII)
 # Of the operations with a leading underscore some check no bounds; these do, and traces hold them.
@@ -121,7 +122,8 @@ def find_operation(target: str, args: list[Any], kwargs: dict[str, Any]) -> Call
     # Without statistics to normalise by, some kernels read from nowhere.
     bare = "batch_norm" in name and given.get("running_mean") is None and given.get("training") is not True
     packed = overload == "data" and name in _RECURRENT  # sequences of several lengths
-    if _TRUSTING.fullmatch(name) or bare or packed or overload.startswith("prim_"):
+    valued = overload == "tensor_indices_or_sections"  # as many results as a value says
+    if _TRUSTING.fullmatch(name) or bare or packed or valued or overload.startswith("prim_"):
         raise RefusedError(f"it calls {target}, which does not check its arguments")
     if target in _SIZES:
         return _SIZES[target]
@@ -139,6 +141,8 @@ def find_operation(target: str, args: list[Any], kwargs: dict[str, Any]) -> Call
         return _sized_by_values(op)
     if _elements(name, given) > MAX_LITERAL_ELEMENTS:
         raise RefusedError(f"it calls {target} for an absurd size")
+    if any(str(r.type) == "List[Tensor]" for r in schema.returns):
+        return _in_few_parts(op, given, names)
     if not any(key in _SIZE_NAMES or f"{name}.{key}" in _SIZE_NAMES for key in names):
         return op
 
@@ -185,6 +189,23 @@ def _elements(name: str, given: dict[str, Any]) -> float:
     values = [given[key] for key in given if key in _SIZE_NAMES or f"{name}.{key}" in _SIZE_NAMES]
     numbers = [number for value in values for number in (value if isinstance(value, list) else [value])]
     return math.prod(max(1.0, abs(float(number))) for number in numbers if type(number) in (int, float))
+
+
+def _in_few_parts(op: Any, given: dict[str, Any], names: list[str]) -> Callable[..., Any]:
+    """An operation that returns a list of tensors, where the list is not absurdly long."""
+
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        values = given | dict(zip(names, args, strict=False)) | kwargs
+        counts = [values[key] for key in ("sections", "chunks") if type(values.get(key)) in (int, float)]
+        tensor, dim, each = values.get("self"), values.get("dim", 0), values.get("split_size", 1)
+        cut = "unbind" in op.name() or "split_size" in values
+        if cut and isinstance(tensor, Tensor) and type(dim) is int and -tensor.ndim <= dim < tensor.ndim:
+            counts.append(tensor.size(dim) / max(each, 1) if type(each) is int else 0)
+        if max(counts, default=0) > MAX_PARTS:
+            raise TaskError(f"the recorded program calls {op} for an absurd number of parts.")
+        return op(*args, **kwargs)
+
+    return bounded
 
 
 def _sized_by_values(op: Any) -> Callable[..., Any]:

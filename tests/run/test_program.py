@@ -627,6 +627,7 @@ def test_a_small_document_runs():
         ("aten.arange.start_step", [0, 1, 0]),
         ("aten.eye.default", [2**20]),
         ("aten.histogram.bin_ct", [X, 2**27]),
+        ("aten.tensor_split.tensor_indices_or_sections", [X, W]),
         ("aten.expand.default", [X, [2**20, 2**20]]),
         ("aten.repeat.default", [X, [2**20, 2**20]]),
         ("aten.tile.default", [X, [2**20, 2**20]]),
@@ -725,6 +726,10 @@ def test_malformed_documents_are_refused(bad):
         ([node("aten.split.Tensor", X, 2), node("getitem", {"ref": 2}, 9)], "a result that an operation does not"),
         ([node("sym.mul", 2**20, 2**20), node("aten.zeros.default", [{"ref": 2}])], "for an absurd size"),
         ([node("sym.mul", 2**20, 2**20), node("aten.arange.default", {"ref": 2})], "for an absurd size"),
+        ([node("aten.tensor_split.sections", X, 2**27)], "for an absurd number of parts"),
+        ([node("aten.zeros.default", [2**27, 0]), node("aten.unbind.int", {"ref": 2})], "absurd number of parts"),
+        ([node("aten.zeros.default", [2**27, 0]), node("aten.split.Tensor", {"ref": 2}, 2)], "absurd number of parts"),
+        ([node("aten.zeros.default", [0]), node("aten.chunk.default", {"ref": 2}, 2**27)], "absurd number of parts"),
         ([node("aten.sym_size.int", 3, 0)], "fails at aten.sym_size.int"),
         (
             [node("aten.reshape.default", W, [2, 2]), node("aten._weight_norm.default", {"ref": 2}, X)],
