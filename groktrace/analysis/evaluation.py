@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from groktrace.analysis.journal import check_numbers, check_step
-from groktrace.errors import TaskError
 from groktrace.run.batch import Batch
-from groktrace.run.task import Task
+from groktrace.run.task import Task, failures_in_words
 from groktrace.sampling.curvature import top_eigenvalue
 from groktrace.sampling.langevin import fill_normal, generator_for
 from groktrace.sampling.large import top_eigenvalue_large
@@ -72,20 +71,14 @@ def training_loss(task: Task, layout: WeightLayout, weights: dict[str, Tensor], 
     Raises:
         TaskError: it cannot be evaluated or differentiated there.
     """
-    try:
+    some = ", ".join(layout.names[:5]) + (", ..." if len(layout.names) > 5 else "")
+    advice = f"it has to be a function of the sampled weights: {some}."
+    with failures_in_words("loss: cannot be differentiated on the training samples", advice):
         bare = with_micro_batch(StackedLoss(task.forward, layout, task.train.to(device).tensors, {}), weights)
         if bare.micro_batch is not None:
             return bare
         loss, anchor = stack_weights(bare, [weights])
         return loss.probe(anchor)
-    except TaskError:
-        raise
-    except Exception as failure:
-        line = str(failure).splitlines()[0] if str(failure) else ""
-        raise TaskError(
-            f"loss: cannot be differentiated on the training samples ({type(failure).__name__}: {line}); it has to be "
-            f"a function of the sampled weights: {', '.join(layout.names)}."
-        ) from failure
 
 
 def stack_weights(loss: StackedLoss, weights: Sequence[dict[str, Tensor]]) -> tuple[StackedLoss, Tensor]:

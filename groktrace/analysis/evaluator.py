@@ -14,9 +14,9 @@ from groktrace.analysis.evaluation import Survey, survey, training_loss
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.sharpness import Sharpness, measure_sharpness
 from groktrace.analysis.trajectory import Point
-from groktrace.errors import SnapshotError, TaskError
+from groktrace.errors import SnapshotError
 from groktrace.run.store import Run, Snapshot, open_run
-from groktrace.run.task import Task, load_factory
+from groktrace.run.task import Task, failures_in_words, load_factory
 from groktrace.sampling.calibration import Scale, settle_chains
 from groktrace.sampling.chains import rows_per_stack
 from groktrace.sampling.network import as_float
@@ -178,21 +178,13 @@ def _rebuild(recipe: Recipe) -> tuple[Evaluator, dict[int, Snapshot]]:
 
 def _check_task(task: Task, weights: dict[str, Tensor]) -> None:
     """Evaluate the loss once, so that a task of another network is refused in plain words."""
-    try:
-        with torch.no_grad():
-            named = {name: as_float(tensor) for name, tensor in weights.items()}
-            try:
-                task.forward(named, task.train.take(slice(0, 2)).tensors)
-            except Exception:  # some take one batch size only
-                task.forward(named, task.train.tensors)
-    except TaskError:
-        raise
-    except Exception as failure:
-        line = str(failure).splitlines()[0] if str(failure) else ""
-        raise TaskError(
-            f"the task's loss cannot be evaluated on the recorded weights ({type(failure).__name__}: {line}); it "
-            "has to be of the network that was recorded."
-        ) from failure
+    advice = "it has to be of the network that was recorded."
+    with failures_in_words("the task's loss cannot be evaluated on the recorded weights", advice), torch.no_grad():
+        named = {name: as_float(tensor) for name, tensor in weights.items()}
+        try:
+            task.forward(named, task.train.take(slice(0, 2)).tensors)
+        except Exception:  # some take one batch size only
+            task.forward(named, task.train.tensors)
 
 
 def _point(snapshot: Snapshot, about: Survey, estimate: LLCEstimate) -> Point:

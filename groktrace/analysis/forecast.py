@@ -197,10 +197,11 @@ def _stacked(
     expected = {about.step: _first_lengths(settings, scale, about) for about in surveys}
 
     costs = {step: lengths.total * (always + each) for step, lengths in expected.items()}
-    chosen, trying = _affordable(surveys, costs, 0.5 * _SECONDS), settings
+    chosen = _affordable(surveys, costs, 0.5 * _SECONDS)
+    cut_short = not chosen and settings.draws is None
     if not chosen:
         chosen = _affordable(surveys, costs, _SHARE * total * statistics.mean(costs.values()))
-        trying = settings if settings.draws is not None else replace(settings, rtol=_CONTENT)
+    trying = replace(settings, rtol=_CONTENT) if cut_short else settings
     seen: dict[int, _Lengths] = {}
     if chosen:
         estimates = estimate_stack(loss, [surveyed[about.step] for about in chosen], chosen, trying, scale, task.n)
@@ -210,7 +211,7 @@ def _stacked(
                 # Chains that leave are given up at once; those that get too hot or meet more curvature run on.
                 halved = _step_size(settings, scale, about) / 2 ** found.diagnostics["halvings"]
                 lost = found.step_size < 0.999 * halved
-                grown = found.draws * (_growth(found, settings.rtol) if trying.rtol == _CONTENT else 1)
+                grown = found.draws * (_growth(found, settings.rtol) if cut_short else 1)
                 seen[about.step] = _Lengths(
                     found.burn_in, min(draws, found.draws), grown, expected[about.step].total if lost else 0
                 )

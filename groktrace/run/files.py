@@ -43,9 +43,9 @@ _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNO
 def appearing(path: Path) -> Iterator[Path]:
     """A new file that becomes `path` once the body has written it, so that a reader sees the whole file or none of it.
 
-    Temporary file in the same folder, fsync, rename; whoever calls this syncs the folder. A file system without fsync
-    decides itself when the bytes are on disk; one without rename gets a copy under the final name, so that a kill in
-    the midst of it leaves a file that is refused when it is read.
+    The body writes a temporary file in the same folder and syncs it (`sync`); then it is renamed. Whoever calls this
+    syncs the folder (`sync_folder`). A file system without fsync decides itself when the bytes are on disk; one without
+    rename gets a copy under the final name, so that a kill in the midst of it leaves a file that is refused when read.
 
     Raises:
         OSError: the file system refused; `path` is then as it was (but for one without rename).
@@ -114,6 +114,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
+    """`write_file` without the folder; one descriptor, as each call takes time from a training beside it."""
     with appearing(path) as temporary, open(temporary, "xb", buffering=0) as file:
         left = memoryview(data)
         while left:  # a system may take less at a time

@@ -141,15 +141,16 @@ def find_operation(target: str, args: list[Any], kwargs: dict[str, Any]) -> Call
         return _sized_by_values(op)
     if _elements(name, given) > MAX_LITERAL_ELEMENTS:
         raise RefusedError(f"it calls {target} for an absurd size")
-    if any(str(r.type) == "List[Tensor]" for r in schema.returns):
-        return _in_few_parts(op, given, names)
-    if not any(key in _SIZE_NAMES or f"{name}.{key}" in _SIZE_NAMES for key in names):
+    lists = any(str(r.type) == "List[Tensor]" for r in schema.returns)
+    if not lists and not any(key in _SIZE_NAMES or f"{name}.{key}" in _SIZE_NAMES for key in names):
         return op
 
     def bounded(*args: Any, **kwargs: Any) -> Any:
         values = given | dict(zip(names, args, strict=False)) | kwargs
         if _elements(name, values) > MAX_ELEMENTS:
             raise TaskError(f"the recorded program calls {target} for an absurd size.")
+        if lists and _parts(name, values) > MAX_PARTS:
+            raise TaskError(f"the recorded program calls {target} for an absurd number of parts.")
         if name.endswith("_aa") and not _scales_fit(values):
             raise TaskError(f"the recorded program calls {target} with scales that are not those of its sizes.")
         return op(*args, **kwargs)
@@ -191,21 +192,15 @@ def _elements(name: str, given: dict[str, Any]) -> float:
     return math.prod(max(1.0, abs(float(number))) for number in numbers if type(number) in (int, float))
 
 
-def _in_few_parts(op: Any, given: dict[str, Any], names: list[str]) -> Callable[..., Any]:
-    """An operation that returns a list of tensors, where the list is not absurdly long."""
-
-    def bounded(*args: Any, **kwargs: Any) -> Any:
-        values = given | dict(zip(names, args, strict=False)) | kwargs
-        counts = [values[key] for key in ("sections", "chunks") if type(values.get(key)) in (int, float)]
-        tensor, dim, each = values.get("self"), values.get("dim", 0), values.get("split_size", 1)
-        cut = "unbind" in op.name() or "split_size" in values
-        if cut and isinstance(tensor, Tensor) and type(dim) is int and -tensor.ndim <= dim < tensor.ndim:
-            counts.append(tensor.size(dim) / max(each, 1) if type(each) is int else 0)
-        if max(counts, default=0) > MAX_PARTS:
-            raise TaskError(f"the recorded program calls {op} for an absurd number of parts.")
-        return op(*args, **kwargs)
-
-    return bounded
+def _parts(name: str, values: dict[str, Any]) -> float:
+    """How many tensors an operation that cuts one up returns at most; 0 where nothing says so."""
+    told = [values[key] for key in ("sections", "chunks") if type(values.get(key)) in (int, float)]
+    tensor, dim, length = values.get("self"), values.get("dim"), values.get("split_size")
+    if name.startswith("unbind"):
+        length = 1
+    if type(length) is int and isinstance(tensor, Tensor) and type(dim) is int and -tensor.ndim <= dim < tensor.ndim:
+        told.append(tensor.size(dim) / max(length, 1))
+    return max(told, default=0)
 
 
 def _sized_by_values(op: Any) -> Callable[..., Any]:

@@ -207,6 +207,26 @@ def is_offset_free(forward: Forward, batch: Batch) -> bool:
 
 
 @contextlib.contextmanager
+def failures_in_words(what: str, advice: str) -> Iterator[None]:
+    """Turn whatever a loss raises into one error.
+
+    Args:
+        what: that it cannot do.
+        advice: what it has to be.
+
+    Raises:
+        TaskError: the body failed.
+    """
+    try:
+        yield
+    except TaskError:
+        raise
+    except Exception as failure:
+        line = str(failure).splitlines()[0] if str(failure) else ""
+        raise TaskError(f"{what} ({type(failure).__name__}: {line}); {advice}") from failure
+
+
+@contextlib.contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Dropout off and normalisation by saved statistics; every training flag is put back."""
     flags = [(child, child.training) for child in module.modules()]

@@ -1,13 +1,16 @@
+import dataclasses
 import json
 
 import pytest
 from click.testing import CliRunner
 
 import groktrace
-from groktrace.analysis import evaluator
+from groktrace.analysis import evaluator, llc
+from groktrace.analysis import forecast as forecast_module
 from groktrace.analysis.forecast import forecast
 from groktrace.cli import main
 from groktrace.sampling import network
+from groktrace.sampling.settings import SamplingSettings
 
 
 def contents(folder):
@@ -46,6 +49,31 @@ def test_a_forecast_counts_what_the_analysis_then_does(small_run, monkeypatch, s
     assert said.memory_bytes > 50 * 2**20
     again = forecast(small_run, **settings)
     assert (again.snapshots, again.finished, again.chain_steps, again.seconds) == (0, 6, 0, 0.0)
+
+
+def test_where_whole_estimates_take_too_long_first_draws_tell_how_many_more_are_needed(small_run, monkeypatch):
+    steps = counted(monkeypatch)
+    monkeypatch.setattr(forecast_module, "_seconds_a_step", lambda *arguments: (1.0, 0.0))
+    assert forecast(small_run, chains=2).tried == 0  # a tenth of six snapshots is none
+    monkeypatch.setattr(forecast_module, "_SHARE", 1.0)
+    said = forecast(small_run, chains=2)
+    assert said.tried == 1
+    monkeypatch.setattr(forecast_module, "_growth", lambda found, rtol: 4)
+    grown = forecast(small_run, chains=2)
+    groktrace.analyze(small_run, chains=2)  # whose snapshots are off any minimum, so that their draws do not grow
+    assert said.chain_steps == pytest.approx(sum(steps), rel=0.3)
+    # Of 96 steps 16 are burn-in, or of a few more where steps are smaller.
+    assert grown.chain_steps == pytest.approx(said.chain_steps * (16 + 4 * 80) / 96, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("error", "times"), [(0.5, 1), (1.0, 1), (1.1, 2), (1.41, 2), (1.42, 4), (3.0, 16), (9.0, 16), (900.0, 16)]
+)
+def test_draws_grow_with_the_square_of_the_error_in_doublings(error, times):
+    estimate = llc.unusable("", SamplingSettings(chains=2), 1.0, 1.0)
+    estimate = dataclasses.replace(estimate, llc=-50.0, stderr=50.0 * 0.02 * error)
+    assert forecast_module._growth(estimate, 0.02) == times
+    assert forecast_module._growth(dataclasses.replace(estimate, reasons=(llc.OFF_MINIMUM,)), 0.02) == 1
 
 
 def test_only_stacks_of_which_some_are_missing_are_counted(small_run, monkeypatch):
