@@ -3,17 +3,27 @@
 Automatic differentiation and vectorisation find the same operations anew, and allocate their results anew, at every
 call. A sampler calls one function thousands of times with tensors of the same shapes: here its operations are recorded
 once and then replayed into buffers that are shared between values that do not live at the same time. An elementwise
-operation writes over an argument that nobody needs any more. The arithmetic is the same, operation by operation.
+operation writes over an argument that nobody needs any more. The arithmetic is the same, operation by operation, but
+for products with constants that are mostly zeros (`sparse`).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from groktrace.sampling.sparse import (
+    PRODUCTS,
+    FixedProduct,
+    GatheredProduct,
+    GatheredTransposedProduct,
+    is_sparse,
+    is_sparse_gathered,
+)
 
 _aten = torch.ops.aten
 _COPIES = (_aten.clone.default, _aten._to_copy.default)
@@ -165,8 +175,13 @@ class _Record:
         self.values, self.constant = recorder.values, recorder.constant
         self.results = [recorder.number(tensor) for tensor in results]
         needed = set(self.results)
-        operations = []
-        for operation in reversed(recorder.operations):
+        self._gathers = {
+            _storage(self.values[operation.results[0]]): operation
+            for operation in recorder.operations
+            if operation.target is _aten.index.Tensor
+        }
+        operations: list[_Operation] = []
+        for operation in map(self._without_zeros, reversed(recorder.operations)):
             if needed.intersection(operation.results) and not self.constant.issuperset(operation.results):
                 operations.append(operation)
                 needed.update(operation.uses)
@@ -177,6 +192,32 @@ class _Record:
                 self._last[_storage(self.values[number])] = operation
         for number in (*range(recorder.inputs), *self.constant, *self.results):
             self._last.pop(_storage(self.values[number]), None)
+
+    def _without_zeros(self, operation: _Operation) -> _Operation:
+        """The operation, or one without multiplications by zero if it is a product with rows that are mostly zeros."""
+        if operation.target is not _aten.bmm.default:
+            return operation
+        left, right = operation.uses
+        matrix, dense = self.values[left], self.values[right]
+        if left in self.constant:
+            if right in self.constant or not (matrix.stride(0) == 0 or len(matrix) == 1) or not is_sparse(matrix[0]):
+                return operation
+            return replace(operation, target=FixedProduct(matrix[0], dense), args=(_Ref(right),), uses=(right,))
+        gather = self._gathers.get(_storage(matrix))
+        if gather is None:
+            return operation
+        samples, index = self.values[gather.uses[0]], self.values[gather.uses[-1]]
+        if not (gather.uses[0] in self.constant and (samples.dim(), index.dim()) == (2, 2) and len(gather.uses) == 2):
+            return operation
+        rows = self.values[gather.results[0]]
+        transposed = _geometry(matrix) == _geometry(rows.transpose(1, 2))
+        if not (transposed or _geometry(matrix) == _geometry(rows)):
+            return operation
+        if not is_sparse_gathered(samples, index.numel(), dense.shape[2]):
+            return operation
+        product = GatheredTransposedProduct(samples, index) if transposed else GatheredProduct(samples, index, dense)
+        uses = (gather.uses[-1], right)
+        return replace(operation, target=product, args=tuple(map(_Ref, uses)), uses=uses)
 
     def is_view(self, operation: _Operation) -> bool:
         """Whether the results lie in memory that the arguments lie in."""
@@ -189,7 +230,7 @@ class _Record:
 
     def overwritable(self, operation: _Operation, owned: dict[int, Tensor]) -> int | None:
         """The storage of an argument over which an elementwise operation may write its value."""
-        if torch.Tag.pointwise not in operation.target.tags or len(operation.results) != 1:
+        if torch.Tag.pointwise not in getattr(operation.target, "tags", ()) or len(operation.results) != 1:
             return None
         wanted = _geometry(self.values[operation.results[0]])
         arguments, dying = [self.values[number] for number in operation.uses], self.dying(operation)
@@ -202,6 +243,8 @@ class _Record:
 
 def _writing_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outs: list[Tensor]) -> Call:
     """An operation as a call that writes into `outs`."""
+    if isinstance(target, PRODUCTS):
+        return target, args, {"out": outs[0]}
     if target in _COPIES or (target is _aten.pow.Tensor_Scalar and args[1] == 1 and args[0].dtype == outs[0].dtype):
         return outs[0].copy_, args[:1], {}
     if target in (_aten.mul.Scalar, _aten.div.Scalar):

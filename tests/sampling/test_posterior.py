@@ -5,6 +5,7 @@ from torch.nn import functional
 
 from groktrace.run.task import Task
 from groktrace.sampling.posterior import StackedLoss, WeightLayout
+from groktrace.sampling.sparse import PRODUCTS
 
 
 @pytest.fixture
@@ -74,6 +75,35 @@ def test_a_probed_loss_repeats_recorded_operations_to_the_same_bits(classifier, 
     found, expected = probed.select(order).gradients(flat[order], swapped), plain.gradients(flat, index)
     torch.testing.assert_close(found[1], expected[1][order])
     assert len(probed.plans) == 1
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="products are dense without MKL")
+@pytest.mark.parametrize("batch", [None, 64])
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("levels", [40, 4])
+def test_samples_that_are_mostly_zeros_give_the_same_gradients(batch, linear, levels):
+    torch.manual_seed(0)
+    x = functional.one_hot(torch.randint(levels, (100, 2)), levels).flatten(1).float()
+    y, width = torch.randn(100, 3), 400
+    layout = WeightLayout(("a", "b"), ((width, 2 * levels) if linear else (2 * levels, width), (width, 3)))
+
+    def forward(weights, tensors):
+        hidden = functional.linear(tensors[0], weights["a"]) if linear else tensors[0] @ weights["a"]
+        return (hidden.tanh() @ weights["b"] - tensors[1]).square().mean(), None
+
+    flat = torch.randn(3, layout.size)
+    plain = StackedLoss(forward, layout, (x, y), {})
+    loss = plain.probe(flat[:1])
+    index = [None] * 2 if batch is None else torch.randint(100, (2, 3, batch))
+    for weights, chosen in zip((flat, 0.5 * flat), index, strict=True):
+        for found, expected in zip(loss.gradients(weights, chosen), plain._differentiate(weights, chosen), strict=True):
+            torch.testing.assert_close(found, expected)
+    (plan,) = loss.plans.values()
+    without_zeros = [call for call in plan._calls if isinstance(call[0], PRODUCTS)]
+    assert len(without_zeros) == (2 if levels == 40 else 0)
+    gathers = [call for call in plan._calls if call[0] is torch.ops.aten.index.Tensor_out]
+    # The samples themselves are gathered only where they are multiplied as they are.
+    assert len(gathers) == (0 if batch is None else 1 if levels == 40 else 2)
 
 
 def test_gradients_survive_the_next_call(classifier):

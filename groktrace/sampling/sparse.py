@@ -1,0 +1,189 @@
+"""Products with samples that are mostly zeros, as one-hot codes are, without the multiplications by zero.
+
+The products A_r·B_r of a stack are one product of the block-diagonal matrix of all A_r, in compressed rows, with the
+B_r below one another. It reads and writes the very memory that the stack's products would, so that either can stand for
+the other.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+# In compressed rows a number takes about four times as long as one of many in a dense product.
+MAX_DENSITY = 0.1
+# Rows that are others at each call have to be looked up: it pays from so many numbers in each B_r, and so many
+# multiplications in all.
+MIN_DENSE = 30_000
+MIN_WORK = 4_000_000
+
+
+def is_sparse(matrix: Tensor) -> bool:
+    """Whether products with a matrix are quicker without its zeros, on this device."""
+    return (
+        matrix.device.type == "cpu"
+        and torch.backends.mkl.is_available()
+        and matrix.dtype in (torch.float32, torch.float64)
+        and int(matrix.count_nonzero()) <= MAX_DENSITY * matrix.numel()
+    )
+
+
+def is_sparse_gathered(samples: Tensor, chosen: int, width: int) -> bool:
+    """Whether products with rows of a matrix, others at each call, are quicker without its zeros.
+
+    Args:
+        samples: the matrix, [n, m].
+        chosen: how many rows are taken.
+        width: columns of what they are multiplied with, K.
+    """
+    size = samples.shape[1] * width
+    return size >= MIN_DENSE and size * chosen >= MIN_WORK and is_sparse(samples)
+
+
+class FixedProduct:
+    """A·B_r for one matrix A and a stack of B_r.
+
+    Args:
+        matrix: A, [n, m].
+        dense: an example of the B_r, [R, m, K]; later ones lie in memory as this one does.
+    """
+
+    def __init__(self, matrix: Tensor, dense: Tensor) -> None:
+        self._rows = _Rows(dense)
+        row, column = matrix.nonzero(as_tuple=True)
+        counts = torch.bincount(row, minlength=len(matrix)).repeat(len(dense))
+        columns = column + self._rows.begins[:, None]
+        values = matrix[row, column].repeat(len(dense))
+        self._blocks = _compressed(counts, columns.flatten(), values, self._rows.count)
+
+    def __call__(self, dense: Tensor, out: Tensor) -> None:
+        """Write the products into `out`, [R, n, K]."""
+        flat = out.view(-1, out.shape[-1])
+        torch.addmm(flat, self._blocks, self._rows(dense), beta=0, out=flat)
+
+
+class GatheredProduct:
+    """A_r·B_r, where the rows of each A_r are rows of one matrix, others at each call.
+
+    Args:
+        samples: the matrix that rows are taken from, [n, m].
+        index: an example of their numbers, [R, B].
+        dense: an example of the B_r, [R, m, K]; later ones lie in memory as this one does.
+    """
+
+    def __init__(self, samples: Tensor, index: Tensor, dense: Tensor) -> None:
+        self._rows = _Rows(dense)
+        self._chosen = _Chosen(samples, index, self._rows.begins, torch.int32)
+        columns, values = self._chosen.columns, self._chosen.values
+        counts = torch.full((len(columns),), columns.shape[1])
+        self._blocks = _compressed(counts, columns.view(-1), values.view(-1), self._rows.count)
+
+    def __call__(self, index: Tensor, dense: Tensor, out: Tensor) -> None:
+        """Write the products into `out`, [R, B, K]."""
+        self._chosen.choose(index)
+        flat = out.view(-1, out.shape[-1])
+        torch.addmm(flat, self._blocks, self._rows(dense), beta=0, out=flat)
+
+
+class GatheredTransposedProduct:
+    """A_rᵀ·B_r, where the rows of each A_r are rows of one matrix, others at each call.
+
+    Args:
+        samples: the matrix that rows are taken from, [n, m].
+        index: an example of their numbers, [R, B].
+    """
+
+    def __init__(self, samples: Tensor, index: Tensor) -> None:
+        begins = samples.shape[1] * torch.arange(len(index))
+        self._chosen = _Chosen(samples, index, begins, torch.int64)
+
+    def __call__(self, index: Tensor, dense: Tensor, out: Tensor) -> None:
+        """Write the products of `dense`, [R, B, K], into `out`, [R, m, K]."""
+        chosen = self._chosen
+        chosen.choose(index)
+        rows, flat = dense.reshape(-1, dense.shape[-1]), out.view(-1, out.shape[-1]).zero_()
+        for columns, values in zip(chosen.columns.unbind(1), chosen.values.unbind(1), strict=True):
+            flat.index_add_(0, columns, rows if chosen.ones else rows * values[:, None])
+
+
+PRODUCTS = FixedProduct, GatheredProduct, GatheredTransposedProduct
+
+
+class _Chosen:
+    """Rows taken from a matrix that is mostly zeros: where their numbers stand in a block-diagonal one, and these.
+
+    Every row gets as many places as the fullest has; a place that is left over holds a zero in column 0.
+
+    Args:
+        samples: the matrix, [n, m].
+        index: an example of the numbers of its rows, [R, B].
+        begins: the column at which each block begins, [R].
+        dtype: of the columns.
+
+    Attributes:
+        columns: [R·B, places].
+        values: [R·B, places].
+        ones: whether all values are one whichever rows are taken.
+    """
+
+    def __init__(self, samples: Tensor, index: Tensor, begins: Tensor, dtype: torch.dtype) -> None:
+        row, column = samples.nonzero(as_tuple=True)
+        filled = torch.bincount(row, minlength=len(samples))
+        place = torch.arange(len(row)) - (filled.cumsum(0) - filled)[row]
+        shape = len(samples), max(int(filled.max()), 1)
+        self._columns = torch.zeros(shape, dtype=dtype).index_put_((row, place), column.to(dtype))
+        self._values = torch.zeros(shape, dtype=samples.dtype).index_put_((row, place), samples[row, column])
+        self._begins = begins.to(dtype).repeat_interleave(index.shape[1])[:, None]
+        self.ones = bool((self._values == 1).all())
+        self.columns = torch.empty(index.numel(), shape[1], dtype=dtype)
+        self.values = torch.ones(index.numel(), shape[1], dtype=samples.dtype)
+
+    def choose(self, index: Tensor) -> None:
+        """Take other rows."""
+        index = index.reshape(-1)
+        torch.index_select(self._columns, 0, index, out=self.columns).add_(self._begins)
+        if not self.ones:
+            torch.index_select(self._values, 0, index, out=self.values)
+
+
+class _Rows:
+    """A stack of matrices as one matrix, theirs below one another.
+
+    Args:
+        like: an example of the stack, [R, m, K].
+
+    Attributes:
+        begins: the row at which each of them begins, [R].
+        count: rows in all, those between them included.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        stack, inner, width = like.shape
+        between = like.stride(0)
+        fits = like.stride()[1:] == (width, 1) and (between % width == 0 or stack == 1)
+        self._buffer = None if fits else torch.empty(like.shape, dtype=like.dtype)
+        self.begins = torch.arange(stack) * (between // width if fits else inner)
+        self.count = int(self.begins[-1]) + inner
+
+    def __call__(self, stack: Tensor) -> Tensor:
+        if self._buffer is not None:
+            stack = self._buffer.copy_(stack)
+        width = stack.shape[2]
+        return stack.as_strided((self.count, width), (width, 1), stack.storage_offset())
+
+
+def _compressed(counts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
+    """A matrix in compressed rows.
+
+    Args:
+        counts: numbers in each row.
+        columns: of the numbers, row by row.
+        values: the numbers.
+        width: how many columns.
+    """
+    begins = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        return torch.sparse_csr_tensor(
+            begins.int(), columns.int(), values, (len(counts), width), check_invariants=False
+        )
