@@ -4,7 +4,7 @@ Automatic differentiation and vectorisation find the same operations anew, and a
 call. A sampler calls one function thousands of times with tensors of the same shapes: here its operations are recorded
 once and then replayed into buffers that are shared between values that do not live at the same time. An elementwise
 operation writes over an argument that nobody needs any more. The arithmetic is the same, operation by operation, but
-for products with constants that are mostly zeros (`sparse`).
+for products that there is a quicker way to (`products`).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from groktrace.sampling.sparse import (
-    PRODUCTS,
+from groktrace.sampling.products import (
     FixedProduct,
     GatheredProduct,
     GatheredTransposedProduct,
+    NarrowProduct,
+    Product,
+    is_narrow,
     is_sparse,
     is_sparse_gathered,
 )
@@ -181,7 +183,7 @@ class _Record:
             if operation.target is _aten.index.Tensor
         }
         operations: list[_Operation] = []
-        for operation in map(self._without_zeros, reversed(recorder.operations)):
+        for operation in map(self._quicker, reversed(recorder.operations)):
             if needed.intersection(operation.results) and not self.constant.issuperset(operation.results):
                 operations.append(operation)
                 needed.update(operation.uses)
@@ -193,31 +195,38 @@ class _Record:
         for number in (*range(recorder.inputs), *self.constant, *self.results):
             self._last.pop(_storage(self.values[number]), None)
 
-    def _without_zeros(self, operation: _Operation) -> _Operation:
-        """The operation, or one without multiplications by zero if it is a product with rows that are mostly zeros."""
+    def _quicker(self, operation: _Operation) -> _Operation:
+        """The operation, or one that gives the same products in less time."""
         if operation.target is not _aten.bmm.default:
             return operation
-        left, right = operation.uses
+        left, right = (self.values[number] for number in operation.uses)
+        found = self._without_zeros(*operation.uses)
+        if found is None and is_narrow(left, right):
+            found = NarrowProduct(left, right), operation.uses
+        if found is None:
+            return operation
+        product, uses = found
+        return replace(operation, target=product, args=tuple(map(_Ref, uses)), uses=uses)
+
+    def _without_zeros(self, left: int, right: int) -> tuple[Product, tuple[int, ...]] | None:
+        """Products with constant rows that are mostly zeros, or with some of such rows, and the numbers they take."""
         matrix, dense = self.values[left], self.values[right]
         if left in self.constant:
-            if right in self.constant or not (matrix.stride(0) == 0 or len(matrix) == 1) or not is_sparse(matrix[0]):
-                return operation
-            return replace(operation, target=FixedProduct(matrix[0], dense), args=(_Ref(right),), uses=(right,))
+            alike = matrix.stride(0) == 0 or len(matrix) == 1
+            fits = alike and right not in self.constant and is_sparse(matrix[0])
+            return (FixedProduct(matrix[0], dense), (right,)) if fits else None
         gather = self._gathers.get(_storage(matrix))
-        if gather is None:
-            return operation
-        samples, index = self.values[gather.uses[0]], self.values[gather.uses[-1]]
-        if not (gather.uses[0] in self.constant and (samples.dim(), index.dim()) == (2, 2) and len(gather.uses) == 2):
-            return operation
-        rows = self.values[gather.results[0]]
-        transposed = _geometry(matrix) == _geometry(rows.transpose(1, 2))
-        if not (transposed or _geometry(matrix) == _geometry(rows)):
-            return operation
-        if not is_sparse_gathered(samples, index.numel(), dense.shape[2]):
-            return operation
-        product = GatheredTransposedProduct(samples, index) if transposed else GatheredProduct(samples, index, dense)
-        uses = (gather.uses[-1], right)
-        return replace(operation, target=product, args=tuple(map(_Ref, uses)), uses=uses)
+        if gather is None or len(gather.uses) != 2 or gather.uses[0] not in self.constant:
+            return None
+        samples, index, rows = (self.values[number] for number in (*gather.uses, *gather.results))
+        if (samples.dim(), index.dim()) != (2, 2) or not is_sparse_gathered(samples, index.numel(), dense.shape[2]):
+            return None
+        uses = gather.uses[1], right
+        if _geometry(matrix) == _geometry(rows):
+            return GatheredProduct(samples, index, dense), uses
+        if _geometry(matrix) == _geometry(rows.transpose(1, 2)):
+            return GatheredTransposedProduct(samples, index), uses
+        return None
 
     def is_view(self, operation: _Operation) -> bool:
         """Whether the results lie in memory that the arguments lie in."""
@@ -243,7 +252,7 @@ class _Record:
 
 def _writing_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outs: list[Tensor]) -> Call:
     """An operation as a call that writes into `outs`."""
-    if isinstance(target, PRODUCTS):
+    if isinstance(target, Product):
         return target, args, {"out": outs[0]}
     if target in _COPIES or (target is _aten.pow.Tensor_Scalar and args[1] == 1 and args[0].dtype == outs[0].dtype):
         return outs[0].copy_, args[:1], {}

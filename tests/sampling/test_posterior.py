@@ -5,7 +5,9 @@ from torch.nn import functional
 
 from groktrace.run.task import Task
 from groktrace.sampling.posterior import StackedLoss, WeightLayout
-from groktrace.sampling.sparse import PRODUCTS
+from groktrace.sampling.products import FixedProduct, GatheredProduct, GatheredTransposedProduct
+
+SPARSE = FixedProduct, GatheredProduct, GatheredTransposedProduct
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def test_samples_that_are_mostly_zeros_give_the_same_gradients(batch, linear, le
         for found, expected in zip(loss.gradients(weights, chosen), plain._differentiate(weights, chosen), strict=True):
             torch.testing.assert_close(found, expected)
     (plan,) = loss.plans.values()
-    without_zeros = [call for call in plan._calls if isinstance(call[0], PRODUCTS)]
+    without_zeros = [call for call in plan._calls if isinstance(call[0], SPARSE)]
     assert len(without_zeros) == (2 if levels == 40 else 0)
     gathers = [call for call in plan._calls if call[0] is torch.ops.aten.index.Tensor_out]
     # The samples themselves are gathered only where they are multiplied as they are.

@@ -1,8 +1,9 @@
-"""Products with samples that are mostly zeros, as one-hot codes are, without the multiplications by zero.
+"""Stacks of products A_r·B_r on a processor, where the library's own way is a slow one.
 
-The products A_r·B_r of a stack are one product of the block-diagonal matrix of all A_r, in compressed rows, with the
-B_r below one another. It reads and writes the very memory that the stack's products would, so that either can stand for
-the other.
+Samples that are mostly zeros, as one-hot codes are, need no multiplications by zero: the products of a stack are one
+product of the block-diagonal matrix of all A_r, in compressed rows, with the B_r below one another. And products with
+few columns, as in a last layer, are quicker as products with few rows. What is here reads and writes the very memory
+that the stack's products would, so that either can stand for the other.
 """
 
 import warnings
@@ -16,6 +17,10 @@ MAX_DENSITY = 0.1
 # multiplications in all.
 MIN_DENSE = 30_000
 MIN_WORK = 4_000_000
+# Products with fewer columns than these, and not a multiple of what the processor takes at once, have slow kernels; a
+# copy of the result pays from so many multiplications.
+NARROW, NARROWEST, AT_ONCE = 32, 16, 4
+MIN_NARROW_WORK = 200_000
 
 
 def is_sparse(matrix: Tensor) -> bool:
@@ -25,6 +30,25 @@ def is_sparse(matrix: Tensor) -> bool:
         and torch.backends.mkl.is_available()
         and matrix.dtype in (torch.float32, torch.float64)
         and int(matrix.count_nonzero()) <= MAX_DENSITY * matrix.numel()
+    )
+
+
+def is_narrow(left: Tensor, right: Tensor) -> bool:
+    """Whether a stack of products is quicker as the transpose of (B_rᵀ·A_rᵀ).
+
+    Args:
+        left: the A_r, [R, n, m].
+        right: the B_r, [R, m, K].
+    """
+    columns = right.shape[2]
+    uneven = NARROWEST < columns < NARROW and columns % AT_ONCE != 0
+    transposed = left.stride(1) == 1 and left.stride(2) > 1
+    return (
+        left.device.type == "cpu"
+        and torch.backends.mkl.is_available()
+        and left.dtype == torch.float32
+        and (uneven or (transposed and columns < NARROWEST))
+        and left.numel() * columns >= MIN_NARROW_WORK
     )
 
 
@@ -106,7 +130,24 @@ class GatheredTransposedProduct:
             flat.index_add_(0, columns, rows if chosen.ones else rows * values[:, None])
 
 
-PRODUCTS = FixedProduct, GatheredProduct, GatheredTransposedProduct
+class NarrowProduct:
+    """A_r·B_r with few columns.
+
+    Args:
+        left: an example of the A_r, [R, n, m].
+        right: an example of the B_r, [R, m, K].
+    """
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self._turned = torch.empty(len(left), right.shape[2], left.shape[1], dtype=left.dtype)
+
+    def __call__(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """Write the products into `out`, [R, n, K]."""
+        torch.bmm(right.mT, left.mT, out=self._turned)
+        out.copy_(self._turned.mT)
+
+
+Product = FixedProduct | GatheredProduct | GatheredTransposedProduct | NarrowProduct
 
 
 class _Chosen:

@@ -1,13 +1,15 @@
-"""Products without the multiplications by zero equal those with them."""
+"""Products by another way are the same."""
 
 import pytest
 import torch
 
-from groktrace.sampling import sparse
-from groktrace.sampling.sparse import (
+from groktrace.sampling import products
+from groktrace.sampling.products import (
     FixedProduct,
     GatheredProduct,
     GatheredTransposedProduct,
+    NarrowProduct,
+    is_narrow,
     is_sparse,
     is_sparse_gathered,
 )
@@ -87,8 +89,29 @@ def test_what_is_dense_small_or_of_integers_is_multiplied_as_it_is():
     assert not is_sparse(one_hot(30, 5))
     assert not is_sparse(one_hot(30, 25).long())
     assert not is_sparse(one_hot(30, 25).bfloat16())
-    enough = sparse.MIN_DENSE // 25
+    enough = products.MIN_DENSE // 25
     assert is_sparse_gathered(one_hot(30, 25), 200, enough)
     assert not is_sparse_gathered(one_hot(30, 25), 200, enough - 1)
     assert not is_sparse_gathered(one_hot(30, 25), 100, enough)
     assert not is_sparse_gathered(torch.ones(30, 25), 200, enough)
+
+
+@pytest.mark.parametrize(("left", "right"), [("close", "transposed"), ("transposed", "close")])
+@pytest.mark.parametrize("columns", [3, 23])
+def test_products_with_few_columns(left, right, columns):
+    left, right = stack(left, (4, 70, 50)), stack(right, (4, 50, columns))
+    product, out = NarrowProduct(left, right), torch.full((4, 70, columns), torch.nan)
+    product(left, right, out)
+    torch.testing.assert_close(out, torch.bmm(left, right))
+
+
+def test_few_columns_are_those_that_have_slow_kernels():
+    def narrow(columns, layout="close", shape=(4, 70, 1000), dtype=torch.float32):
+        return is_narrow(stack(layout, shape, dtype), torch.ones(4, shape[2], columns, dtype=dtype))
+
+    assert [columns for columns in range(1, 40) if narrow(columns)] == [
+        each for each in range(17, 32) if each not in (20, 24, 28)
+    ]
+    assert [columns for columns in range(1, 17) if narrow(columns, "transposed")] == list(range(1, 16))
+    assert not narrow(23, dtype=torch.float64)
+    assert not narrow(23, shape=(4, 10, 10))
