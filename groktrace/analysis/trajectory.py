@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Point:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; what is not finite becomes None."""
-        return _plain({**asdict(self), "reasons": list(self.reasons)})
+        return _plain(vars(self))
 
     @classmethod
     def from_dict(cls, value: Any) -> "Point":
@@ -187,11 +187,9 @@ class Trajectory:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        own = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        own["points"] = [point.to_dict() for point in self.points]
-        own["unreadable"] = list(self.unreadable)
-        own["reference"] = None if self.reference is None else self.reference.to_dict()
-        return _plain(own)
+        reference = None if self.reference is None else self.reference.to_dict()
+        own = _plain({**vars(self), "points": None, "reference": reference})
+        return {**own, "points": [point.to_dict() for point in self.points]}
 
     def save(self, path: Path) -> None:
         """Write the trajectory as JSON, whole or not at all."""
