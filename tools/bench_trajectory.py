@@ -63,7 +63,7 @@ class TrajectorySettings:
         (1, 20, 50),
         (2, 20, 60),
     )
-    quick_error: float = 0.018
+    quick_error: float = 0.02
     lrs: tuple[float, ...] = (1.25e-5, 2.5e-5, 5e-5, 1e-4, 2e-4)
     peer_run: tuple[int, int, int] = (PAPER.chains, PAPER.burn_in, PAPER.draws)
     peer_snapshots: int = 6

@@ -119,10 +119,6 @@ def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
     return len(kept) == len(before["trajectory"]) - lost and kept == after["trajectory"]
 
 
-# Where a message says something else than the file's name.
-NAMES = {"program.json": "program"}
-
-
 class Watch:
     """Notes what a case does that reading a run has no business doing; made once in a process."""
 
@@ -202,7 +198,7 @@ class Bench:
             outcome, remark = self._commands() if commands else self._judge(what, path)
         except GroktraceError as refusal:
             outcome, remark = (
-                ("refused" if NAMES.get(path.name, path.name) in str(refusal) else "unnamed"),
+                ("refused" if path.name in str(refusal) else "unnamed"),
                 str(refusal),
             )
         except Exception as failure:

@@ -32,14 +32,21 @@ class Program:
 
     Attributes:
         graph: the calls, checked and ready.
+        where: the file that it was read from, for messages.
     """
 
     graph: Graph
+    where: str | None = None
 
     @property
     def constants(self) -> dict[str, Tensor]:
         """Tensors that the program needs and that are neither weights nor data."""
         return self.graph.constants
+
+    @property
+    def weights(self) -> list[str]:
+        """Names of the weights that the program uses."""
+        return [entry["weight"] for entry in self.graph.document["inputs"] if "weight" in entry]
 
     def forward(self, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Loss and outputs on one batch.
@@ -54,7 +61,12 @@ class Program:
         Raises:
             TaskError: a weight or a batch tensor is missing, or the batch has a size the program was not traced for.
         """
-        return self.graph.run(weights, tensors)
+        try:
+            return self.graph.run(weights, tensors)
+        except TaskError as failure:
+            if self.where is None:
+                raise
+            raise TaskError(f"{self.where}: {failure}") from failure
 
     def to_json(self) -> dict[str, Any]:
         """The program as plain JSON, without its constants; `groktrace.run.graph` says what is in it."""
@@ -73,7 +85,7 @@ class Program:
             RunError: the document is damaged or calls something that is not allowed.
         """
         try:
-            return cls(build(document, constants))
+            return cls(build(document, constants), where)
         except (RefusedError, RandomError) as failure:
             raise RunError(f"{where}: not a program that groktrace wrote: {failure}.") from failure
 

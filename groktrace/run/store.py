@@ -214,6 +214,8 @@ class Run:
         if not isinstance(document, dict) or not isinstance(document.get("offset_free"), bool):
             raise RunError(f"{program_path}: not a groktrace program.")
         program = Program.from_json(document, constants, where=str(program_path))
+        if missing := [name for name in program.weights if name not in self.specs]:
+            raise RunError(f"{program_path}: uses the weight '{missing[0]}', which {layout.RUN_FILE} does not list.")
         data = self.info["data"]
         if data is None:
             raise RunError(f"{self.root / layout.RUN_FILE}: names no data, but {layout.DATA_FILE} is there.")

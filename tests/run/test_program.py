@@ -547,6 +547,10 @@ def test_missing_weights_and_tensors_are_named(traced):
         program.forward({name: t for name, t in weights.items() if name != "2.bias"}, batch.tensors)
     with pytest.raises(TaskError, match="takes 2 batch tensors, got 1"):
         program.forward(weights, batch.tensors[:1])
+    assert program.weights == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    read = Program.from_json(program.to_json(), program.constants, where="run/program.json")
+    with pytest.raises(TaskError, match=r"^run/program\.json: the recorded program takes 2 batch tensors, got 1"):
+        read.forward(weights, batch.tensors[:1])
 
 
 def test_tied_weights_have_one_name(traced):

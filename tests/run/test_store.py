@@ -379,6 +379,13 @@ def test_a_damaged_program_is_named(whole, document, message):
         _ = open_run(whole).task
 
 
+def test_a_program_of_another_network_is_named(whole):
+    weights = {name: entry for name, entry in INFO["weights"].items() if name != "bias"}
+    run = open_run(change(whole, weights=weights))
+    with pytest.raises(RunError, match=r"program\.json: uses the weight 'bias', which run\.json does not list"):
+        _ = run.task
+
+
 @pytest.mark.parametrize(
     ("tensors", "data", "message"),
     [
