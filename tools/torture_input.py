@@ -197,10 +197,7 @@ class Bench:
         try:
             outcome, remark = self._commands() if commands else self._judge(what, path)
         except GroktraceError as refusal:
-            outcome, remark = (
-                ("refused" if path.name in str(refusal) else "unnamed"),
-                str(refusal),
-            )
+            outcome, remark = "refused" if path.name in str(refusal) else "unnamed", str(refusal)
         except Exception as failure:
             outcome, remark = "VIOLATION", f"{type(failure).__name__}: {failure}"
         self.watch.active = False

@@ -225,7 +225,7 @@ class _Record:
         if _geometry(matrix) == _geometry(rows):
             return GatheredProduct(samples, index, dense), uses
         if _geometry(matrix) == _geometry(rows.transpose(1, 2)):
-            return GatheredTransposedProduct(samples, index), uses
+            return GatheredTransposedProduct(samples, index, dense), uses
         return None
 
     def is_view(self, operation: _Operation) -> bool:

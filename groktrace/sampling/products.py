@@ -17,9 +17,9 @@ MAX_DENSITY = 0.1
 # multiplications in all.
 MIN_DENSE = 30_000
 MIN_WORK = 4_000_000
-# Products with fewer columns than these, and not a multiple of what the processor takes at once, have slow kernels; a
-# copy of the result pays from so many multiplications.
-NARROW, NARROWEST, AT_ONCE = 32, 16, 4
+# Kernels are slow for weight gradients of fewer columns than the first, and between the two where the columns are no
+# multiple of what the processor takes at once. A copy of the result pays from so many multiplications.
+NARROW, UNEVEN, AT_ONCE = 16, 32, 4
 MIN_NARROW_WORK = 200_000
 
 
@@ -30,25 +30,6 @@ def is_sparse(matrix: Tensor) -> bool:
         and torch.backends.mkl.is_available()
         and matrix.dtype in (torch.float32, torch.float64)
         and int(matrix.count_nonzero()) <= MAX_DENSITY * matrix.numel()
-    )
-
-
-def is_narrow(left: Tensor, right: Tensor) -> bool:
-    """Whether a stack of products is quicker as the transpose of (B_rᵀ·A_rᵀ).
-
-    Args:
-        left: the A_r, [R, n, m].
-        right: the B_r, [R, m, K].
-    """
-    columns = right.shape[2]
-    uneven = NARROWEST < columns < NARROW and columns % AT_ONCE != 0
-    transposed = left.stride(1) == 1 and left.stride(2) > 1
-    return (
-        left.device.type == "cpu"
-        and torch.backends.mkl.is_available()
-        and left.dtype == torch.float32
-        and (uneven or (transposed and columns < NARROWEST))
-        and left.numel() * columns >= MIN_NARROW_WORK
     )
 
 
@@ -64,6 +45,25 @@ def is_sparse_gathered(samples: Tensor, chosen: int, width: int) -> bool:
     return size >= MIN_DENSE and size * chosen >= MIN_WORK and is_sparse(samples)
 
 
+def is_narrow(left: Tensor, right: Tensor) -> bool:
+    """Whether a stack of products is quicker as the transposes of B_rᵀ·A_rᵀ, on this device.
+
+    Args:
+        left: the A_r, [R, n, m].
+        right: the B_r, [R, m, K].
+    """
+    columns = right.shape[2]
+    uneven = NARROW < columns < UNEVEN and columns % AT_ONCE != 0
+    transposed = left.stride(1) == 1 and left.stride(2) > 1
+    return (
+        left.device.type == "cpu"
+        and torch.backends.mkl.is_available()
+        and left.dtype == torch.float32
+        and (uneven or (transposed and columns < NARROW))
+        and left.numel() * columns >= MIN_NARROW_WORK
+    )
+
+
 class FixedProduct:
     """A·B_r for one matrix A and a stack of B_r.
 
@@ -73,17 +73,15 @@ class FixedProduct:
     """
 
     def __init__(self, matrix: Tensor, dense: Tensor) -> None:
-        self._rows = _Rows(dense)
+        rows = _Rows(dense)
         row, column = matrix.nonzero(as_tuple=True)
         counts = torch.bincount(row, minlength=len(matrix)).repeat(len(dense))
-        columns = column + self._rows.begins[:, None]
-        values = matrix[row, column].repeat(len(dense))
-        self._blocks = _compressed(counts, columns.flatten(), values, self._rows.count)
+        columns = (column + rows.begins[:, None]).flatten().int()
+        self._blocks = _Blocks(rows, counts, columns, matrix[row, column].repeat(len(dense)))
 
     def __call__(self, dense: Tensor, out: Tensor) -> None:
         """Write the products into `out`, [R, n, K]."""
-        flat = out.view(-1, out.shape[-1])
-        torch.addmm(flat, self._blocks, self._rows(dense), beta=0, out=flat)
+        self._blocks.multiply(dense, out)
 
 
 class GatheredProduct:
@@ -96,17 +94,16 @@ class GatheredProduct:
     """
 
     def __init__(self, samples: Tensor, index: Tensor, dense: Tensor) -> None:
-        self._rows = _Rows(dense)
-        self._chosen = _Chosen(samples, index, self._rows.begins, torch.int32)
+        rows = _Rows(dense)
+        self._chosen = _Chosen(samples, index, rows.begins, torch.int32)
         columns, values = self._chosen.columns, self._chosen.values
         counts = torch.full((len(columns),), columns.shape[1])
-        self._blocks = _compressed(counts, columns.view(-1), values.view(-1), self._rows.count)
+        self._blocks = _Blocks(rows, counts, columns.view(-1), values.view(-1))
 
     def __call__(self, index: Tensor, dense: Tensor, out: Tensor) -> None:
         """Write the products into `out`, [R, B, K]."""
         self._chosen.choose(index)
-        flat = out.view(-1, out.shape[-1])
-        torch.addmm(flat, self._blocks, self._rows(dense), beta=0, out=flat)
+        self._blocks.multiply(dense, out)
 
 
 class GatheredTransposedProduct:
@@ -115,19 +112,21 @@ class GatheredTransposedProduct:
     Args:
         samples: the matrix that rows are taken from, [n, m].
         index: an example of their numbers, [R, B].
+        dense: an example of the B_r, [R, B, K].
     """
 
-    def __init__(self, samples: Tensor, index: Tensor) -> None:
+    def __init__(self, samples: Tensor, index: Tensor, dense: Tensor) -> None:
         begins = samples.shape[1] * torch.arange(len(index))
         self._chosen = _Chosen(samples, index, begins, torch.int64)
+        self._scaled = None if self._chosen.ones else torch.empty(index.numel(), dense.shape[2], dtype=dense.dtype)
 
     def __call__(self, index: Tensor, dense: Tensor, out: Tensor) -> None:
-        """Write the products of `dense`, [R, B, K], into `out`, [R, m, K]."""
-        chosen = self._chosen
-        chosen.choose(index)
+        """Write the products into `out`, [R, m, K]."""
+        self._chosen.choose(index)
         rows, flat = dense.reshape(-1, dense.shape[-1]), out.view(-1, out.shape[-1]).zero_()
-        for columns, values in zip(chosen.columns.unbind(1), chosen.values.unbind(1), strict=True):
-            flat.index_add_(0, columns, rows if chosen.ones else rows * values[:, None])
+        for columns, values in zip(self._chosen.columns.unbind(1), self._chosen.values.unbind(1), strict=True):
+            scaled = rows if self._scaled is None else torch.mul(rows, values[:, None], out=self._scaled)
+            flat.index_add_(0, columns, scaled)
 
 
 class NarrowProduct:
@@ -213,18 +212,25 @@ class _Rows:
         return stack.as_strided((self.count, width), (width, 1), stack.storage_offset())
 
 
-def _compressed(counts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
-    """A matrix in compressed rows.
+class _Blocks:
+    """A block-diagonal matrix in compressed rows.
 
     Args:
-        counts: numbers in each row.
-        columns: of the numbers, row by row.
+        rows: of what it is multiplied with.
+        counts: numbers in each of its rows.
+        columns: of the numbers, row by row, in int32; like the values, it is used as it then stands.
         values: the numbers.
-        width: how many columns.
     """
-    begins = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
-        return torch.sparse_csr_tensor(
-            begins.int(), columns.int(), values, (len(counts), width), check_invariants=False
-        )
+
+    def __init__(self, rows: _Rows, counts: Tensor, columns: Tensor, values: Tensor) -> None:
+        self._rows = rows
+        begins = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+            shape = len(counts), rows.count
+            self._matrix = torch.sparse_csr_tensor(begins, columns, values, shape, check_invariants=False)
+
+    def multiply(self, dense: Tensor, out: Tensor) -> None:
+        """Write the products of its blocks with `dense`, [R, m, K], into `out`, [R, n, K]."""
+        flat = out.view(-1, out.shape[-1])
+        torch.addmm(flat, self._matrix, self._rows(dense), beta=0, out=flat)

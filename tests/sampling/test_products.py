@@ -76,9 +76,7 @@ def test_rows_of_a_matrix_times_a_stack(layout, samples, transposed):
     for seed in range(3):
         index = torch.randint(30, (4, 9), generator=torch.Generator().manual_seed(seed))
         if product is None:
-            product = (
-                GatheredTransposedProduct(samples, index) if transposed else GatheredProduct(samples, index, dense)
-            )
+            product = (GatheredTransposedProduct if transposed else GatheredProduct)(samples, index, dense)
         product(index, dense, out)
         rows = samples[index]
         torch.testing.assert_close(out, torch.bmm(rows.transpose(1, 2) if transposed else rows, dense))
