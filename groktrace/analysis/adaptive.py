@@ -1,8 +1,11 @@
 """Which snapshots to sample where not all of them are: a coarse subset, then those that date the transitions."""
 
+import bisect
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.analysis.transitions import Transition, find_transitions
@@ -12,6 +15,8 @@ COARSE = 64
 SHARE = 0.1
 # Snapshots that are chosen at once; of the run alone, so that neither memory nor workers decide which are sampled.
 ROUND = 8
+# Snapshots on either side of a transition whose λ tells its levels.
+PHASE = 32
 # Outside transitions, neighbours that differ by so many errors, and by this fraction of the largest level, are suspect.
 SUSPICIOUS_ERRORS = 4.0
 SUSPICIOUS_CHANGE = 0.05
@@ -25,9 +30,10 @@ def sample_adaptively(
 ) -> dict[int, Point]:
     """Sample evenly spread snapshots first, then between those where a transition is or may be.
 
-    A gap between neighbours counts by the snapshots that it hides times the share of the transition that happens in it:
-    what it leaves open of the transition's date. Gaps are halved, those that count most first, until no snapshot within
-    a transition is hidden, or a tenth of all are sampled.
+    A gap between neighbours counts by what it leaves open of a transition's date, in snapshots: those that it hides
+    times the share of the transition that happens in it, and what one more λ there would take off the error that noise
+    makes. Gaps are halved, those that count most first, until no snapshot within a transition or close beside it is
+    hidden, or a tenth of all are sampled.
 
     Args:
         steps: of all snapshots, ascending.
@@ -59,21 +65,70 @@ def _next(steps: Sequence[int], tried: set[int], points: dict[int, Point], n: in
     known = [(i, *_value(points[steps[i]])) for i in sorted(tried) if steps[i] in points]
     known = [each for each in known if math.isfinite(each[1]) and math.isfinite(each[2])]
     level = max((value for _, value, _ in known), default=0.0)
+    dates = [_Date.of(steps, known, transitions, number) for number in range(len(transitions))]
     scored = []
     for (i, before, error), (j, after, other) in itertools.pairwise(known):
         inside = [k for k in range(i + 1, j) if k not in tried]
         if not inside:
             continue
         size, noise = abs(after - before), math.hypot(error, other)
+        gain = max((date.gain(i, j) for date in dates), default=0.0)
         within = [each for each in transitions if _touches(each, steps[i], steps[j])]
         if within:
             share = max(size, noise) / min(abs(each.delta_llc) for each in within)
         elif size > max(SUSPICIOUS_ERRORS * noise, SUSPICIOUS_CHANGE * level):
             share = 1.0
         else:
-            continue
-        scored.append((-len(inside) * share, inside[len(inside) // 2]))
+            share = 0.0
+        if share or gain:
+            scored.append((-len(inside) * share - gain, inside[len(inside) // 2]))
     return [index for _, index in sorted(scored)]
+
+
+@dataclass(frozen=True)
+class _Date:
+    """What the midpoint of one transition rests on, where λ is noisy: the levels beside it, and λ near half-way.
+
+    With so many points at each, it is off by blur·√(1/centre + 1/4·before + 1/4·after) snapshots.
+
+    Attributes:
+        parts: for each of the three, the indices between which its points lie, how many there are, and what one counts.
+        blur: in how many snapshots λ changes by its error.
+    """
+
+    parts: tuple[tuple[int, int, int, float], ...]
+    blur: float
+
+    @classmethod
+    def of(
+        cls,
+        steps: Sequence[int],
+        known: Sequence[tuple[int, float, float]],
+        transitions: Sequence[Transition],
+        number: int,
+    ) -> "_Date":
+        each = transitions[number]
+        onset, end = bisect.bisect_left(steps, each.onset), bisect.bisect_left(steps, each.end)
+        first = bisect.bisect_left(steps, transitions[number - 1].end) if number else 0
+        last = len(steps) - 1
+        if number + 1 < len(transitions):
+            last = bisect.bisect_left(steps, transitions[number + 1].onset)
+        half, quarter = (each.llc_before + each.llc_after) / 2, abs(each.delta_llc) / 4
+        middle = [i for i, value, _ in known if onset <= i <= end and abs(value - half) <= quarter] or [onset, end]
+        bounds = (
+            (middle[0], middle[-1], 1.0),
+            (max(first, onset - PHASE), onset, 0.25),
+            (end, min(last, end + PHASE), 0.25),
+        )
+        parts = tuple((a, b, max(sum(a <= i <= b for i, _, _ in known), 1), share) for a, b, share in bounds)
+        error = statistics.median(error for i, _, error in known if onset <= i <= end)
+        return cls(parts, error * max(end - onset, 1) / abs(each.delta_llc))
+
+    def gain(self, i: int, j: int) -> float:
+        """By how many snapshots the date gets better if one between two others is sampled."""
+        total = math.sqrt(sum(share / count for _, _, count, share in self.parts))
+        best = max((share / count**2 for a, b, count, share in self.parts if a <= i and j <= b), default=0.0)
+        return 0.5 * self.blur * best / total
 
 
 def _value(point: Point) -> tuple[float, float]:

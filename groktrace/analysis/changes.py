@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from groktrace.analysis.segmentation import Fit
+from groktrace.analysis.segmentation import Fit, line_slope
 
 # A change counts from this fraction of the curve's largest level on, however small its error; below it a slow drift of
 # the curvature, or of the sampler, would do.
@@ -17,14 +17,19 @@ SIGNIFICANCE = 0.01
 JUMP = 3.0
 # A phase drifts at less than this fraction of the rate of the transition beside it.
 DRIFT = 0.25
+# Between two changes it is clearly slower, by so many standard errors, than half of that; else they are one.
+PLATEAU = 0.5
+CLEARLY = 1.645
 
 
-def find_changes(x: np.ndarray, fit: Fit) -> list[tuple[int, int]]:
+def find_changes(x: np.ndarray, value: np.ndarray, variance: np.ndarray, fit: Fit) -> list[tuple[int, int]]:
     """First and last index of each change that is large, significant and stands out from a phase beside it.
 
     Args:
         x: abscissa, [T].
-        fit: of the curve.
+        value: [T].
+        variance: of each value, [T].
+        fit: of the three above.
     """
     # A complexity is positive: what is negative, far off any minimum, sets no scale.
     least = MIN_CHANGE * max(float(fit.value.max()), 0.0)
@@ -42,7 +47,7 @@ def find_changes(x: np.ndarray, fit: Fit) -> list[tuple[int, int]]:
     swings[-1] = (swings[-1][0], len(x) - 1)
     found = []
     for first, last in swings:
-        changes = _stand_out(x, fit.value, _moves(fit, first, last), least)
+        changes = _stand_out(x, value, variance, fit, _moves(fit, first, last), least)
         if changes != [(0, len(x) - 1)]:  # else the curve drifts throughout
             found += [change for change in changes if counts(*change)]
     return found
@@ -91,18 +96,22 @@ def _steepness(fit: Fit, move: tuple[int, int]) -> float:
     return abs(fit.value[move[1]] - fit.value[move[0]]) / max(move[1] - move[0], 1)
 
 
-def _stand_out(x: np.ndarray, value: np.ndarray, moves: list[tuple[int, int]], least: float) -> list[tuple[int, int]]:
+def _stand_out(
+    x: np.ndarray, value: np.ndarray, variance: np.ndarray, fit: Fit, moves: list[tuple[int, int]], least: float
+) -> list[tuple[int, int]]:
     """The changes within one swing, apart from phases that stay or drift the same way.
 
     Args:
         x: abscissa, [T].
-        value: fitted curve, [T].
+        value: [T].
+        variance: of each value, [T].
+        fit: of the three above.
         moves: that the swing is made of.
         least: what a change has to be.
     """
     first, last = moves[0][0], moves[-1][1]
-    sign = math.copysign(1.0, value[last] - value[first])
-    size = np.array([sign * (value[b] - value[a]) for a, b in moves])
+    sign = math.copysign(1.0, fit.value[last] - fit.value[first])
+    size = np.array([sign * (fit.value[b] - fit.value[a]) for a, b in moves])
     rate = size / np.array([x[b] - x[a] for a, b in moves])
     # What is fast but small is part of a joint, no transition of its own.
     peak = np.where(size >= least, rate, -np.inf)
@@ -110,9 +119,16 @@ def _stand_out(x: np.ndarray, value: np.ndarray, moves: list[tuple[int, int]], l
         return [(first, last)]
     before = np.concatenate([[-np.inf], np.maximum.accumulate(peak)[:-1]])
     after = np.concatenate([np.maximum.accumulate(peak[::-1])[::-1][1:], [-np.inf]])
-    valley = rate < DRIFT * np.minimum(before, after)
+    slower = np.minimum(before, after)
+    valley = rate < DRIFT * slower
+    for between, group in itertools.groupby(range(len(moves)), key=valley.tolist().__getitem__):
+        inside = list(group)
+        if between:
+            # A straight piece too short to tell a phase from a bend is cheap to the fit, and no phase.
+            slope, error = line_slope(x, value, variance, moves[inside[0]][0], moves[inside[-1]][1])
+            valley[inside] = sign * slope + CLEARLY * error < PLATEAU * slower[inside].max()
     found = []
-    for between, group in itertools.groupby(range(len(moves)), key=lambda i: bool(valley[i])):
+    for between, group in itertools.groupby(range(len(moves)), key=valley.tolist().__getitem__):
         if between:
             continue
         kept = list(group)

@@ -155,8 +155,8 @@ def _date(
     for i, crossing in zip(draw.tolist(), at.tolist(), strict=True):
         if i not in nearest or abs(crossing - middle) < abs(nearest[i] - middle):
             nearest[i] = crossing
-    low, high = np.quantile([*nearest.values(), middle], [0.05, 0.95])
-    return middle, min(float(low), middle), max(float(high), middle)
+    low, median, high = np.quantile([*nearest.values(), middle], [0.05, 0.5, 0.95])
+    return float(median), float(low), float(high)
 
 
 def _crossings(

@@ -228,6 +228,23 @@ def straight_cost(x: np.ndarray, value: np.ndarray, variance: np.ndarray) -> flo
     return float(np.sum(residual**2)) + (2 + SLOPE) * math.log(len(x))
 
 
+def line_slope(x: np.ndarray, value: np.ndarray, variance: np.ndarray, first: int, last: int) -> tuple[float, float]:
+    """Slope of the straight line through some of the points, and its standard error.
+
+    Args:
+        x: abscissa, [T].
+        value: [T].
+        variance: of each value, [T].
+        first: index of the first of two points or more.
+        last: index of the last.
+    """
+    points = slice(first, last + 1)
+    weight = 1 / variance[points]
+    dx = x[points] - np.average(x[points], weights=weight)
+    squares = float(np.sum(weight * dx**2))
+    return float(np.sum(weight * dx * value[points])) / squares, 1 / math.sqrt(squares)
+
+
 def draw_curves(
     x: np.ndarray, value: np.ndarray, variance: np.ndarray, draws: int, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:

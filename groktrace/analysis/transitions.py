@@ -105,15 +105,15 @@ def find_transitions(trajectory: Trajectory) -> list[Transition]:
     if len(value) < MIN_POINTS:
         return []
     steps = trajectory.column("step")[position]
-    variance = error**2 + _roughness(value, error) ** 2
     axes = [_Axis(float(np.diff(steps).min()), logarithmic) for logarithmic in (False, True)]
+    variance = error**2 + min(_roughness(axis.of(steps), value, error) for axis in axes) ** 2
     fits = [segment(axis.of(steps), value, variance) for axis in axes]
     axis, fit = min(zip(axes, fits, strict=True), key=lambda pair: pair[1].cost)
     x = axis.of(steps)
     straight = min(straight_cost(axis.of(steps), value, variance) for axis in axes)
     if straight <= fit.cost + DRIFT_FAVOUR * math.log(len(x)):
         return []
-    changes = find_changes(x, fit)
+    changes = find_changes(x, value, variance, fit)
     found: list[Transition] = []
     since, loss = 0, trajectory.column("train_loss")[position]
     dated = measure_changes(x, value, variance, fit, changes)
@@ -178,11 +178,15 @@ def _curve(trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return position, value[position], (error * np.where(doubtful, DOUBT, 1.0))[position]
 
 
-def _roughness(value: np.ndarray, error: np.ndarray) -> float:
-    """Standard deviation of the training's own jitter: what second differences show beyond the sampling error."""
-    second = value[2:] - 2 * value[1:-1] + value[:-2]
-    # Median absolute deviation; a second difference of white noise has six times its variance.
-    seen = (1.4826 * float(np.median(np.abs(second)))) ** 2 / 6
+def _roughness(x: np.ndarray, value: np.ndarray, error: np.ndarray) -> float:
+    """Standard deviation of the training's jitter: how far points lie off the line between their neighbours.
+
+    Less the sampling error, which they have too.
+    """
+    left = (x[2:] - x[1:-1]) / (x[2:] - x[:-2])
+    off = value[1:-1] - left * value[:-2] - (1 - left) * value[2:]
+    # Median absolute deviation, of what white noise of variance 1 gives the variance 1.
+    seen = (1.4826 * float(np.median(np.abs(off) / np.sqrt(1 + left**2 + (1 - left) ** 2)))) ** 2
     floor = 1e-4 * float(np.max(np.abs(value))) + 1e-12
     return math.sqrt(max(seen - float(np.median(error**2)), floor**2))
 

@@ -58,6 +58,21 @@ def test_jumps_are_dated_as_by_all_snapshots(seed):
     assert {332, 333, 1216, 1217} <= chosen.keys()
 
 
+def test_a_long_noisy_fall_is_dated_as_by_all_snapshots():
+    """Where one λ is off by more than the curve changes in many snapshots, a tenth of them has to be well chosen."""
+    apart = []
+    for seed in range(2, 5):
+        steps = np.arange(2000)
+        curve = np.interp(steps, [0, 10], [170.0, 1190.0]) - 420 * (1 - np.exp(-np.maximum(steps - 25, 0) / 60))
+        values = curve + 6.0 * np.random.default_rng(seed).standard_normal(2000)
+        points = {step: Point(step, value, 6.0, value, 6.0) for step, value in enumerate(values.tolist())}
+        full, some = dated(points), dated(replayed(points)[0])
+        assert [each[0] for each in some] == [each[0] for each in full] == ["complexification", "simplification"]
+        assert abs(some[0][1] - full[0][1]) <= 1
+        apart.append(abs(some[1][1] - full[1][1]))
+    assert np.mean(apart) < 1.5
+
+
 def test_a_flat_curve_is_left_at_the_coarse_subset():
     chosen, rounds = replayed(simulated(2000, {0: 50.0}))
     assert rounds == [adaptive.COARSE]
