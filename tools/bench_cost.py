@@ -321,6 +321,9 @@ def work_in_child(work: dict[str, Any]) -> None:
     else:
         model, data = language_model_of(work["language"])
         found["weights"] = size(model)
+        if not work.get("training"):
+            groktrace.estimate_llc(model, sequence_cross_entropy, data, **settings, draws=2)
+            found["peak"] = peak_bytes()  # before the allocator holds what timing has left
         step = _train_steps(model, data) if work.get("training") else _chain_steps(model, data, settings)
         start = time.process_time()
         step(few)
@@ -328,9 +331,7 @@ def work_in_child(work: dict[str, Any]) -> None:
         step(many)
         chains = 1 if work.get("training") else work["chains"]
         found["step"] = (time.process_time() - 2 * between + start) / (work["steps"] * chains)
-        if not work.get("training"):
-            groktrace.estimate_llc(model, sequence_cross_entropy, data, **settings, draws=2)
-    print(json.dumps({**found, "peak": peak_bytes()}))
+    print(json.dumps({"peak": peak_bytes(), **found}))
 
 
 def _chain_steps(model: nn.Module, data: Any, settings: dict[str, Any]) -> Callable[[int], None]:

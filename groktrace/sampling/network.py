@@ -6,9 +6,11 @@ one, gradients are added to another as they appear, and the rest is done in piec
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from groktrace.sampling.posterior import FACTOR, StackedLoss
 
@@ -100,16 +102,9 @@ class Network:
         Returns:
             L there, without the factor.
         """
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in self._named(at).items()}
-        for leaf, place in zip(leaves.values(), self.layout.unflatten(out).values(), strict=True):
-
-            def collect(leaf: Tensor, place: Tensor = place) -> None:
-                # As soon as it is there, so that no second set of gradients ever exists.
-                place.add_(leaf.grad)
-                leaf.grad = None
-
-            leaf.register_post_accumulate_grad_hook(collect)
-        with torch.enable_grad():
+        places = self.layout.unflatten(out)
+        leaves = {name: _leaf(tensor, places[name]) for name, tensor in self._named(at).items()}
+        with torch.enable_grad(), _Uses({id(leaf): places[name] for name, leaf in leaves.items()}):
             return self._evaluate(leaves, index, lambda part: (scale * part).backward())
 
     def _named(self, at: Tensor | None) -> dict[str, Tensor]:
@@ -129,6 +124,38 @@ class Network:
             use(part)
             total += float(part.detach())
         return total
+
+
+def _leaf(tensor: Tensor, place: Tensor) -> Tensor:
+    """A tensor whose gradient is added to a place as soon as it is there, so that no second set of gradients exists."""
+
+    def collect(leaf: Tensor) -> None:
+        place.add_(leaf.grad)
+        leaf.grad = None
+
+    leaf = tensor.detach().requires_grad_()
+    leaf.register_post_accumulate_grad_hook(collect)
+    return leaf
+
+
+class _Uses(TorchFunctionMode):
+    """Makes every use of a weight a leaf of its own.
+
+    Autograd would hold the gradients of both uses of tied embeddings, and their sum beside them.
+
+    Args:
+        places: where the gradients go, by the id of the weight.
+    """
+
+    def __init__(self, places: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self.places = places
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args = [_leaf(each, self.places[id(each)]) if id(each) in self.places else each for each in args]
+        return func(*args, **(kwargs or {}))
 
 
 def with_micro_batch(loss: StackedLoss, weights: Mapping[str, Tensor]) -> StackedLoss:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from groktrace.run.task import Task
 from groktrace.sampling import network as module
@@ -60,6 +61,29 @@ def test_micro_batches_give_the_loss_and_gradient_of_the_whole(micro_batch, inde
         assert found == pytest.approx(float(expected[0]), rel=1e-6)
         torch.testing.assert_close(out, 1 - 2 * expected[1][0], rtol=1e-5, atol=1e-6)
     assert network.mean_loss(moved) == pytest.approx(float(stacked(loss, weights).losses(moved[None])), rel=1e-6)
+
+
+class Operations(TorchDispatchMode):
+    """Names and shapes of what operations return, backward too."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.seen.append((func.overloadpacket.__name__, tuple(out.shape)))
+        return out
+
+
+def test_gradients_of_tied_weights_are_never_summed_beside_each_other():
+    loss, weights = tied_loss()
+    network = Network(module.replace(loss, micro_batch=10), weights)
+    with Operations() as operations:
+        network.add_gradient(torch.zeros(loss.layout.size))
+    tied = [name for name, shape in operations.seen if shape == (11, 6) and name in ("add", "add_")]
+    assert tied == ["add_", "add_"]  # each use to its place
 
 
 def test_half_precision_weights_are_not_copied_and_gradients_are_float32():
