@@ -121,8 +121,8 @@ class _Date:
             (end, min(last, end + PHASE), 0.25),
         )
         parts = tuple((a, b, max(sum(a <= i <= b for i, _, _ in known), 1), share) for a, b, share in bounds)
-        error = statistics.median(error for i, _, error in known if onset <= i <= end)
-        return cls(parts, error * max(end - onset, 1) / abs(each.delta_llc))
+        errors = [error for i, _, error in known if onset <= i <= end] or [0.0]  # of damaged points nothing is known
+        return cls(parts, statistics.median(errors) * max(end - onset, 1) / abs(each.delta_llc))
 
     def gain(self, i: int, j: int) -> float:
         """By how many snapshots the date gets better if one between two others is sampled."""

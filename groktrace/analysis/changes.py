@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from groktrace.analysis.segmentation import Fit, line_slope
+from groktrace.analysis.segmentation import Fit, Line
 
 # A change counts from this fraction of the curve's largest level on, however small its error; below it a slow drift of
 # the curvature, or of the sampler, would do.
@@ -125,8 +125,9 @@ def _stand_out(
         inside = list(group)
         if between:
             # A straight piece too short to tell a phase from a bend is cheap to the fit, and no phase.
-            slope, error = line_slope(x, value, variance, moves[inside[0]][0], moves[inside[-1]][1])
-            valley[inside] = sign * slope + CLEARLY * error < PLATEAU * slower[inside].max()
+            line = Line.through(x, value, variance, moves[inside[0]][0], moves[inside[-1]][1] + 1)
+            fastest = sign * line.slope + CLEARLY * math.sqrt(line.slope_variance)
+            valley[inside] = fastest < PLATEAU * slower[inside].max()
     found = []
     for between, group in itertools.groupby(range(len(moves)), key=valley.tolist().__getitem__):
         if between:

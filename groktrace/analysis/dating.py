@@ -125,7 +125,7 @@ def _within(first: int, last: int, changes: list[tuple[int, int]]) -> bool:
 def _date(
     x: np.ndarray, fit: Fit, change: tuple[int, int], window: slice, curves: np.ndarray, begins: np.ndarray
 ) -> tuple[float, float, float]:
-    """Midpoint of a change, where the curve crosses its half level, and the midpoint's 90 % interval.
+    """Midpoint of a change, where the curve crosses its half level: the posterior's median, and its 90 % interval.
 
     Where the curve jumps between two snapshots, the crossing may be anywhere between them.
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -77,9 +77,9 @@ def segment(x: np.ndarray, value: np.ndarray, variance: np.ndarray) -> Fit:
     bounds = [0, *reversed(ends)]
     fitted, spread = np.empty(count), np.empty(count)
     for start, end in itertools.pairwise(bounds):
-        level, slope, centre, level_variance, slope_variance = _coefficients(x, value, variance, start, end)
-        fitted[start:end] = level + slope * (x[start:end] - centre)
-        spread[start:end] = level_variance + slope_variance * (x[start:end] - centre) ** 2
+        line = _piece(x, value, variance, start, end)
+        fitted[start:end] = line.level + line.slope * (x[start:end] - line.centre)
+        spread[start:end] = line.level_variance + line.slope_variance * (x[start:end] - line.centre) ** 2
     return Fit(fitted, spread, bounds[:-1], float(best[count]))
 
 
@@ -228,21 +228,41 @@ def straight_cost(x: np.ndarray, value: np.ndarray, variance: np.ndarray) -> flo
     return float(np.sum(residual**2)) + (2 + SLOPE) * math.log(len(x))
 
 
-def line_slope(x: np.ndarray, value: np.ndarray, variance: np.ndarray, first: int, last: int) -> tuple[float, float]:
-    """Slope of the straight line through some of the points, and its standard error.
+@dataclass(frozen=True)
+class Line:
+    """The straight line through some of the points.
 
-    Args:
-        x: abscissa, [T].
-        value: [T].
-        variance: of each value, [T].
-        first: index of the first of two points or more.
-        last: index of the last.
+    Attributes:
+        centre: mean abscissa, weighted.
+        level: there.
+        slope: per unit of the abscissa.
+        level_variance: of the level.
+        slope_variance: of the slope.
     """
-    points = slice(first, last + 1)
-    weight = 1 / variance[points]
-    dx = x[points] - np.average(x[points], weights=weight)
-    squares = float(np.sum(weight * dx**2))
-    return float(np.sum(weight * dx * value[points])) / squares, 1 / math.sqrt(squares)
+
+    centre: float
+    level: float
+    slope: float
+    level_variance: float
+    slope_variance: float
+
+    @classmethod
+    def through(cls, x: np.ndarray, value: np.ndarray, variance: np.ndarray, start: int, end: int) -> "Line":
+        """Weighted least squares.
+
+        Args:
+            x: abscissa, [T].
+            value: [T].
+            variance: of each value, [T].
+            start: index of the first of two points or more.
+            end: index after the last.
+        """
+        w = 1 / variance[start:end]
+        centre = float(np.average(x[start:end], weights=w))
+        dx = x[start:end] - centre
+        level, sxx = float(np.average(value[start:end], weights=w)), float(np.sum(w * dx**2))
+        slope = float(np.sum(w * dx * (value[start:end] - level))) / sxx
+        return cls(centre, level, slope, float(1 / w.sum()), 1 / sxx)
 
 
 def draw_curves(
@@ -272,7 +292,7 @@ def draw_curves(
         weights[end] = top + math.log(np.exp(exponent - top).sum())
     curves, begins = np.empty((draws, count)), np.zeros((draws, count), dtype=bool)
     cumulative: dict[int, np.ndarray] = {}
-    lines: dict[tuple[int, int], tuple[float, float, float, float, float]] = {}
+    lines: dict[tuple[int, int], Line] = {}
     for curve, begin in zip(curves, begins, strict=True):
         end = count
         while end:
@@ -282,12 +302,12 @@ def draw_curves(
             sums = cumulative[end]
             start = min(int(np.searchsorted(sums, generator.random() * sums[-1], side="right")), end - 2)
             if (start, end) not in lines:
-                lines[start, end] = _coefficients(x, value, variance, start, end)
-            level, slope, centre, level_variance, slope_variance = lines[start, end]
+                lines[start, end] = _piece(x, value, variance, start, end)
+            line = lines[start, end]
             noise = generator.standard_normal(2)
-            level += math.sqrt(level_variance) * noise[0]
-            slope += math.sqrt(slope_variance) * noise[1]
-            curve[start:end] = level + slope * (x[start:end] - centre)
+            level = line.level + math.sqrt(line.level_variance) * noise[0]
+            slope = line.slope + math.sqrt(line.slope_variance) * noise[1]
+            curve[start:end] = level + slope * (x[start:end] - line.centre)
             begin[start] = True
             end = start
     return curves, begins
@@ -320,15 +340,9 @@ def _piece_costs(x: np.ndarray, value: np.ndarray, precision: np.ndarray, end: i
     return syy[::-1]
 
 
-def _coefficients(
-    x: np.ndarray, value: np.ndarray, variance: np.ndarray, start: int, end: int
-) -> tuple[float, float, float, float, float]:
-    """Level at the mean abscissa, slope, mean abscissa, and the variances of level and slope, of one piece."""
-    w = 1 / variance[start:end]
-    centre = float(np.average(x[start:end], weights=w))
-    dx = x[start:end] - centre
-    level, sxx = float(np.average(value[start:end], weights=w)), float(np.sum(w * dx**2))
-    slope = float(np.sum(w * dx * (value[start:end] - level))) / sxx
-    if slope**2 * sxx <= SLOPE * math.log(len(value)):
-        return level, 0.0, centre, float(1 / w.sum()), 0.0
-    return level, slope, centre, float(1 / w.sum()), 1 / sxx
+def _piece(x: np.ndarray, value: np.ndarray, variance: np.ndarray, start: int, end: int) -> Line:
+    """The line of one piece: flat where its slope is not worth its price."""
+    line = Line.through(x, value, variance, start, end)
+    if line.slope**2 <= SLOPE * math.log(len(value)) * line.slope_variance:
+        return replace(line, slope=0.0, slope_variance=0.0)
+    return line

@@ -1,6 +1,7 @@
 """A tenth of the snapshots gives the transitions that all of them give."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 import groktrace
 from groktrace.analysis import adaptive
-from groktrace.analysis.adaptive import sample_adaptively
+from groktrace.analysis.adaptive import _Date, sample_adaptively
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.analysis.transitions import find_transitions
 
@@ -119,3 +120,30 @@ def test_what_is_sampled_is_what_a_full_replay_gives(small_run, tmp_path, monkey
         assert {**plain, **dict.fromkeys(curved)} == known[point.step]
     # A full replay takes the sampled ones as they are.
     assert groktrace.analyze(small_run, draws=20, burn_in=20).points == full.points
+
+
+def test_where_noise_blurs_a_date_the_levels_beside_it_are_sampled():
+    """Of a slow fall, λ at the short peak before it moves the date most."""
+    steps = np.arange(2000)
+    curve = np.interp(steps, [0, 10], [170.0, 1190.0]) - 420 * (1 - np.exp(-np.maximum(steps - 25, 0) / 400))
+    values = curve + 6.0 * np.random.default_rng(1).standard_normal(2000)
+    points = {step: Point(step, value, 6.0, value, 6.0) for step, value in enumerate(values.tolist())}
+    chosen, _ = replayed(points)
+    # By the change of λ between neighbours alone, two of them would be.
+    assert len(set(range(11, 26)) & chosen.keys()) >= 4
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_a_gain_is_what_one_more_snapshot_takes_off_the_dates_error(part):
+    shares, counts, blur = [1.0, 0.25, 0.25], [300, 200, 500], 7.0
+
+    def error(counts):
+        return blur * math.sqrt(sum(share / count for share, count in zip(shares, counts, strict=True)))
+
+    bounds = [(100, 199), (0, 99), (200, 299)]
+    date = _Date(
+        tuple((*bound, count, share) for bound, count, share in zip(bounds, counts, shares, strict=True)), blur
+    )
+    more = [count + (i == part) for i, count in enumerate(counts)]
+    assert date.gain(bounds[part][0] + 3, bounds[part][0] + 5) == pytest.approx(error(counts) - error(more), rel=0.02)
+    assert date.gain(290, 310) == 0.0  # tells nothing of this one

@@ -134,7 +134,7 @@ def test_a_jump_on_a_drift_is_found_without_the_drift():
 
 
 def relaxing(count, seed, plateau=0.0):
-    """A fall that slows down as it goes, at unevenly spaced steps; with a phase in it, in tens of steps over count."""
+    """A fall that slows down as it goes, at unevenly spaced steps; with a phase within it, in quarters of the run."""
     rng = np.random.default_rng(seed)
     steps = 10 * np.sort(rng.choice(4 * count, count, replace=False))
     elapsed = np.maximum(steps - 10 * count / 2, 0) / (10 * count)
