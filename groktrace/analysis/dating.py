@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from groktrace.analysis.segmentation import EDGE, Fit, Ramp, draw_curves, fit_ramp
+from groktrace.analysis.ramp import EDGE, Ramp, fit_ramp
+from groktrace.analysis.segmentation import Fit, draw_curves
 
 DRAWS = 400
 # Rounds in which changes are fitted in turn, each beside the others; and how many snapshots to either side it takes.

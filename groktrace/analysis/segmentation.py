@@ -2,24 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 # The price of a slope, in those of a level.
 SLOPE = 2.0
-# Middles and widths of a ramp that are tried in each round, ever more closely.
-PLACES = 17
-ROUNDS = 3
-# Intervals of midpoints are this much wider than the posterior's: the neighbours of a change are held where they fit
-# best, and a ramp is an idealisation. As it takes for 90 % to cover 90 % on simulated curves.
-JUMP_WIDENING = 1.08
-RAMP_WIDENING = 1.3
-# A ramp has begun, and is done, but for this share of it.
-EDGE = 0.05
-# The width, in snapshots, from which on a ramp is a jump.
-NARROWEST = 0.002
+# Sums over partitions leave out what adds less than the rounding: exp(−NEVER/2).
+NEVER = 80.0
 
 
 @dataclass(frozen=True)
@@ -62,15 +52,15 @@ def segment(x: np.ndarray, value: np.ndarray, variance: np.ndarray) -> Fit:
         value: [T].
         variance: of each value, positive, [T].
     """
-    count, precision = len(value), 1 / variance
+    count, pieces = len(value), _Pieces(x, value, variance)
     best = np.full(count + 1, np.inf)
     best[0] = 0.0
     previous = np.zeros(count + 1, dtype=int)
     for end in range(2, count + 1):
-        cost = _piece_costs(x, value, precision, end)
-        total = best[: end - 1] + cost
-        previous[end] = np.argmin(total)
-        best[end] = total[previous[end]]
+        first, total = pieces.ending(end, best)
+        choice = int(np.argmin(total))
+        previous[end], best[end] = first + choice, total[choice]
+        pieces.leave_out(total > best[end] + pieces.most)
     ends = [count]
     while previous[ends[-1]]:
         ends.append(int(previous[ends[-1]]))
@@ -81,137 +71,6 @@ def segment(x: np.ndarray, value: np.ndarray, variance: np.ndarray) -> Fit:
         fitted[start:end] = line.level + line.slope * (x[start:end] - line.centre)
         spread[start:end] = line.level_variance + line.slope_variance * (x[start:end] - line.centre) ** 2
     return Fit(fitted, spread, bounds[:-1], float(best[count]))
-
-
-@dataclass(frozen=True)
-class Ramp:
-    """A straight change between two phases that it is joined to.
-
-    Attributes:
-        middle: abscissa half-way through, the posterior's median.
-        low, high: its 90 % interval.
-        begin, end: index of the last point before the change, and of the first after it.
-        before, after: values at its edges.
-        error: standard error of after − before.
-        edges: abscissae of the best.
-        chi2: of the points of the change and its phases.
-        parameters: of those.
-    """
-
-    middle: float
-    low: float
-    high: float
-    begin: int
-    end: int
-    before: float
-    after: float
-    error: float
-    edges: tuple[float, float]
-    chi2: float
-    parameters: int
-
-    def cost(self, price: float) -> float:
-        """χ² and the price of its parameters."""
-        return self.chi2 + price * self.parameters
-
-
-def fit_ramp(
-    x: np.ndarray,
-    value: np.ndarray,
-    variance: np.ndarray,
-    change: tuple[int, int],
-    window: tuple[int, int],
-    others: Sequence[tuple[float, float]] = (),
-    sloped: tuple[bool, bool] = (False, False),
-) -> Ramp:
-    """Fit a ramp to one change, over all middles and widths, for each with the best levels.
-
-    The edges may lie between snapshots; a jump is a ramp inside one gap. The prior is flat in the middle and in the
-    logarithm of the width, both counted in snapshots.
-
-    Args:
-        x: abscissa, [T].
-        value: [T].
-        variance: [T].
-        change: first and last index of the change.
-        window: first and last index of the points that are fitted.
-        others: edges, as abscissae, of other changes among them, whose heights are fitted too.
-        sloped: whether the phases before and after have slopes of their own.
-    """
-    (first, last), (low, high) = change, window
-    points = slice(low, high + 1)
-    at, root = x[points], 1 / np.sqrt(variance[points])
-    offset = float(value[points].mean())
-    target = (value[points] - offset) * root
-    known = [np.clip((at - begin) / (end - begin), 0.0, 1.0) for begin, end in others]
-    centre = x[first] + x[last]
-    floor = max((end for begin, end in others if begin + end < centre), default=at[0])
-    ceiling = min((begin for begin, end in others if begin + end >= centre), default=at[-1])
-    # One change may reach into the next by a snapshot, for which of the two a peak belongs to is open.
-    order = np.interp([floor, ceiling], x, np.arange(len(x))) + np.array([-1.0, 1.0])
-    reach = 0.5 * (last - first) + 3.0
-    middles, widths = ((first + last) / 2 - reach, (first + last) / 2 + reach), (NARROWEST, 4 * reach)
-    for _ in range(ROUNDS):
-        m, w = np.meshgrid(np.linspace(*middles, PLACES), np.geomspace(*widths, PLACES), indexing="ij")
-        inside = (m - w / 2 >= max(low, order[0]) - 1e-9) & (m + w / 2 <= min(high, order[1]) + 1e-9)
-        if not inside.any():
-            m, w, inside = np.array([(low + high) / 2]), np.array([float(high - low)]), np.array([True])
-        m, w = m[inside], w[inside]
-        index = np.arange(len(x))
-        a, b = np.interp(m - w / 2, index, x)[:, None], np.interp(m + w / 2, index, x)[:, None]
-        basis = [np.ones((len(m), len(at))), np.clip((at - a) / (b - a), 0.0, 1.0)]
-        if sloped[0]:
-            basis.append(np.minimum(np.maximum(at, floor) - a, 0.0))
-        if sloped[1]:
-            basis.append(np.maximum(np.minimum(at, ceiling) - b, 0.0))
-        basis += [np.broadcast_to(each, (len(m), len(at))) for each in known]
-        design = np.stack(basis, axis=1) * root
-        gram = design @ design.transpose(0, 2, 1)
-        # A slope that no point bears on is left at zero.
-        gram += 1e-9 * np.einsum("gkk->g", gram)[:, None, None] * np.eye(len(basis))
-        inverse = np.linalg.inv(gram)
-        coefficients = (inverse @ (design @ target)[:, :, None])[:, :, 0]
-        chi2 = np.sum((target - np.einsum("gki,gk->gi", design, coefficients)) ** 2, axis=1)
-        best = int(np.argmin(chi2))
-        weight = np.exp(-0.5 * (chi2 - chi2[best]))
-        # The next round looks more closely where the weight is.
-        likely = weight > 1e-3
-        step = (middles[1] - middles[0]) / (PLACES - 1)
-        middles = float(m[likely].min()) - step, float(m[likely].max()) + step
-        ratio = (widths[1] / widths[0]) ** (1 / (PLACES - 1))
-        widths = max(float(w[likely].min()) / ratio, NARROWEST), float(w[likely].max()) * ratio
-    # Half-way up lies midway between the edges on the abscissa, which need not be so in snapshots.
-    places, merged = np.unique(np.round(0.5 * (a + b)[:, 0], 9), return_inverse=True)
-    share = np.bincount(merged, weight) / weight.sum()
-    quantiles = np.interp([0.05, 0.5, 0.95], np.cumsum(share) - share / 2, places)
-    # The change's error is that of its levels for one middle and width, and how much it differs between them.
-    likelihood = weight / weight.sum()
-    change_variance = likelihood @ (inverse[:, 1, 1] + (coefficients[:, 1] - coefficients[best, 1]) ** 2)
-    near = (at >= min(floor, a[best, 0])) & (at <= max(ceiling, b[best, 0]))
-    residual = target - coefficients[best] @ design[best]
-    widen = JUMP_WIDENING if w[best] < 2.5 else RAMP_WIDENING
-    quantiles[[0, 2]] = np.clip(quantiles[1] + widen * (quantiles[[0, 2]] - quantiles[1]), at[0], at[-1])
-    edge = EDGE * (b[best, 0] - a[best, 0])
-    bounds = np.interp([a[best, 0] + edge, b[best, 0] - edge], x, index)
-    begin = min(max(math.floor(bounds[0]), low), high - 1)
-    end = max(min(math.ceil(bounds[1]), high), begin + 1)
-    base, change_by = coefficients[best, :2].tolist()
-    heights = coefficients[best, len(basis) - len(known) :] if known else []
-    before = base + sum(
-        height * float(np.clip((a[best, 0] - start) / (stop - start), 0.0, 1.0))
-        for height, (start, stop) in zip(heights, others, strict=True)
-    )
-    return Ramp(
-        *quantiles[[1, 0, 2]].tolist(),
-        begin,
-        end,
-        before + offset,
-        before + change_by + offset,
-        math.sqrt(float(change_variance)),
-        (float(a[best, 0]), float(b[best, 0])),
-        float(np.sum(residual[near] ** 2)),
-        len(basis) - len(known) + 2,
-    )
 
 
 def straight_cost(x: np.ndarray, value: np.ndarray, variance: np.ndarray) -> float:
@@ -283,13 +142,14 @@ def draw_curves(
     Returns:
         The curves at the points, [draws, T], and whether a piece begins there, [draws, T].
     """
-    count, precision = len(value), 1 / variance
-    weights = np.full(count + 1, -np.inf)  # log Σ exp(−cost/2) over the partitions of the first t points
-    weights[0] = 0.0
+    count, pieces = len(value), _Pieces(x, value, variance)
+    cost = np.full(count + 1, np.inf)  # −2·log Σ exp(−cost/2) over the partitions of the first t points
+    cost[0] = 0.0
     for end in range(2, count + 1):
-        exponent = weights[: end - 1] - 0.5 * _piece_costs(x, value, precision, end)
-        top = exponent.max()
-        weights[end] = top + math.log(np.exp(exponent - top).sum())
+        _, total = pieces.ending(end, cost)
+        least = total.min()
+        cost[end] = least - 2 * math.log(np.exp(0.5 * (least - total)).sum())
+        pieces.leave_out(total > cost[end] + pieces.most + NEVER)
     curves, begins = np.empty((draws, count)), np.zeros((draws, count), dtype=bool)
     cumulative: dict[int, np.ndarray] = {}
     lines: dict[tuple[int, int], Line] = {}
@@ -297,8 +157,8 @@ def draw_curves(
         end = count
         while end:
             if end not in cumulative:
-                cost = _piece_costs(x, value, precision, end)
-                cumulative[end] = np.cumsum(np.exp(weights[: end - 1] - 0.5 * cost - weights[end]))
+                total = cost[: end - 1] + _costs_ending(x, value, variance, end)
+                cumulative[end] = np.cumsum(np.exp(0.5 * (cost[end] - total)))
             sums = cumulative[end]
             start = min(int(np.searchsorted(sums, generator.random() * sums[-1], side="right")), end - 2)
             if (start, end) not in lines:
@@ -313,31 +173,98 @@ def draw_curves(
     return curves, begins
 
 
-def _piece_costs(x: np.ndarray, value: np.ndarray, precision: np.ndarray, end: int) -> np.ndarray:
+class _Pieces:
+    """The costs of all pieces that end at one point, kept from point to point.
+
+    Attributes:
+        most: the most that a piece costs beside its χ².
+    """
+
+    def __init__(self, x: np.ndarray, value: np.ndarray, variance: np.ndarray) -> None:
+        self._points = x.tolist(), value.tolist(), (1 / variance).tolist()
+        self.most = (2 + SLOPE) * math.log(len(x))
+        # By first point: weight, means of abscissa and value, their sums of squares and products about those.
+        self._moments = np.zeros((6, len(x)))
+        self._scratch = np.empty((5, len(x)))
+        self._end = self._first = self._next = 0
+
+    def ending(self, end: int, before: np.ndarray) -> tuple[int, np.ndarray]:
+        """What partitions cost whose last piece ends before one point, by where that piece begins.
+
+        Args:
+            end: one past the last point; no less than in the call before.
+            before: costs of the partitions of the first t points, [T + 1].
+
+        Returns:
+            The first start, and the costs of that and all later ones but for pieces of a single point.
+        """
+        while self._end < end:
+            self._add()
+        live = slice(self._first, end - 1)
+        *_, sxx, sxy, syy = self._moments[:, live]
+        cost = _price(sxx, sxy, syy, math.log(len(before) - 1), self._scratch[0, live])
+        cost += before[live]
+        return self._first, cost
+
+    def leave_out(self, hopeless: np.ndarray) -> None:
+        """Forget the starts up to the first that is not hopeless: one that costs more than the best by all of `most`.
+
+        A later end would do no worse with a break here, as χ² is never less than that of two parts (Killick, Fearnhead
+        and Eckley 2012, Optimal detection of changepoints with a linear computational cost, theorem 3.1). That break
+        leaves a single point to an end one further on, for which such a start is kept.
+
+        Args:
+            hopeless: for the starts that `ending` has returned.
+        """
+        self._first, self._next = self._next, max(self._next, self._first + int(np.argmin(hopeless)))
+
+    def _add(self) -> None:
+        """Take in one more point (Welford's update, which loses no digits)."""
+        x, y, w = (column[self._end] for column in self._points)
+        live = slice(self._first, self._end)
+        weight, mean_x, mean_y, sxx, sxy, syy = self._moments[:, live]
+        dx, dy, share, factor, term = self._scratch[:, live]
+        np.subtract(x, mean_x, out=dx)
+        np.subtract(y, mean_y, out=dy)
+        np.add(weight, w, out=term)
+        np.divide(w, term, out=share)
+        np.multiply(weight, share, out=factor)
+        weight[:] = term
+        mean_x += np.multiply(share, dx, out=term)
+        mean_y += np.multiply(share, dy, out=term)
+        syy += np.multiply(np.multiply(factor, dy, out=term), dy, out=term)
+        factor *= dx
+        sxx += np.multiply(factor, dx, out=term)
+        sxy += np.multiply(factor, dy, out=term)
+        self._moments[:3, self._end] = w, x, y
+        self._end += 1
+
+
+def _costs_ending(x: np.ndarray, value: np.ndarray, variance: np.ndarray, end: int) -> np.ndarray:
     """Costs of the pieces [start, end) for every start ≤ end − 2, [end − 1].
 
     Moments are summed from the end backwards, about the last point, so that short pieces lose no digits.
     """
-    w = precision[end - 1 :: -1] if end < len(x) else precision[::-1]
-    dx = x[:end][::-1] - x[end - 1]
-    dy = value[:end][::-1] - value[end - 1]
-    wx, wy = w * dx, w * dy
-    sums = [np.cumsum(term)[1:] for term in (w, wx, wy, wx * dx, wx * dy, wy * dy)]
-    s, sx, sy, sxx, sxy, syy = sums
-    sx /= s
-    sxx -= sx * sx * s
-    sxy -= sx * sy
+    w = 1 / variance[:end][::-1]
+    dx, dy = x[:end][::-1] - x[end - 1], value[:end][::-1] - value[end - 1]
+    s, sx, sy, sxx, sxy, syy = np.cumsum([w, w * dx, w * dy, w * dx**2, w * dx * dy, w * dy**2], axis=1)[:, 1:]
+    sxx -= sx * sx / s
+    sxy -= sx * sy / s
     syy -= sy * sy / s
-    np.maximum(syy, 0.0, out=syy)
+    return _price(sxx, sxy, np.maximum(syy, 0.0), math.log(len(x)), np.empty(end - 1))[::-1]
+
+
+def _price(sxx: np.ndarray, sxy: np.ndarray, syy: np.ndarray, price: float, out: np.ndarray) -> np.ndarray:
+    """What pieces cost, by their sums of squares and products: with a slope where that is worth it."""
     # What a slope takes off χ², less its price.
-    sxy *= sxy
-    sxy /= sxx
-    np.minimum(sxy, syy, out=sxy)
-    price = math.log(len(x))
-    sxy -= SLOPE * price
-    syy -= np.maximum(sxy, 0.0, out=sxy)
-    syy += 2 * price
-    return syy[::-1]
+    np.multiply(sxy, sxy, out=out)
+    out /= sxx
+    np.minimum(out, syy, out=out)
+    out -= SLOPE * price
+    np.maximum(out, 0.0, out=out)
+    np.subtract(syy, out, out=out)
+    out += 2 * price
+    return out
 
 
 def _piece(x: np.ndarray, value: np.ndarray, variance: np.ndarray, start: int, end: int) -> Line:
