@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from groktrace.analysis.changes import find_changes
 from groktrace.analysis.ramp import EDGE, Ramp, fit_ramp
 from groktrace.analysis.segmentation import Fit, draw_curves
 
@@ -128,7 +129,9 @@ def _date(
 ) -> tuple[float, float, float]:
     """Midpoint of a change, where the curve crosses its half level: the posterior's median, and its 90 % interval.
 
-    Where the curve jumps between two snapshots, the crossing may be anywhere between them.
+    Each draw has a change of its own, so that what is open of the levels, and of where a change that slows down is
+    over, is open in the date too. Where the curve jumps between two snapshots, the crossing may be anywhere between
+    them.
 
     Args:
         x: abscissa, [T].
@@ -141,16 +144,20 @@ def _date(
     first, last = change
     sign = math.copysign(1.0, fit.value[last] - fit.value[first])
     half = 0.5 * (fit.value[first] + fit.value[last])
-    error = 0.5 * math.sqrt(fit.variance[first] + fit.variance[last])
     starts = np.zeros(len(x), dtype=bool)
     starts[fit.starts] = True
     done = fit.value[None, first : last + 1]
     _, middle = _crossings(x[first : last + 1], sign * (done - half), starts[None, first : last + 1], np.array([0.5]))
     middle = float(middle[0])
     generator = np.random.default_rng(1)
-    halves = half + error * generator.standard_normal((len(curves), 1))
+    error = 0.5 * math.sqrt(fit.variance[first] + fit.variance[last])
+    halves = half + error * generator.standard_normal(len(curves))
+    for i, (curve, begin) in enumerate(zip(curves[:, window], begins[:, window], strict=True)):
+        own = _own_change(x[window], curve, fit.variance[window], begin, (first - window.start, last - window.start))
+        if own is not None:
+            halves[i] = 0.5 * (curve[own[0]] + curve[own[1]])
     places = generator.random(len(curves))
-    draw, at = _crossings(x[window], sign * (curves[:, window] - halves), begins[:, window], places)
+    draw, at = _crossings(x[window], sign * (curves[:, window] - halves[:, None]), begins[:, window], places)
     # Of several crossings of one draw, the one nearest to the midpoint.
     nearest: dict[int, float] = {}
     for i, crossing in zip(draw.tolist(), at.tolist(), strict=True):
@@ -158,6 +165,18 @@ def _date(
             nearest[i] = crossing
     low, median, high = np.quantile([*nearest.values(), middle], [0.05, 0.5, 0.95])
     return float(median), float(low), float(high)
+
+
+def _own_change(
+    x: np.ndarray, curve: np.ndarray, variance: np.ndarray, begins: np.ndarray, change: tuple[int, int]
+) -> tuple[int, int] | None:
+    """First and last index of the change of a drawn curve that overlaps most with one; None where none goes its way."""
+    starts = np.flatnonzero(begins)
+    drawn = Fit(curve, variance, [0, *starts[starts > 0].tolist()], 0.0)
+    sign = curve[change[1]] - curve[change[0]]
+    found = find_changes(x, curve, variance, drawn)
+    parts = [(a, b) for a, b in found if (curve[b] - curve[a]) * sign > 0 and a < change[1] and b > change[0]]
+    return (parts[0][0], parts[-1][1]) if parts else None
 
 
 def _crossings(
