@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +186,40 @@ def ruptures_methods() -> dict[str, Callable[[np.ndarray], list[float]]]:
         "BottomUp clinear, breaks": continuous,
         "BottomUp clinear, pieces": middles(continuous),
     }
+
+
+def run_speed(folder: Path, count: int, peers: bool) -> None:
+    """Time the search in long curves, processor seconds; the table goes to `folder`.
+
+    Args:
+        folder: of the results.
+        count: snapshots in each curve.
+        peers: whether ruptures' exact search (KernelCPD, in C) is timed too, on the curve alone.
+    """
+    i, rng = np.arange(count), np.random.default_rng(0)
+    rows: list[Row] = []
+    places = np.array([0.0, 0.2, 0.3, 0.4, 0.8, 1.0]) * count
+    shapes = {
+        "flat": np.full(count, 900.0),
+        "one jump": np.where(i < count / 2, 900.0, 700.0),
+        "a rise and a fall": np.interp(i, places, [100.0, 100.0, 1100.0, 1100.0, 700.0, 700.0]),
+        "a fall that slows down": 900 + 500 * np.exp(-np.maximum(i / count - 0.2, 0.0) / 0.15),
+    }
+    for name, truth in shapes.items():
+        value = truth + 20.0 * rng.standard_normal(count)
+        trajectory = Trajectory.from_arrays(10 * i, value, np.full(count, 20.0))
+        begun = time.process_time()
+        found = len(find_transitions(trajectory))
+        row = {"curve": name, "snapshots": str(count), "found": str(found)}
+        rows.append(row | {"groktrace": f"{time.process_time() - begun:.2f} s"})
+        if peers:
+            begun = time.process_time()
+            ruptures_methods()["KernelCPD rbf, log n"](value / 20.0)
+            rows[-1]["ruptures KernelCPD"] = f"{time.process_time() - begun:.2f} s"
+        say(str(rows[-1]))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_rows(folder / "speed.csv", rows)
+    print(f"\n### Searching long curves, processor seconds\n\n{markdown(rows)}\n")
 
 
 def run_synthetic(folder: Path, series: int, seed: int, peers: bool) -> None:

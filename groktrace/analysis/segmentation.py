@@ -116,12 +116,13 @@ class Line:
             start: index of the first of two points or more.
             end: index after the last.
         """
-        w = 1 / variance[start:end]
-        centre = float(np.average(x[start:end], weights=w))
+        w, y = 1 / variance[start:end], value[start:end]
+        total = float(w.sum())
+        centre, level = float(w @ x[start:end]) / total, float(w @ y) / total
         dx = x[start:end] - centre
-        level, sxx = float(np.average(value[start:end], weights=w)), float(np.sum(w * dx**2))
-        slope = float(np.sum(w * dx * (value[start:end] - level))) / sxx
-        return cls(centre, level, slope, float(1 / w.sum()), 1 / sxx)
+        wx = w * dx
+        sxx = float(wx @ dx)
+        return cls(centre, level, float(wx @ (y - level)) / sxx, 1 / total, 1 / sxx)
 
 
 def draw_curves(
