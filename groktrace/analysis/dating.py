@@ -170,7 +170,15 @@ def _date(
 def _own_change(
     x: np.ndarray, curve: np.ndarray, variance: np.ndarray, begins: np.ndarray, change: tuple[int, int]
 ) -> tuple[int, int] | None:
-    """First and last index of the change of a drawn curve that overlaps most with one; None where none goes its way."""
+    """First and last index of a change as one drawn curve has it, in one part or several; None where it has none.
+
+    Args:
+        x: abscissa, [T].
+        curve: drawn, [T].
+        variance: of the fitted curve, [T].
+        begins: where the drawn curve's pieces begin, [T].
+        change: first and last index in the fitted curve.
+    """
     starts = np.flatnonzero(begins)
     drawn = Fit(curve, variance, [0, *starts[starts > 0].tolist()], 0.0)
     sign = curve[change[1]] - curve[change[0]]

@@ -183,7 +183,8 @@ class _Pieces:
 
     def __init__(self, x: np.ndarray, value: np.ndarray, variance: np.ndarray) -> None:
         self._points = x.tolist(), value.tolist(), (1 / variance).tolist()
-        self.most = (2 + SLOPE) * math.log(len(x))
+        self._price = math.log(len(x))
+        self.most = (2 + SLOPE) * self._price
         # By first point: weight, means of abscissa and value, their sums of squares and products about those.
         self._moments = np.zeros((6, len(x)))
         self._scratch = np.empty((5, len(x)))
@@ -203,7 +204,7 @@ class _Pieces:
             self._add()
         live = slice(self._first, end - 1)
         *_, sxx, sxy, syy = self._moments[:, live]
-        cost = _price(sxx, sxy, syy, math.log(len(before) - 1), self._scratch[0, live])
+        cost = _cheaper(sxx, sxy, syy, self._price, self._scratch[0, live])
         cost += before[live]
         return self._first, cost
 
@@ -252,11 +253,19 @@ def _costs_ending(x: np.ndarray, value: np.ndarray, variance: np.ndarray, end: i
     sxx -= sx * sx / s
     sxy -= sx * sy / s
     syy -= sy * sy / s
-    return _price(sxx, sxy, np.maximum(syy, 0.0), math.log(len(x)), np.empty(end - 1))[::-1]
+    return _cheaper(sxx, sxy, np.maximum(syy, 0.0), math.log(len(x)), np.empty(end - 1))[::-1]
 
 
-def _price(sxx: np.ndarray, sxy: np.ndarray, syy: np.ndarray, price: float, out: np.ndarray) -> np.ndarray:
-    """What pieces cost, by their sums of squares and products: with a slope where that is worth it."""
+def _cheaper(sxx: np.ndarray, sxy: np.ndarray, syy: np.ndarray, price: float, out: np.ndarray) -> np.ndarray:
+    """What pieces cost, flat or with a slope, whichever is less; by their sums of squares and products about the means.
+
+    Args:
+        sxx: of the abscissa, [pieces].
+        sxy: of abscissa and value, [pieces].
+        syy: of the value, [pieces].
+        price: log(T).
+        out: filled and returned, [pieces].
+    """
     # What a slope takes off χ², less its price.
     np.multiply(sxy, sxy, out=out)
     out /= sxx

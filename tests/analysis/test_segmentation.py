@@ -1,5 +1,4 @@
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -77,7 +76,7 @@ def test_draws_follow_the_posterior_over_partitions(curve):
 
 
 def test_short_pieces_far_from_zero_keep_their_digits():
-    """Moments about the last point: sums from the first would lose the short pieces in rounding."""
+    """Moments about the means: plain sums of squares would lose the short pieces in rounding."""
     x = np.geomspace(1.0, 1e7, 400)
     value = np.where(np.arange(400) < 7, 1e6, 1e6 + 1.0)
     fit = segment(x, value, np.full(400, 1e-4))
@@ -85,14 +84,40 @@ def test_short_pieces_far_from_zero_keep_their_digits():
     np.testing.assert_allclose(fit.value, value, atol=1e-6)
 
 
-@pytest.mark.parametrize("seed", [0, 152, 159])
-def test_starts_that_are_left_out_would_not_have_been_chosen(seed):
-    """Against every start tried, with errors that differ widely: on two curves a start is hopeless only for a while."""
+def uneven(seed):
+    """A hundred points that jump now and then, with errors that differ widely; what each piece costs, [start, end]."""
     rng = np.random.default_rng(seed)
     x = np.cumsum(rng.uniform(0.01, 3.0, 100))
     value = np.cumsum(rng.normal(0, 300, 100) * (rng.random(100) < 0.15)) + rng.standard_normal(100)
     variance = rng.choice([1.0, 0.01, 1e4], 100)
-    best = [0.0, math.inf]
+    costs = np.full((101, 101), np.inf)
+    for start, end in itertools.combinations(range(101), 2):
+        if end - start >= 2:
+            costs[start, end] = brute_cost(x, value, variance, (start, end))
+    return (x, value, variance), costs
+
+
+@pytest.mark.parametrize("seed", [0, 152, 159])
+def test_starts_that_are_left_out_would_not_have_been_chosen(seed):
+    """Against every start tried: on two of the curves a start is hopeless only for a while."""
+    curve, costs = uneven(seed)
+    best = np.r_[0.0, np.full(100, np.inf)]
     for end in range(2, 101):
-        best.append(min(best[start] + brute_cost(x, value, variance, (start, end)) for start in range(end - 1)))
-    assert segment(x, value, variance).cost == pytest.approx(best[-1], rel=1e-8)
+        best[end] = np.min(best[:end] + costs[:end, end])
+    assert segment(*curve).cost == pytest.approx(best[-1], rel=1e-8)
+
+
+def test_pieces_of_draws_begin_where_the_sum_over_all_partitions_says():
+    """Against the sums from the front and from the back, none of which leaves anything out."""
+    curve, costs = uneven(152)
+    front, back = np.r_[0.0, np.full(100, -np.inf)], np.r_[np.full(100, -np.inf), 0.0]
+    for t in range(2, 101):
+        front[t] = np.logaddexp.reduce(front[:t] - costs[:t, t] / 2)
+        back[100 - t] = np.logaddexp.reduce(back[101 - t :] - costs[100 - t, 101 - t :] / 2)
+    expected = np.exp(front + back - front[-1])[:-1]
+    # Some are neither sure nor hopeless: without them any sum would do.
+    assert np.sum((expected > 0.1) & (expected < 0.9)) >= 5
+    draws = 4000
+    _, begins = draw_curves(*curve, draws, np.random.default_rng(0))
+    error = np.sqrt(expected * (1 - expected) / draws)
+    assert np.all(np.abs(begins.mean(axis=0) - expected) < 4.5 * error + 1e-3)
