@@ -6,13 +6,12 @@ one, gradients are added to another as they appear, and the rest is done in piec
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from groktrace.sampling.posterior import FACTOR, StackedLoss
+from groktrace.sampling.uses import Uses, leaf
 
 # Networks of so many numbers, and those whose activations take so much, are evaluated alone and in micro-batches.
 LARGE_WEIGHTS = 2**24
@@ -103,8 +102,8 @@ class Network:
             L there, without the factor.
         """
         places = self.layout.unflatten(out)
-        leaves = {name: _leaf(tensor, places[name]) for name, tensor in self._named(at).items()}
-        with torch.enable_grad(), _Uses({id(leaf): places[name] for name, leaf in leaves.items()}):
+        leaves = {name: leaf(tensor, places[name]) for name, tensor in self._named(at).items()}
+        with torch.enable_grad(), Uses({id(each): places[name] for name, each in leaves.items()}):
             return self._evaluate(leaves, index, lambda part: (scale * part).backward())
 
     def _named(self, at: Tensor | None) -> dict[str, Tensor]:
@@ -124,38 +123,6 @@ class Network:
             use(part)
             total += float(part.detach())
         return total
-
-
-def _leaf(tensor: Tensor, place: Tensor) -> Tensor:
-    """A tensor whose gradient is added to a place as soon as it is there, so that no second set of gradients exists."""
-
-    def collect(leaf: Tensor) -> None:
-        place.add_(leaf.grad)
-        leaf.grad = None
-
-    leaf = tensor.detach().requires_grad_()
-    leaf.register_post_accumulate_grad_hook(collect)
-    return leaf
-
-
-class _Uses(TorchFunctionMode):
-    """Makes every use of a weight a leaf of its own.
-
-    Autograd would hold the gradients of both uses of tied embeddings, and their sum beside them.
-
-    Args:
-        places: where the gradients go, by the id of the weight.
-    """
-
-    def __init__(self, places: Mapping[int, Tensor]) -> None:
-        super().__init__()
-        self.places = places
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        args = [_leaf(each, self.places[id(each)]) if id(each) in self.places else each for each in args]
-        return func(*args, **(kwargs or {}))
 
 
 def with_micro_batch(loss: StackedLoss, weights: Mapping[str, Tensor]) -> StackedLoss:
@@ -188,14 +155,13 @@ def _activation_bytes(network: Network) -> int:
     known |= {tensor.untyped_storage().data_ptr() for tensor in (*named.values(), *network._fixed.values())}
     seen: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:  # keeping it would tie the graph into a ring that nothing frees
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
     first = [tensor[:1] for tensor in network.loss.tensors]
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
         network.loss.forward({**named, **network._fixed}, first)
     return sum(seen.values())
 
