@@ -12,9 +12,10 @@ from groktrace.analysis.journal import check_numbers, check_step
 from groktrace.run.batch import Batch
 from groktrace.run.task import Task, failures_in_words
 from groktrace.sampling.curvature import top_eigenvalue
-from groktrace.sampling.langevin import fill_normal, generator_for
+from groktrace.sampling.langevin import generator_for
 from groktrace.sampling.large import top_eigenvalue_large
 from groktrace.sampling.network import Network, as_float, with_micro_batch
+from groktrace.sampling.noise import normal_like
 from groktrace.sampling.posterior import StackedLoss, WeightLayout
 
 
@@ -115,8 +116,7 @@ def survey(
     device = loss.device
     measured = [measure_point(task, each, device) for each in weights]
     loss, anchors = stack_weights(loss, weights)
-    start = torch.empty_like(anchors)
-    fill_normal(start, [generator_for(seed, step, 0, "curvature", device) for step in steps])
+    start = normal_like(anchors, [generator_for(seed, step, 0, "curvature", device) for step in steps])
     curvature = top_eigenvalue(loss, anchors, start).tolist()
     norms = anchors.square().sum(1).tolist()
     return [

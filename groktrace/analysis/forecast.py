@@ -33,6 +33,7 @@ from groktrace.sampling.calibration import (
 )
 from groktrace.sampling.chains import MAX_GROWTH, sample
 from groktrace.sampling.network import Network
+from groktrace.sampling.noise import NormalNoise
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
 
@@ -316,6 +317,8 @@ def _large(
     few = torch.arange(min(loss.micro_batch, network.samples), device=network.device)
     part = _seconds(lambda: network.add_gradient(gradient, position, few)) / len(few)
 
+    normal = NormalNoise((1, network.longest_piece), network.dtype, network.device)
+
     def move() -> None:
         generator = torch.Generator(network.device).manual_seed(0)
         for place, anchor in network.pieces():
@@ -323,7 +326,8 @@ def _large(
             for _ in range(settings.chains):
                 torch.dot(displacement, gradient[place])
             for _ in range(2):
-                position[place].add_(anchor.normal_(generator=generator), alpha=0.0)
+                normal.fill(anchor[None], [generator])
+                position[place].add_(anchor, alpha=0.0)
 
     corrected = settings.batch_size is not None and settings.method != "sgld"
     samples = min(settings.batch_size or network.samples, network.samples)

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from groktrace.analysis.evaluation import stack_weights
 from groktrace.analysis.journal import check_numbers, check_step
 from groktrace.sampling.curvature import top_eigenvalue
 from groktrace.sampling.hutchinson import hessian_trace
-from groktrace.sampling.langevin import fill_normal, generator_for
+from groktrace.sampling.langevin import generator_for
 from groktrace.sampling.large import hessian_trace_large, top_eigenvalue_large
 from groktrace.sampling.network import Network
+from groktrace.sampling.noise import normal_like
 from groktrace.sampling.posterior import StackedLoss
 
 # As many as arXiv 2603.01192.
@@ -73,9 +73,7 @@ def measure_sharpness(
         return [_measure_large(Network(loss, each), step, seed) for each, step in zip(weights, steps, strict=True)]
     stacked, anchors = stack_weights(loss, weights)
     generators = [generator_for(seed, step, 0, "sharpness", anchors.device) for step in steps]
-    start = torch.empty_like(anchors)
-    fill_normal(start, generators)
-    tops = top_eigenvalue(stacked, anchors, start, ITERATIONS).tolist()
+    tops = top_eigenvalue(stacked, anchors, normal_like(anchors, generators), ITERATIONS).tolist()
     traces, errors = hessian_trace(stacked, anchors, generators, VECTORS)
     return [
         Sharpness(step, *(value if math.isfinite(value) else None for value in values))

@@ -9,7 +9,8 @@ from torch import Tensor
 from groktrace.sampling import langevin
 from groktrace.sampling.calibration import MAX_STEPS, run_length, step_size
 from groktrace.sampling.curvature import gaussian_start, top_eigenvalue
-from groktrace.sampling.langevin import LangevinConfig, LangevinState, fill_normal, generator_for
+from groktrace.sampling.langevin import LangevinConfig, LangevinState, generator_for
+from groktrace.sampling.noise import normal_like
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
 from groktrace.sampling.traces import Traces, cooled, most_virial
@@ -131,7 +132,7 @@ class _Group:
         # The published method starts at w*.
         start = torch.zeros_like(self.anchors)
         if settings.method == "averaged":
-            fill_normal(start, [generator_for(settings.seed, *key, "start", device) for key in keys])
+            start = normal_like(start, [generator_for(settings.seed, *key, "start", device) for key in keys])
             index = None if self.batches is None else self._batch()
             at_anchors = (self.base, self.base_gradients) if index is None else self.loss.gradients(self.anchors, index)
             start = gaussian_start(self.loss, self.anchors, at_anchors, start, nbeta, localization, index)

@@ -10,12 +10,13 @@ for any stable ε (εa < 4), at the same cost.
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from groktrace.sampling.noise import NormalNoise
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ class LangevinState:
         displacement: w − w*, [R, D].
         noise: ξ_t, [R, D]; "sgld" leaves it unused.
         fresh: room for ξ_{t+1}, [R, D].
+        normal: what draws them.
         generators: one a row, so that a chain's noise does not depend on what it is stacked with.
     """
 
     displacement: Tensor
     noise: Tensor
     fresh: Tensor
+    normal: NormalNoise
     generators: list[torch.Generator]
 
     def select(self, rows: Tensor) -> "LangevinState":
@@ -57,6 +60,7 @@ class LangevinState:
             self.displacement[rows],
             self.noise[rows],
             self.fresh[rows],
+            NormalNoise((len(rows), self.noise.shape[1]), self.noise.dtype, self.noise.device),
             [self.generators[r] for r in rows.tolist()],
         )
 
@@ -75,10 +79,10 @@ def init(config: LangevinConfig, start: Tensor, generators: list[torch.Generator
         start: w − w* of each row, [R, D].
         generators: one a row.
     """
-    noise = torch.empty_like(start)
+    noise, normal = torch.empty_like(start), NormalNoise(tuple(start.shape), start.dtype, start.device)
     if config.method == "averaged":
-        fill_normal(noise, generators)
-    return LangevinState(start, noise, torch.empty_like(start), generators)
+        normal.fill(noise, generators)
+    return LangevinState(start, noise, torch.empty_like(start), normal, generators)
 
 
 def step(config: LangevinConfig, state: LangevinState, gradients: Tensor) -> None:
@@ -90,7 +94,7 @@ def step(config: LangevinConfig, state: LangevinState, gradients: Tensor) -> Non
         gradients: ∇L(w_t), [R, D].
     """
     epsilon = config.step_size[:, None]
-    fill_normal(state.fresh, state.generators)
+    state.normal.fill(state.fresh, state.generators)
     state.displacement.mul_(1 - 0.5 * epsilon * config.localization)
     state.displacement.addcmul_(gradients, -0.5 * epsilon * config.nbeta)
     if config.method == "averaged":
@@ -98,14 +102,3 @@ def step(config: LangevinConfig, state: LangevinState, gradients: Tensor) -> Non
         state.noise, state.fresh = state.fresh, state.noise
     else:
         state.displacement.addcmul_(state.fresh, epsilon.sqrt())
-
-
-def fill_normal(out: Tensor, generators: Sequence[torch.Generator]) -> None:
-    """Fill each row with standard normal numbers of its own generator.
-
-    Args:
-        out: [R, D].
-        generators: one a row, so that a row does not depend on what it is stacked with.
-    """
-    for row, generator in zip(out, generators, strict=True):
-        row.normal_(generator=generator)

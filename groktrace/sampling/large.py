@@ -16,6 +16,7 @@ from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, MAX_STEPS, 
 from groktrace.sampling.chains import MAX_GROWTH, MAX_RESTARTS
 from groktrace.sampling.langevin import generator_for
 from groktrace.sampling.network import Network
+from groktrace.sampling.noise import NormalNoise
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
 from groktrace.sampling.traces import Traces, cooled
@@ -105,6 +106,7 @@ class _Chains:
         self.batched = settings.batch_size is not None and settings.batch_size < network.samples
         self.corrected = self.batched and settings.method != "sgld"
         self.gradient = torch.zeros(network.layout.size, dtype=network.dtype, device=network.device)
+        self.normal = NormalNoise((1, network.longest_piece), network.dtype, network.device)
         self.control = None
         if self.corrected:
             self.base = network.add_gradient(self.gradient)
@@ -123,7 +125,7 @@ class _Chains:
         if self.settings.method == "averaged":
             before = generator("noise")
             for _, anchor in self.network.pieces():
-                anchor.normal_(generator=noise)
+                self.normal.fill(anchor[None], [noise])
         return _Chain(self.network.vector(), noise, before, generator("batch"))
 
     def run(self, enough: Callable[[Traces], bool]) -> Traces:
@@ -226,7 +228,8 @@ class _Chains:
             position.add_(gradient, alpha=-0.5 * epsilon * self.nbeta)
             for generator in (chain.before, chain.noise):
                 if generator is not None:
-                    position.add_(anchor.normal_(generator=generator), alpha=spread)  # its place is free now
+                    self.normal.fill(anchor[None], [generator])  # its place is free now
+                    position.add_(anchor, alpha=spread)
         return products.cpu(), self.localization * float(length)
 
 

@@ -56,6 +56,11 @@ class Network:
         """How many there are."""
         return len(self.loss.tensors[0])
 
+    @property
+    def longest_piece(self) -> int:
+        """Elements of the longest of the pieces."""
+        return min(self.layout.size, _PIECE + _BLOCK)
+
     def vector(self) -> Tensor:
         """A new vector of w*, [D]."""
         out = torch.empty(self.layout.size, dtype=self.dtype, device=self.device)
@@ -66,7 +71,7 @@ class Network:
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """w* piece by piece: where each lies in a flat vector, and its values, which the next piece overwrites."""
         size = self.layout.size
-        scratch = torch.empty(min(size, _PIECE + _BLOCK), dtype=self.dtype, device=self.device)
+        scratch = torch.empty(self.longest_piece, dtype=self.dtype, device=self.device)
         parts = iter(self._anchor)
         part, used, start = next(parts), 0, 0
         while start < size:

@@ -7,6 +7,7 @@ import torch
 
 from groktrace.sampling import langevin
 from groktrace.sampling.langevin import LangevinConfig, generator_for
+from groktrace.sampling.noise import normal_like
 
 NBETA, GAMMA = 50.0, 2.0
 CURVATURES = torch.tensor([0.0, 0.1, 1.0, 4.0], dtype=torch.float64)
@@ -46,7 +47,7 @@ def test_sgld_step_is_the_published_formula():
     w = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
     state.displacement.copy_(w)
     gradients = torch.randn(2, 5, generator=torch.Generator().manual_seed(1))
-    xi = torch.stack([torch.empty(5).normal_(generator=generator_for(1, 2, c, "n", w.device)) for c in (0, 1)])
+    xi = normal_like(w, [generator_for(1, 2, c, "n", w.device) for c in (0, 1)])
     langevin.step(config, state, gradients)
     for row, epsilon in enumerate((1e-2, 2e-2)):
         expected = w[row] - epsilon / 2 * (3.0 * gradients[row] + 0.5 * w[row]) + math.sqrt(epsilon) * xi[row]
@@ -57,7 +58,7 @@ def test_averaged_step_uses_each_noise_twice():
     config = LangevinConfig("averaged", 3.0, 0.5, torch.tensor([1e-2]))
     state = langevin.init(config, torch.zeros(1, 5), [generator_for(1, 2, 0, "n", torch.device("cpu"))])
     generator = generator_for(1, 2, 0, "n", torch.device("cpu"))
-    xi = [torch.empty(5).normal_(generator=generator) for _ in range(3)]
+    xi = [normal_like(torch.empty(1, 5), [generator])[0] for _ in range(3)]
     w = torch.zeros(5)
     for t in range(2):
         langevin.step(config, state, torch.zeros(1, 5))

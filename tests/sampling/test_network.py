@@ -9,6 +9,7 @@ from torch.nn import functional
 from groktrace.run.task import Task
 from groktrace.sampling import network as module
 from groktrace.sampling.network import Network, with_micro_batch
+from groktrace.sampling.noise import NormalNoise, normal_like
 from groktrace.sampling.posterior import StackedLoss, WeightLayout
 
 
@@ -111,10 +112,14 @@ def test_pieces_make_up_the_flat_vector(sizes, monkeypatch):
     network = Network(StackedLoss(None, layout, (torch.ones(1),), {}), weights)
     assert torch.equal(network.vector(), layout.flatten(weights))
     # Noise drawn in pieces is the noise drawn at once, so that the last piece is not too short.
+    noise = NormalNoise((1, network.longest_piece), torch.float32, torch.device("cpu"))
     generator = torch.Generator().manual_seed(5)
-    drawn = torch.cat([piece.normal_(generator=generator).clone() for _, piece in network.pieces()])
-    at_once = torch.empty(layout.size).normal_(generator=torch.Generator().manual_seed(5))
-    assert torch.equal(drawn, at_once)
+    drawn = []
+    for _, piece in network.pieces():
+        noise.fill(piece[None], [generator])
+        drawn.append(piece.clone())
+    at_once = normal_like(torch.empty(1, layout.size), [torch.Generator().manual_seed(5)])
+    assert torch.equal(torch.cat(drawn), at_once[0])
 
 
 def test_small_networks_stay_stacked_and_large_ones_go_alone(monkeypatch):
