@@ -191,17 +191,25 @@ class Trajectory:
         own = _plain({**vars(self), "points": None, "reference": reference})
         return {**own, "points": [point.to_dict() for point in self.points]}
 
-    def save(self, path: Path) -> None:
-        """Write the trajectory as JSON, whole or not at all."""
-        write_json(path, self.to_dict())
+    def save(self, path: str | Path) -> None:
+        """Write the trajectory as JSON, whole or not at all.
+
+        Args:
+            path: of the file.
+        """
+        write_json(Path(path), self.to_dict())
 
     @classmethod
-    def load(cls, path: Path) -> "Trajectory":
+    def load(cls, path: str | Path) -> "Trajectory":
         """Read what `save` wrote.
+
+        Args:
+            path: of the file.
 
         Raises:
             RunError: the file is missing or damaged.
         """
+        path = Path(path)
         value = read_json(path)
         try:
             points = tuple(Point.from_dict(point) for point in value["points"])

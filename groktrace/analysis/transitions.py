@@ -116,13 +116,17 @@ def find_transitions(trajectory: Trajectory) -> list[Transition]:
     changes = find_changes(x, value, variance, fit)
     found: list[Transition] = []
     since, loss = 0, trajectory.column("train_loss")[position]
+    low = ~_high(loss)
+    jitter = _jitter(x[low], value[low])
     dated = measure_changes(x, value, variance, fit, changes)
     for i, measured in enumerate(dated):
         onset, end = position[measured.first], position[measured.last]
+        after = dated[i + 1] if i + 1 < len(dated) else None
         # A phase may go on falling until the next change.
-        lowest = min(measured.after, fit.value[dated[i + 1].first if i + 1 < len(dated) else -1])
+        lowest = min(measured.after, fit.value[-1 if after is None else after.first])
         peak = _peak(loss, fit.value, value, since, measured) if measured.after < measured.before else None
-        label, evidence = _label(trajectory, onset, end, measured, peak, lowest)
+        doubt = _doubt(trajectory, onset, end, measured, after, jitter)
+        label, evidence = _label(trajectory, onset, end, measured, peak, lowest, doubt)
         found.append(_describe(trajectory, steps.astype(int), position, measured, axis, label, evidence))
         if label is not None or measured.after > measured.before:
             since = measured.last
@@ -183,22 +187,59 @@ def _roughness(x: np.ndarray, value: np.ndarray, error: np.ndarray) -> float:
 
     Less the sampling error, which they have too.
     """
-    left = (x[2:] - x[1:-1]) / (x[2:] - x[:-2])
-    off = value[1:-1] - left * value[:-2] - (1 - left) * value[2:]
+    off, spread = _off_line(x, value)
     # Median absolute deviation, of what white noise of variance 1 gives the variance 1.
-    seen = (1.4826 * float(np.median(np.abs(off) / np.sqrt(1 + left**2 + (1 - left) ** 2)))) ** 2
+    seen = (1.4826 * float(np.median(np.abs(off) / spread))) ** 2
     floor = 1e-4 * float(np.max(np.abs(value))) + 1e-12
     return math.sqrt(max(seen - float(np.median(error**2)), floor**2))
 
 
-def _doubt(trajectory: Trajectory, onset: int, end: int, errors: float) -> str | None:
-    """Why a fall of λ by so many errors is no evidence of generalisation; None where nothing speaks against it.
+def _jitter(x: np.ndarray, value: np.ndarray) -> float:
+    """How far a point typically lies off the line between its neighbours, as a fraction of the least of the three.
+
+    Args:
+        x: abscissa, [T].
+        value: [T].
+
+    Returns:
+        The median over all points that have two neighbours; 0 where none has.
+    """
+    if len(x) < 3:
+        return 0.0
+    off, spread = _off_line(x, value)
+    least = np.minimum(np.minimum(value[2:], value[:-2]), value[1:-1])
+    return float(np.median(np.where(least > 0, np.abs(off) / spread / np.maximum(least, 1e-300), math.inf)))
+
+
+def _off_line(x: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far each point lies off the line between its neighbours, and what white noise of variance 1 would give."""
+    left = (x[2:] - x[1:-1]) / (x[2:] - x[:-2])
+    return value[1:-1] - left * value[:-2] - (1 - left) * value[2:], np.sqrt(1 + left**2 + (1 - left) ** 2)
+
+
+def _doubt(
+    trajectory: Trajectory, onset: int, end: int, fall: Measured, after: Measured | None, jitter: float
+) -> str | None:
+    """Why a fall of λ is no evidence of generalisation; None where nothing speaks against it.
 
     Under cross-entropy all curvatures shrink as margins grow, and λ at one nβ falls whether or not the network
     generalises.
+
+    Args:
+        trajectory: of the run.
+        onset: point at which the fall begins.
+        end: point at which it is over.
+        fall: the change.
+        after: the next change.
+        jitter: of λ while the training loss is low.
     """
+    errors = abs(fall.after - fall.before) / max(fall.error, 1e-300)
     if trajectory.follows_curvature and errors < CLEAR:
         return f"that is {errors:.1f} standard errors; where nβ follows the curvature fewer than {CLEAR:g} tell nothing"
+    if jitter >= MIN_GENERALISATION:
+        return f"λ jumps by {100 * jitter:.0f} % from snapshot to snapshot where the training loss is low"
+    if after is not None and after.after > after.before and after.first <= fall.last:
+        return "it lasts for one snapshot"
     curvature = [point.diagnostics.get("top_curvature") for point in trajectory.points]
     begun, ended = curvature[onset], curvature[end]
     if not begun or ended is None:
@@ -231,7 +272,7 @@ def _peak(loss: np.ndarray, fitted: np.ndarray, value: np.ndarray, since: int, f
     """
     if not np.isfinite(loss[[fall.first, fall.last]]).all():
         return None
-    high = np.flatnonzero(loss[since : fall.last + 1] > np.nanmin(loss) + LOW * (np.nanmax(loss) - np.nanmin(loss)))
+    high = np.flatnonzero(_high(loss)[since : fall.last + 1])
     start = since + int(high[-1]) + 1 if len(high) else since
     if start <= fall.first:
         return max(fall.before, float(fitted[start : fall.first + 1].max()))
@@ -239,8 +280,20 @@ def _peak(loss: np.ndarray, fitted: np.ndarray, value: np.ndarray, since: int, f
     return min(fall.before, float(value[start])) if start < fall.last else None
 
 
+def _high(loss: np.ndarray) -> np.ndarray:
+    """Whether the training loss is known not to be low, at each point."""
+    known = loss[~np.isnan(loss)]
+    return loss > known.min() + LOW * np.ptp(known) if len(known) else np.zeros(len(loss), dtype=bool)
+
+
 def _label(
-    trajectory: Trajectory, onset: int, end: int, measured: Measured, peak: float | None, lowest: float
+    trajectory: Trajectory,
+    onset: int,
+    end: int,
+    measured: Measured,
+    peak: float | None,
+    lowest: float,
+    doubt: str | None,
 ) -> tuple[str | None, str]:
     """What the training loss allows to say of a change, and whether validation data agree.
 
@@ -251,6 +304,7 @@ def _label(
         measured: the change.
         peak: the highest level since the last rise or label while the training loss is low; None where it is not low.
         lowest: the level that is reached until the next change.
+        doubt: what speaks against reading a fall as generalisation.
     """
     before, after = measured.before, measured.after
     loss = trajectory.column("train_loss")
@@ -265,7 +319,6 @@ def _label(
     share = 1 - lowest / peak if peak > 0 else 0.0
     if share < MIN_GENERALISATION:
         return None, f"no label: λ falls by only {100 * share:.0f} % while the training loss stays low"
-    doubt = _doubt(trajectory, onset, end, abs(after - before) / max(measured.error, 1e-300))
     if doubt is not None:
         return None, f"no label: λ falls by {100 * share:.0f} %, but {doubt}"
     more = " in all" if peak > before or lowest < after else ""

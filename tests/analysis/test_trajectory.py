@@ -33,6 +33,8 @@ def test_saving_and_loading_changes_nothing(tmp_path_factory, some):
     trajectory = Trajectory(tuple(some), n=317, nbeta=1.5, method="averaged", run="r", unreadable=("a: bad",))
     trajectory.save(path)
     assert Trajectory.load(path) == trajectory
+    trajectory.save(f"{path}2")
+    assert Trajectory.load(f"{path}2") == trajectory
 
 
 json_values = st.recursive(
