@@ -236,6 +236,8 @@ def _doubt(
     errors = abs(fall.after - fall.before) / max(fall.error, 1e-300)
     if trajectory.follows_curvature and errors < CLEAR:
         return f"that is {errors:.1f} standard errors; where nβ follows the curvature fewer than {CLEAR:g} tell nothing"
+    if trajectory.follows_curvature and trajectory.weight_decay is False:
+        return "without weight decay margins grow without end, and λ may fall for that alone"
     if jitter >= MIN_GENERALISATION:
         return f"λ jumps by {100 * jitter:.0f} % from snapshot to snapshot where the training loss is low"
     if after is not None and after.after > after.before and after.first <= fall.last:
@@ -246,18 +248,14 @@ def _doubt(
         return None
     if ended > MAX_CURVATURE * begun:
         return f"the largest curvature grows {ended / begun:.3g}-fold, and λ counts what is stiff beside it"
-    if ended >= MIN_CURVATURE * begun:
+    if ended >= MIN_CURVATURE * begun or trajectory.follows_curvature:
         return None
-    if not trajectory.follows_curvature:
-        return (
-            "the curvature vanishes with it"
-            if ended <= 0
-            else f"the largest curvature falls too, {begun / ended:.3g}-fold, as it does under cross-entropy whether "
-            "or not the network generalises; analyse at --nbeta curvature"
-        )
-    if trajectory.weight_decay is False:
-        return "without weight decay margins grow without end, and λ may fall for that alone"
-    return None
+    if ended <= 0:
+        return "the curvature vanishes with it"
+    return (
+        f"the largest curvature falls too, {begun / ended:.3g}-fold, as it does under cross-entropy whether or not the "
+        "network generalises; analyse at --nbeta curvature"
+    )
 
 
 def _peak(loss: np.ndarray, fitted: np.ndarray, value: np.ndarray, since: int, fall: Measured) -> float | None:

@@ -195,10 +195,11 @@ def test_where_the_curvature_collapses_a_fall_is_not_called_generalisation():
         assert ("as it does under cross-entropy" in fall.evidence) == (label is None)
     # At one resolution the fall is not the curvature's, but without weight decay that of the margins.
     for decays, label in ((True, "generalisation"), (None, "generalisation"), (False, None)):
-        following = replace(trajectory, points=tuple(points), resolution=100.0, weight_decay=decays)
-        fall = find_transitions(following)[1]
-        assert fall.label == label
-        assert ("margins grow without end" in fall.evidence) == (label is None)
+        for known in (points, trajectory.points):
+            following = replace(trajectory, points=tuple(known), resolution=100.0, weight_decay=decays)
+            fall = find_transitions(following)[1]
+            assert fall.label == label
+            assert ("margins grow without end" in fall.evidence) == (label is None)
     noisy = replace(following, weight_decay=True, points=tuple(replace(each, stderr=140.0) for each in points))
     fall = find_transitions(noisy)[1]
     assert 3 < -fall.delta_llc / fall.stderr < 6
