@@ -6,7 +6,7 @@ import pytest
 
 from groktrace.analysis.llc import OFF_MINIMUM
 from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.analysis.transitions import _roughness, find_transitions
+from groktrace.analysis.transitions import _jitter, _roughness, find_transitions
 
 STEPS = np.arange(0, 3050, 50)
 
@@ -317,6 +317,17 @@ def test_a_curve_that_jumps_from_snapshot_to_snapshot_gets_no_label(jitter, seed
     _, fall = find_transitions(curve(rough, train_loss=loss))
     assert (fall.kind, fall.label) == ("simplification", label)
     assert ("% from snapshot to snapshot" in fall.evidence) == (label is None)
+
+
+def test_jitter_is_the_typical_distance_from_the_neighbours_line():
+    x = np.cumsum(np.random.default_rng(0).choice([1.0, 6.0], 4000))
+    level = np.linspace(500.0, 1000.0, 4000)
+    noisy = level * (1 + 0.01 * np.random.default_rng(1).standard_normal(4000))
+    # The median of a normal number's size is 0.674; the least of three levels is 1 % lower.
+    assert _jitter(x, noisy) == pytest.approx(0.00674, rel=0.06)
+    assert _jitter(x, x) < 1e-12
+    assert _jitter(x[:3], np.array([1.0, -1.0, 1.0])) == np.inf
+    assert _jitter(x[:2], level[:2]) == 0
 
 
 def test_jitter_before_the_loss_is_low_takes_no_label_away():
