@@ -47,7 +47,7 @@ def find_changes(x: np.ndarray, value: np.ndarray, variance: np.ndarray, fit: Fi
     swings[-1] = (swings[-1][0], len(x) - 1)
     found = []
     for first, last in swings:
-        changes = _stand_out(x, value, variance, fit, _moves(fit, first, last), least)
+        changes = _stand_out(x, value, variance, fit, _moves(fit, first, last), least, counts)
         if changes != [(0, len(x) - 1)]:  # else the curve drifts throughout
             found += [change for change in changes if counts(*change)]
     return found
@@ -97,7 +97,13 @@ def _steepness(fit: Fit, move: tuple[int, int]) -> float:
 
 
 def _stand_out(
-    x: np.ndarray, value: np.ndarray, variance: np.ndarray, fit: Fit, moves: list[tuple[int, int]], least: float
+    x: np.ndarray,
+    value: np.ndarray,
+    variance: np.ndarray,
+    fit: Fit,
+    moves: list[tuple[int, int]],
+    least: float,
+    counts: Callable[[int, int], bool],
 ) -> list[tuple[int, int]]:
     """The changes within one swing, apart from phases that stay or drift the same way.
 
@@ -108,6 +114,7 @@ def _stand_out(
         fit: of the three above.
         moves: that the swing is made of.
         least: what a change has to be.
+        counts: whether a change between two points does.
     """
     first, last = moves[0][0], moves[-1][1]
     sign = math.copysign(1.0, fit.value[last] - fit.value[first])
@@ -136,12 +143,19 @@ def _stand_out(
         fastest = peak[kept].max()
         for outer in (0, -1):
             phase = -np.inf
-            # The phase before or after; what is faster than that, though slow, is the change's beginning or tail.
+            # The phase before or after; what is faster than that, though slow, is the change's beginning or tail, and
+            # so is what a change would not count without.
             while (
                 len(kept) > 1
                 and rate[kept[outer]] < DRIFT * fastest
                 and (phase == -np.inf or rate[kept[outer]] <= 2 * phase)
+                and counts(*_ends(moves, kept[1:] if outer == 0 else kept[:-1]))
             ):
                 phase = max(rate[kept.pop(outer)], 0.0)
-        found.append((moves[kept[0]][0], moves[kept[-1]][1]))
+        found.append(_ends(moves, kept))
     return found
+
+
+def _ends(moves: list[tuple[int, int]], kept: list[int]) -> tuple[int, int]:
+    """First and last index of some neighbouring moves."""
+    return moves[kept[0]][0], moves[kept[-1]][1]

@@ -65,6 +65,7 @@ def measure_changes(
                 pending[0] = both
                 continue
         changes.append((first, last))
+    changes = _widened(x, value, variance, fit, changes)
     ramps: list[Ramp | None] = [None] * len(changes)
     for _ in range(SWEEPS if len(changes) > 1 else 1):
         for i, (first, last) in enumerate(changes):
@@ -104,6 +105,28 @@ def measure_changes(
         dates = _date(x, fit, change, slice(window[0], window[1] + 1), *draws)
         found.append(Measured(onset, end, float(fit.value[first]), float(fit.value[last]), error, *dates))
     return found
+
+
+def _widened(
+    x: np.ndarray, value: np.ndarray, variance: np.ndarray, fit: Fit, changes: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """The changes, with a phase beside one that moves its way where one ramp describes both nearly as well.
+
+    Pieces need not meet: where a fall is fitted by a straight piece and a last jump, the jump alone is the steepest.
+    """
+    price, changes = math.log(len(x)), list(changes)
+    for i, (first, last) in enumerate(changes):
+        sign = fit.value[last] - fit.value[first]
+        low, high = _phases(fit, (first, last), changes[:i], changes[i + 1 :])
+        for wide in ((low, last), (first, high)):
+            if (fit.value[wide[1]] - fit.value[last] + fit.value[first] - fit.value[wide[0]]) * sign <= 0:
+                continue
+            window = _phases(fit, wide, changes[:i], changes[i + 1 :])
+            ramp = fit_ramp(x, value, variance, wide, window)
+            if ramp.cost(price) <= fit.cost_within(value, variance, window) + price:
+                changes[i] = wide
+                break
+    return changes
 
 
 def _phases(

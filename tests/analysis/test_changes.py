@@ -37,3 +37,10 @@ def test_a_phase_between_two_changes_has_to_be_seen(slope, error, changes, risin
         fit, value = Fit(2000 - fit.value, fit.variance, fit.starts, 0.0), 2000 - value
     x = np.arange(len(value), dtype=float)
     assert len(find_changes(x, value, np.full(len(value), error**2), fit)) == changes
+
+
+def test_a_fall_that_ends_in_a_jump_too_small_to_count_counts_as_a_whole():
+    """Pieces need not meet: beside such a jump the fall itself is as slow as a phase."""
+    value = np.concatenate([np.full(20, 900.0), np.linspace(1200.0, 910.0, 16), np.full(24, 818.0)])
+    fit = Fit(value, np.full(60, 360.0), [0, 20, 36], 0.0)  # the jump of 92 is 3.4 errors, 3.8 count
+    assert find_changes(np.arange(60.0), value, np.full(60, 1600.0), fit) == [(19, 20), (20, 36)]

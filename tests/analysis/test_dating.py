@@ -1,6 +1,8 @@
 import numpy as np
+import pytest
 
-from groktrace.analysis.dating import _own_change
+from groktrace.analysis.dating import _own_change, _widened
+from groktrace.analysis.segmentation import Fit
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.analysis.transitions import find_transitions
 
@@ -35,3 +37,24 @@ def test_a_change_that_a_draw_has_in_two_parts_is_dated_as_one():
     assert levels(1400.0 - curve, (10, 30)) == (400.0, 1000.0)
     assert levels(curve, (8, 20)) == (1000.0, 700.0)  # the part that lies within
     assert levels(np.full(50, 700.0), (10, 30)) is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_last_jump_of_a_straight_fall_is_dated_with_the_fall(seed, mirrored):
+    """Pieces need not meet: the jump is the steepest, but no change of its own."""
+    x, error = np.arange(120.0), 40.0
+    noise = error * np.random.default_rng(seed).standard_normal(120)
+    fitted = np.concatenate([np.full(35, 1000.0), np.linspace(1260.0, 993.0, 16), np.full(69, 907.0)])
+    changes, straight = [(34, 35), (50, 51)], np.interp(x, [34, 35, 52], [1000.0, 1270.0, 907.0])
+    wide, starts = [(34, 35), (35, 51)], [0, 35, 51]
+    if mirrored:
+        fitted, straight, starts = fitted[::-1], straight[::-1], [0, 69, 85]
+        changes, wide = ([(119 - b, 119 - a) for a, b in reversed(each)] for each in (changes, wide))
+    fit = Fit(fitted, np.full(120, 300.0), starts, 0.0)
+    variance = np.full(120, error**2)
+    assert _widened(x, straight + noise, variance, fit, changes) == wide
+    # Where the curve does jump, the phase beside it stays out.
+    jumps = fitted - 200.0 * (fitted == 907.0)
+    jump = Fit(jumps, np.full(120, 300.0), starts, 0.0)
+    assert _widened(x, jumps + noise, variance, jump, changes) == changes
