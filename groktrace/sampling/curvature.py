@@ -1,22 +1,28 @@
 """Curvature of the loss at a point, by Hessian-vector products."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from groktrace.sampling.posterior import StackedLoss
 
 _RELATIVE_STEP = 1e-3
+# Differences of gradients are taken for what they stand for where one exact product agrees with them this well.
+_AGREEMENT = 0.05
 _START_ITERATIONS = 3
 _START_HALVINGS = 8
 
 
-def hessian_product(
+def difference_product(
     loss: StackedLoss, weights: Tensor, gradients: Tensor, direction: Tensor, index: Tensor | None = None
 ) -> Tensor:
     """∇²L·v of each row by a difference of gradients.
 
-    One gradient a product; it needs no second derivative, which fused kernels lack. It agrees with the exact product to
-    about 1e-3.
+    One gradient a product; it needs no second derivative, which fused kernels lack. Where the loss is smooth within a
+    thousandth of the weights' norm it agrees with the exact product to about 1e-3; along the stiffest directions of a
+    classifier with large margins it is up to a hundred times too large.
 
     Args:
         loss: of R rows.
@@ -34,11 +40,25 @@ def hessian_product(
     return moved.sub_(gradients).div_(delta)
 
 
+def hessian_products(loss: StackedLoss, weights: Tensor) -> Callable[[Tensor], Tensor]:
+    """What multiplies unit rows [R, D] by ∇²L: exactly, or by differences where there are no second derivatives.
+
+    Args:
+        loss: of R rows, probed.
+        weights: [R, D].
+    """
+    if loss.twice:
+        return partial(loss.hessian_products, weights)
+    return partial(difference_product, loss, weights, loss.gradients(weights)[1])
+
+
 def top_eigenvalue(loss: StackedLoss, weights: Tensor, start: Tensor, iterations: int = 8) -> Tensor:
     """Largest |eigenvalue| of the Hessian of each row, from below.
 
+    Differences of gradients find it, one exact product checks it, and exact products find it anew where they disagree.
+
     Args:
-        loss: of R rows.
+        loss: of R rows, probed; where it has no second derivatives there is no check.
         weights: [R, D].
         start: [R, D] random directions.
         iterations: products; eight come within 6 % on networks (1 % in the median), ten power iterations within 11 %.
@@ -47,10 +67,30 @@ def top_eigenvalue(loss: StackedLoss, weights: Tensor, start: Tensor, iterations
         [R]; NaN where the loss is not finite.
     """
     _, gradients = loss.gradients(weights)
-    tridiagonal, _ = lanczos(loss, weights, gradients, start, iterations)
+    values, directions = _top_ritz_pair(partial(difference_product, loss, weights, gradients), start, iterations)
+    if not loss.twice:
+        return values
+    exact = partial(loss.hessian_products, weights)
+    off = ~((torch.linalg.vecdot(directions, exact(directions)).abs() - values).abs() <= _AGREEMENT * values)
+    if off.any():
+        values = torch.where(off, _top_ritz_pair(exact, start, iterations)[0], values)
+    return values
+
+
+def _top_ritz_pair(product: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Largest |eigenvalue| in the Krylov space of each row, [R], NaN if not finite, and its unit vector, [R, D]."""
+    tridiagonal, basis = lanczos(product, start, iterations)
     finite = torch.isfinite(tridiagonal).all(dim=(1, 2))
-    sizes = torch.linalg.eigvalsh(tridiagonal.nan_to_num()).abs().amax(1).to(weights.dtype)
-    return torch.where(finite, sizes, torch.nan)
+    values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num())
+    best = values.abs().argmax(1)[:, None]
+    coefficients = vectors.gather(2, best[:, None].expand(-1, iterations, 1))[:, :, 0].to(start.dtype)
+    direction = torch.zeros_like(start)
+    for number, each in enumerate(basis):
+        direction.addcmul_(each, coefficients[:, number, None])
+    # Rounding makes the basis less than orthonormal.
+    direction /= direction.norm(dim=1, keepdim=True)
+    size = values.abs().gather(1, best)[:, 0].to(start.dtype)
+    return torch.where(finite, size, torch.nan), direction
 
 
 def gaussian_start(
@@ -81,7 +121,9 @@ def gaussian_start(
         [R, D]; zero where the Hessian is not finite.
     """
     losses, gradients = base
-    tridiagonal, basis = lanczos(loss, weights, gradients, normal, _START_ITERATIONS, index)
+    # A start need not be exact.
+    product = partial(difference_product, loss, weights, gradients, index=index)
+    tridiagonal, basis = lanczos(product, normal, _START_ITERATIONS)
     finite = torch.isfinite(tridiagonal).all(dim=(1, 2))
     values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num())
     shrunk = (nbeta * values.clamp(min=0) + localization).rsqrt()
@@ -101,40 +143,30 @@ def gaussian_start(
     return displacement
 
 
-def lanczos(
-    loss: StackedLoss,
-    weights: Tensor,
-    gradients: Tensor,
-    start: Tensor,
-    iterations: int,
-    index: Tensor | None = None,
-) -> tuple[Tensor, list[Tensor]]:
+def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> tuple[Tensor, list[Tensor]]:
     """The Hessian of each row in the Krylov space of a vector (Golub & Van Loan, ch. 10): H ≈ V·T·Vᵀ.
 
     Args:
-        loss: of R rows.
-        weights: [R, D].
-        gradients: ∇L there, [R, D].
+        product: v → ∇²L·v, [R, D] each; its result may be written to.
         start: [R, D].
         iterations: m, products.
-        index: [R, B] samples for each row; None for all of them.
 
     Returns:
         T, [R, m, m] in float64, and the m columns of V, [R, D] each.
     """
     direction = start / start.norm(dim=1, keepdim=True)
     before = torch.zeros_like(direction)
-    overlap = weights.new_zeros(len(weights))
+    overlap = start.new_zeros(len(start))
     diagonal, off_diagonal, basis = [], [], []
     for _ in range(iterations):
         basis.append(direction)
-        product = hessian_product(loss, weights, gradients, direction, index)
-        diagonal.append(torch.linalg.vecdot(product, direction))
-        product.addcmul_(diagonal[-1][:, None], direction, value=-1).addcmul_(overlap[:, None], before, value=-1)
-        overlap = product.norm(dim=1)
+        image = product(direction)
+        diagonal.append(torch.linalg.vecdot(image, direction))
+        image.addcmul_(diagonal[-1][:, None], direction, value=-1).addcmul_(overlap[:, None], before, value=-1)
+        overlap = image.norm(dim=1)
         off_diagonal.append(overlap)
         # Where the space is exhausted, or the loss flat, nothing remains: keep the direction, at weight zero.
-        before, direction = direction, torch.where(overlap[:, None] > 0, product / overlap[:, None], direction)
+        before, direction = direction, torch.where(overlap[:, None] > 0, image / overlap[:, None], direction)
     tridiagonal = torch.diag_embed(torch.stack(diagonal, 1).double())
     for offset in (1, -1):
         tridiagonal += torch.diag_embed(torch.stack(off_diagonal[:-1], 1).double(), offset=offset)

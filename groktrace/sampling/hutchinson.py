@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from groktrace.sampling.curvature import hessian_product
+from groktrace.sampling.curvature import hessian_products
 from groktrace.sampling.posterior import StackedLoss
 
 
@@ -15,27 +15,25 @@ def hessian_trace(
 ) -> tuple[Tensor, Tensor]:
     """The Hessian's trace of each row, as the mean of vᵀ∇²L·v over random signs v (Hutchinson 1990).
 
-    One such product has variance 2·Σ_{i≠j} H_ij²; the standard error is taken from their scatter. What a difference of
-    gradients on one side of w* gets wrong is odd in v and has mean zero.
+    One such product has variance 2·Σ_{i≠j} H_ij²; the standard error is taken from their scatter.
 
     Args:
         loss: of R rows.
         weights: [R, D].
         generators: one a row, so that a row's result does not depend on what it is stacked with.
-        vectors: m, at least 2; each costs one gradient.
+        vectors: m, at least 2; each costs about three gradients.
 
     Returns:
         The traces and their standard errors, [R] each.
     """
     dimension = weights.shape[1]
-    _, gradients = loss.gradients(weights)
+    product = hessian_products(loss, weights)
     direction = torch.empty_like(weights)
-    products = []
+    found = []
     for _ in range(vectors):
         for row, generator in zip(direction, generators, strict=True):
             row.bernoulli_(0.5, generator=generator)
         direction.mul_(2).sub_(1).div_(math.sqrt(dimension))
-        product = hessian_product(loss, weights, gradients, direction)
-        products.append(dimension * torch.linalg.vecdot(product, direction))
-    found = torch.stack(products).double()
-    return found.mean(0), found.std(0) / math.sqrt(vectors)
+        found.append(dimension * torch.linalg.vecdot(product(direction), direction))
+    values = torch.stack(found).double()
+    return values.mean(0), values.std(0) / math.sqrt(vectors)

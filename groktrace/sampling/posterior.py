@@ -67,6 +67,7 @@ class StackedLoss:
         vectorised: False for networks that cannot be stacked: rows are then evaluated one by one.
         row_bytes: memory that one row's gradient takes with all samples; None where it was not measured.
         separable: whether it was found to be a mean over samples of losses of single samples.
+        twice: whether it was found to have second derivatives.
         micro_batch: samples evaluated at once where networks are large and go alone, in place (`network`, `large`);
             None where they are stacked.
         plans: recorded gradients by the shapes they take, shared by all losses made of this one.
@@ -79,6 +80,7 @@ class StackedLoss:
     vectorised: bool = True
     row_bytes: int | None = None
     separable: bool = False
+    twice: bool = False
     micro_batch: int | None = None
     plans: dict[Any, Plan | None] = field(default_factory=dict, repr=False, compare=False)
 
@@ -93,6 +95,8 @@ class StackedLoss:
 
     def probe(self, weights: Tensor) -> "StackedLoss":
         """This loss, with what one gradient tells of it: whether rows can be stacked, and how much memory one takes.
+
+        And with what a second derivative tells: whether there are any.
 
         Args:
             weights: of any of the rows, [1, D].
@@ -115,6 +119,7 @@ class StackedLoss:
         for shared in self.tensors:
             seen.pop(shared.untyped_storage().data_ptr(), None)
         found = replace(self, vectorised=first.vectorised, row_bytes=sum(seen.values()))
+        found = replace(found, twice=first._is_twice_differentiable(weights))
         return replace(found, separable=found.select(twice[:1])._is_separable(weights))
 
     def losses(self, weights: Tensor, index: Tensor | None = None) -> Tensor:
@@ -180,6 +185,18 @@ class StackedLoss:
             return False
         return bool((singles - together).abs() <= 1e-4 * together.abs())
 
+    def _is_twice_differentiable(self, weights: Tensor) -> bool:
+        generator = torch.Generator(weights.device).manual_seed(0)
+        direction = torch.empty_like(weights).normal_(generator=generator)
+        direction *= 1e-4 * max(float(weights.norm()), 1e-4) / direction.norm()
+        try:
+            product = self.hessian_products(weights, direction)
+        except (RuntimeError, NotImplementedError):  # some fused operations have no second derivative
+            return False
+        # And some functions of the user's own say zero.
+        difference = self._differentiate(weights + direction)[1] - self._differentiate(weights)[1]
+        return bool(product.norm() >= 0.1 * difference.norm())
+
     def gradients(
         self, weights: Tensor, index: Tensor | None = None, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -211,6 +228,24 @@ class StackedLoss:
             # Rows are independent, so the gradient of the sum holds each row's own.
             (gradients,) = torch.autograd.grad(losses.sum(), weights)
         return losses.detach(), gradients
+
+    def hessian_products(self, weights: Tensor, directions: Tensor) -> Tensor:
+        """∇²L·v of each row; of losses with second derivatives (`twice`).
+
+        Args:
+            weights: [R, D].
+            directions: v, [R, D].
+
+        Returns:
+            [R, D].
+        """
+        weights = weights.detach().requires_grad_(True)
+        with torch.enable_grad():
+            losses = self.losses(weights)
+            (gradients,) = torch.autograd.grad(losses.sum(), weights, create_graph=True)
+            if not gradients.requires_grad:  # the loss is linear
+                return torch.zeros_like(weights)
+            return torch.autograd.grad(gradients, weights, directions, materialize_grads=True)[0]
 
     def _arguments(self, weights: Tensor, index: Tensor | None) -> list[Tensor]:
         return [weights, *self.fixed.values(), *(() if index is None else (index,))]

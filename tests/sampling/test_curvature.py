@@ -1,8 +1,11 @@
+from dataclasses import replace
+
+import pytest
 import torch
 from torch import nn
 
 from groktrace.run.task import Task
-from groktrace.sampling.curvature import gaussian_start, hessian_product, top_eigenvalue
+from groktrace.sampling.curvature import gaussian_start, difference_product, hessian_products, top_eigenvalue
 from groktrace.sampling.posterior import StackedLoss, WeightLayout
 
 
@@ -25,8 +28,67 @@ def test_products_agree_with_the_exact_hessian():
     v = torch.randn(flat.shape, generator=torch.Generator().manual_seed(1))
     v /= v.norm(dim=1, keepdim=True)
     exact = torch.einsum("rij,rj->ri", exact_hessians(loss, flat), v)
-    found = hessian_product(loss, flat, loss.gradients(flat)[1], v)
+    found = difference_product(loss, flat, loss.gradients(flat)[1], v)
     torch.testing.assert_close(found, exact, rtol=0, atol=3e-3 * float(exact.norm()))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_top_eigenvalue_is_that_at_the_weights_and_not_some_way_off(confident_classifier, seed):
+    loss, flat, exact = confident_classifier
+    start = torch.randn(flat.shape, generator=torch.Generator().manual_seed(seed))
+    by_differences = float(top_eigenvalue(replace(loss, twice=False), flat, start))
+    assert not 0.7 < by_differences / exact < 1.4  # or the test shows nothing
+    assert float(top_eigenvalue(loss, flat, start)) == pytest.approx(float(exact), rel=1e-3)
+
+
+def test_rows_are_checked_one_by_one(confident_classifier):
+    loss, flat, exact = confident_classifier
+    both = torch.cat([flat, flat * torch.tensor([1.0, 1.0, 1.0, 0.0])])
+    start = torch.randn(both.shape, generator=torch.Generator().manual_seed(0))
+    found = top_eigenvalue(loss, both, start)
+    torch.testing.assert_close(found, exact.expand(2), rtol=0.02, atol=0)
+    # Differences do for the second, whatever it is stacked with.
+    assert float(found[1]) == float(top_eigenvalue(replace(loss, twice=False), both[1:], start[1:]))
+
+
+def test_products_are_exact_where_there_are_second_derivatives(confident_classifier):
+    loss, flat, _ = confident_classifier
+    v = torch.nn.functional.normalize(torch.randn(flat.shape, generator=torch.Generator().manual_seed(1)))
+    expected = torch.einsum("rij,rj->ri", exact_hessians(loss, flat), v)
+    torch.testing.assert_close(hessian_products(loss, flat)(v), expected, rtol=1e-4, atol=1e-9)
+
+
+class Once(torch.autograd.Function):
+    """x², whose gradient has none."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        (x,) = ctx.saved_tensors
+        return 2 * x * upstream
+
+
+def test_without_second_derivatives_differences_do():
+    layout = WeightLayout(("w",), ((2,),))
+    flat = torch.tensor([[1.0, 2.0]])
+    loss = StackedLoss(lambda w, _: (3 * Once.apply(w["w"]).sum(), None), layout, (torch.ones(1),), {}).probe(flat)
+    assert not loss.twice
+    assert float(top_eigenvalue(loss, flat, torch.ones(1, 2))) == pytest.approx(6, rel=1e-2)
+    torch.testing.assert_close(
+        hessian_products(loss, flat)(torch.eye(2)[:1]), 6 * torch.eye(2)[:1], rtol=1e-2, atol=1e-2
+    )
+
+
+def test_a_linear_loss_has_no_curvature():
+    layout, flat = WeightLayout(("w",), ((2,),)), torch.tensor([[1.0, 2.0]])
+    loss = StackedLoss(lambda w, _: (w["w"].sum(), None), layout, (torch.ones(1),), {}).probe(flat)
+    assert loss.twice
+    assert not hessian_products(loss, flat)(torch.eye(2)[:1]).any()
 
 
 def test_top_eigenvalue_comes_from_below_within_one_percent():

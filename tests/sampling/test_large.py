@@ -128,6 +128,12 @@ def test_curvature_of_a_large_network(bowl):
     assert trace == pytest.approx(float(curvatures.sum()), abs=4 * error + 1e-4)
 
 
+def test_curvature_of_a_confident_classifier_that_is_large(confident_classifier):
+    loss, flat, exact = confident_classifier
+    network = Network(alone(loss, 2), loss.layout.unflatten(flat[0]))
+    assert top_eigenvalue_large(network, torch.Generator().manual_seed(1)) == pytest.approx(float(exact), rel=0.02)
+
+
 @pytest.mark.parametrize(("curvature", "expected"), [(0.0, 0.0), (math.nan, math.nan)])
 def test_curvature_where_there_is_none(bowl, curvature, expected):
     network = Network(alone(bowl([curvature] * 20)), {"w": torch.ones(20).double()})
