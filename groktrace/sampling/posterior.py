@@ -186,7 +186,7 @@ class StackedLoss:
         return bool((singles - together).abs() <= 1e-4 * together.abs())
 
     def _is_twice_differentiable(self, weights: Tensor) -> bool:
-        generator = torch.Generator(weights.device).manual_seed(0)
+        weights, generator = weights.detach(), torch.Generator(weights.device).manual_seed(0)
         direction = torch.empty_like(weights).normal_(generator=generator)
         direction *= 1e-4 * max(float(weights.norm()), 1e-4) / direction.norm()
         try:

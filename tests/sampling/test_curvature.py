@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from groktrace.run.task import Task
-from groktrace.sampling.curvature import gaussian_start, difference_product, hessian_products, top_eigenvalue
+from groktrace.sampling.curvature import difference_product, gaussian_start, hessian_products, top_eigenvalue
 from groktrace.sampling.posterior import StackedLoss, WeightLayout
 
 
