@@ -229,19 +229,20 @@ class StackedLoss:
             (gradients,) = torch.autograd.grad(losses.sum(), weights)
         return losses.detach(), gradients
 
-    def hessian_products(self, weights: Tensor, directions: Tensor) -> Tensor:
+    def hessian_products(self, weights: Tensor, directions: Tensor, index: Tensor | None = None) -> Tensor:
         """∇²L·v of each row; of losses with second derivatives (`twice`).
 
         Args:
             weights: [R, D].
             directions: v, [R, D].
+            index: [R, B] samples for each row; None for all of them.
 
         Returns:
             [R, D].
         """
         weights = weights.detach().requires_grad_(True)
         with torch.enable_grad():
-            losses = self.losses(weights)
+            losses = self.losses(weights, index)
             (gradients,) = torch.autograd.grad(losses.sum(), weights, create_graph=True)
             if not gradients.requires_grad:  # the loss is linear
                 return torch.zeros_like(weights)
