@@ -35,6 +35,8 @@ _SURVEY_FILE = "survey.jsonl"
 POINTS_FILE = "points.jsonl"
 _SHARPNESS_FILE = "sharpness.jsonl"
 _REFERENCE_FILE = "reference.jsonl"
+# Goes up when the same settings come to give other numbers, which must not end up beside the older ones.
+_ESTIMATOR = 2
 
 Progress = Callable[[str, int, int], None]
 
@@ -337,7 +339,7 @@ def kept_scale(folder: Path) -> Scale | None:
 
 def folder_name(run: Run, settings: SamplingSettings, task_name: str | None) -> str:
     """Where the results lie: the method, and a digest of everything that they depend on but the snapshots."""
-    content: list[Any] = [layout.FORMAT_VERSION, settings.to_dict(), task_name]
+    content: list[Any] = [layout.FORMAT_VERSION, _ESTIMATOR, settings.to_dict(), task_name]
     if task_name is None:
         data = read_metadata(run.root / layout.DATA_FILE).get("digests")
         content += [data, read_json(run.root / layout.PROGRAM_FILE)]
