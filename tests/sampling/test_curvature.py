@@ -142,3 +142,18 @@ def test_starts_stay_where_the_loss_climbs_more_than_its_curvature_tells():
     energy = 50 * 100 * (found**4).sum(1) + 0.5 * found.square().sum(1)
     assert (energy <= 1.25 * 0.5 * normal.square().sum(1)).all()
     assert (found.norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_starts_around_a_confident_classifier_follow_the_curvature_at_the_weights(confident_classifier, twice):
+    loss, flat, top = confident_classifier
+    localization = 100.0
+    nbeta = 10 * localization / float(top)
+    normal = torch.randn(flat.shape, generator=torch.Generator().manual_seed(4))
+    found = start(replace(loss, twice=twice), flat, normal, nbeta, localization)
+    values, vectors = torch.linalg.eigh(exact_hessians(loss, flat)[0].double())
+    shrunk = (nbeta * values + localization).rsqrt()
+    expected = (vectors * shrunk) @ (vectors.T @ normal[0].double())
+    # The loss slopes at the weights, so that the start may be drawn nearer; its direction stays.
+    cosine = float(torch.nn.functional.cosine_similarity(found[0].double(), expected, dim=0))
+    assert (cosine > 0.9999) == twice  # by differences alone it is wrong, or the test shows nothing
