@@ -246,7 +246,9 @@ class StackedLoss:
             (gradients,) = torch.autograd.grad(losses.sum(), weights, create_graph=True)
             if not gradients.requires_grad:  # the loss is linear
                 return torch.zeros_like(weights)
-            return torch.autograd.grad(gradients, weights, directions, materialize_grads=True)[0]
+            # Of a scalar: handing over the directions would import sympy, half a second.
+            along = (gradients * directions).sum()
+            return torch.autograd.grad(along, weights, materialize_grads=True)[0]
 
     def _arguments(self, weights: Tensor, index: Tensor | None) -> list[Tensor]:
         return [weights, *self.fixed.values(), *(() if index is None else (index,))]
