@@ -44,7 +44,7 @@ def measure_changes(
 
     Pieces need not meet, so that they leave the edges of a ramp open; a ramp joined to its phases is dated better. Two
     changes that one ramp describes nearly as well are one, the same way or not: where pieces overshoot the corner of a
-    ramp, a small change the other way lies beside it.
+    ramp, a small change the other way lies beside it. So are a change and a phase beside it that moves the same way.
 
     Args:
         x: abscissa, [T].
@@ -53,19 +53,17 @@ def measure_changes(
         fit: of the three above.
         changes: first and last index of each.
     """
-    price = math.log(len(x))
     pending, changes = list(changes), []
     while pending:
         first, last = pending.pop(0)
         if pending:
             both = first, pending[0][1]
-            window = _phases(fit, both, changes, pending[1:])
-            ramp = fit_ramp(x, value, variance, both, window)
-            if ramp.cost(price) <= fit.cost_within(value, variance, window) + price:
+            if _is_one_ramp(x, value, variance, fit, both, changes, pending[1:]):
                 pending[0] = both
                 continue
         changes.append((first, last))
     changes = _widened(x, value, variance, fit, changes)
+    price = math.log(len(x))
     ramps: list[Ramp | None] = [None] * len(changes)
     for _ in range(SWEEPS if len(changes) > 1 else 1):
         for i, (first, last) in enumerate(changes):
@@ -114,19 +112,31 @@ def _widened(
 
     Pieces need not meet: where a fall is fitted by a straight piece and a last jump, the jump alone is the steepest.
     """
-    price, changes = math.log(len(x)), list(changes)
+    changes = list(changes)
     for i, (first, last) in enumerate(changes):
-        sign = fit.value[last] - fit.value[first]
-        low, high = _phases(fit, (first, last), changes[:i], changes[i + 1 :])
+        before, after = changes[:i], changes[i + 1 :]
+        low, high = _phases(fit, (first, last), before, after)
         for wide in ((low, last), (first, high)):
-            if (fit.value[wide[1]] - fit.value[last] + fit.value[first] - fit.value[wide[0]]) * sign <= 0:
-                continue
-            window = _phases(fit, wide, changes[:i], changes[i + 1 :])
-            ramp = fit_ramp(x, value, variance, wide, window)
-            if ramp.cost(price) <= fit.cost_within(value, variance, window) + price:
+            share = (fit.value[wide[1]] - fit.value[wide[0]]) / (fit.value[last] - fit.value[first])
+            if share > 1 and _is_one_ramp(x, value, variance, fit, wide, before, after):
                 changes[i] = wide
                 break
     return changes
+
+
+def _is_one_ramp(
+    x: np.ndarray,
+    value: np.ndarray,
+    variance: np.ndarray,
+    fit: Fit,
+    change: tuple[int, int],
+    before: list[tuple[int, int]],
+    after: list[tuple[int, int]],
+) -> bool:
+    """Whether one ramp describes a change and the phases beside it nearly as well as the pieces of the fit do."""
+    price, window = math.log(len(x)), _phases(fit, change, before, after)
+    ramp = fit_ramp(x, value, variance, change, window)
+    return ramp.cost(price) <= fit.cost_within(value, variance, window) + price
 
 
 def _phases(

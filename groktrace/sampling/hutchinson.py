@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from groktrace.sampling.curvature import hessian_products
+from groktrace.sampling.curvature import hessian_operator
 from groktrace.sampling.posterior import StackedLoss
 
 
@@ -27,7 +27,7 @@ def hessian_trace(
         The traces and their standard errors, [R] each.
     """
     dimension = weights.shape[1]
-    product = hessian_products(loss, weights)
+    product = hessian_operator(loss, weights)
     direction = torch.empty_like(weights)
     found = []
     for _ in range(vectors):

@@ -67,7 +67,6 @@ class StackedLoss:
         vectorised: False for networks that cannot be stacked: rows are then evaluated one by one.
         row_bytes: memory that one row's gradient takes with all samples; None where it was not measured.
         separable: whether it was found to be a mean over samples of losses of single samples.
-        twice: whether it was found to have second derivatives.
         micro_batch: samples evaluated at once where networks are large and go alone, in place (`network`, `large`);
             None where they are stacked.
         plans: recorded gradients by the shapes they take, shared by all losses made of this one.
@@ -80,7 +79,6 @@ class StackedLoss:
     vectorised: bool = True
     row_bytes: int | None = None
     separable: bool = False
-    twice: bool = False
     micro_batch: int | None = None
     plans: dict[Any, Plan | None] = field(default_factory=dict, repr=False, compare=False)
 
@@ -95,8 +93,6 @@ class StackedLoss:
 
     def probe(self, weights: Tensor) -> "StackedLoss":
         """This loss, with what one gradient tells of it: whether rows can be stacked, and how much memory one takes.
-
-        And with what a second derivative tells: whether there are any.
 
         Args:
             weights: of any of the rows, [1, D].
@@ -119,7 +115,6 @@ class StackedLoss:
         for shared in self.tensors:
             seen.pop(shared.untyped_storage().data_ptr(), None)
         found = replace(self, vectorised=first.vectorised, row_bytes=sum(seen.values()))
-        found = replace(found, twice=first._is_twice_differentiable(weights))
         return replace(found, separable=found.select(twice[:1])._is_separable(weights))
 
     def losses(self, weights: Tensor, index: Tensor | None = None) -> Tensor:
@@ -185,18 +180,6 @@ class StackedLoss:
             return False
         return bool((singles - together).abs() <= 1e-4 * together.abs())
 
-    def _is_twice_differentiable(self, weights: Tensor) -> bool:
-        weights, generator = weights.detach(), torch.Generator(weights.device).manual_seed(0)
-        direction = torch.empty_like(weights).normal_(generator=generator)
-        direction *= 1e-4 * max(float(weights.norm()), 1e-4) / direction.norm()
-        try:
-            product = self.hessian_products(weights, direction)
-        except (RuntimeError, NotImplementedError):  # some fused operations have no second derivative
-            return False
-        # And some functions of the user's own say zero.
-        difference = self._differentiate(weights + direction)[1] - self._differentiate(weights)[1]
-        return bool(product.norm() >= 0.1 * difference.norm())
-
     def gradients(
         self, weights: Tensor, index: Tensor | None = None, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -229,8 +212,26 @@ class StackedLoss:
             (gradients,) = torch.autograd.grad(losses.sum(), weights)
         return losses.detach(), gradients
 
+    def has_second_derivatives(self, weights: Tensor) -> bool:
+        """Whether `hessian_products` can be had, tried on the first row.
+
+        Args:
+            weights: [R, D].
+        """
+        first, weights = self.select(torch.zeros(1, dtype=torch.long, device=weights.device)), weights[:1].detach()
+        generator = torch.Generator(weights.device).manual_seed(0)
+        direction = torch.empty_like(weights).normal_(generator=generator)
+        try:
+            product = first.hessian_products(weights, direction)
+        except RuntimeError:  # some fused operations have none
+            return False
+        if product.any():
+            return True
+        # Zero is right for a linear loss, and what functions of a user's own say whose backward cannot be followed.
+        return torch.equal(first._differentiate(weights + direction)[1], first._differentiate(weights)[1])
+
     def hessian_products(self, weights: Tensor, directions: Tensor, index: Tensor | None = None) -> Tensor:
-        """∇²L·v of each row; of losses with second derivatives (`twice`).
+        """∇²L·v of each row, by double backward; see `has_second_derivatives`.
 
         Args:
             weights: [R, D].
@@ -239,6 +240,9 @@ class StackedLoss:
 
         Returns:
             [R, D].
+
+        Raises:
+            RuntimeError: an operation has no second derivative.
         """
         weights = weights.detach().requires_grad_(True)
         with torch.enable_grad():
