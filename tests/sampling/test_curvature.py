@@ -43,6 +43,12 @@ def test_the_top_eigenvalue_is_that_at_the_weights_and_not_some_way_off(confiden
     assert not 0.7 < float(top_eigenvalue(loss, flat, start)) / exact < 1.4  # or the test shows nothing
 
 
+def test_differences_that_agree_among_themselves_are_checked_by_smaller_ones(confident_classifier):
+    loss, flat, exact = confident_classifier
+    along = torch.tensor([[1.0, 0.0, 0.0, 0.0]])  # an eigenvector, that all differences keep to
+    assert float(top_eigenvalue(loss, flat, along)) == pytest.approx(float(exact), rel=1e-3)
+
+
 def test_rows_are_checked_one_by_one(confident_classifier, monkeypatch):
     loss, flat, exact = confident_classifier
     both = torch.cat([flat, flat * torch.tensor([1.0, 1.0, 1.0, 0.0])])
