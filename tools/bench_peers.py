@@ -23,7 +23,7 @@ class FusedKernel:
         anchors: w* of each row, W then V, [R, D].
         data: inputs [n, 2p] and targets [n, p].
         width: K.
-        method: "averaged", with a control variate where there are minibatches, or "sgld".
+        method: "kinetic", with a control variate where there are minibatches, or "sgld".
         nbeta, localization, step_size: of all rows.
         batch_size: samples a gradient; None for all.
     """
@@ -56,7 +56,9 @@ class FusedKernel:
         rows = len(self.anchors)
         displacement = torch.zeros_like(self.anchors)
         weights, gradients, control = (torch.empty_like(self.anchors) for _ in range(3))
-        noise, fresh = torch.empty_like(self.anchors).normal_(generator=generator), torch.empty_like(self.anchors)
+        momentum, fresh = torch.empty_like(self.anchors).normal_(generator=generator), torch.empty_like(self.anchors)
+        root = math.sqrt(self.step_size)
+        kept = math.exp(-max(2 * math.sqrt(self.step_size * self.localization), 0.4))
         record = torch.empty(steps, rows)
         full = tuple(each.expand(rows, -1, -1) for each in self.data)
         whole = torch.empty_like(self.anchors)
@@ -65,18 +67,20 @@ class FusedKernel:
             batch = full if self.batch_size is None else self._pick(generator)
             torch.add(self.anchors, displacement, out=weights)
             losses = self._gradient(weights, batch, gradients)
-            if self.batch_size is not None and self.method == "averaged":
+            if self.batch_size is not None and self.method == "kinetic":
                 base = self._gradient(self.anchors, batch, control)
                 gradients.sub_(control).add_(whole)
             record[t] = self.nbeta * (losses - base)
             fresh.normal_(generator=generator)
-            displacement.mul_(1 - 0.5 * self.step_size * self.localization)
-            displacement.add_(gradients, alpha=-0.5 * self.step_size * self.nbeta)
-            if self.method == "averaged":
-                displacement.add_(noise.add_(fresh), alpha=0.5 * math.sqrt(self.step_size))
-                noise, fresh = fresh, noise
+            if self.method == "kinetic":
+                momentum.add_(gradients, alpha=-root * self.nbeta).add_(displacement, alpha=-root * self.localization)
+                displacement.add_(momentum, alpha=0.5 * root)
+                momentum.mul_(kept).add_(fresh, alpha=math.sqrt(1 - kept**2))
+                displacement.add_(momentum, alpha=0.5 * root)
             else:
-                displacement.add_(fresh, alpha=math.sqrt(self.step_size))
+                displacement.mul_(1 - 0.5 * self.step_size * self.localization)
+                displacement.add_(gradients, alpha=-0.5 * self.step_size * self.nbeta)
+                displacement.add_(fresh, alpha=root)
         return record
 
     def check(self, expected: Tensor) -> None:

@@ -30,7 +30,7 @@ from groktrace.analysis.evaluator import Chunk, Recipe, evaluate_elsewhere
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.analysis.workers import dask_executor, process_pool
 from groktrace.run import layout
-from groktrace.sampling.calibration import settle_chains
+from groktrace.sampling.calibration import settle
 from groktrace.sampling.settings import SamplingSettings
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "modular_addition.py"
@@ -98,7 +98,7 @@ def measure_workers(folder: Path, settings: Settings) -> None:
     store = Store(folder, "workers", vars(settings))
     run = record(folder, settings.snapshots - 1, 20)
     size = sum(math.prod(spec.shape) for spec in groktrace.open_run(run).specs.values())
-    recipe = Recipe(str(run.absolute()), None, settle_chains(SamplingSettings(), size), "cpu", 0)
+    recipe = Recipe(str(run.absolute()), None, settle(SamplingSettings(), size, stacked=True), "cpu", 0)
 
     def one_round(number: int) -> dict[str, float]:
         found: dict[str, float] = {}

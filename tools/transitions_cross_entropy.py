@@ -22,7 +22,6 @@ SNAPSHOTS = 28
 FIRST = 30
 # What the analysis chooses for such networks by itself.
 DEFAULT = "training loss, κ = 100"
-BUDGET = {"chains": 2, "burn_in": 80, "draws": 100}
 # Measures that are not the training loss take more work a snapshot: every second one.
 SPARSE = 2
 
@@ -186,7 +185,7 @@ def output_measures(network: Network, folder: Path, plain: Trajectory) -> dict[s
         for name, (loss, targets) in losses.items():
             scale = {"resolution": 100.0} if "κ" in name else first_scale or {"resolution": 100.0}
             try:
-                found = groktrace.estimate_llc(model, loss, (x, targets), seed=snapshot.step, **scale, **BUDGET)
+                found = groktrace.estimate_llc(model, loss, (x, targets), seed=snapshot.step, **scale)
             except GroktraceError as failure:
                 say(f"{network.name} {snapshot.step} {name}: {failure}")
                 continue
@@ -209,11 +208,11 @@ def output_measures(network: Network, folder: Path, plain: Trajectory) -> dict[s
 def other_measures(network: Network, folder: Path, plain: Trajectory) -> dict[str, Trajectory]:
     """All other measures of one network, from its snapshots."""
     typical = float(np.median([point.diagnostics["nbeta"] for point in plain.points if fitted(point)] or [1.0]))
-    fixed = groktrace.analyze(folder, nbeta=typical / 10, localization=plain.localization, **BUDGET)
+    fixed = groktrace.analyze(folder, nbeta=typical / 10, localization=plain.localization)
     found = {"training loss, one nβ": fixed}
     for resolution in (10.0, 30.0):
         found[f"training loss, κ = {resolution:g}"] = groktrace.analyze(
-            folder, nbeta="curvature", resolution=resolution, **BUDGET
+            folder, nbeta="curvature", resolution=resolution
         )
     return found | output_measures(network, folder, plain)
 
@@ -268,7 +267,7 @@ def run_cross_entropy(folder: Path, limit: int, seed: int, all_measures: bool) -
             if not plain.exists():
                 shutil.rmtree(run, ignore_errors=True)  # of a training that was interrupted
                 record(network, run)
-                groktrace.analyze(run, **BUDGET).save(plain)
+                groktrace.analyze(run).save(plain)
             if all_measures:
                 for name, trajectory in other_measures(network, run, Trajectory.load(plain)).items():
                     trajectory.save(place / f"{name}.json")

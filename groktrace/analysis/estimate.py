@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from groktrace.analysis.evaluation import Survey, stack_weights, survey, training_loss
-from groktrace.analysis.llc import LLCEstimate, off_minimum, summarise, unusable
+from groktrace.analysis.llc import LLCEstimate, centred_error, off_minimum, summarise, unusable
 from groktrace.errors import SettingsError, TaskError
 from groktrace.run.task import Task
-from groktrace.sampling.calibration import Scale, posterior_scale, settle_chains, step_size
-from groktrace.sampling.chains import sample
+from groktrace.sampling.calibration import Scale, posterior_scale, settle, step_size
+from groktrace.sampling.chains import MAX_GROWTH, sample
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.large import sample_large
 from groktrace.sampling.posterior import FACTOR, StackedLoss, WeightLayout
@@ -109,8 +109,10 @@ def estimate_stack(
             tops = [curvature] * len(usable)
         sizes = [settings.step_size or step_size(nbeta, localization, top) for top in tops]
 
+        precise = _precise if curvature is None or settings.chains == 1 else _precise_centred
+
         def enough(so_far: Traces) -> bool:
-            return _precise(so_far, settings.rtol)
+            return precise(so_far, settings.rtol)
 
         if loss.micro_batch is None:
             stacked, anchors = stack_weights(loss, weights)
@@ -166,7 +168,7 @@ def estimate_llc(
     chosen = make_settings(settings)
     place = choose_device(device)
     n, training, weights, surveyed = prepare_point(model, loss, train, batch_loss, chosen, place)
-    chosen = settle_chains(chosen, training.layout.size)
+    chosen = settle(chosen, training.layout.size, training.micro_batch is None)
     scale = choose_scale(chosen, n, training.layout, [surveyed])
     return estimate_stack(training, [weights], [surveyed], chosen, scale, n)[0]
 
@@ -249,3 +251,9 @@ def _precise(traces: Traces, rtol: float) -> bool:
     """Whether λ̂ is known to `rtol`; off a minimum, where it is no measure of the basin, no more draws are spent."""
     llc = float(traces.excess.mean())
     return standard_error(traces.excess) <= rtol * abs(llc) or off_minimum(traces)
+
+
+def _precise_centred(traces: Traces, rtol: float) -> bool:
+    """Whether λ_c is known to `rtol`, or so badly that no more draws are spent: where nβ follows, it is the measure."""
+    value, error = abs(float(traces.paired.mean())), centred_error(traces.paired)
+    return not rtol * value < error <= math.sqrt(MAX_GROWTH) * rtol * value

@@ -17,7 +17,7 @@ from groktrace.analysis.trajectory import Point
 from groktrace.errors import SnapshotError
 from groktrace.run.store import Run, Snapshot, open_run
 from groktrace.run.task import Task, failures_in_words, load_factory
-from groktrace.sampling.calibration import Scale, settle_chains
+from groktrace.sampling.calibration import Scale, settle
 from groktrace.sampling.chains import rows_per_stack
 from groktrace.sampling.network import as_float
 from groktrace.sampling.posterior import WeightLayout
@@ -87,8 +87,8 @@ class Evaluator:
     ) -> None:
         _check_task(task, first)
         self.task, self.layout, self.device = task, layout, device
-        self.settings = settle_chains(settings, layout.size)
         self.loss = training_loss(task, layout, first, device)
+        self.settings = settle(settings, layout.size, self.loss.micro_batch is None)
 
     @property
     def rows(self) -> int:

@@ -212,7 +212,7 @@ def _stacked(
                 # Chains that leave are given up at once; those that get too hot or meet more curvature run on.
                 halved = _step_size(settings, scale, about) / 2 ** found.diagnostics["halvings"]
                 lost = found.step_size < 0.999 * halved
-                grown = found.draws * (_growth(found, settings.rtol) if cut_short else 1)
+                grown = found.draws * (_growth(found, settings.rtol, scale) if cut_short else 1)
                 seen[about.step] = _Lengths(
                     found.burn_in, min(draws, found.draws), grown, expected[about.step].total if lost else 0
                 )
@@ -238,11 +238,15 @@ def _affordable(surveys: Sequence[Survey], costs: dict[int, float], seconds: flo
     return []
 
 
-def _growth(found: LLCEstimate, rtol: float) -> int:
-    """How many times as many draws it will take for this standard error to fall to what is wanted: a power of two."""
-    if OFF_MINIMUM in found.reasons or not found.llc:
+def _growth(found: LLCEstimate, rtol: float, scale: Scale) -> int:
+    """How many times as many draws it will take for the standard error to fall to what is wanted: a power of two."""
+    centred = scale.curvature is not None and found.llc_centred is not None
+    value, error = (found.llc_centred, found.stderr_centred) if centred else (found.llc, found.stderr)
+    if not value or (OFF_MINIMUM in found.reasons and not centred):
         return 1
-    wanted = (found.stderr / (rtol * abs(found.llc))) ** 2
+    wanted = (error / (rtol * abs(value))) ** 2
+    if centred and wanted > MAX_GROWTH:
+        return 1  # no more draws are spent
     return min(2 ** math.ceil(math.log2(max(wanted, 1.0))), MAX_GROWTH)
 
 
@@ -354,8 +358,8 @@ def _large(
     # The survey's losses are a third of a gradient; so is the loss at w*, or, with minibatches, a gradient.
     survey_gradients = _SURVEY_GRADIENTS_LARGE + 1 / 3 + (1 if corrected else 1 / 3)
     seconds = total * (survey_gradients * network.samples * part + settings.chains * (burn_in + draws) * step)
-    vector = position.nbytes
-    memory = _peak_bytes(network.device) + (settings.chains - 1 + corrected) * vector
+    vectors = settings.chains * (2 if settings.method == "kinetic" else 1) - 1 + corrected
+    memory = _peak_bytes(network.device) + vectors * position.nbytes
     return seconds, lengths, memory, 0
 
 

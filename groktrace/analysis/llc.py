@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from groktrace.sampling import diagnostics as diagnose
+from groktrace.sampling.langevin import relaxation_steps
 from groktrace.sampling.settings import SamplingSettings
 from groktrace.sampling.traces import Traces
 
@@ -78,11 +79,11 @@ def off_minimum(traces: Traces) -> bool:
     if llc < 0 or not traces.paired.shape[1]:
         return llc < 0
     centred = float(traces.paired.mean())
-    error = math.hypot(diagnose.standard_error(traces.excess), _pairs_error(traces.paired))
+    error = math.hypot(diagnose.standard_error(traces.excess), centred_error(traces.paired))
     return llc < 0.9 * centred - 3 * error and 0.5 * float(traces.pull.mean()) < 0.97 * centred - 3 * error
 
 
-def _pairs_error(paired: Tensor) -> float:
+def centred_error(paired: Tensor) -> float:
     """Standard error of the mean of neighbouring pairs' products, [draws, pairs].
 
     Each pair shares a chain with two others. Of Gaussian chains, (a − b)² and (b − c)² have correlation ¼, so that the
@@ -130,15 +131,15 @@ def summarise(
     stderr = math.sqrt(float(traces.excess.double().var()) / ess)
     centred = stderr_centred = None
     if traces.paired.shape[1]:
-        centred, stderr_centred = float(traces.paired.mean()), _pairs_error(traces.paired)
+        centred, stderr_centred = float(traces.paired.mean()), centred_error(traces.paired)
     virial = diagnose.virial_ratio(traces.pull, traces.spread, dimension)
     anharmonicity = diagnose.anharmonicity(traces.pull, traces.excess)
     distance = math.sqrt(float(traces.spread.mean()) / localization)
     relative_distance = distance / norm if norm > 0 else math.inf
     rhat, off = diagnose.split_rhat(traces.excess), off_minimum(traces)
     virial_error = diagnose.standard_error(traces.pull + traces.spread) / dimension
-    # A flat direction takes 2/(εγ) steps for each new value of w², which traces of few of them cannot tell themselves.
-    passes = len(traces.spread) * traces.step_size * localization / 2
+    # Traces of few relaxation times of the flat directions cannot tell how slow these are.
+    passes = len(traces.spread) / relaxation_steps(settings.method, traces.step_size, localization)
     if passes >= 1:
         virial_error = max(virial_error, math.sqrt(2 / (dimension * chains * passes)))
     reasons = []

@@ -21,7 +21,7 @@ from groktrace.analysis.llc import LLCEstimate
 from groktrace.errors import SettingsError
 from groktrace.run.store import Run
 from groktrace.run.task import Task
-from groktrace.sampling.calibration import RESOLUTION, Scale, settle_chains
+from groktrace.sampling.calibration import RESOLUTION, Scale, settle
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
 
@@ -138,7 +138,7 @@ def _measure_curve(
     settings: SamplingSettings,
     nbetas: Sequence[float] | None,
 ) -> TemperatureCurve:
-    settings = settle_chains(settings, training.layout.size)
+    settings = settle(settings, training.layout.size, training.micro_batch is None)
     middle, localization, _ = choose_scale(settings, n, training.layout, [surveyed])
     if nbetas is None:
         nbetas = [middle * resolution / (settings.resolution or RESOLUTION) for resolution in RESOLUTIONS]

@@ -27,10 +27,15 @@ SMALL = 8.5  # size of legend and labels, in points
 def shown_curve(trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
     """The curve that charts show: λ̂ where it is reliable, else the centred λ_c where it is known.
 
+    Where nβ follows the curvature snapshots are hardly ever at a minimum, and it is λ_c throughout, for a curve that
+    does not go back and forth between the two.
+
     Returns:
         Values and standard errors, [T] each; NaN where there is neither.
     """
     reliable = trajectory.column("reliable") > 0
+    if trajectory.follows_curvature and np.isfinite(trajectory.column("llc_centred")).any():
+        reliable[:] = False
     value = np.where(reliable, trajectory.column("llc"), trajectory.column("llc_centred"))
     error = np.where(reliable, trajectory.column("stderr"), trajectory.column("stderr_centred"))
     return np.where(np.isfinite(value), value, np.nan), np.where(np.isfinite(error), error, np.nan)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from groktrace.errors import SettingsError
+from groktrace.sampling.langevin import relaxation_steps
 from groktrace.sampling.settings import SamplingSettings
 
 RESOLUTION, FOLLOWING_RESOLUTION = 10.0, 100.0
@@ -120,15 +121,13 @@ def run_length(
 ) -> tuple[int, int]:
     """Burn-in and first round of draws, in steps.
 
-    A flat direction forgets its start in 2/(εγ) steps.
-
     Args:
-        settings: chains; burn_in and draws, where given.
+        settings: method and chains; burn_in and draws, where given.
         localization: γ.
         epsilon: ε.
         relaxations: relaxation times of the flat directions to burn in for.
     """
-    relaxation = 2 / (epsilon * localization)
+    relaxation = relaxation_steps(settings.method, epsilon, localization)
     burn_in = min(math.ceil(relaxations * relaxation), MAX_STEPS // 2)
     share = max(1.0, DRAW_RELAXATIONS / settings.chains)
     draws = min(max(MIN_DRAWS, math.ceil(share * relaxation)), MAX_STEPS // 2)
@@ -138,13 +137,14 @@ def run_length(
     )
 
 
-def settle_chains(settings: SamplingSettings, dimension: int) -> SamplingSettings:
-    """The settings with a number of chains.
+def settle(settings: SamplingSettings, dimension: int, stacked: bool) -> SamplingSettings:
+    """The settings with a method and a number of chains.
 
     Args:
-        settings: chains, where given.
+        settings: method and chains, where given.
         dimension: D.
+        stacked: whether chains run as a stack, and not one at a time as those of large networks.
     """
-    if settings.chains is not None:
-        return settings
-    return replace(settings, chains=min(max(MIN_CHAINS, STACKED_WEIGHTS // dimension), MAX_CHAINS))
+    method = settings.method or ("kinetic" if stacked else "averaged")
+    chains = settings.chains or min(max(MIN_CHAINS, STACKED_WEIGHTS // dimension), MAX_CHAINS)
+    return replace(settings, method=method, chains=chains)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from groktrace.sampling import langevin
-from groktrace.sampling.calibration import MAX_STEPS, run_length, step_size
+from groktrace.sampling.calibration import MAX_STEPS, run_length, settle, step_size
 from groktrace.sampling.curvature import gaussian_start, top_eigenvalue
 from groktrace.sampling.langevin import LangevinConfig, LangevinState, generator_for
 from groktrace.sampling.noise import normal_like
@@ -67,6 +67,7 @@ def sample(
     Returns:
         Traces of each snapshot, those of the last attempt where its chains diverged at every step size tried.
     """
+    settings = settle(settings, anchors.shape[1], stacked=True)
     results: dict[int, Traces] = {}
     pending = list(range(len(steps)))
     epsilon, halvings = list(step_sizes), [0] * len(steps)
@@ -91,7 +92,7 @@ def sample(
             elif group.is_too_large(traces):
                 epsilon[s] = step_size(nbeta, localization, traces.curvature)
             else:
-                epsilon[s] = cooled(traces)
+                epsilon[s] = cooled(traces, settings.method, localization)
         pending = [s for s in pending if epsilon[s] != results[s].step_size]
         if not pending or settings.step_size is not None:
             break
@@ -131,7 +132,7 @@ class _Group:
         self.base, self.base_gradients = self.loss.gradients(self.anchors)
         # The published method starts at w*.
         start = torch.zeros_like(self.anchors)
-        if settings.method == "averaged":
+        if settings.method != "sgld":
             start = normal_like(start, [generator_for(settings.seed, *key, "start", device) for key in keys])
             index = None if self.batches is None else self._batch()
             at_anchors = (self.base, self.base_gradients) if index is None else self.loss.gradients(self.anchors, index)
@@ -288,7 +289,7 @@ class _Group:
 
     def _restore(self, s: int, saved: LangevinState, batches: list[Tensor]) -> None:
         rows = self._rows([s])
-        self.state.displacement[rows], self.state.noise[rows] = saved.displacement, saved.noise
+        self.state.displacement[rows], self.state.momentum[rows] = saved.displacement, saved.momentum
         for r, generator in zip(rows.tolist(), saved.generators, strict=True):
             self.state.generators[r] = generator
         for r, state in zip(rows.tolist(), batches, strict=False):
@@ -321,11 +322,10 @@ class _Group:
         return self.batches is not None and self.settings.method != "sgld"
 
     def _gradient_noise(self, weights: Tensor, gradients: Tensor) -> Tensor:
-        """¼ε·nβ²·tr Cov[g] of each row, from a second batch, [R]."""
+        """What the noise of minibatches adds to 2λ̂ at most, of each row, from a second batch, [R]."""
         other = torch.empty_like(gradients)
         self._evaluate(weights, other)
-        scale = 0.25 * self.config.step_size * self.config.nbeta**2
-        return scale * 0.5 * (gradients - other).square().sum(1)
+        return self.config.noise_gain * self.config.nbeta**2 * 0.5 * (gradients - other).square().sum(1)
 
     def _traces(self, piece: Tensor, epsilon: float, burn_in: int) -> Traces:
         piece = piece.cpu()

@@ -2,7 +2,8 @@
 
 Beside w* there are the chains' positions and one gradient, and with minibatches ∇L(w*) of all samples: for C chains
 1 + C or 2 + C vectors. Noise is not kept: that of the last step is drawn a second time, by a generator one step behind.
-Chains start at w*, as products with the Hessian would need several vectors more, and burn in for longer.
+The method with momenta, which needs fewer steps, takes C vectors more, and is not chosen here unless asked for. Chains
+start at w*, as products with the Hessian would need several vectors more, and burn in for longer.
 """
 
 import math
@@ -12,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, MAX_STEPS, run_length
+from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, MAX_STEPS, run_length, settle
 from groktrace.sampling.chains import MAX_GROWTH, MAX_RESTARTS
-from groktrace.sampling.langevin import generator_for
+from groktrace.sampling.langevin import LangevinConfig, generator_for
 from groktrace.sampling.network import Network
 from groktrace.sampling.noise import NormalNoise
 from groktrace.sampling.posterior import StackedLoss
@@ -55,6 +56,7 @@ def sample_large(
         Traces; not finite where the chains diverged at every step size tried.
     """
     network, halvings = Network(loss, weights), 0
+    settings = settle(settings, network.layout.size, stacked=False)
     for _ in range(MAX_RESTARTS + 1):
         chains = _Chains(network, step, settings, nbeta, localization, step_size)
         traces = replace(chains.run(enough), halvings=halvings)
@@ -66,7 +68,7 @@ def sample_large(
         if climbed or traces.diverged(network.layout.size):
             step_size /= 2
             halvings += 1
-        elif (smaller := cooled(traces)) != traces.step_size:
+        elif (smaller := cooled(traces, settings.method, localization)) != traces.step_size:
             step_size = smaller
         else:
             break
@@ -80,13 +82,15 @@ class _Chain:
     Attributes:
         position: w, [D].
         noise: gives ξ_{t+1}.
-        before: gives ξ_t; None where the method does not ask for it.
+        before: gives ξ_t; None but for the method that averages it.
+        momentum: p, [D]; None but for the method that has it.
         batches: gives the samples of minibatches.
     """
 
     position: Tensor
     noise: torch.Generator
     before: torch.Generator | None
+    momentum: Tensor | None
     batches: torch.Generator
 
 
@@ -104,6 +108,9 @@ class _Chains:
     ) -> None:
         self.network, self.settings = network, settings
         self.nbeta, self.localization, self.step_size = nbeta, localization, step_size
+        config = LangevinConfig(settings.method, nbeta, localization, torch.tensor([step_size]).double())
+        self.coefficients = [float(each) for each in config.coefficients]
+        self.heats = float(config.noise_gain) * nbeta**2
         self.batched = settings.batch_size is not None and settings.batch_size < network.samples
         self.corrected = self.batched and settings.method != "sgld"
         self.gradient = torch.zeros(network.layout.size, dtype=network.dtype, device=network.device)
@@ -122,12 +129,16 @@ class _Chains:
         def generator(purpose: str) -> torch.Generator:
             return generator_for(self.settings.seed, step, number, purpose, self.network.device)
 
-        noise, before = generator("noise"), None
+        noise, before, momentum = generator("noise"), None, None
         if self.settings.method == "averaged":
             before = generator("noise")
             for _, anchor in self.network.pieces():
                 self.normal.fill(anchor[None], [noise])
-        return _Chain(self.network.vector(), noise, before, generator("batch"))
+        elif self.settings.method == "kinetic":
+            momentum = torch.empty_like(self.gradient)
+            for place, _ in self.network.pieces():
+                self.normal.fill(momentum[None, place], [noise])
+        return _Chain(self.network.vector(), noise, before, momentum, generator("batch"))
 
     def run(self, enough: Callable[[Traces], bool]) -> Traces:
         """Burn in, draw, and go on until the draws are enough."""
@@ -198,13 +209,13 @@ class _Chains:
         return torch.randperm(self.network.samples, generator=chain.batches, device=device)[:size]
 
     def _gradient_noise(self, chain: _Chain) -> float:
-        """¼ε·nβ²·tr Cov[g], from two batches."""
+        """What the noise of minibatches adds to 2λ̂ at most, from two batches."""
         self.gradient.zero_()
         for sign in (1.0, -1.0):
             index = self._batch(chain)
             self.network.add_gradient(self.gradient, chain.position, index, sign)
             self.network.add_gradient(self.gradient, None, index, -sign)
-        return 0.25 * self.step_size * self.nbeta**2 * 0.5 * float(self.gradient.norm()) ** 2
+        return self.heats * 0.5 * float(self.gradient.norm()) ** 2
 
     def _move(self, c: int) -> tuple[Tensor, float]:
         """One step of chain c, with ∇L there in the gradient.
@@ -212,26 +223,34 @@ class _Chains:
         Returns:
             Before the step, displacements times gradient for every chain, [C], and γ‖w − w*‖² of this one.
         """
-        chain, epsilon = self.chains[c], self.step_size
-        averaged = chain.before is not None
-        spread = 0.5 * math.sqrt(epsilon) if averaged else math.sqrt(epsilon)
         products = torch.zeros(len(self.chains), dtype=torch.float64, device=self.network.device)
         length = torch.zeros((), dtype=torch.float64, device=self.network.device)
         for place, anchor in self.network.pieces():
-            gradient, position = self.gradient[place], chain.position[place]
             for a, other in enumerate(self.chains):
                 displacement = other.position[place] - anchor
-                products[a] += torch.dot(displacement, gradient)
+                products[a] += torch.dot(displacement, self.gradient[place])
                 if a == c:
                     length += torch.dot(displacement, displacement)
-                    pull = displacement
-            position.add_(pull, alpha=-0.5 * epsilon * self.localization)
-            position.add_(gradient, alpha=-0.5 * epsilon * self.nbeta)
-            for generator in (chain.before, chain.noise):
-                if generator is not None:
-                    self.normal.fill(anchor[None], [generator])  # its place is free now
-                    position.add_(anchor, alpha=spread)
+                    own = displacement
+            self._move_piece(self.chains[c], place, own, anchor)
         return products.cpu(), self.localization * float(length)
+
+    def _move_piece(self, chain: _Chain, place: slice, displacement: Tensor, room: Tensor) -> None:
+        """One step of some of a chain's weights, see `langevin`; noise is drawn into `room`."""
+        epsilon, gradient, position = self.step_size, self.gradient[place], chain.position[place]
+        if chain.momentum is not None:
+            force, pull, half, kept, renewed = self.coefficients
+            momentum = chain.momentum[place].add_(gradient, alpha=force).add_(displacement, alpha=pull)
+            position.add_(momentum, alpha=half)
+            self.normal.fill(room[None], [chain.noise])
+            position.add_(momentum.mul_(kept).add_(room, alpha=renewed), alpha=half)
+            return
+        position.add_(displacement, alpha=-0.5 * epsilon * self.localization)
+        position.add_(gradient, alpha=-0.5 * epsilon * self.nbeta)
+        draws = (chain.noise,) if chain.before is None else (chain.before, chain.noise)
+        for generator in draws:
+            self.normal.fill(room[None], [generator])
+            position.add_(room, alpha=math.sqrt(epsilon) / len(draws))
 
 
 def top_eigenvalue_large(network: Network, generator: torch.Generator) -> float:

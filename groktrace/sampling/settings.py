@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from groktrace.errors import SettingsError
 
-METHODS = ("averaged", "sgld")
+METHODS = ("kinetic", "averaged", "sgld")
 NAMED_NBETA = ("wbic", "curvature")
 
 
@@ -15,8 +15,9 @@ class SamplingSettings:
     """How the posterior around a snapshot is sampled.
 
     Attributes:
-        method: "averaged" (averaged-noise Langevin: Leimkuhler & Matthews 2013, arXiv 1203.5428) or "sgld" (Welling &
-            Teh 2011, as published).
+        method: "kinetic" or "averaged" (Langevin dynamics with momenta, or with averaged noise in their place:
+            Leimkuhler & Matthews 2013, arXiv 1203.5428) or "sgld" (Welling & Teh 2011, as published); None for
+            "kinetic", but "averaged" in large networks, where momenta would take another vector a chain.
         nbeta: nβ, inverse temperature times sample count; "wbic" for n/log n; "curvature" to derive it from
             `resolution` at each snapshot anew; None to derive it once for all, or at each snapshot where the top
             curvature falls away after the training set is fitted, as under cross-entropy.
@@ -39,7 +40,7 @@ class SamplingSettings:
         SettingsError: a value is outside what it may be.
     """
 
-    method: Literal["averaged", "sgld"] = "averaged"
+    method: Literal["kinetic", "averaged", "sgld"] | None = None
     nbeta: float | Literal["wbic", "curvature"] | None = None
     localization: float | None = None
     locality: float = 0.3
@@ -54,7 +55,7 @@ class SamplingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
+        if self.method is not None and self.method not in METHODS:
             raise SettingsError(f"method: expected one of {', '.join(METHODS)}, got '{self.method}'.")
         if self.nbeta not in NAMED_NBETA:
             _positive("nbeta", self.nbeta, " or 'wbic' or 'curvature'")
@@ -74,7 +75,7 @@ class SamplingSettings:
         if self.method == "sgld" and None in (self.step_size, self.draws, self.burn_in):
             raise SettingsError(
                 "method: 'sgld' takes its settings as given; set step_size, draws and burn_in (and nbeta and "
-                "localization), or use method='averaged', which finds them."
+                "localization), or use method='kinetic', which finds them."
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,16 +1,23 @@
 """What is kept of one snapshot's draws, and what they say of the step at which they were made."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from groktrace.sampling.langevin import Method, noise_gain
+
 # Minibatch noise may raise λ̂ by this fraction.
 WANTED_HEATING = 0.02
 MIN_COOLING = 1 / 32
-# Chains whose pull and spread come to so many times D have left; few draws of a few weights scatter by SLACK.
-MAX_VIRIAL = 10.0
+# A draw whose pull and spread come to so many times D, and to so many standard deviations, was made on the way out; few
+# draws of a few weights scatter by SLACK. Some chains come back, to another place.
+MAX_VIRIAL = 3.0
+MAX_DEVIATIONS = 10.0
 SLACK = 100.0
+# Chains are given up at once where a single draw makes the mean so many times D.
+HOPELESS = 10.0
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Traces:
         fluctuation: ½nβ times the mean over samples of the variance of a sample's loss over some of the draws, a
             number a chain, [chains]; None where the loss is no mean over samples, or there are fewer than nine draws.
         heating: what the noise of minibatch gradients adds to λ̂ at most, relative to it: it widens the posterior along
-            a direction by ¼ε·nβ²·Var[g], so that 2λ̂ grows by at most ¼ε·nβ²·tr Cov[g].
+            a direction by nβ²·Var[g] times `langevin.noise_gain`, so that 2λ̂ grows by at most that of tr Cov[g].
         curvature: h_max where the chains went; None where there was no reason to look.
     """
 
@@ -45,27 +52,39 @@ class Traces:
     curvature: float | None = None
 
     def diverged(self, dimension: int) -> bool:
-        """Whether a chain is on its way out: in equilibrium pull and spread add up to D, wherever w* lies.
+        """Whether a chain is or was on its way out: in equilibrium pull and spread add up to D, wherever w* lies.
 
         Args:
             dimension: D.
         """
         if not (torch.isfinite(self.excess).all() and torch.isfinite(self.pull).all()):
             return True
-        return not float((self.pull.double() + self.spread).mean(0).amax()) <= most_virial(dimension)
+        # Chains that lie off w* pull against the force there, whose variance is that of the spread, and twice at most.
+        deviation = math.sqrt(2 * float(self.spread.median()))
+        most = MAX_VIRIAL * dimension + MAX_DEVIATIONS * deviation + SLACK
+        return not float((self.pull.double() + self.spread).amax()) <= most
 
 
 def most_virial(dimension: int) -> float:
-    """What pull and spread come to in the mean at most, of chains that have not left.
+    """What pull and spread come to in the mean at most, of chains for which there is hope.
 
     Args:
         dimension: D.
     """
-    return MAX_VIRIAL * dimension + SLACK
+    return HOPELESS * dimension + SLACK
 
 
-def cooled(traces: Traces) -> float:
-    """The step at which the noise of minibatches heats the chains no more than is wanted."""
-    if traces.heating <= WANTED_HEATING:
-        return traces.step_size
-    return traces.step_size * max(0.8 * WANTED_HEATING / traces.heating, MIN_COOLING)
+def cooled(traces: Traces, method: Method, localization: float) -> float:
+    """The step at which the noise of minibatches heats the chains no more than is wanted.
+
+    Args:
+        traces: of the last attempt.
+        method: of the dynamics.
+        localization: γ.
+    """
+    smaller = traces.step_size
+    if traces.heating > WANTED_HEATING:
+        gain = 0.8 * WANTED_HEATING / traces.heating * noise_gain(method, smaller, localization)
+        while smaller > MIN_COOLING * traces.step_size and noise_gain(method, smaller, localization) > gain:
+            smaller *= 0.95
+    return smaller

@@ -10,6 +10,7 @@ from groktrace.analysis import forecast as forecast_module
 from groktrace.analysis.forecast import forecast
 from groktrace.cli import main
 from groktrace.sampling import network
+from groktrace.sampling.calibration import Scale
 from groktrace.sampling.settings import SamplingSettings
 
 
@@ -59,22 +60,28 @@ def test_where_whole_estimates_take_too_long_first_draws_tell_how_many_more_are_
     monkeypatch.setattr(forecast_module, "_SHARE", 1.0)
     said = forecast(small_run, chains=2)
     assert said.tried == 1
-    monkeypatch.setattr(forecast_module, "_growth", lambda found, rtol: 4)
+    monkeypatch.setattr(forecast_module, "_growth", lambda found, rtol, scale: 4)
     grown = forecast(small_run, chains=2)
     groktrace.analyze(small_run, chains=2)  # whose snapshots are off any minimum, so that their draws do not grow
     assert said.chain_steps == pytest.approx(sum(steps), rel=0.3)
-    # Of 96 steps 16 are burn-in, or of a few more where steps are smaller.
-    assert grown.chain_steps == pytest.approx(said.chain_steps * (16 + 4 * 80) / 96, rel=0.05)
+    # Of 72 steps 8 are burn-in, or of a few more where steps are smaller.
+    assert grown.chain_steps == pytest.approx(said.chain_steps * (8 + 4 * 64) / 72, rel=0.05)
 
 
 @pytest.mark.parametrize(
     ("error", "times"), [(0.5, 1), (1.0, 1), (1.1, 2), (1.41, 2), (1.42, 4), (3.0, 16), (9.0, 16), (900.0, 16)]
 )
 def test_draws_grow_with_the_square_of_the_error_in_doublings(error, times):
+    scale, following = Scale(1.0, 1.0), Scale(1.0, 1.0, 1.0)
     estimate = llc.unusable("", SamplingSettings(chains=2), 1.0, 1.0)
     estimate = dataclasses.replace(estimate, llc=-50.0, stderr=50.0 * 0.02 * error)
-    assert forecast_module._growth(estimate, 0.02) == times
-    assert forecast_module._growth(dataclasses.replace(estimate, reasons=(llc.OFF_MINIMUM,)), 0.02) == 1
+    assert forecast_module._growth(estimate, 0.02, scale) == times
+    assert forecast_module._growth(estimate, 0.02, following) == times  # of a single chain
+    off = dataclasses.replace(estimate, reasons=(llc.OFF_MINIMUM,))
+    assert forecast_module._growth(off, 0.02, scale) == 1
+    # Where nβ follows the curvature, λ_c is what has to be known, or is given up.
+    centred = dataclasses.replace(off, llc_centred=80.0, stderr_centred=80.0 * 0.02 * error, stderr=1e9)
+    assert forecast_module._growth(centred, 0.02, following) == (times if error <= 4 else 1)
 
 
 def test_only_stacks_of_which_some_are_missing_are_counted(small_run, monkeypatch):

@@ -3,7 +3,8 @@ import math
 import pytest
 
 from groktrace.errors import SettingsError
-from groktrace.sampling.calibration import Scale, posterior_scale, run_length, settle_chains, step_size
+from groktrace.sampling.calibration import Scale, posterior_scale, run_length, settle, step_size
+from groktrace.sampling.langevin import relaxation_steps
 from groktrace.sampling.settings import SamplingSettings
 
 
@@ -45,18 +46,27 @@ def test_undefined_dials_are_refused(settings, n, norm, curvature, message):
         posterior_scale(SamplingSettings(**settings), n, 10, norm, curvature)
 
 
-def test_step_is_stable_and_run_length_covers_the_flat_directions():
-    nbeta, gamma, top = 1000.0, 2.0, 0.3
+@pytest.mark.parametrize("method", ["kinetic", "averaged"])
+@pytest.mark.parametrize("top", [0.03, 0.3])  # critical friction, and the least that is taken
+def test_step_is_stable_and_run_length_covers_the_flat_directions(method, top):
+    nbeta, gamma = 1000.0, 2.0
     epsilon = step_size(nbeta, gamma, top)
     assert epsilon * (1.5 * nbeta * top + gamma) < 4
+    once = relaxation_steps(method, epsilon, gamma)
     for chains, relaxations in ((1, 10), (2, 5), (16, 1)):
-        burn_in, draws = run_length(SamplingSettings(chains=chains), gamma, epsilon)
-        assert burn_in * epsilon * gamma / 2 >= 1
-        assert draws * epsilon * gamma / 2 == pytest.approx(relaxations, rel=0.01)
-    assert run_length(SamplingSettings(chains=2, burn_in=7, draws=9), gamma, epsilon) == (7, 9)
+        burn_in, draws = run_length(SamplingSettings(method, chains=chains), gamma, epsilon)
+        assert burn_in == math.ceil(once)
+        assert draws == max(64, math.ceil(relaxations * once))
+    assert run_length(SamplingSettings(method, chains=2, burn_in=7, draws=9), gamma, epsilon) == (7, 9)
 
 
 @pytest.mark.parametrize(("dimension", "chains"), [(2, 16), (3000, 5), (8832, 2), (10**9, 2)])
 def test_small_networks_get_more_chains(dimension, chains):
-    assert settle_chains(SamplingSettings(), dimension).chains == chains
-    assert settle_chains(SamplingSettings(chains=3), dimension).chains == 3
+    assert settle(SamplingSettings(), dimension, stacked=True).chains == chains
+    assert settle(SamplingSettings(chains=3), dimension, stacked=True).chains == 3
+
+
+def test_large_networks_get_the_method_that_keeps_no_momenta():
+    assert settle(SamplingSettings(), 100, stacked=True).method == "kinetic"
+    assert settle(SamplingSettings(), 100, stacked=False).method == "averaged"
+    assert settle(SamplingSettings("kinetic"), 100, stacked=False).method == "kinetic"

@@ -86,20 +86,20 @@ def test_results_do_not_depend_on_what_is_stacked_with_them(bowl):
         torch.testing.assert_close(alone.paired, together[s].paired, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("batch_size", [None, 50])
-def test_nor_do_they_where_run_lengths_differ_and_grow(batch_size):
+@pytest.mark.parametrize(("batch_size", "lengths"), [(None, [140, 610, 122]), (50, [220, 610, 278])])
+def test_nor_do_they_where_run_lengths_differ_and_grow(batch_size, lengths):
     loss, best, _ = regression()
     loss = replace(loss, separable=True)
     anchors = torch.stack([best, best + 0.01, best - 0.01])
-    epsilons = [f * step_size(10.0, 1.0, 4.0) for f in (1.0, 0.3, 0.5)]
+    epsilons = [f * step_size(10.0, 1.0, 4.0) for f in (1.0, 0.1, 0.5)]
     settings = SamplingSettings(chains=2, batch_size=batch_size)
 
     def enough(traces):
-        return len(traces.excess) >= 400
+        return len(traces.excess) >= 100
 
     together = draw(loss, anchors, settings, 10.0, 1.0, enough=enough, epsilons=epsilons)
-    # The first is done before the others, and is the one that grows.
-    assert [len(traces.excess) for traces in together] == [610, 1017, 610]
+    # The first is done before the second, and grows.
+    assert [len(traces.excess) for traces in together] == lengths
     for s, traces in enumerate(together):
         (alone,) = draw(loss, anchors[s : s + 1], settings, 10.0, 1.0, 1.0, [s], enough, epsilons[s : s + 1])
         torch.testing.assert_close(alone.excess, traces.excess, rtol=1e-9, atol=1e-9)

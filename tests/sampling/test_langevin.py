@@ -26,9 +26,10 @@ def stationary_variance(method, epsilon, rows=400, burn_in=300, draws=300):
     return total / draws
 
 
+@pytest.mark.parametrize("method", ["kinetic", "averaged"])
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
-def test_averaged_noise_is_exact_in_every_harmonic_direction(fraction):
-    variance = stationary_variance("averaged", 4 * fraction / float(TOTAL.max()), burn_in=2000)
+def test_they_are_exact_in_every_harmonic_direction(method, fraction):
+    variance = stationary_variance(method, 4 * fraction / float(TOTAL.max()), burn_in=2000)
     # 400 chains are at least 400 independent draws: relative standard deviation of a variance √(2/400) = 7 %.
     torch.testing.assert_close(variance * TOTAL, torch.ones(4, dtype=torch.float64), rtol=0.15, atol=0)
 
@@ -66,6 +67,59 @@ def test_averaged_step_uses_each_noise_twice():
         torch.testing.assert_close(state.displacement[0], w)
 
 
+def test_kinetic_step_is_kick_drift_friction_drift():
+    epsilon, nbeta, gamma = 1e-2, 3.0, 0.5
+    config = LangevinConfig("kinetic", nbeta, gamma, torch.tensor([epsilon, 60.0]))
+    generators = [generator_for(1, 2, row, "n", torch.device("cpu")) for row in (0, 1)]
+    state = langevin.init(config, torch.ones(2, 5), generators)
+    generator = generator_for(1, 2, 0, "n", torch.device("cpu"))
+    p, *xi = (normal_like(torch.empty(1, 5), [generator])[0] for _ in range(3))
+    w, dt = torch.ones(5), math.sqrt(epsilon)
+    c = math.exp(-0.4)  # 2√(εγ) = 0.14 would be less friction than the least; in the other row it is 11
+    for t in range(2):
+        gradients = torch.arange(5.0)
+        langevin.step(config, state, gradients.expand(2, 5))
+        p = p - dt * (nbeta * gradients + gamma * w)
+        w = w + dt / 2 * p
+        p = c * p + math.sqrt(1 - c**2) * xi[t]
+        w = w + dt / 2 * p
+        torch.testing.assert_close(state.displacement[0], w)
+        torch.testing.assert_close(state.momentum[0], p)
+    assert langevin.persistence("kinetic", 60.0, gamma) == pytest.approx(math.exp(-2 * math.sqrt(30)))
+
+
+@pytest.mark.parametrize(("method", "epsilon"), [("kinetic", 0.1), ("kinetic", 1e-3), ("averaged", 1e-3)])
+def test_a_flat_direction_forgets_its_start_in_a_relaxation_time(method, epsilon):
+    gamma = 1.0
+    steps = math.ceil(langevin.relaxation_steps(method, epsilon, gamma))
+    config = LangevinConfig(method, 1.0, gamma, torch.full((4000,), epsilon, dtype=torch.float64))
+    generators = [generator_for(0, 0, row, "t", torch.device("cpu")) for row in range(4000)]
+    start = torch.full((4000, 1), 10.0, dtype=torch.float64)
+    state = langevin.init(config, start.clone(), generators)
+    for _ in range(steps):
+        langevin.step(config, state, torch.zeros_like(start))
+    left = float(state.displacement.mean()) / 10
+    assert left**2 <= math.exp(-2) * 1.05 + 0.002
+    assert left**2 >= math.exp(-2) * 0.4  # nor is it called slower than it is
+
+
+@pytest.mark.parametrize(("method", "epsilon"), [("kinetic", 0.02), ("kinetic", 4e-3), ("averaged", 0.02)])
+def test_noise_in_the_force_heats_by_its_gain(method, epsilon):
+    rows, gamma, variance = 4000, 2.0, 30.0
+    config = LangevinConfig(method, 1.0, gamma, torch.full((rows,), epsilon, dtype=torch.float64))
+    generators = [generator_for(0, 0, row, "h", torch.device("cpu")) for row in range(rows)]
+    generator = torch.Generator().manual_seed(0)
+    state = langevin.init(config, torch.zeros(rows, 1, dtype=torch.float64), generators)
+    total, count = 0.0, 0
+    for t in range(1500):
+        force = math.sqrt(variance) * torch.randn(rows, 1, dtype=torch.float64, generator=generator)
+        langevin.step(config, state, force)
+        if t >= 500:
+            total, count = total + float(state.displacement.square().mean()), count + 1
+    heated = total / count * gamma - 1
+    assert heated == pytest.approx(variance * langevin.noise_gain(method, epsilon, gamma), rel=0.1)
+
+
 def test_noise_is_keyed_to_seed_step_chain_and_purpose():
     def first(*key):
         return torch.empty(3).normal_(generator=generator_for(*key, torch.device("cpu")))
@@ -76,9 +130,10 @@ def test_noise_is_keyed_to_seed_step_chain_and_purpose():
         assert not torch.equal(base, first(*other))
 
 
-def test_selected_chains_go_on_as_they_would_have():
+@pytest.mark.parametrize("method", ["kinetic", "averaged", "sgld"])
+def test_selected_chains_go_on_as_they_would_have(method):
     def run(rows):
-        config = LangevinConfig("averaged", 1.0, 1.0, torch.full((len(rows),), 0.1))
+        config = LangevinConfig(method, 1.0, 1.0, torch.full((len(rows),), 0.1))
         generators = [generator_for(0, 0, row, "n", torch.device("cpu")) for row in rows]
         return config, langevin.init(config, torch.zeros(len(rows), 4), generators)
 
@@ -86,7 +141,7 @@ def test_selected_chains_go_on_as_they_would_have():
     langevin.step(config, state, torch.zeros(3, 4))
     chosen = torch.tensor([2])
     part = state.select(chosen)
-    langevin.step(LangevinConfig("averaged", 1.0, 1.0, config.step_size[chosen]), part, torch.zeros(1, 4))
+    langevin.step(LangevinConfig(method, 1.0, 1.0, config.step_size[chosen]), part, torch.zeros(1, 4))
     alone_config, alone = run([2])
     for _ in range(2):
         langevin.step(alone_config, alone, torch.zeros(1, 4))

@@ -35,8 +35,9 @@ def test_large_networks_take_the_same_steps_as_stacked_ones(batch_size):
     assert found.paired.shape == expected.paired.shape
 
 
+@pytest.mark.parametrize("method", ["kinetic", "averaged"])
 @pytest.mark.parametrize("chains", [1, 2, 3])
-def test_chains_of_a_large_network_find_the_posterior_of_a_bowl(bowl, chains):
+def test_chains_of_a_large_network_find_the_posterior_of_a_bowl(bowl, method, chains):
     nbeta, gamma = 100.0, 1.0
     off = 0.05
     loss = alone(bowl(SPECTRUM, minimum=torch.full((60,), -off)))
@@ -44,7 +45,7 @@ def test_chains_of_a_large_network_find_the_posterior_of_a_bowl(bowl, chains):
     soft_rank = float(0.5 * (nbeta * SPECTRUM / a).sum())
     shift = nbeta * SPECTRUM * off / a
     slope = 0.5 * nbeta * float((SPECTRUM * ((off - shift).square() - off**2)).sum())
-    settings = SamplingSettings(chains=chains, burn_in=150, draws=3000 // chains)
+    settings = SamplingSettings(method, chains=chains, burn_in=150, draws=3000 // chains)
     traces = draw(loss, {"w": torch.zeros(60).double()}, settings, nbeta, gamma, step_size(nbeta, gamma, 1.0))
     error = standard_error(traces.excess)
     assert float(traces.excess.mean()) == pytest.approx(soft_rank + slope, abs=4 * error)
@@ -66,7 +67,8 @@ def regression(n=200, d=8):
     return loss, {"w": best + 0.1}
 
 
-def test_minibatches_of_a_large_network_agree_with_the_full_batch_and_cool_down():
+@pytest.mark.parametrize("method", ["kinetic", "averaged"])
+def test_minibatches_of_a_large_network_agree_with_the_full_batch_and_cool_down(method):
     loss, weights = regression()
     x = loss.tensors[0]
     nbeta, gamma = 200.0, 1.0
@@ -75,7 +77,7 @@ def test_minibatches_of_a_large_network_agree_with_the_full_batch_and_cool_down(
         draw(
             alone(loss, 100),
             weights,
-            SamplingSettings(chains=2, burn_in=300, draws=800, batch_size=size),
+            SamplingSettings(method, chains=2, burn_in=300, draws=800, batch_size=size),
             nbeta,
             gamma,
             epsilon,
@@ -89,11 +91,12 @@ def test_minibatches_of_a_large_network_agree_with_the_full_batch_and_cool_down(
     assert batched.step_size < full.step_size
 
 
-def test_minibatches_heat_a_large_network_as_they_heat_stacked_ones():
+@pytest.mark.parametrize(("method", "epsilon"), [("kinetic", 2e-3), ("averaged", 1e-2)])
+def test_minibatches_heat_a_large_network_as_they_heat_stacked_ones(method, epsilon):
     loss, weights = regression()
-    settings = SamplingSettings(chains=2, burn_in=20, draws=1500, step_size=1e-2, batch_size=40)
-    found = draw(alone(loss, 16), weights, settings, 200.0, 1.0, 1e-2)
-    (expected,) = sample(loss, weights["w"][None], [0], settings, 200.0, 1.0, [1e-2], lambda traces: True)
+    settings = SamplingSettings(method, chains=2, burn_in=20, draws=1500, step_size=epsilon, batch_size=40)
+    found = draw(alone(loss, 16), weights, settings, 200.0, 1.0, epsilon)
+    (expected,) = sample(loss, weights["w"][None], [0], settings, 200.0, 1.0, [epsilon], lambda traces: True)
     assert expected.heating > 0.01
     assert found.heating == pytest.approx(expected.heating, rel=0.3)
 

@@ -1,10 +1,13 @@
 """When chains count as gone."""
 
 import math
+from dataclasses import replace
 
+import pytest
 import torch
 
-from groktrace.sampling.traces import Traces
+from groktrace.sampling.langevin import noise_gain
+from groktrace.sampling.traces import WANTED_HEATING, Traces, cooled
 
 
 def test_chains_that_are_far_out_have_diverged_however_finite():
@@ -18,5 +21,19 @@ def test_chains_that_are_far_out_have_diverged_however_finite():
     assert traces(30.0, 1e4).diverged(60)
     assert traces(math.nan, 30.0).diverged(60)
     one = traces(30.0, 30.0)
-    one.spread[:, 1] = 1e4
+    one.spread[7, 1] = 500.0  # out and back: no draw of a posterior lies there
     assert one.diverged(60)
+    one.spread[7, 1] = 200.0
+    assert not one.diverged(60)
+
+
+@pytest.mark.parametrize("method", ["kinetic", "averaged"])
+@pytest.mark.parametrize("heating", [0.03, 0.2])
+@pytest.mark.parametrize("step_size", [0.2, 1e-3])
+def test_hot_chains_get_the_step_at_which_noise_heats_as_little_as_is_wanted(method, heating, step_size):
+    values = torch.ones(20, 2)
+    hot = Traces(values, values, values, values[:, :1], step_size, 0, heating=heating)
+    smaller = cooled(hot, method, 2.0)
+    left = heating * noise_gain(method, smaller, 2.0) / noise_gain(method, step_size, 2.0)
+    assert 0.7 * WANTED_HEATING < left <= 0.8 * WANTED_HEATING or smaller <= step_size / 32
+    assert cooled(replace(hot, heating=WANTED_HEATING), method, 2.0) == step_size
