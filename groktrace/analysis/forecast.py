@@ -245,7 +245,7 @@ def _growth(found: LLCEstimate, rtol: float, scale: Scale) -> int:
     if not value or (OFF_MINIMUM in found.reasons and not centred):
         return 1
     wanted = (error / (rtol * abs(value))) ** 2
-    if centred and wanted > MAX_GROWTH:
+    if centred and (value < 0 or wanted > MAX_GROWTH):
         return 1  # no more draws are spent
     return min(2 ** math.ceil(math.log2(max(wanted, 1.0))), MAX_GROWTH)
 

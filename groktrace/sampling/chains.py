@@ -1,5 +1,6 @@
 """Chains of many snapshots as one stack: burn-in, draws, restarts."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -50,6 +51,7 @@ def sample(
     localization: float,
     step_sizes: Sequence[float],
     enough: Callable[[Traces], bool],
+    most_fall: float = math.inf,
 ) -> list[Traces]:
     """Run all chains of S snapshots.
 
@@ -63,6 +65,7 @@ def sample(
         step_sizes: ε of each snapshot; halved where chains diverge, reduced where they find a larger curvature than at
             w* or where minibatch noise heats them, 16 times at most.
         enough: whether a snapshot's draws suffice; asked only where `settings.draws` is None.
+        most_fall: snapshots whose chains fall by more at once (`Traces.fall`) get no second attempt.
 
     Returns:
         Traces of each snapshot, those of the last attempt where its chains diverged at every step size tried.
@@ -86,6 +89,8 @@ def sample(
         )
         for s, traces in zip(pending, group.run(enough), strict=True):
             results[s] = replace(traces, halvings=halvings[s])
+            if traces.fall > most_fall:
+                continue
             if traces.diverged(anchors.shape[1]):
                 epsilon[s] /= 2
                 halvings[s] += 1
@@ -149,7 +154,9 @@ class _Group:
         traces = []
         for s, (burn_in, draws) in enumerate(self.lengths):
             piece = record[burn_in : burn_in + draws, :, s * chains : (s + 1) * chains]
-            traces.append(self._traces(piece, self.epsilons[s], burn_in))
+            soon = record[:_CHECK_EVERY, 0, s * chains : (s + 1) * chains].nan_to_num(nan=math.inf)
+            fall = max(0.0, -float(soon.amin()))
+            traces.append(replace(self._traces(piece, self.epsilons[s], burn_in), fall=fall))
             noise = piece[:, 4].nanmean()  # NaN where a snapshot has too few draws for a single measurement, too
             if torch.isfinite(noise):
                 traces[s] = replace(traces[s], heating=float(noise) / abs(float(traces[s].pull.mean())))
@@ -272,7 +279,7 @@ class _Group:
             done += [(s, *self._saved(s)) for s in ends.get(t + 1, ())]
         for s, saved, batches in done:
             self._restore(s, saved, batches)
-        record[:, :2, gone] = torch.nan  # whether or not the stack went on
+        record[:, 1, gone] = torch.nan  # whether or not the stack went on
         return record
 
     def _rows(self, snapshots: Sequence[int]) -> Tensor:

@@ -1,6 +1,5 @@
 """What is kept of one snapshot's draws, and what they say of the step at which they were made."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +10,12 @@ from groktrace.sampling.langevin import Method, noise_gain
 # Minibatch noise may raise λ̂ by this fraction.
 WANTED_HEATING = 0.02
 MIN_COOLING = 1 / 32
-# A draw whose pull and spread come to so many times D, and to so many standard deviations, was made on the way out; few
-# draws of a few weights scatter by SLACK. Some chains come back, to another place.
-MAX_VIRIAL = 3.0
-MAX_DEVIATIONS = 10.0
+# Chains whose pull and spread come to so many times D in the mean have left; so has one that lay so many times farther
+# from w* than half of all draws, or than flat directions lie, though some come back, to another place. Few draws of a
+# few weights scatter by SLACK.
+MAX_VIRIAL = 10.0
+MAX_SPREAD = 3.0
 SLACK = 100.0
-# Chains are given up at once where a single draw makes the mean so many times D.
-HOPELESS = 10.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,7 @@ class Traces:
         heating: what the noise of minibatch gradients adds to λ̂ at most, relative to it: it widens the posterior along
             a direction by nβ²·Var[g] times `langevin.noise_gain`, so that 2λ̂ grows by at most that of tr Cov[g].
         curvature: h_max where the chains went; None where there was no reason to look.
+        fall: largest −nβ(L(w) − L(w*)) within the first 64 steps, burn-in or not.
     """
 
     excess: Tensor
@@ -50,6 +49,7 @@ class Traces:
     fluctuation: Tensor | None = None
     heating: float = 0.0
     curvature: float | None = None
+    fall: float = 0.0
 
     def diverged(self, dimension: int) -> bool:
         """Whether a chain is or was on its way out: in equilibrium pull and spread add up to D, wherever w* lies.
@@ -59,19 +59,19 @@ class Traces:
         """
         if not (torch.isfinite(self.excess).all() and torch.isfinite(self.pull).all()):
             return True
-        # Chains that lie off w* pull against the force there, whose variance is that of the spread, and twice at most.
-        deviation = math.sqrt(2 * float(self.spread.median()))
-        most = MAX_VIRIAL * dimension + MAX_DEVIATIONS * deviation + SLACK
-        return not float((self.pull.double() + self.spread).amax()) <= most
+        farthest = MAX_SPREAD * max(dimension, float(self.spread.median())) + SLACK
+        if not float(self.spread.amax()) <= farthest:
+            return True
+        return not float((self.pull.double() + self.spread).mean(0).amax()) <= most_virial(dimension)
 
 
 def most_virial(dimension: int) -> float:
-    """What pull and spread come to in the mean at most, of chains for which there is hope.
+    """What pull and spread come to in the mean at most, of chains that have not left.
 
     Args:
         dimension: D.
     """
-    return HOPELESS * dimension + SLACK
+    return MAX_VIRIAL * dimension + SLACK
 
 
 def cooled(traces: Traces, method: Method, localization: float) -> float:

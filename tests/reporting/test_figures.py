@@ -49,6 +49,18 @@ def test_unreliable_points_neither_set_the_axis_nor_look_reliable(grokked):
     assert len(filled.get_xdata()) == 9
 
 
+def test_where_nbeta_follows_the_curvature_the_curve_is_the_centred_estimate_throughout():
+    points = tuple(
+        Point(step, llc, 0.1, 130.0, 0.2, reliable=step % 200 == 0)
+        for step, llc in ((0, 60.0), (100, 70.0), (200, 80.0))
+    )
+    following = Trajectory(points, localization=1.0, resolution=100.0)
+    assert shown_curve(following)[0].tolist() == [130] * 3
+    assert shown_curve(replace(following, nbeta=1.0))[0].tolist() == [60, 130, 80]
+    single = replace(following, points=tuple(replace(each, llc_centred=None, stderr_centred=None) for each in points))
+    assert shown_curve(single)[0][[0, 2]].tolist() == [60, 80]
+
+
 def test_values_without_a_stand_in_are_hollow_and_do_not_set_the_axis():
     steps = list(range(0, 1000, 100))
     trajectory = Trajectory.from_arrays(steps, [-3000.0] + [5.0] * 9, [0.1] * 10, reliable=[False] + [True] * 9)

@@ -25,6 +25,8 @@ def test_chains_that_are_far_out_have_diverged_however_finite():
     assert one.diverged(60)
     one.spread[7, 1] = 200.0
     assert not one.diverged(60)
+    one.pull[7, 1] = 600.0  # where a valley turns, stiff forces act along the way to w*
+    assert not one.diverged(60)
 
 
 @pytest.mark.parametrize("method", ["kinetic", "averaged"])
