@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from groktrace.analysis.evaluation import Survey, stack_weights, survey, training_loss
-from groktrace.analysis.llc import OFF_MINIMUM, LLCEstimate, centred_error, off_minimum, summarise, unusable
+from groktrace.analysis.llc import LLCEstimate, centred_error, off_minimum, summarise, unusable
 from groktrace.errors import SettingsError, TaskError
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import Scale, posterior_scale, settle, step_size
@@ -20,15 +20,12 @@ from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.large import sample_large
 from groktrace.sampling.posterior import FACTOR, StackedLoss, WeightLayout
 from groktrace.sampling.settings import SamplingSettings
-from groktrace.sampling.traces import SLACK, Traces
+from groktrace.sampling.traces import Traces
 
 # A snapshot counts as fitted once its training loss has fallen to this fraction of the run's range.
 FITTED = 0.05
 # nβ follows the curvature where that of fitted snapshots ranges over more than this factor.
 FALLEN = 10.0
-# There, chains that fall by so many nats for each weight, before long, have no basin to stay in: training has hardly
-# begun, and they would be followed through ever steeper walls for as long as all other snapshots take together.
-MOST_FALL = 0.1
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -113,24 +110,19 @@ def estimate_stack(
         sizes = [settings.step_size or step_size(nbeta, localization, top) for top in tops]
 
         precise = _precise if curvature is None or settings.chains == 1 else _precise_centred
-        most_fall = math.inf if curvature is None else MOST_FALL * loss.layout.size + SLACK
 
         def enough(so_far: Traces) -> bool:
             return precise(so_far, settings.rtol)
 
         if loss.micro_batch is None:
             stacked, anchors = stack_weights(loss, weights)
-            traces = sample(stacked, anchors, steps, settings, nbeta, localization, sizes, enough, most_fall)
+            traces = sample(stacked, anchors, steps, settings, nbeta, localization, sizes, enough)
         else:
             traces = [
                 sample_large(loss, each, step, settings, nbeta, localization, size, enough)
                 for each, step, size in zip(weights, steps, sizes, strict=True)
             ]
         for s, about, trace, factor in zip(usable, surveys, traces, factors, strict=True):
-            if trace.fall > most_fall:
-                reason = f"{OFF_MINIMUM}, at once and by {trace.fall:.0f} nats: there is no basin yet"
-                estimates[s] = unusable(reason, settings, nbeta * factor, localization)
-                continue
             if trace.fluctuation is not None:
                 # ½nβ·Var ℓ is quadratic in the loss, but linear in nβ.
                 trace = replace(trace, fluctuation=trace.fluctuation / factor)

@@ -14,9 +14,13 @@ from groktrace.sampling.langevin import LangevinConfig, LangevinState, generator
 from groktrace.sampling.noise import normal_like
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
-from groktrace.sampling.traces import Traces, cooled, most_virial
+from groktrace.sampling.traces import SLACK, Traces, cooled, most_virial
 
 MAX_RESTARTS = 16
+# Chains that fall by so many nats for each weight at once are not in a basin: training has hardly begun. They would be
+# followed through ever steeper walls for as long as all other snapshots take together.
+MAX_FALL = 0.1
+FALLING_RESTARTS = 3
 MAX_GROWTH = 16
 # Stacks beyond the processor's cache gain nothing (measured); a GPU wants more at once.
 WORKING_SET_BYTES = {"cpu": 12 * 2**20}
@@ -51,7 +55,6 @@ def sample(
     localization: float,
     step_sizes: Sequence[float],
     enough: Callable[[Traces], bool],
-    most_fall: float = math.inf,
 ) -> list[Traces]:
     """Run all chains of S snapshots.
 
@@ -63,9 +66,8 @@ def sample(
         nbeta: nβ.
         localization: γ.
         step_sizes: ε of each snapshot; halved where chains diverge, reduced where they find a larger curvature than at
-            w* or where minibatch noise heats them, 16 times at most.
+            w* or where minibatch noise heats them, 16 times at most, or three where they fall far at once.
         enough: whether a snapshot's draws suffice; asked only where `settings.draws` is None.
-        most_fall: snapshots whose chains fall by more at once (`Traces.fall`) get no second attempt.
 
     Returns:
         Traces of each snapshot, those of the last attempt where its chains diverged at every step size tried.
@@ -74,7 +76,8 @@ def sample(
     results: dict[int, Traces] = {}
     pending = list(range(len(steps)))
     epsilon, halvings = list(step_sizes), [0] * len(steps)
-    for _ in range(MAX_RESTARTS + 1):
+    most_fall = MAX_FALL * anchors.shape[1] + SLACK
+    for attempt in range(MAX_RESTARTS + 1):
         rows = torch.tensor(pending, device=anchors.device)
         epsilons = [epsilon[s] for s in pending]
         group = _Group(
@@ -89,7 +92,7 @@ def sample(
         )
         for s, traces in zip(pending, group.run(enough), strict=True):
             results[s] = replace(traces, halvings=halvings[s])
-            if traces.fall > most_fall:
+            if attempt == FALLING_RESTARTS and traces.fall > most_fall:
                 continue
             if traces.diverged(anchors.shape[1]):
                 epsilon[s] /= 2

@@ -1,7 +1,6 @@
 """λ̂ of whole models against closed forms and exact spectra."""
 
 import math
-import re
 
 import pytest
 import torch
@@ -270,18 +269,6 @@ def test_nbeta_that_follows_the_curvature_measures_at_one_resolution():
     exact = float(0.5 * (curvatures / (curvatures + 1 / large.nbeta)).sum())
     assert large.llc == pytest.approx(exact, abs=4 * large.stderr)
     assert small.llc == pytest.approx(exact, abs=4 * small.stderr)
-
-
-def test_where_nbeta_follows_snapshots_that_have_no_basin_yet_are_left_out():
-    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
-    model = torch.nn.Linear(6, 1, bias=False)
-    y = model(x).detach() + 40.0 * x.sum(1, keepdim=True)
-    found = estimate_llc(model, half_square, (x, y), nbeta="curvature", localization=1.0)
-    assert (found.llc, found.reliable) == (None, False)
-    assert re.fullmatch(r"not at a minimum: .*, at once and by \d+ nats: there is no basin yet", found.reasons[0])
-    assert int(re.search(r"(\d+) nats", found.reasons[0])[1]) > 1000
-    # At one nβ for all snapshots, λ_c is wanted there too.
-    assert estimate_llc(model, half_square, (x, y), nbeta=found.nbeta, localization=1.0).llc < -1000
 
 
 def test_where_nbeta_follows_draws_grow_until_the_centred_estimate_is_precise():

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from groktrace.sampling import langevin
+from groktrace.sampling import chains, langevin
 from groktrace.sampling.calibration import step_size
 from groktrace.sampling.chains import rows_per_stack, sample
 from groktrace.sampling.diagnostics import standard_error
@@ -16,10 +16,10 @@ from groktrace.sampling.settings import SamplingSettings
 SPECTRUM = torch.cat([torch.zeros(20), torch.logspace(-3, 0, 40)]).double()
 
 
-def draw(loss, anchors, settings, nbeta, gamma, top=1.0, steps=None, enough=lambda traces: True, epsilons=None, **more):
+def draw(loss, anchors, settings, nbeta, gamma, top=1.0, steps=None, enough=lambda traces: True, epsilons=None):
     steps = list(range(len(anchors))) if steps is None else steps
     epsilons = epsilons or [step_size(nbeta, gamma, top)] * len(anchors)
-    return sample(loss, anchors, steps, settings, nbeta, gamma, epsilons, enough, **more)
+    return sample(loss, anchors, steps, settings, nbeta, gamma, epsilons, enough)
 
 
 def soft_rank(nbeta, gamma):
@@ -142,21 +142,24 @@ def test_a_stack_whose_snapshots_have_all_lost_a_chain_goes_no_further(bowl, mon
     assert torch.isfinite(good.excess).all()
 
 
-def test_chains_that_fall_too_far_at_once_get_no_second_attempt(bowl):
-    # From w* the loss falls by ½·Σ h·off², to the minimum; the other snapshot lies there.
+def test_chains_that_fall_far_at_once_get_few_attempts(bowl):
+    # From w* the loss falls by ½·Σ h·off²; the second snapshot lies at the minimum.
     off = 3.0
     loss = bowl(SPECTRUM, minimum=torch.full((60,), off))
     anchors = torch.stack([torch.zeros(60), torch.full((60,), off)]).double()
-    depth = 10.0 * 0.5 * off**2 * float(SPECTRUM.sum())
-    epsilons = [3 * step_size(10.0, 1.0, 1.0)] * 2  # unstable, but falls first
-    settings = SamplingSettings(chains=2, draws=300)
-    falling, settled = draw(loss, anchors, settings, 10.0, 1.0, epsilons=epsilons, most_fall=0.4 * depth)
-    assert 0.4 * depth < falling.fall <= depth
-    assert (falling.halvings, falling.step_size) == (0, epsilons[0])
+    epsilons = [3 * 2**5 * step_size(10.0, 1.0, 1.0)] * 2
+    falling, settled = draw(loss, anchors, SamplingSettings(chains=2, draws=300), 10.0, 1.0, epsilons=epsilons)
+    assert not settled.diverged(60)
     assert settled.fall == 0
-    assert settled.halvings > 0
-    (patient,) = draw(loss, anchors[:1], settings, 10.0, 1.0, epsilons=epsilons[:1], most_fall=1.1 * depth)
-    assert patient.halvings > 0
+    assert settled.halvings > chains.FALLING_RESTARTS
+    assert not falling.diverged(60)  # too large a step falls nowhere before it explodes
+    assert falling.halvings > chains.FALLING_RESTARTS
+    epsilons = [3 * 2**chains.FALLING_RESTARTS * step_size(10.0, 1.0, 1.0)] * 2
+    falling, settled = draw(loss, anchors, SamplingSettings(chains=2, draws=300), 10.0, 1.0, epsilons=epsilons)
+    assert falling.fall > 0.1 * 60 + 100
+    assert falling.diverged(60)
+    assert falling.halvings == chains.FALLING_RESTARTS
+    assert not settled.diverged(60)
 
 
 def test_an_explicit_step_size_is_left_alone(bowl):
