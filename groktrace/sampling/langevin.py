@@ -28,7 +28,7 @@ from groktrace.sampling.noise import NormalNoise
 
 Method = Literal["kinetic", "averaged", "sgld"]
 
-
+# Times the time step.
 MIN_FRICTION = 0.4
 
 
@@ -44,7 +44,7 @@ def persistence(method: Method, step_size: float, localization: float) -> float:
 
 
 def relaxation_steps(method: Method, step_size: float, localization: float) -> float:
-    """Steps between two nearly independent draws along a flat direction: its square keeps e⁻² of what it was.
+    """Steps between two nearly independent draws along a flat direction: its square keeps e⁻² of what it was at most.
 
     Args:
         method: of the dynamics.
@@ -54,7 +54,7 @@ def relaxation_steps(method: Method, step_size: float, localization: float) -> f
     stiffness = step_size * localization
     if method != "kinetic":
         return 2 / stiffness
-    # At critical damping (1 + x)²·e⁻²ˣ is left after x/√(εγ) steps, e⁻² at x = 2.5; overdamped it is slower.
+    # At critical damping (1 + x)²·e⁻²ˣ is left after x/√(εγ) steps, a twelfth at x = 2.5; overdamped it is slower.
     return max(2.5 / math.sqrt(stiffness), _friction(stiffness) / stiffness)
 
 
