@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from groktrace.sampling.langevin import persistence
+
 PEER = "devinterp"
 
 
@@ -58,7 +60,7 @@ class FusedKernel:
         weights, gradients, control = (torch.empty_like(self.anchors) for _ in range(3))
         momentum, fresh = torch.empty_like(self.anchors).normal_(generator=generator), torch.empty_like(self.anchors)
         root = math.sqrt(self.step_size)
-        kept = math.exp(-max(2 * math.sqrt(self.step_size * self.localization), 0.4))
+        kept = persistence("kinetic", self.step_size, self.localization)
         record = torch.empty(steps, rows)
         full = tuple(each.expand(rows, -1, -1) for each in self.data)
         whole = torch.empty_like(self.anchors)

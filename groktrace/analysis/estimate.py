@@ -5,6 +5,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,11 +110,8 @@ def estimate_stack(
             tops = [curvature] * len(usable)
         sizes = [settings.step_size or step_size(nbeta, localization, top) for top in tops]
 
-        precise = _precise if curvature is None or settings.chains == 1 else _precise_centred
-
-        def enough(so_far: Traces) -> bool:
-            return precise(so_far, settings.rtol)
-
+        known = _precise if curvature is None or settings.chains == 1 else _precise_centred
+        enough = partial(known, rtol=settings.rtol)
         if loss.micro_batch is None:
             stacked, anchors = stack_weights(loss, weights)
             traces = sample(stacked, anchors, steps, settings, nbeta, localization, sizes, enough)

@@ -11,7 +11,7 @@ harmonic direction for any stable ε (that is εa < 4 along a direction of curva
 1/(1 − εa/4), all at the cost of one gradient. With momenta a flat direction, whose curvature is γ, forgets its start in
 fewer steps: in 2.5/√(εγ) and not in 2/(εγ) where friction damps it critically, c = exp(−2√(εγ)). But where stiff
 directions turn along the way, friction that weak lets the discretisation feed energy into them: networks at generic
-solutions were heated from c = 0.82 on, at 0.67 not at any stable step, which is the most that is taken.
+solutions were heated at c = 0.82, but not at 0.67, the most that is taken, at the step that is the default.
 """
 
 import hashlib

@@ -10,9 +10,8 @@ from groktrace.sampling.langevin import Method, noise_gain
 # Minibatch noise may raise λ̂ by this fraction.
 WANTED_HEATING = 0.02
 MIN_COOLING = 1 / 32
-# Chains whose pull and spread come to so many times D in the mean have left; so has one that lay so many times farther
-# from w* than half of all draws, or than flat directions lie, though some come back, to another place. Few draws of a
-# few weights scatter by SLACK.
+# Chains whose pull and spread come to so many times D in the mean have left; so has one whose spread was once so many
+# times D and that of most draws, though some come back, to another place. Few draws of a few weights scatter by SLACK.
 MAX_VIRIAL = 10.0
 MAX_SPREAD = 3.0
 SLACK = 100.0

@@ -9,6 +9,7 @@ from torch import nn
 from groktrace import theory
 from groktrace.analysis import estimate
 from groktrace.analysis.estimate import estimate_llc
+from groktrace.analysis.llc import OFF_MINIMUM
 from groktrace.errors import SettingsError, TaskError
 from groktrace.sampling.traces import Traces
 
@@ -269,6 +270,20 @@ def test_nbeta_that_follows_the_curvature_measures_at_one_resolution():
     exact = float(0.5 * (curvatures / (curvatures + 1 / large.nbeta)).sum())
     assert large.llc == pytest.approx(exact, abs=4 * large.stderr)
     assert small.llc == pytest.approx(exact, abs=4 * small.stderr)
+
+
+def test_where_nbeta_follows_draws_grow_off_a_minimum_too():
+    # Of 30 weights on 200 samples, with w* so far off that λ̂ is no measure: at one nβ no more draws are spent there.
+    x = torch.randn(200, 30, generator=torch.Generator().manual_seed(0))
+    model = nn.Linear(30, 1, bias=False)
+    train = (x, model(x).detach() + 0.5 * x.sum(1, keepdim=True))
+    settings = {"localization": 1.0, "chains": 2, "rtol": 0.01}
+    following = estimate_llc(model, half_square, train, nbeta="curvature", **settings)
+    fixed = estimate_llc(model, half_square, train, nbeta=following.nbeta, **settings)
+    assert OFF_MINIMUM in following.reasons
+    assert OFF_MINIMUM in fixed.reasons
+    assert following.draws > fixed.draws
+    assert following.stderr_centred <= 0.01 * following.llc_centred < fixed.stderr_centred
 
 
 def test_where_nbeta_follows_draws_grow_until_the_centred_estimate_is_precise():
