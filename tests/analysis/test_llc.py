@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from groktrace.analysis.llc import OFF_MINIMUM, summarise
+from groktrace.analysis.llc import OFF_MINIMUM, off_minimum, summarise
 from groktrace.sampling.settings import SamplingSettings
 from groktrace.sampling.traces import Traces
 
@@ -49,6 +49,24 @@ def test_a_slope_at_the_snapshot_is_told_from_a_bowl():
     assert sloped.reasons == (OFF_MINIMUM,)
     assert sloped.llc == pytest.approx(9.28, rel=0.1)
     assert sloped.llc_centred == pytest.approx(40, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("llc", "half_pull", "noise", "off"),
+    [
+        (85.0, 90.0, 1.0, True),
+        (95.0, 90.0, 1.0, False),  # λ̂ is too near to λ_c = 100
+        (85.0, 98.0, 1.0, False),  # as where the loss is of higher degree: the mean has not moved
+        (85.0, 90.0, 100.0, False),  # may be chance: three standard errors are 13
+        (-1.0, 98.0, 1.0, True),
+    ],
+)
+def test_a_slope_lowers_the_estimate_and_moves_the_mean(llc, half_pull, noise, off):
+    generator = torch.Generator().manual_seed(0)
+    steady = torch.randn(1000, 2, generator=generator).double()
+    steady = noise * (steady - steady.mean(0)) / steady.std()
+    traces = Traces(llc + steady, 2 * half_pull + 0 * steady, steady, 100 + steady[:, :1], 0.1, 0)
+    assert off_minimum(traces) is off
 
 
 def test_a_single_chain_has_no_centred_estimate():
