@@ -119,6 +119,17 @@ def test_a_large_network_is_forecast_from_one_micro_batch(small_run, monkeypatch
         forecast(small_run, nbeta=10.0)
 
 
+@pytest.mark.parametrize(
+    ("more", "vectors"),  # beside one that the forecast itself holds: each chain's position, its momentum, the control
+    [({}, 1), ({"method": "kinetic"}, 3), ({"batch_size": 20}, 2), ({"method": "kinetic", "batch_size": 20}, 4)],
+)
+def test_the_memory_of_a_large_network_is_that_of_its_vectors(small_run, monkeypatch, more, vectors):
+    monkeypatch.setattr(network, "LARGE_WEIGHTS", 1)
+    monkeypatch.setattr(forecast_module, "_peak_bytes", lambda device: 0)
+    said = forecast(small_run, chains=2, draws=7, burn_in=3, **more)
+    assert said.memory_bytes == vectors * 4 * said.weights
+
+
 def test_the_command_line_forecasts_and_writes_nothing(small_run):
     before = contents(small_run)
     arguments = ["analyze", str(small_run), "--dry-run", "--chains", "2", "--draws", "20", "--burn-in", "5"]
