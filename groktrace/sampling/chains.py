@@ -20,7 +20,7 @@ MAX_RESTARTS = 16
 # Chains that fall by so many nats for each weight at once are not in a basin: training has hardly begun. They would be
 # followed through ever steeper walls for as long as all other snapshots take together.
 MAX_FALL = 0.1
-FALLING_RESTARTS = 3
+FEW_RESTARTS = 3
 MAX_GROWTH = 16
 # Stacks beyond the processor's cache gain nothing (measured); a GPU wants more at once.
 WORKING_SET_BYTES = {"cpu": 12 * 2**20}
@@ -66,7 +66,8 @@ def sample(
         nbeta: nβ.
         localization: γ.
         step_sizes: ε of each snapshot; halved where chains diverge, reduced where they find a larger curvature than at
-            w* or where minibatch noise heats them, 16 times at most, or three where they fall far at once.
+            w* or where minibatch noise heats them: 16 times at most, or three where they fall far at once, and within
+            the first three where a draw stands far out.
         enough: whether a snapshot's draws suffice; asked only where `settings.draws` is None.
 
     Returns:
@@ -92,9 +93,9 @@ def sample(
         )
         for s, traces in zip(pending, group.run(enough), strict=True):
             results[s] = replace(traces, halvings=halvings[s])
-            if attempt == FALLING_RESTARTS and traces.fall > most_fall:
+            if attempt == FEW_RESTARTS and traces.fall > most_fall:
                 continue
-            if traces.diverged(anchors.shape[1]):
+            if traces.diverged(anchors.shape[1]) or (traces.burst and attempt < FEW_RESTARTS):
                 epsilon[s] /= 2
                 halvings[s] += 1
             elif group.is_too_large(traces):

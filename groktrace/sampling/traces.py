@@ -15,6 +15,10 @@ MIN_COOLING = 1 / 32
 MAX_VIRIAL = 10.0
 MAX_SPREAD = 3.0
 SLACK = 100.0
+# Pull and spread of a draw scatter by √(2D) about D in a bowl. So many times their own scatter above most draws, and
+# BURST_SLACK more for small networks at singular minima, is no draw of a posterior but energy fed in by the step.
+BURST = 10.0
+BURST_SLACK = 300.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,17 @@ class Traces:
         if not float(self.spread.amax()) <= farthest:
             return True
         return not float((self.pull.double() + self.spread).mean(0).amax()) <= most_virial(dimension)
+
+    @property
+    def burst(self) -> bool:
+        """Whether a draw stands far out from all others in energy, though the chain came back.
+
+        Where a valley turns so it may, too, at any step: it is a reason to try a smaller one, not to give up.
+        """
+        virial = (self.pull.double() + self.spread).nan_to_num(nan=torch.inf)
+        median = virial.median()
+        scatter = 1.4826 * (virial - median).abs().median()  # of normal draws their standard deviation
+        return bool(virial.amax() > median + BURST * scatter + BURST_SLACK)
 
 
 def most_virial(dimension: int) -> float:

@@ -151,15 +151,27 @@ def test_chains_that_fall_far_at_once_get_few_attempts(bowl):
     falling, settled = draw(loss, anchors, SamplingSettings(chains=2, draws=300), 10.0, 1.0, epsilons=epsilons)
     assert not settled.diverged(60)
     assert settled.fall == 0
-    assert settled.halvings > chains.FALLING_RESTARTS
+    assert settled.halvings > chains.FEW_RESTARTS
     assert not falling.diverged(60)  # too large a step falls nowhere before it explodes
-    assert falling.halvings > chains.FALLING_RESTARTS
-    epsilons = [3 * 2**chains.FALLING_RESTARTS * step_size(10.0, 1.0, 1.0)] * 2
+    assert falling.halvings > chains.FEW_RESTARTS
+    epsilons = [3 * 2**chains.FEW_RESTARTS * step_size(10.0, 1.0, 1.0)] * 2
     falling, settled = draw(loss, anchors, SamplingSettings(chains=2, draws=300), 10.0, 1.0, epsilons=epsilons)
     assert falling.fall > 0.1 * 60 + 100
     assert falling.diverged(60)
-    assert falling.halvings == chains.FALLING_RESTARTS
+    assert falling.halvings == chains.FEW_RESTARTS
     assert not settled.diverged(60)
+
+
+@pytest.mark.parametrize(("quiet_below", "halvings"), [(0.3, 2), (0.0, chains.FEW_RESTARTS)])
+def test_bursts_are_tried_again_at_half_the_step_a_few_times(bowl, monkeypatch, quiet_below, halvings):
+    stable = step_size(10.0, 1.0, 1.0)
+    burst = property(lambda traces: traces.step_size > quiet_below * stable)
+    monkeypatch.setattr(chains.Traces, "burst", burst)
+    settings = SamplingSettings(chains=2, burn_in=20, draws=50)
+    (traces,) = draw(bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, 10.0, 1.0, epsilons=[stable])
+    assert traces.halvings == halvings
+    assert traces.step_size == pytest.approx(stable / 2**halvings)
+    assert not traces.diverged(60)
 
 
 def test_an_explicit_step_size_is_left_alone(bowl):

@@ -29,6 +29,23 @@ def test_chains_that_are_far_out_have_diverged_however_finite():
     assert not one.diverged(60)
 
 
+@pytest.mark.parametrize("dimension", [1, 60, 14_000])
+@pytest.mark.parametrize("degree", [1, 2])
+def test_no_draw_of_a_posterior_is_a_burst_but_one_of_fed_in_energy_is(dimension, degree):
+    # At a minimum of degree 2k, nβ·L = Σ x²ᵏ has (w − w*)·nβ∇L = 2k·Gamma(D/2k).
+    shape = torch.full((20_000, 4), dimension / (2 * degree), dtype=torch.float64)
+    torch.manual_seed(0)
+    virial = 2 * degree * torch._standard_gamma(shape)
+    quiet = Traces(virial / 2, 0.9 * virial, 0.1 * virial, virial[:, :1], 0.1, 0)
+    assert not quiet.burst
+    pull = quiet.pull.clone()
+    pull[300:320, 1] += 0.15 * dimension + 600
+    assert replace(quiet, pull=pull).burst
+    assert not replace(quiet, pull=pull).diverged(dimension)
+    pull[300, 1] = math.nan
+    assert replace(quiet, pull=pull).burst
+
+
 @pytest.mark.parametrize("method", ["kinetic", "averaged"])
 @pytest.mark.parametrize("heating", [0.03, 0.2])
 @pytest.mark.parametrize("step_size", [0.2, 1e-3])
