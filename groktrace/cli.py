@@ -79,7 +79,7 @@ def _number_or(*words: str) -> Callable[[click.Context, click.Parameter, str | N
     help="Inverse temperature times sample count; curvature: at each snapshot from --resolution.",
 )
 @click.option("--localization", type=float, help="Strength of the pull towards the snapshot.")
-@click.option("--locality", type=float, help="Wanted distance of the chains, relative to the weights' norm [0.3].")
+@click.option("--locality", type=float, help="Wanted distance of the chains, relative to the weights' norm [0.22].")
 @click.option(
     "--resolution", type=float, help="Curvatures down to h_max/resolution count [10; 100 where nβ follows h_max]."
 )

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import groktrace
+from groktrace.sampling.settings import SamplingSettings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from modular_addition import QuadraticNetwork, centred_loss, modular_pairs
@@ -52,7 +53,6 @@ RIGHT_SHARE = 0.95
 MEDIAN_ERROR = 0.02
 # Generic manifolds: nβ is such that the exact Hessian's soft rank is within this fraction of λ; γ by the locality rule.
 FINITE_CORRECTION = 0.01
-LOCALITY = 0.3
 # Singular truths have no Hessian to go by: (nβ, γ) for all of them; their non-zero weights are of standard deviation 2,
 # large beside the chains' unit spread.
 SINGULAR_SCALE = (1e3, 1.0)
@@ -112,7 +112,7 @@ def resolved(make: Callable[..., KnownModel]) -> KnownModel:
     """
     known = make(nbeta=1.0, localization=1.0)
     weights = torch.cat([weight.detach().reshape(-1) for weight in known.model.parameters()])
-    localization = len(weights) / (LOCALITY**2 * float(weights.square().sum()))
+    localization = len(weights) / (SamplingSettings.locality**2 * float(weights.square().sum()))
     spectrum = spectrum_at(known)
     low, high = 1e-12, 1e6
     while high / low > 1.001:

@@ -39,7 +39,7 @@ def find_changes(x: np.ndarray, value: np.ndarray, variance: np.ndarray, fit: Fi
         size = abs(fit.value[last] - fit.value[first])
         return size >= least and size >= quantile * math.sqrt(fit.variance[first] + fit.variance[last])
 
-    swings = _swings(fit.value, counts)
+    swings = _swings(fit, counts)
     if not swings:
         return []
     # What comes before the first and after the last is part of their phases.
@@ -53,23 +53,38 @@ def find_changes(x: np.ndarray, value: np.ndarray, variance: np.ndarray, fit: Fi
     return found
 
 
-def _swings(value: np.ndarray, counts: Callable[[int, int], bool]) -> list[tuple[int, int]]:
-    """Alternating rises and falls between extremes of the fit, each of which counts."""
-    extremes = [0]
-    candidate = direction = lowest = highest = 0
-    for i in range(1, len(value)):
-        if direction == 0:
-            lowest, highest = (i if value[i] < value[lowest] else lowest), (i if value[i] > value[highest] else highest)
-            if highest == i and counts(lowest, i):
-                extremes, candidate, direction = [lowest], i, 1
-            elif lowest == i and counts(highest, i):
-                extremes, candidate, direction = [highest], i, -1
-        elif direction * (value[i] - value[candidate]) > 0:
+def _swings(fit: Fit, counts: Callable[[int, int], bool]) -> list[tuple[int, int]]:
+    """Alternating rises and falls between extremes of the fit, each of which counts, but perhaps for the first."""
+    value = fit.value
+    # Straight pieces are highest and lowest at their ends.
+    ends = sorted({end for piece in fit.pieces() for end in piece})
+    extremes, candidate, direction = _first_swing(value, ends, counts)
+    for i in range(candidate + 1, len(value) if direction else 0):
+        if direction * (value[i] - value[candidate]) > 0:
             candidate = i
         elif counts(candidate, i):
             extremes.append(candidate)
             candidate, direction = i, -direction
     return [*itertools.pairwise([*extremes, candidate])] if direction else []
+
+
+def _first_swing(
+    value: np.ndarray, ends: list[int], counts: Callable[[int, int], bool]
+) -> tuple[list[int], int, float]:
+    """Where the first rise or fall that counts begins, by which point it does, and its sign; 0 for none.
+
+    What comes before it need not be small: early in training λ is far below all that follows, and hardly known. If so,
+    it is a swing of its own, from the first of the points that are returned to the second.
+    """
+    for i in range(1, len(value)):
+        begun = [j for j in ends if j < i and counts(j, i)]
+        if not begun:
+            continue
+        first = max(begun, key=lambda j: abs(value[i] - value[j]))
+        sign = math.copysign(1.0, value[i] - value[first])
+        opposite = int(np.argmax(sign * value[: first + 1]))
+        return ([opposite] if sign * (value[opposite] - value[i]) > 0 else []) + [first], i, sign
+    return [], 0, 0.0
 
 
 def _moves(fit: Fit, first: int, last: int) -> list[tuple[int, int]]:

@@ -141,7 +141,7 @@ def summarise(
     rhat, off = diagnose.split_rhat(traces.excess), off_minimum(traces)
     virial_error = diagnose.standard_error(traces.pull + traces.spread) / dimension
     # Traces of few relaxation times of the flat directions cannot tell how slow these are.
-    passes = len(traces.spread) / relaxation_steps(settings.method, traces.step_size, localization)
+    passes = len(traces.spread) / relaxation_steps(settings.method, traces.step_size, localization, traces.halvings)
     if passes >= 1:
         virial_error = max(virial_error, math.sqrt(2 / (dimension * chains * passes)))
     reasons = []

@@ -117,7 +117,11 @@ def step_size(nbeta: float, localization: float, top_curvature: float) -> float:
 
 
 def run_length(
-    settings: SamplingSettings, localization: float, epsilon: float, relaxations: float = BURN_IN_RELAXATIONS
+    settings: SamplingSettings,
+    localization: float,
+    epsilon: float,
+    relaxations: float = BURN_IN_RELAXATIONS,
+    halvings: int = 0,
 ) -> tuple[int, int]:
     """Burn-in and first round of draws, in steps.
 
@@ -126,8 +130,9 @@ def run_length(
         localization: γ.
         epsilon: ε.
         relaxations: relaxation times of the flat directions to burn in for.
+        halvings: how often ε was halved.
     """
-    relaxation = relaxation_steps(settings.method, epsilon, localization)
+    relaxation = relaxation_steps(settings.method, epsilon, localization, halvings)
     burn_in = min(math.ceil(relaxations * relaxation), MAX_STEPS // 2)
     share = max(1.0, DRAW_RELAXATIONS / settings.chains)
     draws = min(max(MIN_DRAWS, math.ceil(share * relaxation)), MAX_STEPS // 2)

@@ -76,7 +76,7 @@ def sample(
     settings = settle(settings, anchors.shape[1], stacked=True)
     results: dict[int, Traces] = {}
     pending = list(range(len(steps)))
-    epsilon, halvings = list(step_sizes), [0] * len(steps)
+    epsilon, halvings, falls = list(step_sizes), [0] * len(steps), [0] * len(steps)
     most_fall = MAX_FALL * anchors.shape[1] + SLACK
     for attempt in range(MAX_RESTARTS + 1):
         rows = torch.tensor(pending, device=anchors.device)
@@ -89,11 +89,12 @@ def sample(
             nbeta,
             localization,
             epsilons,
-            [halvings[s] > 0 for s in pending],
+            [halvings[s] for s in pending],
         )
         for s, traces in zip(pending, group.run(enough), strict=True):
-            results[s] = replace(traces, halvings=halvings[s])
-            if attempt == FEW_RESTARTS and traces.fall > most_fall:
+            traces = results[s] = replace(traces, halvings=halvings[s])
+            falls[s] += traces.fall > most_fall
+            if falls[s] > FEW_RESTARTS:
                 continue
             if traces.diverged(anchors.shape[1]) or (traces.burst and attempt < FEW_RESTARTS):
                 epsilon[s] /= 2
@@ -120,18 +121,22 @@ class _Group:
         nbeta: float,
         localization: float,
         epsilons: Sequence[float],
-        diverged_before: Sequence[bool],
+        halvings: Sequence[int],
     ) -> None:
         self.settings = settings
-        self.diverged_before = diverged_before
+        self.halvings = halvings
         self.epsilons = epsilons
-        self.lengths = [run_length(settings, localization, epsilon) for epsilon in epsilons]
+        self.lengths = [
+            run_length(settings, localization, epsilon, halvings=halved)
+            for epsilon, halved in zip(epsilons, halvings, strict=True)
+        ]
         device, chains = anchors.device, settings.chains
         each = torch.arange(len(anchors), device=device).repeat_interleave(chains)
         self.loss = loss.select(each)
         self.anchors = anchors[each]
         step_size = torch.tensor(epsilons, dtype=anchors.dtype, device=device)[each]
-        self.config = LangevinConfig(settings.method, nbeta, localization, step_size)
+        halved = torch.tensor(halvings, device=device)[each]
+        self.config = LangevinConfig(settings.method, nbeta, localization, step_size, halved)
         keys = [(step, chain) for step in steps for chain in range(chains)]
         samples = len(loss.tensors[0])
         self.batches: list[torch.Generator] | None = None
@@ -204,7 +209,7 @@ class _Group:
         odd = [
             s
             for s, each in enumerate(traces)
-            if not each.diverged(dimension) and (self.diverged_before[s] or _is_anharmonic(each, dimension))
+            if not each.diverged(dimension) and (self.halvings[s] or _is_anharmonic(each, dimension))
         ]
         if not odd:
             return
@@ -223,7 +228,7 @@ class _Group:
         rows = self._rows(snapshots)
         self.loss = self.loss.select(rows)
         self.anchors = self.anchors[rows]
-        self.config = replace(self.config, step_size=self.config.step_size[rows])
+        self.config = self.config.select(rows)
         self.state = self.state.select(rows)
         self.base, self.base_gradients = self.base[rows], self.base_gradients[rows]
         if self.batches is not None:

@@ -11,7 +11,8 @@ harmonic direction for any stable ε (that is εa < 4 along a direction of curva
 1/(1 − εa/4), all at the cost of one gradient. With momenta a flat direction, whose curvature is γ, forgets its start in
 fewer steps: in 2.5/√(εγ) and not in 2/(εγ) where friction damps it critically, c = exp(−2√(εγ)). But where stiff
 directions turn along the way, friction that weak lets the discretisation feed energy into them: networks at generic
-solutions were heated at c = 0.82, but not at 0.67, the most that is taken, at the step that is the default.
+solutions were heated at c = 0.82, but not at 0.67, the most that is taken at the step that is the default. Where that
+was halved, friction may be as much weaker: the estimates of such networks are right then, too.
 """
 
 import hashlib
@@ -28,37 +29,39 @@ from groktrace.sampling.noise import NormalNoise
 
 Method = Literal["kinetic", "averaged", "sgld"]
 
-# Times the time step.
+# Least friction times the time step.
 MIN_FRICTION = 0.4
 
 
-def persistence(method: Method, step_size: float, localization: float) -> float:
+def persistence(method: Method, step_size: float, localization: float, halvings: int = 0) -> float:
     """c, what is left of a momentum after a step.
 
     Args:
         method: of the dynamics.
         step_size: ε.
         localization: γ.
+        halvings: how often ε was halved.
     """
-    return math.exp(-_friction(step_size * localization)) if method == "kinetic" else 0.0
+    return math.exp(-_friction(step_size * localization, halvings)) if method == "kinetic" else 0.0
 
 
-def relaxation_steps(method: Method, step_size: float, localization: float) -> float:
+def relaxation_steps(method: Method, step_size: float, localization: float, halvings: int = 0) -> float:
     """Steps between two nearly independent draws along a flat direction: its square keeps e⁻² of what it was at most.
 
     Args:
         method: of the dynamics.
         step_size: ε.
         localization: γ.
+        halvings: how often ε was halved.
     """
     stiffness = step_size * localization
     if method != "kinetic":
         return 2 / stiffness
     # At critical damping (1 + x)²·e⁻²ˣ is left after x/√(εγ) steps, a twelfth at x = 2.5; overdamped it is slower.
-    return max(2.5 / math.sqrt(stiffness), _friction(stiffness) / stiffness)
+    return max(2.5 / math.sqrt(stiffness), _friction(stiffness, halvings) / stiffness)
 
 
-def noise_gain(method: Method, step_size: float, localization: float) -> float:
+def noise_gain(method: Method, step_size: float, localization: float, halvings: int = 0) -> float:
     """What noise of variance V in the force nβ·∇L adds to a variance in equilibrium, over that and V.
 
     A kick moves a chain by ½ε(1 + c)/(1 − c) times itself in the end, and what warms the chain by √ε(1 − c²)^½/(1 − c).
@@ -67,14 +70,15 @@ def noise_gain(method: Method, step_size: float, localization: float) -> float:
         method: of the dynamics.
         step_size: ε.
         localization: γ.
+        halvings: how often ε was halved.
     """
-    c = persistence(method, step_size, localization)
+    c = persistence(method, step_size, localization, halvings)
     return 0.25 * step_size * (1 + c) / (1 - c)
 
 
-def _friction(stiffness: float) -> float:
+def _friction(stiffness: float, halvings: int) -> float:
     """Friction times time step; `stiffness` is εγ."""
-    return max(2 * math.sqrt(stiffness), MIN_FRICTION)
+    return max(2 * math.sqrt(stiffness), MIN_FRICTION / 2**halvings)
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,14 @@ class LangevinConfig:
         nbeta: nβ.
         localization: γ.
         step_size: ε of each row, [R].
+        halvings: how often each was halved, [R]; None for never.
     """
 
     method: Method
     nbeta: float
     localization: float
     step_size: Tensor
+    halvings: Tensor | None = None
 
     @cached_property
     def coefficients(self) -> tuple[Tensor, ...]:
@@ -104,9 +110,16 @@ class LangevinConfig:
         """See the function of this name, [R]."""
         return self._each(noise_gain)[:, 0]
 
-    def _each(self, function: Callable[[Method, float, float], float]) -> Tensor:
-        """A function of method, ε and γ for each row, [R, 1]."""
-        values = [[function(self.method, epsilon, self.localization)] for epsilon in self.step_size.tolist()]
+    def select(self, rows: Tensor) -> "LangevinConfig":
+        """The dynamics of some of the rows."""
+        halvings = None if self.halvings is None else self.halvings[rows]
+        return LangevinConfig(self.method, self.nbeta, self.localization, self.step_size[rows], halvings)
+
+    def _each(self, function: Callable[[Method, float, float, int], float]) -> Tensor:
+        """A function of method, ε, γ and halvings for each row, [R, 1]."""
+        halvings = [0] * len(self.step_size) if self.halvings is None else self.halvings.tolist()
+        rows = zip(self.step_size.tolist(), halvings, strict=True)
+        values = [[function(self.method, epsilon, self.localization, halved)] for epsilon, halved in rows]
         return torch.tensor(values, dtype=self.step_size.dtype, device=self.step_size.device)
 
 

@@ -58,7 +58,7 @@ def sample_large(
     network, halvings = Network(loss, weights), 0
     settings = settle(settings, network.layout.size, stacked=False)
     for _ in range(MAX_RESTARTS + 1):
-        chains = _Chains(network, step, settings, nbeta, localization, step_size)
+        chains = _Chains(network, step, settings, nbeta, localization, step_size, halvings)
         traces = replace(chains.run(enough), halvings=halvings)
         del chains
         if settings.step_size is not None:
@@ -105,10 +105,12 @@ class _Chains:
         nbeta: float,
         localization: float,
         step_size: float,
+        halvings: int,
     ) -> None:
         self.network, self.settings = network, settings
-        self.nbeta, self.localization, self.step_size = nbeta, localization, step_size
-        config = LangevinConfig(settings.method, nbeta, localization, torch.tensor([step_size]).double())
+        self.nbeta, self.localization, self.step_size, self.halvings = nbeta, localization, step_size, halvings
+        row = torch.tensor([step_size]).double(), torch.tensor([halvings])
+        config = LangevinConfig(settings.method, nbeta, localization, *row)
         self.coefficients = [float(each) for each in config.coefficients]
         self.heats = float(config.noise_gain) * nbeta**2
         self.batched = settings.batch_size is not None and settings.batch_size < network.samples
@@ -142,7 +144,9 @@ class _Chains:
 
     def run(self, enough: Callable[[Traces], bool]) -> Traces:
         """Burn in, draw, and go on until the draws are enough."""
-        burn_in, draws = run_length(self.settings, self.localization, self.step_size, COLD_BURN_IN_RELAXATIONS)
+        burn_in, draws = run_length(
+            self.settings, self.localization, self.step_size, COLD_BURN_IN_RELAXATIONS, self.halvings
+        )
         self._advance(burn_in)
         record = self._advance(draws, measured=True)
         limit = min(MAX_GROWTH * draws, MAX_STEPS)

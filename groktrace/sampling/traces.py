@@ -1,6 +1,7 @@
 """What is kept of one snapshot's draws, and what they say of the step at which they were made."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Traces:
             ½nβE[(w − w̄)·∇L], without any estimate of the mean w̄: the chains are independent.
         step_size: ε in the end.
         burn_in: steps discarded.
-        halvings: times that ε was halved because the chains diverged.
+        halvings: times that ε was halved because the chains diverged, or were kicked far up.
         fluctuation: ½nβ times the mean over samples of the variance of a sample's loss over some of the draws, a
             number a chain, [chains]; None where the loss is no mean over samples, or there are fewer than nine draws.
         heating: what the noise of minibatch gradients adds to λ̂ at most, relative to it: it widens the posterior along
@@ -98,7 +99,8 @@ def cooled(traces: Traces, method: Method, localization: float) -> float:
     """
     smaller = traces.step_size
     if traces.heating > WANTED_HEATING:
-        gain = 0.8 * WANTED_HEATING / traces.heating * noise_gain(method, smaller, localization)
-        while smaller > MIN_COOLING * traces.step_size and noise_gain(method, smaller, localization) > gain:
+        gain = partial(noise_gain, method, localization=localization, halvings=traces.halvings)
+        most = 0.8 * WANTED_HEATING / traces.heating * gain(smaller)
+        while smaller > MIN_COOLING * traces.step_size and gain(smaller) > most:
             smaller *= 0.95
     return smaller

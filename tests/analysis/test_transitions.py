@@ -47,6 +47,18 @@ def test_nothing_is_found_in_a_flat_series(seed):
     assert find_transitions(curve(np.full(61, 900.0), error=30.0, seed=seed)) == []
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_change_is_found_after_a_larger_one_that_is_too_uncertain_to_count(sign):
+    # Early in training λ may be anything, with errors as large; the curve may be of what is turned over, too.
+    values = np.where(STEPS < 150, -1500.0, np.where(STEPS < 1510, 240.0, 90.0))
+    errors = np.where(STEPS < 150, 700.0, 2.0)
+    noise = np.random.default_rng(0).standard_normal(61) * errors
+    level = 0 if sign > 0 else 300
+    (change,) = find_transitions(Trajectory.from_arrays(STEPS, level + sign * (values + noise), errors))
+    assert (change.onset, change.end) == (1500, 1550)
+    assert change.delta_llc == pytest.approx(-150 * sign, abs=3)
+
+
 def test_small_changes_are_not_transitions_however_certain():
     assert find_transitions(curve(np.linspace(900, 880, 61), error=0.5)) == []
 

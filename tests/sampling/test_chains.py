@@ -142,7 +142,7 @@ def test_a_stack_whose_snapshots_have_all_lost_a_chain_goes_no_further(bowl, mon
     assert torch.isfinite(good.excess).all()
 
 
-def test_chains_that_fall_far_at_once_get_few_attempts(bowl):
+def test_chains_that_fall_far_at_once_get_few_attempts(bowl, monkeypatch):
     # From w* the loss falls by ½·Σ h·off²; the second snapshot lies at the minimum.
     off = 3.0
     loss = bowl(SPECTRUM, minimum=torch.full((60,), off))
@@ -154,12 +154,15 @@ def test_chains_that_fall_far_at_once_get_few_attempts(bowl):
     assert settled.halvings > chains.FEW_RESTARTS
     assert not falling.diverged(60)  # too large a step falls nowhere before it explodes
     assert falling.halvings > chains.FEW_RESTARTS
-    epsilons = [3 * 2**chains.FEW_RESTARTS * step_size(10.0, 1.0, 1.0)] * 2
+    assert settled.halvings == falling.halvings == 6
+    # Only the last of the attempts that diverged had first fallen.
+    monkeypatch.setattr(chains, "FEW_RESTARTS", 0)
     falling, settled = draw(loss, anchors, SamplingSettings(chains=2, draws=300), 10.0, 1.0, epsilons=epsilons)
     assert falling.fall > 0.1 * 60 + 100
     assert falling.diverged(60)
-    assert falling.halvings == chains.FEW_RESTARTS
+    assert falling.halvings == 5
     assert not settled.diverged(60)
+    assert settled.halvings == 6
 
 
 @pytest.mark.parametrize(("quiet_below", "halvings"), [(0.3, 2), (0.0, chains.FEW_RESTARTS)])
