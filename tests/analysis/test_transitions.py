@@ -51,7 +51,7 @@ def test_nothing_is_found_in_a_flat_series(seed):
 def test_a_change_is_found_after_a_larger_one_that_is_too_uncertain_to_count(sign):
     # Early in training λ may be anything, with errors as large; the curve may be of what is turned over, too.
     values = np.where(STEPS < 150, -1500.0, np.where(STEPS < 1510, 240.0, 90.0))
-    errors = np.where(STEPS < 150, 700.0, 2.0)
+    errors = np.where(STEPS < 150, 1200.0, 2.0)
     noise = np.random.default_rng(0).standard_normal(61) * errors
     level = 0 if sign > 0 else 300
     (change,) = find_transitions(Trajectory.from_arrays(STEPS, level + sign * (values + noise), errors))
