@@ -84,7 +84,7 @@ def networks(seed: int) -> list[Network]:
 
 
 def measure(network: Network) -> Trajectory:
-    """Train a network with the hook line, and analyse it with a reduced budget."""
+    """Train a network with the hook line, and analyse it."""
     example = load_example()
     torch.manual_seed(network.seed)
     train, val = example.modular_pairs(network.p, network.fraction, network.random_labels)
@@ -102,7 +102,7 @@ def measure(network: Network) -> Trajectory:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        return groktrace.analyze(f"{folder}/run", chains=2, burn_in=25, draws=40)
+        return groktrace.analyze(f"{folder}/run")
     finally:
         shutil.rmtree(folder)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from groktrace.sampling import chains, langevin
-from groktrace.sampling.calibration import step_size
+from groktrace.sampling.calibration import run_length, step_size
 from groktrace.sampling.chains import rows_per_stack, sample
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.posterior import StackedLoss, WeightLayout
@@ -167,14 +167,18 @@ def test_chains_that_fall_far_at_once_get_few_attempts(bowl, monkeypatch):
 
 @pytest.mark.parametrize(("quiet_below", "halvings"), [(0.3, 2), (0.0, chains.FEW_RESTARTS)])
 def test_bursts_are_tried_again_at_half_the_step_a_few_times(bowl, monkeypatch, quiet_below, halvings):
-    stable = step_size(10.0, 1.0, 1.0)
+    stable = step_size(1000.0, 1.0, 1.0)
     burst = property(lambda traces: traces.step_size > quiet_below * stable)
     monkeypatch.setattr(chains.Traces, "burst", burst)
-    settings = SamplingSettings(chains=2, burn_in=20, draws=50)
-    (traces,) = draw(bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, 10.0, 1.0, epsilons=[stable])
+    settings = SamplingSettings("kinetic", chains=2, draws=50)
+    (traces,) = draw(bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, 1000.0, 1.0, epsilons=[stable])
     assert traces.halvings == halvings
     assert traces.step_size == pytest.approx(stable / 2**halvings)
     assert not traces.diverged(60)
+    # Friction was halved with the step: at full friction flat directions would need as many times more steps.
+    whole = run_length(settings, 1.0, stable)[0]
+    assert traces.burn_in == pytest.approx(whole, rel=0.05)
+    assert run_length(settings, 1.0, traces.step_size)[0] == pytest.approx(2**halvings * whole, rel=0.05)
 
 
 def test_an_explicit_step_size_is_left_alone(bowl):

@@ -67,15 +67,18 @@ def test_averaged_step_uses_each_noise_twice():
         torch.testing.assert_close(state.displacement[0], w)
 
 
-def test_kinetic_step_is_kick_drift_friction_drift():
+@pytest.mark.parametrize("halvings", [0, 1])
+def test_kinetic_step_is_kick_drift_friction_drift(halvings):
     epsilon, nbeta, gamma = 1e-2, 3.0, 0.5
-    config = LangevinConfig("kinetic", nbeta, gamma, torch.tensor([epsilon, 60.0]))
+    config = LangevinConfig("kinetic", nbeta, gamma, torch.tensor([60.0, epsilon]), torch.tensor([0, halvings]))
+    config = config.select(torch.tensor([1, 0]))
     generators = [generator_for(1, 2, row, "n", torch.device("cpu")) for row in (0, 1)]
     state = langevin.init(config, torch.ones(2, 5), generators)
     generator = generator_for(1, 2, 0, "n", torch.device("cpu"))
     p, *xi = (normal_like(torch.empty(1, 5), [generator])[0] for _ in range(3))
     w, dt = torch.ones(5), math.sqrt(epsilon)
-    c = math.exp(-0.4)  # 2√(εγ) = 0.14 would be less friction than the least; in the other row it is 11
+    # 2√(εγ) = 0.14 would be less friction than the least; in the other row it is 11.
+    c = math.exp(-0.4 / 2**halvings)
     for t in range(2):
         gradients = torch.arange(5.0)
         langevin.step(config, state, gradients.expand(2, 5))
@@ -88,13 +91,17 @@ def test_kinetic_step_is_kick_drift_friction_drift():
     assert langevin.persistence("kinetic", 60.0, gamma) == pytest.approx(math.exp(-2 * math.sqrt(30)))
 
 
-@pytest.mark.parametrize(("method", "epsilon"), [("kinetic", 0.1), ("kinetic", 1e-3), ("averaged", 1e-3)])
-def test_a_flat_direction_forgets_its_start_in_a_relaxation_time(method, epsilon):
+@pytest.mark.parametrize(
+    ("method", "epsilon", "halvings"),
+    [("kinetic", 0.1, 0), ("kinetic", 1e-3, 0), ("kinetic", 1e-3, 2), ("kinetic", 1e-3, 5), ("averaged", 1e-3, 0)],
+)
+def test_a_flat_direction_forgets_its_start_in_a_relaxation_time(method, epsilon, halvings):
     gamma = 1.0
-    steps = math.ceil(langevin.relaxation_steps(method, epsilon, gamma))
-    config = LangevinConfig(method, 1.0, gamma, torch.full((4000,), epsilon, dtype=torch.float64))
-    generators = [generator_for(0, 0, row, "t", torch.device("cpu")) for row in range(4000)]
-    start = torch.full((4000, 1), 10.0, dtype=torch.float64)
+    steps = math.ceil(langevin.relaxation_steps(method, epsilon, gamma, halvings))
+    sizes = torch.full((4,), epsilon, dtype=torch.float64)
+    config = LangevinConfig(method, 1.0, gamma, sizes, torch.full((4,), halvings))
+    generators = [generator_for(0, 0, row, "t", torch.device("cpu")) for row in range(4)]
+    start = torch.full((4, 1000), 10.0, dtype=torch.float64)
     state = langevin.init(config, start.clone(), generators)
     for _ in range(steps):
         langevin.step(config, state, torch.zeros_like(start))
@@ -103,21 +110,25 @@ def test_a_flat_direction_forgets_its_start_in_a_relaxation_time(method, epsilon
     assert left**2 >= math.exp(-2) * 0.4  # nor is it called slower than it is
 
 
-@pytest.mark.parametrize(("method", "epsilon"), [("kinetic", 0.02), ("kinetic", 4e-3), ("averaged", 0.02)])
-def test_noise_in_the_force_heats_by_its_gain(method, epsilon):
-    rows, gamma, variance = 4000, 2.0, 30.0
-    config = LangevinConfig(method, 1.0, gamma, torch.full((rows,), epsilon, dtype=torch.float64))
+@pytest.mark.parametrize(
+    ("method", "epsilon", "halvings"),
+    [("kinetic", 0.02, 0), ("kinetic", 4e-3, 0), ("kinetic", 4e-3, 1), ("averaged", 0.02, 0)],
+)
+def test_noise_in_the_force_heats_by_its_gain(method, epsilon, halvings):
+    rows, width, gamma, variance = 4, 1000, 2.0, 30.0
+    sizes = torch.full((rows,), epsilon, dtype=torch.float64)
+    config = LangevinConfig(method, 1.0, gamma, sizes, torch.full((rows,), halvings))
     generators = [generator_for(0, 0, row, "h", torch.device("cpu")) for row in range(rows)]
     generator = torch.Generator().manual_seed(0)
-    state = langevin.init(config, torch.zeros(rows, 1, dtype=torch.float64), generators)
+    state = langevin.init(config, torch.zeros(rows, width, dtype=torch.float64), generators)
     total, count = 0.0, 0
     for t in range(1500):
-        force = math.sqrt(variance) * torch.randn(rows, 1, dtype=torch.float64, generator=generator)
+        force = math.sqrt(variance) * torch.randn(rows, width, dtype=torch.float64, generator=generator)
         langevin.step(config, state, force)
         if t >= 500:
             total, count = total + float(state.displacement.square().mean()), count + 1
     heated = total / count * gamma - 1
-    assert heated == pytest.approx(variance * langevin.noise_gain(method, epsilon, gamma), rel=0.1)
+    assert heated == pytest.approx(variance * langevin.noise_gain(method, epsilon, gamma, halvings), rel=0.1)
 
 
 def test_noise_is_keyed_to_seed_step_chain_and_purpose():
