@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from groktrace.sampling import diagnostics as diagnose
-from groktrace.sampling.langevin import relaxation_steps
 from groktrace.sampling.settings import SamplingSettings
 from groktrace.sampling.traces import Traces
 
@@ -139,11 +138,7 @@ def summarise(
     distance = math.sqrt(float(traces.spread.mean()) / localization)
     relative_distance = distance / norm if norm > 0 else math.inf
     rhat, off = diagnose.split_rhat(traces.excess), off_minimum(traces)
-    virial_error = diagnose.standard_error(traces.pull + traces.spread) / dimension
-    # Traces of few relaxation times of the flat directions cannot tell how slow these are.
-    passes = len(traces.spread) / relaxation_steps(settings.method, traces.step_size, localization, traces.halvings)
-    if passes >= 1:
-        virial_error = max(virial_error, math.sqrt(2 / (dimension * chains * passes)))
+    virial_error = traces.virial_error(settings.method, localization, dimension) / dimension
     reasons = []
     ratio_error = diagnose.standard_error(0.5 * traces.pull - traces.excess) / abs(llc) if llc else 0.0
     # Where all weights are zero there is no length to compare with.
@@ -160,6 +155,8 @@ def summarise(
         reasons.append(OFF_MINIMUM)
     if abs(virial - 1) > MAX_VIRIAL_GAP + 3 * virial_error:
         reasons.append(f"not equilibrated (virial ratio {virial:.3f}, expected 1); needs a longer burn-in")
+    elif traces.hot(settings.method, localization, dimension):
+        reasons.append(f"heated by the sampler's step (virial ratio {virial:.3f}, expected 1); use a smaller step_size")
     if traces.heating > MAX_HEATING:
         reasons.append(
             f"heated by minibatch noise, by up to {100 * traces.heating:.0f} %; use a larger batch_size or a smaller "

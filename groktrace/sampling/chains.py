@@ -67,7 +67,7 @@ def sample(
         localization: γ.
         step_sizes: ε of each snapshot; halved where chains diverge, reduced where they find a larger curvature than at
             w* or where minibatch noise heats them: 16 times at most, or three where they fall far at once, and within
-            the first three where a draw stands far out.
+            the first three where the step heats them.
         enough: whether a snapshot's draws suffice; asked only where `settings.draws` is None.
 
     Returns:
@@ -77,7 +77,8 @@ def sample(
     results: dict[int, Traces] = {}
     pending = list(range(len(steps)))
     epsilon, halvings, falls = list(step_sizes), [0] * len(steps), [0] * len(steps)
-    most_fall = MAX_FALL * anchors.shape[1] + SLACK
+    dimension = anchors.shape[1]
+    most_fall = MAX_FALL * dimension + SLACK
     for attempt in range(MAX_RESTARTS + 1):
         rows = torch.tensor(pending, device=anchors.device)
         epsilons = [epsilon[s] for s in pending]
@@ -96,7 +97,7 @@ def sample(
             falls[s] += traces.fall > most_fall
             if falls[s] > FEW_RESTARTS:
                 continue
-            if traces.diverged(anchors.shape[1]) or (traces.burst and attempt < FEW_RESTARTS):
+            if traces.diverged(dimension) or (attempt < FEW_RESTARTS and group.is_heated(traces)):
                 epsilon[s] /= 2
                 halvings[s] += 1
             elif group.is_too_large(traces):
@@ -180,6 +181,7 @@ class _Group:
                 if not traces[s].diverged(dimension)
                 and len(traces[s].excess) < self._limit(s)
                 and not self.is_too_large(traces[s])
+                and not self.is_heated(traces[s])
                 and not enough(traces[s])
             ]
             if not going:
@@ -202,6 +204,10 @@ class _Group:
         if traces.curvature is None or self.settings.step_size is not None:
             return False
         return step_size(self.config.nbeta, self.config.localization, traces.curvature) < 0.7 * traces.step_size
+
+    def is_heated(self, traces: Traces) -> bool:
+        """Whether the discretisation fed energy to the chains, which more draws would not mend."""
+        return traces.burst or traces.hot(self.settings.method, self.config.localization, self.anchors.shape[1])
 
     def _look_around(self, traces: list[Traces]) -> None:
         """Measure the curvature where the chains are now, of snapshots whose loss is not the bowl that it is at w*."""

@@ -1,12 +1,14 @@
 """What is kept of one snapshot's draws, and what they say of the step at which they were made."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from groktrace.sampling.langevin import Method, noise_gain
+from groktrace.sampling.diagnostics import standard_error
+from groktrace.sampling.langevin import Method, noise_gain, relaxation_steps
 
 # Minibatch noise may raise λ̂ by this fraction.
 WANTED_HEATING = 0.02
@@ -20,6 +22,8 @@ SLACK = 100.0
 # BURST_SLACK more for small networks at singular minima, is no draw of a posterior but energy fed in by the step.
 BURST = 10.0
 BURST_SLACK = 300.0
+# Pull and spread beyond D by this fraction of the pull, and by so many standard errors, are such energy in all draws.
+HOT, HOT_ERRORS = 0.05, 4.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,31 @@ class Traces:
         median = virial.median()
         scatter = 1.4826 * (virial - median).abs().median()  # of normal draws their standard deviation
         return bool(virial.amax() > median + BURST * scatter + BURST_SLACK)
+
+    def virial_error(self, method: Method, localization: float, dimension: int) -> float:
+        """Standard error of the mean of pull and spread together.
+
+        Args:
+            method: of the dynamics.
+            localization: γ.
+            dimension: D.
+        """
+        error = standard_error(self.pull + self.spread)
+        # Traces of few relaxation times of the flat directions cannot tell how slow these are.
+        passes = len(self.spread) / relaxation_steps(method, self.step_size, localization, self.halvings)
+        return max(error, math.sqrt(2 * dimension / (self.spread.shape[1] * passes))) if passes >= 1 else error
+
+    def hot(self, method: Method, localization: float, dimension: int) -> bool:
+        """Whether pull and spread are beyond D for certain, by what matters beside the pull: twice λ̂ in a bowl.
+
+        Args:
+            method: of the dynamics.
+            localization: γ.
+            dimension: D.
+        """
+        pull = float(self.pull.double().mean())
+        excess = pull + float(self.spread.double().mean()) - dimension - HOT * abs(pull)
+        return excess > 0 and excess > HOT_ERRORS * self.virial_error(method, localization, dimension)
 
 
 def most_virial(dimension: int) -> float:

@@ -73,3 +73,20 @@ def test_a_single_chain_has_no_centred_estimate():
     found = judged(bowl_traces(1, 0), 1)
     assert (found.llc_centred, found.stderr_centred) == (None, None)
     assert found.reliable
+
+
+def test_energy_that_the_step_fed_in_is_named_even_where_it_is_little_beside_all_weights():
+    dimension, pull = 14_000, 300.0
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 1000, 2, generator=generator, dtype=torch.float64)
+    spread = dimension - pull + math.sqrt(2 * dimension) * noise[0]
+
+    def reasons(heat):
+        pulls = pull + heat + 20 * noise[1]
+        traces = Traces(pulls / 2, pulls, spread, pulls[:, :1] / 2, step_size=0.1, burn_in=0)
+        scale = {"nbeta": 1.0, "localization": 1.0, "dimension": dimension}
+        return summarise(traces, SamplingSettings("kinetic", chains=2), n=10, loss=0.0, norm=1e3, **scale).reasons
+
+    assert reasons(0.0) == ()
+    (reason,) = reasons(250.0)
+    assert reason.startswith("heated by the sampler's step (virial ratio 1.018, expected 1)")

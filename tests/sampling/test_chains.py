@@ -165,13 +165,21 @@ def test_chains_that_fall_far_at_once_get_few_attempts(bowl, monkeypatch):
     assert settled.halvings == 6
 
 
+@pytest.mark.parametrize("sign", ["burst", "hot"])
 @pytest.mark.parametrize(("quiet_below", "halvings"), [(0.3, 2), (0.0, chains.FEW_RESTARTS)])
-def test_bursts_are_tried_again_at_half_the_step_a_few_times(bowl, monkeypatch, quiet_below, halvings):
+def test_chains_that_the_step_heats_are_tried_again_at_half_of_it_a_few_times(
+    bowl, monkeypatch, sign, quiet_below, halvings
+):
     stable = step_size(1000.0, 1.0, 1.0)
-    burst = property(lambda traces: traces.step_size > quiet_below * stable)
-    monkeypatch.setattr(chains.Traces, "burst", burst)
-    settings = SamplingSettings("kinetic", chains=2, draws=50)
-    (traces,) = draw(bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, 1000.0, 1.0, epsilons=[stable])
+
+    def heated(traces, *scale):
+        return traces.step_size > quiet_below * stable
+
+    monkeypatch.setattr(chains.Traces, sign, property(heated) if sign == "burst" else heated)
+    settings = SamplingSettings("kinetic", chains=2)
+    asked = []
+    arguments = bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, 1000.0, 1.0
+    (traces,) = draw(*arguments, enough=lambda each: asked.append(each) or len(asked) > 1, epsilons=[stable])
     assert traces.halvings == halvings
     assert traces.step_size == pytest.approx(stable / 2**halvings)
     assert not traces.diverged(60)
@@ -179,6 +187,8 @@ def test_bursts_are_tried_again_at_half_the_step_a_few_times(bowl, monkeypatch, 
     whole = run_length(settings, 1.0, stable)[0]
     assert traces.burn_in == pytest.approx(whole, rel=0.05)
     assert run_length(settings, 1.0, traces.step_size)[0] == pytest.approx(2**halvings * whole, rel=0.05)
+    # More draws of hot chains are of no use.
+    assert len(asked) == (2 if quiet_below else 0)
 
 
 def test_an_explicit_step_size_is_left_alone(bowl):

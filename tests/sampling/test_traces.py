@@ -46,6 +46,24 @@ def test_no_draw_of_a_posterior_is_a_burst_but_one_of_fed_in_energy_is(dimension
     assert replace(quiet, pull=pull).burst
 
 
+def test_chains_are_hot_where_pull_and_spread_exceed_what_equilibrium_allows_beside_the_pull():
+    dimension, pull = 14_000, 300.0
+    generator = torch.Generator().manual_seed(0)
+    spread = dimension - pull + (2 * dimension) ** 0.5 * torch.randn(400, 2, generator=generator, dtype=torch.float64)
+
+    def hot(more, step_size=0.1):
+        pulls = torch.full_like(spread, pull + more)
+        traces = Traces(pulls / 2, pulls, spread, pulls[:, :1] / 2, step_size, 0)
+        return traces.hot("kinetic", 1.0, dimension)
+
+    assert not hot(0.0)
+    assert not hot(-200.0)
+    assert not hot(10.0)
+    assert hot(200.0)
+    # 400 draws are but one relaxation time here, in which the spread of flat directions tells little.
+    assert not hot(200.0, step_size=1e-3)
+
+
 @pytest.mark.parametrize("method", ["kinetic", "averaged"])
 @pytest.mark.parametrize("heating", [0.03, 0.2])
 @pytest.mark.parametrize("step_size", [0.2, 1e-3])
