@@ -222,6 +222,16 @@ def test_where_the_curvature_collapses_a_fall_is_not_called_generalisation():
     assert (fall.label, "the largest curvature grows" in fall.evidence) == (None, True)
 
 
+@pytest.mark.parametrize(("fall", "one", "following"), [(150, False, False), (200, True, False), (250, True, True)])
+def test_falls_must_be_larger_where_nbeta_follows_the_curvature(fall, one, following):
+    loss = np.interp(STEPS, [0, 200, 3000], [1.0, 0.01, 0.0])
+    trajectory = curve(hump(fall=fall), train_loss=loss)  # from 1100
+    for resolution, labelled in ((None, one), (100.0, following)):
+        change = find_transitions(replace(trajectory, resolution=resolution))[1]
+        assert change.label == ("generalisation" if labelled else None)
+        assert ("falls by only" in change.evidence) == (not labelled)
+
+
 def test_levels_far_below_zero_hide_no_change():
     values = hump(low=100.0, rise=1000.0, fall=200.0)
     values[0] = -20_000.0  # λ_c far off any minimum
