@@ -118,8 +118,6 @@ def find_transitions(trajectory: Trajectory) -> list[Transition]:
     changes = find_changes(x, value, variance, fit)
     found: list[Transition] = []
     since, loss = 0, trajectory.column("train_loss")[position]
-    low = ~_high(loss)
-    jitter = _jitter(x[low], value[low])
     dated = measure_changes(x, value, variance, fit, changes)
     for i, measured in enumerate(dated):
         onset, end = position[measured.first], position[measured.last]
@@ -127,7 +125,7 @@ def find_transitions(trajectory: Trajectory) -> list[Transition]:
         # A phase may go on falling until the next change.
         lowest = min(measured.after, fit.value[-1 if after is None else after.first])
         peak = _peak(loss, fit.value, value, since, measured) if measured.after < measured.before else None
-        doubt = _doubt(trajectory, onset, end, measured, after, jitter)
+        doubt = _doubt(trajectory, onset, end, measured, after)
         label, evidence = _label(trajectory, onset, end, measured, peak, lowest, doubt)
         found.append(_describe(trajectory, steps.astype(int), position, measured, axis, label, evidence))
         if label is not None or measured.after > measured.before:
@@ -189,39 +187,16 @@ def _roughness(x: np.ndarray, value: np.ndarray, error: np.ndarray) -> float:
 
     Less the sampling error, which they have too.
     """
-    off, spread = _off_line(x, value)
+    left = (x[2:] - x[1:-1]) / (x[2:] - x[:-2])
+    off = value[1:-1] - left * value[:-2] - (1 - left) * value[2:]
+    spread = np.sqrt(1 + left**2 + (1 - left) ** 2)
     # Median absolute deviation, of what white noise of variance 1 gives the variance 1.
     seen = (1.4826 * float(np.median(np.abs(off) / spread))) ** 2
     floor = 1e-4 * float(np.max(np.abs(value))) + 1e-12
     return math.sqrt(max(seen - float(np.median(error**2)), floor**2))
 
 
-def _jitter(x: np.ndarray, value: np.ndarray) -> float:
-    """How far a point typically lies off the line between its neighbours, as a fraction of the least of the three.
-
-    Args:
-        x: abscissa, [T].
-        value: [T].
-
-    Returns:
-        The median over all points that have two neighbours; 0 where none has.
-    """
-    if len(x) < 3:
-        return 0.0
-    off, spread = _off_line(x, value)
-    least = np.minimum(np.minimum(value[2:], value[:-2]), value[1:-1])
-    return float(np.median(np.where(least > 0, np.abs(off) / spread / np.maximum(least, 1e-300), math.inf)))
-
-
-def _off_line(x: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How far each point lies off the line between its neighbours, and what white noise of variance 1 would give."""
-    left = (x[2:] - x[1:-1]) / (x[2:] - x[:-2])
-    return value[1:-1] - left * value[:-2] - (1 - left) * value[2:], np.sqrt(1 + left**2 + (1 - left) ** 2)
-
-
-def _doubt(
-    trajectory: Trajectory, onset: int, end: int, fall: Measured, after: Measured | None, jitter: float
-) -> str | None:
+def _doubt(trajectory: Trajectory, onset: int, end: int, fall: Measured, after: Measured | None) -> str | None:
     """Why a fall of λ is no evidence of generalisation; None where nothing speaks against it.
 
     Under cross-entropy all curvatures shrink as margins grow, and λ at one nβ falls whether or not the network
@@ -233,15 +208,12 @@ def _doubt(
         end: point at which it is over.
         fall: the change.
         after: the next change.
-        jitter: of λ while the training loss is low.
     """
     errors = abs(fall.after - fall.before) / max(fall.error, 1e-300)
     if trajectory.follows_curvature and errors < CLEAR:
         return f"that is {errors:.1f} standard errors; where nβ follows the curvature fewer than {CLEAR:g} tell nothing"
     if trajectory.follows_curvature and trajectory.weight_decay is False:
         return "without weight decay margins grow without end, and λ may fall for that alone"
-    if jitter >= MIN_GENERALISATION:
-        return f"λ jumps by {100 * jitter:.0f} % from snapshot to snapshot where the training loss is low"
     if after is not None and after.after > after.before and after.first <= fall.last:
         return "it lasts for one snapshot"
     curvature = [point.diagnostics.get("top_curvature") for point in trajectory.points]

@@ -6,7 +6,7 @@ import pytest
 
 from groktrace.analysis.llc import OFF_MINIMUM
 from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.analysis.transitions import _jitter, _roughness, find_transitions
+from groktrace.analysis.transitions import _roughness, find_transitions
 
 STEPS = np.arange(0, 3050, 50)
 
@@ -330,34 +330,6 @@ def test_a_change_begins_when_the_one_before_it_has_ended(seed):
     rise, fall = find_transitions(curve(values, error=2.0, seed=seed, train_loss=np.where(STEPS == 0, 0.5, 1e-4)))
     assert rise.end <= fall.onset < fall.end
     assert (rise.label, fall.label) == ("memorisation", "generalisation")
-
-
-@pytest.mark.parametrize(("jitter", "seed", "label"), [(0.1, 4, "generalisation"), (0.4, 3, None)])
-def test_a_curve_that_jumps_from_snapshot_to_snapshot_gets_no_label(jitter, seed, label):
-    loss = np.interp(STEPS, [0, 150, 3000], [1.0, 0.01, 0.001])
-    rough = hump() * np.exp(jitter * np.random.default_rng(seed).standard_normal(len(STEPS)))
-    _, fall = find_transitions(curve(rough, train_loss=loss))
-    assert (fall.kind, fall.label) == ("simplification", label)
-    assert ("% from snapshot to snapshot" in fall.evidence) == (label is None)
-
-
-def test_jitter_is_the_typical_distance_from_the_neighbours_line():
-    x = np.cumsum(np.random.default_rng(0).choice([1.0, 6.0], 4000))
-    level = np.linspace(500.0, 1000.0, 4000)
-    noisy = level * (1 + 0.01 * np.random.default_rng(1).standard_normal(4000))
-    # The median of a normal number's size is 0.674; the least of three levels is 1 % lower.
-    assert _jitter(x, noisy) == pytest.approx(0.00674, rel=0.06)
-    assert _jitter(x, x) < 1e-12
-    assert _jitter(x[:3], np.array([1.0, -1.0, 1.0])) == np.inf
-    assert _jitter(x[:2], level[:2]) == 0
-
-
-def test_jitter_before_the_loss_is_low_takes_no_label_away():
-    loss = np.where(STEPS < 1100, np.interp(STEPS, [0, 1100], [1.0, 0.5]), 0.001)
-    values = np.interp(STEPS, [0, 1500, 1600, 3000], [1000.0, 1000.0, 600.0, 600.0])
-    values[STEPS < 1000] *= np.where(np.arange(np.sum(STEPS < 1000)) % 2, 1.4, 0.7)
-    *_, fall = find_transitions(curve(values, train_loss=loss))
-    assert (fall.step // 100, fall.label) == (15, "generalisation")
 
 
 def test_a_dip_of_one_snapshot_gets_no_label():
