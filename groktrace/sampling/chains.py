@@ -14,7 +14,7 @@ from groktrace.sampling.langevin import LangevinConfig, LangevinState, generator
 from groktrace.sampling.noise import normal_like
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
-from groktrace.sampling.traces import SLACK, Traces, cooled, most_virial
+from groktrace.sampling.traces import SLACK, Traces, cooled, inner_products, most_virial
 
 MAX_RESTARTS = 16
 # Chains that fall by so many nats for each weight at once are not in a basin: training has hardly begun. They would be
@@ -267,26 +267,22 @@ class _Group:
         # Beyond this a single draw makes the mean too large.
         most = most_virial(dimension) * own
         gone = torch.zeros_like(own, dtype=torch.bool)
+        blocks = [(block, gradients[:, columns]) for columns, block in state.blocks()]
+        scale = record.new_tensor([[nbeta], [self.config.localization], [0.25 * nbeta]])
         for t in range(count):
-            displacement = state.displacement
-            torch.add(self.anchors, displacement, out=weights)
+            torch.add(self.anchors, state.displacement, out=weights)
             excess = self._evaluate(weights, gradients)
             if first and t % _HEATING_EVERY == 0 and self._corrected:
                 record[t, 4] = self._gradient_noise(weights, gradients)
             record[t, 0] = nbeta * excess
-            record[t, 1] = nbeta * torch.linalg.vecdot(displacement, gradients)
-            record[t, 2] = self.config.localization * torch.linalg.vecdot(displacement, displacement)
-            if chains > 1:
-                w, g = displacement.view(-1, chains, dimension), gradients.view(-1, chains, dimension)
-                if chains == 2:
-                    paired = torch.linalg.vecdot(w[:, :1] - w[:, 1:], g[:, :1] - g[:, 1:]).expand(-1, 2)
-                else:
-                    paired = torch.linalg.vecdot(w - w.roll(-1, 1), g - g.roll(-1, 1))
-                record[t, 3] = 0.25 * nbeta * paired.reshape(-1)
             for s in looks.due(t) if looks is not None else ():
                 rows_of = self._rows([s])
                 looks.keep(s, self.loss.select(rows_of).sample_losses(weights[rows_of]))
-            langevin.step(self.config, state, gradients)
+            products = []
+            for block, slopes in blocks:
+                products.append(inner_products(block.displacement, slopes, chains))
+                langevin.step(self.config, block, slopes)
+            torch.mul(sum(products[1:], products[0]), scale, out=record[t, 1:4])
             if t % _CHECK_EVERY == _CHECK_EVERY - 1:
                 gone |= (t < own) & ~(record[t, 1] + record[t, 2] <= most)
                 if ((t >= own) | gone).view(-1, chains).any(1).all():
@@ -327,7 +323,8 @@ class _Group:
             return losses - self.base
         # Control variate at w* and paired losses (Baker et al. 2019): both errors shrink with ‖w − w*‖.
         base, _ = self.loss.gradients(self.anchors, index, self.control)
-        gradients.sub_(self.control).add_(self.base_gradients)
+        for columns, _ in self.state.blocks():
+            gradients[:, columns].sub_(self.control[:, columns]).add_(self.base_gradients[:, columns])
         return losses - base
 
     def _batch(self) -> Tensor:

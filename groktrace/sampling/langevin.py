@@ -17,7 +17,7 @@ was halved, friction may be as much weaker: the estimates of such networks are r
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -31,6 +31,8 @@ Method = Literal["kinetic", "averaged", "sgld"]
 
 # Least friction times the time step.
 MIN_FRICTION = 0.4
+# On a processor so many columns are advanced at once: all that a step needs of two chains then stays in its cache.
+BLOCK = 2**17
 
 
 def persistence(method: Method, step_size: float, localization: float, halvings: int = 0) -> float:
@@ -130,7 +132,7 @@ class LangevinState:
     Attributes:
         displacement: w − w*, [R, D].
         momentum: p_t, [R, D]; "sgld" leaves it unused.
-        fresh: room for ξ_{t+1}, [R, D].
+        fresh: room for ξ_{t+1} of a block of columns, flat.
         normal: what draws them.
         generators: one a row, so that a chain's noise does not depend on what it is stacked with.
     """
@@ -143,19 +145,36 @@ class LangevinState:
 
     def select(self, rows: Tensor) -> "LangevinState":
         """The state of some of the chains."""
-        return LangevinState(
-            self.displacement[rows],
-            self.momentum[rows],
-            self.fresh[rows],
-            NormalNoise((len(rows), self.fresh.shape[1]), self.fresh.dtype, self.fresh.device),
-            [self.generators[r] for r in rows.tolist()],
-        )
+        displacement, generators = self.displacement[rows], [self.generators[r] for r in rows.tolist()]
+        return LangevinState(displacement, self.momentum[rows], *_noise(displacement), generators)
+
+    def draw(self) -> Tensor:
+        """ξ_{t+1} of a block."""
+        fresh = self.fresh.view_as(self.displacement)
+        self.normal.fill(fresh, self.generators)
+        return fresh
+
+    def blocks(self) -> Iterator[tuple[slice, "LangevinState"]]:
+        """Some columns after another, and the state of these: a view."""
+        rows, size = self.displacement.shape
+        width = len(self.fresh) // rows
+        for first in range(0, size, width):
+            columns = slice(first, min(first + width, size))
+            w, p = self.displacement[:, columns], self.momentum[:, columns]
+            yield columns, LangevinState(w, p, self.fresh[: w.numel()], self.normal, self.generators)
 
 
 def generator_for(seed: int, step: int, chain: int, purpose: str, device: torch.device) -> torch.Generator:
     """A generator keyed by (seed, training step, chain) and what it is for."""
     key = hashlib.sha256(f"{purpose}:{seed}:{step}:{chain}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(key[:4], "little"))
+
+
+def _noise(like: Tensor) -> tuple[Tensor, NormalNoise]:
+    """Room for the noise of a block, and what draws it; a GPU takes all columns at once."""
+    rows, size = like.shape
+    width = min(size, BLOCK) if like.device.type == "cpu" else size
+    return like.new_empty(rows * width), NormalNoise((rows, width), like.dtype, like.device)
 
 
 def init(config: LangevinConfig, start: Tensor, generators: list[torch.Generator]) -> LangevinState:
@@ -166,10 +185,11 @@ def init(config: LangevinConfig, start: Tensor, generators: list[torch.Generator
         start: w − w* of each row, [R, D].
         generators: one a row.
     """
-    momentum, normal = torch.empty_like(start), NormalNoise(tuple(start.shape), start.dtype, start.device)
+    state = LangevinState(start, torch.empty_like(start), *_noise(start), generators)
     if config.method != "sgld":
-        normal.fill(momentum, generators)
-    return LangevinState(start, momentum, torch.empty_like(start), normal, generators)
+        for _, block in state.blocks():
+            block.momentum.copy_(block.draw())
+    return state
 
 
 def step(config: LangevinConfig, state: LangevinState, gradients: Tensor) -> None:
@@ -177,18 +197,17 @@ def step(config: LangevinConfig, state: LangevinState, gradients: Tensor) -> Non
 
     Args:
         config: the dynamics.
-        state: w_t; becomes w_{t+1}.
-        gradients: ∇L(w_t), [R, D].
+        state: a block of w_t; becomes w_{t+1}.
+        gradients: ∇L(w_t) of the same columns, [R, columns].
     """
-    w, p = state.displacement, state.momentum
-    state.normal.fill(state.fresh, state.generators)
+    w, p, fresh = state.displacement, state.momentum, state.draw()
     if config.method == "sgld":
         epsilon = config.step_size[:, None]
         w.mul_(1 - 0.5 * epsilon * config.localization).addcmul_(gradients, -0.5 * epsilon * config.nbeta)
-        w.addcmul_(state.fresh, epsilon.sqrt())
+        w.addcmul_(fresh, epsilon.sqrt())
         return
     force, pull, half, kept, renewed = config.coefficients
     p.addcmul_(gradients, force).addcmul_(w, pull)
     w.addcmul_(p, half)
-    p.mul_(kept).addcmul_(state.fresh, renewed)
+    p.mul_(kept).addcmul_(fresh, renewed)
     w.addcmul_(p, half)

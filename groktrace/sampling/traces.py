@@ -109,6 +109,25 @@ class Traces:
         return excess > 0 and excess > HOT_ERRORS * self.virial_error(method, localization, dimension)
 
 
+def inner_products(displacements: Tensor, gradients: Tensor, chains: int) -> Tensor:
+    """Of each row w·g, w·w and, between neighbouring chains, (w_a − w_b)·(g_a − g_b), [3, R].
+
+    Args:
+        displacements: w, [R, columns].
+        gradients: g, [R, columns].
+        chains: rows of one snapshot.
+    """
+    dot = torch.linalg.vecdot
+    w, g = displacements.unflatten(0, (-1, chains)), gradients.unflatten(0, (-1, chains))
+    if chains == 1:
+        paired = torch.zeros_like(w[..., 0])
+    elif chains == 2:
+        paired = dot(w[:, :1] - w[:, 1:], g[:, :1] - g[:, 1:]).expand(-1, 2)
+    else:
+        paired = dot(w - w.roll(-1, 1), g - g.roll(-1, 1))
+    return torch.stack([dot(w, g), dot(w, w), paired]).flatten(1)
+
+
 def most_virial(dimension: int) -> float:
     """What pull and spread come to in the mean at most, of chains that have not left.
 

@@ -108,6 +108,21 @@ def test_nor_do_they_where_run_lengths_differ_and_grow(batch_size, lengths):
         assert (traces.heating > 0) == (batch_size is not None)
 
 
+@pytest.mark.parametrize(("chains_each", "batch_size"), [(1, None), (2, 50), (3, None)])
+def test_columns_in_blocks_give_what_all_at_once_give(chains_each, batch_size, monkeypatch):
+    loss, best, _ = regression(d=37)
+    loss, best = replace(loss, tensors=tuple(each.float() for each in loss.tensors)), best.float()
+    settings = SamplingSettings(chains=chains_each, batch_size=batch_size, draws=30)
+
+    def drawn(width):
+        monkeypatch.setattr(langevin, "BLOCK", width)
+        return draw(loss, torch.stack([best, best + 0.01]), settings, 10.0, 1.0, top=4.0)
+
+    for whole, blocked in zip(drawn(2**17), drawn(8), strict=True):
+        for name in ("excess", "pull", "spread", "paired"):
+            torch.testing.assert_close(getattr(blocked, name), getattr(whole, name), rtol=1e-3, atol=1e-3)
+
+
 def test_diverging_chains_are_halved_until_they_hold_and_counted(bowl):
     stable = step_size(10.0, 1.0, 1.0)
     anchors = torch.zeros(2, 60).double()

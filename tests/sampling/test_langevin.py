@@ -157,3 +157,27 @@ def test_selected_chains_go_on_as_they_would_have(method):
     for _ in range(2):
         langevin.step(alone_config, alone, torch.zeros(1, 4))
     assert torch.equal(part.displacement, alone.displacement)
+
+
+@pytest.mark.parametrize("method", ["kinetic", "averaged", "sgld"])
+def test_columns_in_blocks_move_as_they_do_at_once(method, monkeypatch):
+    def after(width):
+        monkeypatch.setattr(langevin, "BLOCK", width)
+        config = LangevinConfig(method, 2.0, 1.0, torch.tensor([0.1, 0.05, 0.1]))
+        generators = [generator_for(0, 0, row, "n", torch.device("cpu")) for row in range(3)]
+        state = langevin.init(config, torch.linspace(-1, 1, 111).view(3, 37), generators)
+        state = state.select(torch.tensor([0, 2]))
+        config = config.select(torch.tensor([0, 2]))
+        seen = []
+        for _ in range(3):
+            gradients = state.displacement.sin()
+            for columns, block in state.blocks():
+                langevin.step(config, block, gradients[:, columns])
+                seen.append(columns)
+        return state.displacement, seen
+
+    whole, seen = after(1000)
+    assert seen == 3 * [slice(0, 37)]
+    blocked, seen = after(8)
+    assert seen == 3 * [slice(0, 8), slice(8, 16), slice(16, 24), slice(24, 32), slice(32, 37)]
+    torch.testing.assert_close(blocked, whole, rtol=1e-6, atol=1e-6)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from groktrace.sampling.langevin import noise_gain
-from groktrace.sampling.traces import WANTED_HEATING, Traces, cooled
+from groktrace.sampling.traces import WANTED_HEATING, Traces, cooled, inner_products
 
 
 def test_chains_that_are_far_out_have_diverged_however_finite():
@@ -74,3 +74,15 @@ def test_hot_chains_get_the_step_at_which_noise_heats_as_little_as_is_wanted(met
     left = heating * noise_gain(method, smaller, 2.0) / noise_gain(method, step_size, 2.0)
     assert 0.7 * WANTED_HEATING < left <= 0.8 * WANTED_HEATING or smaller <= step_size / 32
     assert cooled(replace(hot, heating=WANTED_HEATING), method, 2.0) == step_size
+
+
+@pytest.mark.parametrize("chains", [1, 2, 3])
+def test_inner_products_are_those_of_each_row_and_of_neighbouring_chains(chains):
+    w, g = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pull, spread, paired = inner_products(w, g, chains)
+    for row in range(6):
+        first = row - row % chains
+        after = first + (row - first + 1) % chains
+        assert float(pull[row]) == pytest.approx(float(w[row] @ g[row]))
+        assert float(spread[row]) == pytest.approx(float(w[row] @ w[row]))
+        assert float(paired[row]) == pytest.approx(float((w[row] - w[after]) @ (g[row] - g[after])))
