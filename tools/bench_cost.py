@@ -400,7 +400,7 @@ def _forecast_case(root: Path, name: str) -> dict[str, Any]:
     else:
         layers = [nn.Linear(512, 2048), nn.Tanh(), nn.Linear(2048, 1000), nn.Tanh(), nn.Linear(1000, 512)]
         data = (torch.randn(32, 512), torch.randn(32, 512))
-        _train(root, nn.Sequential(*layers), data, "mse", 10, 5, 1e-3)
+        _train(root, nn.Sequential(*layers), data, "mse", 55, 5, 1e-3)
     found: dict[str, Any] = {}
     for mode in ("forecast", "analyze"):
         command = [sys.executable, __file__, "memory-worker", "--work", json.dumps({"root": str(root), "mode": mode})]

@@ -231,7 +231,7 @@ def labelled(trajectory: Trajectory, doubts: bool) -> list[groktrace.Transition]
     """
     unseen: dict[str, object] = {"val_loss": None, "val_accuracy": None}
     if not doubts:
-        unseen["diagnostics"] = {}
+        unseen["diagnostics"], trajectory = {}, replace(trajectory, weight_decay=None)
     return [each for each in find_transitions(without(trajectory, **unseen)) if each.label == "generalisation"]
 
 

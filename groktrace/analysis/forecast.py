@@ -31,16 +31,15 @@ from groktrace.sampling.calibration import (
     run_length,
     step_size,
 )
-from groktrace.sampling.chains import MAX_GROWTH, sample
+from groktrace.sampling.chains import MAX_GROWTH, time_steps
 from groktrace.sampling.network import Network
 from groktrace.sampling.noise import NormalNoise
-from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
 
-# Snapshots that are measured as the analysis will measure them, and seconds that this may take. Where it would take
-# longer, only their first draws, for a share of what all snapshots' first draws take.
-_TRIED = 6
-_SECONDS = 3.0
+# Snapshots that are measured as the analysis will measure them, and seconds that their first draws may take. Where
+# those of one take longer, first draws are all, for a share of what they take with all snapshots.
+_TRIED = 24
+_SECONDS = 6.0
 _SHARE = 0.1
 # A relative error that the first draws meet.
 _CONTENT = 1e9
@@ -84,12 +83,13 @@ class Forecast:
 
 @dataclass(frozen=True)
 class _Lengths:
-    """Steps of one snapshot's chains: burn-in, first draws, all draws, and those of attempts at a larger step."""
+    """Steps of one snapshot's chains: burn-in, first draws, all draws, and those of attempts before the last."""
 
     burn_in: int
     first: int
     draws: int
     lost: int = 0
+    attempts: int = 1
 
     @property
     def total(self) -> int:
@@ -171,7 +171,9 @@ def _stacked(
     total, rows, weights = len(wanted), evaluator.rows, first[1]
     together = min(total, evaluator.together)
     measure = _seconds(lambda: measure_point(task, weights, loss.device))
-    steps = {count: _seconds_a_step(loss, weights, count, settings) for count in {1, together}}
+    steps = {
+        count: time_steps(*stack_weights(loss, [weights] * count), settings, 0.05 * _SECONDS) for count in {1, together}
+    }
     # A step of a stack takes some time whatever it holds, and some for each snapshot.
     each = (steps[together][0] - steps[1][0]) / max(together - 1, 1)
     each = max(each, 0.0) if together > 1 else steps[1][0]
@@ -180,7 +182,7 @@ def _stacked(
     seconds = total * stack
 
     numbers = sum(tensor.numel() for tensor in weights.values())
-    affordable = min(int(0.5 * _SECONDS / max(load + stack, 1e-9)), _MAX_NUMBERS // max(numbers, 1))
+    affordable = min(int(0.25 * _SECONDS / max(load + stack, 1e-9)), _MAX_NUMBERS // max(numbers, 1))
     surveyed = {step: loaded for step in _spread(wanted, affordable) if (loaded := snapshots.load(step)) is not None}
     surveyed = surveyed or dict([first])
     surveys: list[Survey] = []
@@ -198,24 +200,22 @@ def _stacked(
     expected = {about.step: _first_lengths(settings, scale, about) for about in surveys}
 
     costs = {step: lengths.total * (always + each) for step, lengths in expected.items()}
-    chosen = _affordable(surveys, costs, 0.5 * _SECONDS)
+    chosen = _affordable(surveys, costs, _SECONDS)
     cut_short = not chosen and settings.draws is None
     if not chosen:
         chosen = _affordable(surveys, costs, _SHARE * total * statistics.mean(costs.values()))
     trying = replace(settings, rtol=_CONTENT) if cut_short else settings
     seen: dict[int, _Lengths] = {}
-    if chosen:
-        estimates = estimate_stack(loss, [surveyed[about.step] for about in chosen], chosen, trying, scale, task.n)
-        for about, found in zip(chosen, estimates, strict=True):
+    for start in range(0, len(chosen), together):
+        part = chosen[start : start + together]
+        estimates = estimate_stack(loss, [surveyed[about.step] for about in part], part, trying, scale, task.n)
+        for about, found in zip(part, estimates, strict=True):
             if found.step_size is not None:
-                draws = run_length(settings, scale.localization, found.step_size)[1]
-                # Chains that leave are given up at once; those that get too hot or meet more curvature run on.
-                halved = _step_size(settings, scale, about) / 2 ** found.diagnostics["halvings"]
-                lost = found.step_size < 0.999 * halved
+                halvings, lost = found.diagnostics["halvings"], found.diagnostics["lost_steps"]
+                draws = run_length(settings, scale.localization, found.step_size, halvings=halvings)[1]
                 grown = found.draws * (_growth(found, settings.rtol, scale) if cut_short else 1)
-                seen[about.step] = _Lengths(
-                    found.burn_in, min(draws, found.draws), grown, expected[about.step].total if lost else 0
-                )
+                attempts = 1 + max(halvings, lost > 0)
+                seen[about.step] = _Lengths(found.burn_in, min(draws, found.draws), grown, lost, attempts)
     lengths = []
     for step in wanted:
         near = min(expected, key=lambda other: abs(other - step))
@@ -223,7 +223,9 @@ def _stacked(
         lengths.append(expected[near] if alike is None else _like(expected[near], expected[alike], seen[alike]))
     for start in range(0, total, together):
         group = lengths[start : start + together]
-        seconds += steps[together][1] * len(group) / together
+        # Each attempt starts anew, and looks at the curvature that the last has met.
+        again = sum(snapshot.attempts - 1 for snapshot in group)
+        seconds += (len(group) + again) * steps[together][1] / together + again * _SURVEY_GRADIENTS * each
         for active, count in _rounds(group):
             seconds += (always + each * active) * count
     return seconds, lengths, _peak_bytes(loss.device), len(chosen)
@@ -263,7 +265,8 @@ def _like(expected: _Lengths, other: _Lengths, seen: _Lengths) -> _Lengths:
     """What a snapshot will take if it differs from what it asks for as another one did."""
     burn_in = round(expected.burn_in * seen.burn_in / max(other.burn_in, 1))
     first = round(expected.first * seen.first / max(other.first, 1))
-    return _Lengths(burn_in, first, round(first * seen.draws / max(seen.first, 1)), expected.total if seen.lost else 0)
+    lost = round(expected.total * seen.lost / max(other.total, 1))
+    return _Lengths(burn_in, first, round(first * seen.draws / max(seen.first, 1)), lost, seen.attempts)
 
 
 def _rounds(group: Sequence[_Lengths]) -> Iterator[tuple[int, int]]:
@@ -275,26 +278,6 @@ def _rounds(group: Sequence[_Lengths]) -> Iterator[tuple[int, int]]:
     while going := [each for each in going if each.draws >= 2 * count * each.first > 0]:
         yield len(going), max(count * each.first for each in going)
         count *= 2
-
-
-def _seconds_a_step(
-    loss: StackedLoss, weights: dict[str, Tensor], together: int, settings: SamplingSettings
-) -> tuple[float, float]:
-    """Time of one step of a stack of so many snapshots, and of what comes before the first."""
-    stacked, anchors = stack_weights(loss, [weights] * together)
-
-    def run(steps: int) -> float:
-        short = replace(settings, burn_in=0, draws=steps, step_size=1e-12, nbeta=None, localization=None)
-        start = time.perf_counter()
-        sample(stacked, anchors, range(together), short, 1.0, 1.0, [1e-12] * together, lambda traces: True)
-        return time.perf_counter() - start
-
-    run(2)  # records the plan
-    few = run(2)
-    count = max(4, min(80, int(0.1 * _SECONDS / max(few, 1e-9)) * 4))
-    many = run(2 + count)
-    step = max((many - few) / count, 0.0)
-    return step, max(few - 2 * step, 0.0)
 
 
 def _step_size(settings: SamplingSettings, scale: Scale, about: Survey) -> float:

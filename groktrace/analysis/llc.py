@@ -43,9 +43,10 @@ class LLCEstimate:
         loss: L_n(w*); None where it is not finite.
         diagnostics: `virial` (1 in equilibrium); `anharmonicity` (1 in a quadratic bowl, k for a loss of degree 2k,
             where λ_c is k times λ̂); `rhat`, `ess`, `drift`; `distance` (E‖w − w*‖ relative to ‖w*‖); `halvings` of
-            the step size; `heating` (what minibatch noise adds to λ̂ at most, relative to it); `singular_fluctuation`
-            ν = ½·β·Σ_i Var[ℓ_i], β = nβ/n, over the samples' losses ℓ_i (Watanabe 2009; None where the loss is no mean
-            over samples); `wbic` n·E[L_n] (Watanabe 2013; None unless nβ = n/log n).
+            the step size; `lost_steps` of each chain, at step sizes that were given up; `heating` (what minibatch noise
+            adds to λ̂ at most, relative to it); `singular_fluctuation` ν = ½·β·Σ_i Var[ℓ_i], β = nβ/n, over the samples'
+            losses ℓ_i (Watanabe 2009; None where the loss is no mean over samples); `wbic` n·E[L_n] (Watanabe 2013;
+            None unless nβ = n/log n).
     """
 
     llc: float | None
@@ -189,6 +190,7 @@ def summarise(
             "drift": diagnose.drift(traces.excess),
             "distance": relative_distance if norm > 0 else None,
             "halvings": traces.halvings,
+            "lost_steps": traces.lost,
             "heating": traces.heating,
             "singular_fluctuation": None if traces.fluctuation is None else float(traces.fluctuation.mean()),
             "wbic": n * (loss + llc / nbeta) if settings.nbeta == "wbic" else None,

@@ -1,6 +1,7 @@
 """Chains of many snapshots as one stack: burn-in, draws, restarts."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from groktrace.sampling.langevin import LangevinConfig, LangevinState, generator
 from groktrace.sampling.noise import normal_like
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
-from groktrace.sampling.traces import SLACK, Traces, cooled, inner_products, most_virial
+from groktrace.sampling.traces import FLUCTUATION_EVERY, SLACK, Looks, Traces, cooled, inner_products, most_virial
 
 MAX_RESTARTS = 16
 # Chains that fall by so many nats for each weight at once are not in a basin: training has hardly begun. They would be
@@ -29,9 +30,8 @@ _STATE_VECTORS = 8
 _CHECK_EVERY = 64
 # A second batch tells at every so many steps how noisy the gradients are.
 _HEATING_EVERY = 16
-# The losses of single samples are looked at in so many draws of each chain, and so many steps apart at least.
-_FLUCTUATION_DRAWS = 16
-_FLUCTUATION_EVERY = 8
+# A step is timed in so many at most.
+_TIMED_STEPS = 80
 
 
 def rows_per_stack(loss: StackedLoss, batch_size: int | None = None) -> int:
@@ -76,7 +76,7 @@ def sample(
     settings = settle(settings, anchors.shape[1], stacked=True)
     results: dict[int, Traces] = {}
     pending = list(range(len(steps)))
-    epsilon, halvings, falls = list(step_sizes), [0] * len(steps), [0] * len(steps)
+    epsilon, halvings, falls, lost = list(step_sizes), [0] * len(steps), [0] * len(steps), [0] * len(steps)
     dimension = anchors.shape[1]
     most_fall = MAX_FALL * dimension + SLACK
     for attempt in range(MAX_RESTARTS + 1):
@@ -92,8 +92,9 @@ def sample(
             epsilons,
             [halvings[s] for s in pending],
         )
-        for s, traces in zip(pending, group.run(enough), strict=True):
-            traces = results[s] = replace(traces, halvings=halvings[s])
+        for s, traces, length in zip(pending, group.run(enough), group.lengths, strict=True):
+            traces = results[s] = replace(traces, halvings=halvings[s], lost=lost[s])
+            lost[s] += min(group.made, sum(length))
             falls[s] += traces.fall > most_fall
             if falls[s] > FEW_RESTARTS:
                 continue
@@ -108,6 +109,33 @@ def sample(
         if not pending or settings.step_size is not None:
             break
     return [results[s] for s in range(len(steps))]
+
+
+def time_steps(loss: StackedLoss, anchors: Tensor, settings: SamplingSettings, seconds: float) -> tuple[float, float]:
+    """Seconds that one step of a stack takes, and all that comes before the first.
+
+    Args:
+        loss: of S rows.
+        anchors: w* of each snapshot, [S, D].
+        settings: as for `sample`.
+        seconds: that the steps may take, but for the first few.
+    """
+    settings, count = settle(settings, anchors.shape[1], stacked=True), len(anchors)
+
+    def begin() -> _Group:
+        return _Group(loss, anchors, range(count), settings, 1.0, 1e6, [1e-12] * count, [0] * count)
+
+    begin()._advance([1] * count)  # records the gradient
+    start = time.perf_counter()
+    group = begin()
+    begun = time.perf_counter()
+    before, spent, made = begun - start, 0.0, 0
+    while not made or (spent < seconds and made < _TIMED_STEPS):
+        looks = Looks([(0, FLUCTUATION_EVERY)] * count) if loss.separable else None
+        group._advance([FLUCTUATION_EVERY] * count, first=True, looks=looks)
+        made += FLUCTUATION_EVERY
+        spent = time.perf_counter() - begun
+    return spent / made, before
 
 
 class _Group:
@@ -155,11 +183,12 @@ class _Group:
         noise = [generator_for(settings.seed, *key, "noise", device) for key in keys]
         self.state = langevin.init(self.config, start, noise)
         self.control = torch.empty_like(self.anchors) if self.batches is not None else None
+        self.made = 0
 
     def run(self, enough: Callable[[Traces], bool]) -> list[Traces]:
         """Burn in, draw, and go on with those snapshots whose draws are not enough yet."""
         count, chains, dimension = len(self.epsilons), self.settings.chains, self.anchors.shape[1]
-        looks = _Looks(self.lengths) if self.loss.separable else None
+        looks = Looks(self.lengths) if self.loss.separable else None
         record = self._advance([burn_in + draws for burn_in, draws in self.lengths], first=True, looks=looks)
         traces = []
         for s, (burn_in, draws) in enumerate(self.lengths):
@@ -215,7 +244,7 @@ class _Group:
         odd = [
             s
             for s, each in enumerate(traces)
-            if not each.diverged(dimension) and (self.halvings[s] or _is_anharmonic(each, dimension))
+            if not each.diverged(dimension) and (self.halvings[s] or each.anharmonic(dimension))
         ]
         if not odd:
             return
@@ -241,7 +270,7 @@ class _Group:
             self.batches = [self.batches[r] for r in rows.tolist()]
             self.control = torch.empty_like(self.anchors)
 
-    def _advance(self, counts: Sequence[int], first: bool = False, looks: "_Looks | None" = None) -> Tensor:
+    def _advance(self, counts: Sequence[int], first: bool = False, looks: "Looks | None" = None) -> Tensor:
         """Make so many steps with each snapshot's chains; [steps, 5, R]: excess, pull, spread, paired, batch noise.
 
         The stack goes on until the last snapshot is done, or has lost a chain. The others are put back to where they
@@ -270,6 +299,7 @@ class _Group:
         blocks = [(block, gradients[:, columns]) for columns, block in state.blocks()]
         scale = record.new_tensor([[nbeta], [self.config.localization], [0.25 * nbeta]])
         for t in range(count):
+            self.made += 1
             torch.add(self.anchors, state.displacement, out=weights)
             excess = self._evaluate(weights, gradients)
             if first and t % _HEATING_EVERY == 0 and self._corrected:
@@ -350,38 +380,3 @@ class _Group:
         piece = piece.cpu()
         pairs = {1: 0, 2: 1}.get(self.settings.chains, self.settings.chains)
         return Traces(piece[:, 0], piece[:, 1], piece[:, 2], piece[:, 3, :pairs], epsilon, burn_in)
-
-
-class _Looks:
-    """When the losses of single samples are looked at, and what was seen.
-
-    Args:
-        lengths: burn-in and draws of each snapshot.
-    """
-
-    def __init__(self, lengths: Sequence[tuple[int, int]]) -> None:
-        self._seen: list[list[Tensor]] = [[] for _ in lengths]
-        self._due: dict[int, list[int]] = {}
-        for s, (burn_in, draws) in enumerate(lengths):
-            every = max(_FLUCTUATION_EVERY, draws // _FLUCTUATION_DRAWS)
-            for t in range(burn_in + draws - 1, burn_in - 1, -every):
-                self._due.setdefault(t, []).append(s)
-
-    def due(self, t: int) -> Sequence[int]:
-        """The snapshots to look at before step t."""
-        return self._due.get(t, ())
-
-    def keep(self, s: int, losses: Tensor) -> None:
-        """Take the losses of one snapshot's chains, [chains, m]."""
-        self._seen[s].append(losses)
-
-    def variance(self, s: int) -> Tensor | None:
-        """Variance of a sample's loss, mean over samples, [chains]; None where it was seen less than twice."""
-        seen = self._seen[s]
-        return torch.stack(seen).double().var(0).mean(1).cpu() if len(seen) > 1 else None
-
-
-def _is_anharmonic(traces: Traces, dimension: int) -> bool:
-    """Whether the pull is not twice the excess, as in a bowl, or both are too large for equilibrium."""
-    pull, spread, excess = (float(each.mean()) for each in (traces.pull, traces.spread, traces.excess))
-    return abs(0.5 * pull - excess) > 0.2 * abs(excess) or pull + spread > 1.05 * dimension

@@ -1,6 +1,7 @@
 """What is kept of one snapshot's draws, and what they say of the step at which they were made."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +25,9 @@ BURST = 10.0
 BURST_SLACK = 300.0
 # Pull and spread beyond D by this fraction of the pull, and by so many standard errors, are such energy in all draws.
 HOT, HOT_ERRORS = 0.05, 4.0
+# The losses of single samples are looked at in so many draws of each chain, and so many steps apart at least.
+FLUCTUATION_DRAWS = 16
+FLUCTUATION_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Traces:
             ½nβE[(w − w̄)·∇L], without any estimate of the mean w̄: the chains are independent.
         step_size: ε in the end.
         burn_in: steps discarded.
+        lost: steps of each chain at step sizes that were given up.
         halvings: times that ε was halved because the chains diverged, or were kicked far up.
         fluctuation: ½nβ times the mean over samples of the variance of a sample's loss over some of the draws, a
             number a chain, [chains]; None where the loss is no mean over samples, or there are fewer than nine draws.
@@ -54,6 +59,7 @@ class Traces:
     step_size: float
     burn_in: int
     halvings: int = 0
+    lost: int = 0
     fluctuation: Tensor | None = None
     heating: float = 0.0
     curvature: float | None = None
@@ -71,6 +77,15 @@ class Traces:
         if not float(self.spread.amax()) <= farthest:
             return True
         return not float((self.pull.double() + self.spread).mean(0).amax()) <= most_virial(dimension)
+
+    def anharmonic(self, dimension: int) -> bool:
+        """Whether the pull is not twice the excess, as in a bowl, or both are too large for equilibrium.
+
+        Args:
+            dimension: D.
+        """
+        pull, spread, excess = (float(each.mean()) for each in (self.pull, self.spread, self.excess))
+        return abs(0.5 * pull - excess) > 0.2 * abs(excess) or pull + spread > 1.05 * dimension
 
     @property
     def burst(self) -> bool:
@@ -107,6 +122,35 @@ class Traces:
         pull = float(self.pull.double().mean())
         excess = pull + float(self.spread.double().mean()) - dimension - HOT * abs(pull)
         return excess > 0 and excess > HOT_ERRORS * self.virial_error(method, localization, dimension)
+
+
+class Looks:
+    """When the losses of single samples are looked at, and what was seen.
+
+    Args:
+        lengths: burn-in and draws of each snapshot.
+    """
+
+    def __init__(self, lengths: Sequence[tuple[int, int]]) -> None:
+        self._seen: list[list[Tensor]] = [[] for _ in lengths]
+        self._due: dict[int, list[int]] = {}
+        for s, (burn_in, draws) in enumerate(lengths):
+            every = max(FLUCTUATION_EVERY, draws // FLUCTUATION_DRAWS)
+            for t in range(burn_in + draws - 1, burn_in - 1, -every):
+                self._due.setdefault(t, []).append(s)
+
+    def due(self, t: int) -> Sequence[int]:
+        """The snapshots to look at before step t."""
+        return self._due.get(t, ())
+
+    def keep(self, s: int, losses: Tensor) -> None:
+        """Take the losses of one snapshot's chains, [chains, m]."""
+        self._seen[s].append(losses)
+
+    def variance(self, s: int) -> Tensor | None:
+        """Variance of a sample's loss, mean over samples, [chains]; None where it was seen less than twice."""
+        seen = self._seen[s]
+        return torch.stack(seen).double().var(0).mean(1).cpu() if len(seen) > 1 else None
 
 
 def inner_products(displacements: Tensor, gradients: Tensor, chains: int) -> Tensor:

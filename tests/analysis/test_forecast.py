@@ -55,7 +55,7 @@ def test_a_forecast_counts_what_the_analysis_then_does(small_run, monkeypatch, s
 
 def test_where_whole_estimates_take_too_long_first_draws_tell_how_many_more_are_needed(small_run, monkeypatch):
     steps = counted(monkeypatch)
-    monkeypatch.setattr(forecast_module, "_seconds_a_step", lambda *arguments: (1.0, 0.0))
+    monkeypatch.setattr(forecast_module, "time_steps", lambda *arguments: (1.0, 0.0))
     assert forecast(small_run, chains=2).tried == 0  # a tenth of six snapshots is none
     monkeypatch.setattr(forecast_module, "_SHARE", 1.0)
     said = forecast(small_run, chains=2)
@@ -66,6 +66,22 @@ def test_where_whole_estimates_take_too_long_first_draws_tell_how_many_more_are_
     assert said.chain_steps == pytest.approx(sum(steps), rel=0.3)
     # Of 72 steps 8 are burn-in, or of a few more where steps are smaller.
     assert grown.chain_steps == pytest.approx(said.chain_steps * (8 + 4 * 64) / 72, rel=0.05)
+
+
+def test_attempts_at_steps_that_are_given_up_count(small_run, monkeypatch):
+    plain = forecast_module.estimate_stack
+
+    def several(*arguments):
+        more = {"lost_steps": 100, "halvings": 2}
+        return [dataclasses.replace(each, diagnostics=each.diagnostics | more) for each in plain(*arguments)]
+
+    monkeypatch.setattr(forecast_module, "time_steps", lambda *arguments: (0.0, 10.0))
+    once = forecast(small_run, chains=2)
+    monkeypatch.setattr(forecast_module, "estimate_stack", several)
+    thrice = forecast(small_run, chains=2)
+    assert thrice.tried == once.tried == 6
+    assert thrice.chain_steps == pytest.approx(once.chain_steps + 6 * 2 * 100, rel=0.05)
+    assert thrice.seconds == pytest.approx(once.seconds + 2 * 10.0, abs=2.0)  # all six are one stack
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Whole chains against exact answers: harmonic bowls at every temperature, with and without a minimum at w*."""
 
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -128,10 +129,34 @@ def test_diverging_chains_are_halved_until_they_hold_and_counted(bowl):
     anchors = torch.zeros(2, 60).double()
     settings = SamplingSettings(chains=2, burn_in=200, draws=2000)
     good, bad = draw(bowl(SPECTRUM), anchors, settings, 10.0, 1.0, epsilons=[stable, 16 * stable])
-    assert good.halvings == 0
+    assert good.halvings == good.lost == 0
     assert not bad.diverged(60)
     assert bad.halvings in (3, 4)
+    # Those that left are given up at the next look at them, but for the first, which goes on with its neighbour.
+    assert 2200 <= bad.lost <= 2200 + 64 * (bad.halvings - 1) + 2200
     assert bad.step_size <= stable * 1.5  # the chains met the curvature that the first step was too large for
+
+
+def test_steps_are_timed_without_what_comes_before_them(bowl, monkeypatch):
+    def slowed(function, seconds):
+        def slow(*arguments):
+            made.append(function.__name__)
+            time.sleep(seconds)
+            return function(*arguments)
+
+        return slow
+
+    made = []
+    monkeypatch.setattr(langevin, "step", slowed(langevin.step, 0.002))
+    monkeypatch.setattr(chains, "gaussian_start", slowed(chains.gaussian_start, 0.3))
+    settings = SamplingSettings(chains=2)
+    step, before = chains.time_steps(bowl(SPECTRUM), torch.zeros(3, 60).double(), settings, 30.0)
+    assert 0.002 <= step < 0.1
+    assert before >= 0.3
+    assert made == ["gaussian_start", "step", "gaussian_start"] + 80 * ["step"]
+    made.clear()
+    chains.time_steps(bowl(SPECTRUM), torch.zeros(3, 60).double(), settings, 0.0)
+    assert made.count("step") == 1 + 8
 
 
 def test_a_stack_whose_snapshots_have_all_lost_a_chain_goes_no_further(bowl, monkeypatch):
