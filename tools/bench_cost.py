@@ -30,7 +30,7 @@ from groktrace.analysis.estimate import estimate_stack, weight_layout
 from groktrace.analysis.evaluation import survey, training_loss
 from groktrace.analysis.forecast import forecast
 from groktrace.run.task import Task
-from groktrace.sampling.calibration import Scale
+from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, RESOLUTION, Scale, run_length, step_size
 from groktrace.sampling.large import sample_large
 from groktrace.sampling.settings import SamplingSettings
 
@@ -39,7 +39,11 @@ MIB = 2**20
 FIXED = {"nbeta": 10.0, "localization": 1e4, "step_size": 1e-6, "burn_in": 0}
 CHAINS = 2
 # Of a snapshot whose curvature is typical, at the default resolution: stacked, and alone.
-STEPS, STEPS_LARGE = 16 + 80, 40 + 80
+_EPSILON = step_size(RESOLUTION, 1.0, 1.0)
+STEPS = sum(run_length(SamplingSettings(method="kinetic", chains=CHAINS), 1.0, _EPSILON))
+STEPS_LARGE = sum(
+    run_length(SamplingSettings(method="averaged", chains=CHAINS), 1.0, _EPSILON, COLD_BURN_IN_RELAXATIONS)
+)
 
 
 @dataclass(frozen=True)
@@ -425,7 +429,9 @@ def forecast_in_child(root: Path, mode: str) -> None:
 
     def count(*arguments: Any) -> Any:
         estimates = plain(*arguments)
-        counted.append(sum(each.chains * (each.burn_in + each.draws) for each in estimates))
+        for each in estimates:
+            lost = each.diagnostics.get("lost_steps", 0)  # at steps that were given up; without, nothing was sampled
+            counted.append(each.chains * (each.burn_in + each.draws + lost))
         return estimates
 
     evaluator.estimate_stack = count
