@@ -175,14 +175,19 @@ def analyze(
             raise click.UsageError(
                 "--temperature-curve takes neither --reference nor --curvature nor --follow nor --adaptive"
             )
-        _print_curve(temperature_curve_at(opened, curve_step, task=loaded, device=device, **chosen), as_json)
+        with console.Progress(1, f"step {curve_step} at several nβ") as progress:
+            curve = temperature_curve_at(opened, curve_step, task=loaded, device=device, **chosen)
+            progress.advance()
+        _print_curve(curve, as_json)
         return
     if dry_run:
         if reference is not None or curvature or follow or adaptive or jobs > 1 or dask is not None:
             raise click.UsageError(
                 "--dry-run takes neither --reference nor --curvature nor --follow nor --adaptive nor --jobs nor --dask"
             )
-        said = forecast(opened, task=loaded, task_name=task, device=device, **settings.to_dict())
+        with console.Progress(1, "trying a few snapshots") as progress:
+            said = forecast(opened, task=loaded, task_name=task, device=device, **settings.to_dict())
+            progress.advance()
         click.echo(json.dumps(said.to_dict()) if as_json else console.forecast_text(said))
         return
 

@@ -153,6 +153,7 @@ def test_the_command_line_forecasts_and_writes_nothing(small_run):
     assert said.exit_code == 0, said.output
     for expected in ("snapshots  6", "chains     2 a snapshot, 67 weights each", "25 a chain", "300 in all", "time  "):
         assert expected in said.stdout
+    assert "trying a few snapshots: 1 done in" in said.stderr
     found = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)
     assert (found["snapshots"], found["chains"], found["steps"], found["chain_steps"]) == (6, 2, 25, 300)
     refused = CliRunner().invoke(main, [*arguments, "--curvature"])
