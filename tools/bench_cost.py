@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,10 +28,11 @@ from torch.nn import functional
 
 import groktrace
 from groktrace.analysis.estimate import estimate_stack, weight_layout
-from groktrace.analysis.evaluation import survey, training_loss
+from groktrace.analysis.evaluation import stack_weights, survey, training_loss
 from groktrace.analysis.forecast import forecast
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, RESOLUTION, Scale, run_length, step_size
+from groktrace.sampling.chains import time_steps
 from groktrace.sampling.large import sample_large
 from groktrace.sampling.settings import SamplingSettings
 
@@ -38,6 +40,8 @@ MIB = 2**20
 # The sampler's cost does not depend on these; they keep the chains where they start.
 FIXED = {"nbeta": 10.0, "localization": 1e4, "step_size": 1e-6, "burn_in": 0}
 CHAINS = 2
+# For which the steps of a stack are timed, or 80 of them.
+SECONDS = 20.0
 # Of a snapshot whose curvature is typical, at the default resolution: stacked, and alone.
 _EPSILON = step_size(RESOLUTION, 1.0, 1.0)
 STEPS = sum(run_length(SamplingSettings(method="kinetic", chains=CHAINS), 1.0, _EPSILON))
@@ -53,8 +57,7 @@ class Settings:
     Attributes:
         weights: of the networks whose cost is measured, about.
         samples: of their data.
-        steps: of each chain; of networks beyond ten million, `few_steps`.
-        few_steps: see there.
+        steps: of each chain of a network that goes alone.
         data: numbers of samples, at a hundred thousand weights.
         snapshots: of a run of ten thousand weights.
         language: vocabulary, length, width, heads, blocks and sequences of the large language model.
@@ -64,8 +67,7 @@ class Settings:
 
     weights: tuple[int, ...] = (10**4, 10**5, 10**6, 10**7, 10**8)
     samples: int = 32
-    steps: int = 40
-    few_steps: int = 2
+    steps: int = 2
     data: tuple[int, ...] = (32, 128, 512, 2048)
     snapshots: tuple[int, ...] = (4, 16, 64)
     language: tuple[int, ...] = (50257, 128, 768, 12, 12, 2)
@@ -74,7 +76,7 @@ class Settings:
 
 
 FULL = Settings()
-TINY = Settings((10**4, 10**5), 16, 4, 2, (16, 64), (2, 6), (64, 8, 32, 2, 2, 4), 1, ("classifier",))
+TINY = Settings((10**4, 10**5), 16, 2, (16, 64), (2, 6), (64, 8, 32, 2, 2, 4), 1, ("classifier",))
 
 
 def perceptron(weights: int, inputs: int = 64, classes: int = 10) -> nn.Module:
@@ -104,19 +106,23 @@ def cost_of_snapshot(weights: int, samples: int, steps: int) -> dict[str, float]
     start = time.process_time()
     about = survey(task, loss, [named], [0], 0)
     surveyed = time.process_time() - start
-
-    def run(draws: int) -> float:
-        start = time.process_time()
-        settings = SamplingSettings(**FIXED, chains=CHAINS, draws=draws)
-        estimate_stack(loss, [named], about, settings, Scale(FIXED["nbeta"], FIXED["localization"]), samples)
-        return time.process_time() - start
-
     alone = loss.micro_batch is not None
-    if not alone:
-        run(2)  # records the gradient
-    few = run(2)
-    step = (run(2 + steps) - few) / (steps * CHAINS)
-    before = max(few - 2 * CHAINS * step, 0.0)
+    if alone:
+
+        def run(draws: int) -> float:
+            start = time.process_time()
+            settings = SamplingSettings(**FIXED, chains=CHAINS, draws=draws)
+            estimate_stack(loss, [named], about, settings, Scale(FIXED["nbeta"], FIXED["localization"]), samples)
+            return time.process_time() - start
+
+        few = run(2)
+        step = (run(2 + steps) - few) / (steps * CHAINS)
+        before = max(few - 2 * CHAINS * step, 0.0)
+    else:
+        stacked, anchors = stack_weights(loss, [named])
+        with mock.patch("time.perf_counter", time.process_time):
+            step, before = time_steps(stacked, anchors, SamplingSettings(chains=CHAINS), SECONDS)
+        step /= CHAINS
     total = surveyed + before + CHAINS * (STEPS_LARGE if alone else STEPS) * step
     return {
         "weights": sampled.size,
@@ -149,8 +155,9 @@ def bench_growth(folder: Path, settings: Settings) -> None:
         "snapshots": ([], []),
     }
     for weights in settings.weights:
-        steps = settings.steps if weights < 10**7 else settings.few_steps
-        found = store.cached(f"weights {weights}", lambda w=weights, s=steps: cost_of_snapshot(w, settings.samples, s))
+        found = store.cached(
+            f"weights {weights}", lambda w=weights: cost_of_snapshot(w, settings.samples, settings.steps)
+        )
         measured["weights"][0].append(found["weights"])
         measured["weights"][1].append(found["snapshot"])
         rows.append(_cost_row(f"{settings.samples} samples", found))
@@ -175,8 +182,8 @@ def bench_growth(folder: Path, settings: Settings) -> None:
         )
     notes = [
         f"Full batch, {CHAINS} chains of {STEPS} steps, or {STEPS_LARGE} of networks that go alone (from 16.8 million "
-        f"weights on). A snapshot is survey, start and that many chain-steps, of which {settings.steps} were timed "
-        f"({settings.few_steps} from 10⁷ weights on). GFLOP/s takes 6 operations a weight and sample.",
+        f"weights on). A snapshot is survey, start and that many chain-steps, of which 80 were timed ({settings.steps} "
+        "of networks that go alone). GFLOP/s takes 6 operations a weight and sample.",
     ]
     for name, (x, y) in measured.items():
         slope, error = exponent(x, y)

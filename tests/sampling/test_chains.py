@@ -134,6 +134,19 @@ def test_diverging_chains_are_halved_until_they_hold_and_counted(bowl):
     assert bad.halvings in (3, 4)
     # Those that left are given up at the next look at them, but for the first, which goes on with its neighbour.
     assert 2200 <= bad.lost <= 2200 + 64 * (bad.halvings - 1) + 2200
+    # Nor do steps count that only the other one makes, as its draws grow.
+    growing = SamplingSettings(chains=2)
+    good, bad = draw(
+        bowl(SPECTRUM),
+        anchors,
+        growing,
+        10.0,
+        1.0,
+        epsilons=[stable, 16 * stable],
+        enough=lambda traces: len(traces.excess) > 900,
+    )
+    assert len(good.excess) > 900
+    assert bad.lost <= (bad.halvings + 1) * 80
     assert bad.step_size <= stable * 1.5  # the chains met the curvature that the first step was too large for
 
 
