@@ -9,7 +9,7 @@ from groktrace.analysis import evaluator, llc
 from groktrace.analysis import forecast as forecast_module
 from groktrace.analysis.forecast import forecast
 from groktrace.cli import main
-from groktrace.sampling import network
+from groktrace.sampling import chains, network
 from groktrace.sampling.calibration import Scale
 from groktrace.sampling.settings import SamplingSettings
 
@@ -82,6 +82,22 @@ def test_attempts_at_steps_that_are_given_up_count(small_run, monkeypatch):
     assert thrice.tried == once.tried == 6
     assert thrice.chain_steps == pytest.approx(once.chain_steps + 6 * 2 * 100, rel=0.05)
     assert thrice.seconds == pytest.approx(once.seconds + 2 * 10.0, abs=2.0)  # all six are one stack
+
+
+def test_no_more_snapshots_are_tried_at_once_than_the_analysis_stacks(small_run, monkeypatch):
+    sizes, plain = [], forecast_module.estimate_stack
+
+    def seen(loss, weights, *others):
+        sizes.append(len(weights))
+        return plain(loss, weights, *others)
+
+    monkeypatch.setattr(forecast_module, "estimate_stack", seen)
+    assert forecast(small_run, chains=2).tried == sum(sizes) == 6
+    assert len(sizes) == 1
+    sizes.clear()
+    monkeypatch.setitem(chains.WORKING_SET_BYTES, "cpu", 1)
+    assert forecast(small_run, chains=2).tried == 6
+    assert sizes == 6 * [1]
 
 
 @pytest.mark.parametrize(
