@@ -35,6 +35,7 @@ from groktrace.sampling.chains import MAX_GROWTH, time_steps
 from groktrace.sampling.network import Network
 from groktrace.sampling.noise import NormalNoise
 from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.traces import ANHARMONIC
 
 # Snapshots that are measured as the analysis will measure them, and seconds that their first draws may take. Where
 # those of one take longer, first draws are all, for a share of what they take with all snapshots.
@@ -83,13 +84,17 @@ class Forecast:
 
 @dataclass(frozen=True)
 class _Lengths:
-    """Steps of one snapshot's chains: burn-in, first draws, all draws, and those of attempts before the last."""
+    """Steps of one snapshot's chains: burn-in, first draws, all draws, and those of attempts before the last.
+
+    Also how many attempts there are, and after how many of them the chains look at the curvature.
+    """
 
     burn_in: int
     first: int
     draws: int
     lost: int = 0
     attempts: int = 1
+    looks: int = 0
 
     @property
     def total(self) -> int:
@@ -215,7 +220,9 @@ def _stacked(
                 draws = run_length(settings, scale.localization, found.step_size, halvings=halvings)[1]
                 grown = found.draws * (_growth(found, settings.rtol, scale) if cut_short else 1)
                 attempts = 1 + max(halvings, lost > 0)
-                seen[about.step] = _Lengths(found.burn_in, min(draws, found.draws), grown, lost, attempts)
+                bowl = abs((found.diagnostics["anharmonicity"] or 0.0) - 1) <= ANHARMONIC
+                looks = attempts - bowl
+                seen[about.step] = _Lengths(found.burn_in, min(draws, found.draws), grown, lost, attempts, looks)
     lengths = []
     for step in wanted:
         near = min(expected, key=lambda other: abs(other - step))
@@ -223,9 +230,8 @@ def _stacked(
         lengths.append(expected[near] if alike is None else _like(expected[near], expected[alike], seen[alike]))
     for start in range(0, total, together):
         group = lengths[start : start + together]
-        # Each attempt starts anew, and looks at the curvature that the last has met.
-        again = sum(snapshot.attempts - 1 for snapshot in group)
-        seconds += (len(group) + again) * steps[together][1] / together + again * _SURVEY_GRADIENTS * each
+        seconds += sum(snapshot.attempts for snapshot in group) * steps[together][1] / together
+        seconds += sum(snapshot.looks for snapshot in group) * _SURVEY_GRADIENTS * each
         for active, count in _rounds(group):
             seconds += (always + each * active) * count
     return seconds, lengths, _peak_bytes(loss.device), len(chosen)
@@ -266,7 +272,8 @@ def _like(expected: _Lengths, other: _Lengths, seen: _Lengths) -> _Lengths:
     burn_in = round(expected.burn_in * seen.burn_in / max(other.burn_in, 1))
     first = round(expected.first * seen.first / max(other.first, 1))
     lost = round(expected.total * seen.lost / max(other.total, 1))
-    return _Lengths(burn_in, first, round(first * seen.draws / max(seen.first, 1)), lost, seen.attempts)
+    draws = round(first * seen.draws / max(seen.first, 1))
+    return _Lengths(burn_in, first, draws, lost, seen.attempts, seen.looks)
 
 
 def _rounds(group: Sequence[_Lengths]) -> Iterator[tuple[int, int]]:

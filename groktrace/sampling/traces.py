@@ -25,6 +25,8 @@ BURST = 10.0
 BURST_SLACK = 300.0
 # Pull and spread beyond D by this fraction of the pull, and by so many standard errors, are such energy in all draws.
 HOT, HOT_ERRORS = 0.05, 4.0
+# In a bowl half of the pull is the excess; off by this fraction, the curvature may be another than at w*.
+ANHARMONIC = 0.2
 # The losses of single samples are looked at in so many draws of each chain, and so many steps apart at least.
 FLUCTUATION_DRAWS = 16
 FLUCTUATION_EVERY = 8
@@ -85,7 +87,7 @@ class Traces:
             dimension: D.
         """
         pull, spread, excess = (float(each.mean()) for each in (self.pull, self.spread, self.excess))
-        return abs(0.5 * pull - excess) > 0.2 * abs(excess) or pull + spread > 1.05 * dimension
+        return abs(0.5 * pull - excess) > ANHARMONIC * abs(excess) or pull + spread > 1.05 * dimension
 
     @property
     def burst(self) -> bool:
