@@ -51,7 +51,7 @@ def test_chains_are_hot_where_pull_and_spread_exceed_what_equilibrium_allows_bes
     generator = torch.Generator().manual_seed(0)
     spread = dimension - pull + (2 * dimension) ** 0.5 * torch.randn(400, 2, generator=generator, dtype=torch.float64)
 
-    def hot(more, step_size=0.1):
+    def hot(more, step_size=0.1, pull=pull):
         pulls = torch.full_like(spread, pull + more)
         traces = Traces(pulls / 2, pulls, spread, pulls[:, :1] / 2, step_size, 0)
         return traces.hot("kinetic", 1.0, dimension)
@@ -60,6 +60,11 @@ def test_chains_are_hot_where_pull_and_spread_exceed_what_equilibrium_allows_bes
     assert not hot(-200.0)
     assert not hot(10.0)
     assert hot(200.0)
+    # Where the pull is large, a twentieth of it has to be exceeded, however certain less is: here 350 of 7000.
+    spread += pull - 7000
+    assert not hot(250.0, pull=7000)
+    assert hot(600.0, pull=7000)
+    spread -= pull - 7000
     # 400 draws are but one relaxation time here, in which the spread of flat directions tells little.
     assert not hot(200.0, step_size=1e-3)
 
