@@ -51,9 +51,9 @@ def test_chains_are_hot_where_pull_and_spread_exceed_what_equilibrium_allows_bes
     generator = torch.Generator().manual_seed(0)
     spread = dimension - pull + (2 * dimension) ** 0.5 * torch.randn(400, 2, generator=generator, dtype=torch.float64)
 
-    def hot(more, step_size=0.1, pull=pull):
+    def hot(more, step_size=0.1, pull=pull, halvings=0):
         pulls = torch.full_like(spread, pull + more)
-        traces = Traces(pulls / 2, pulls, spread, pulls[:, :1] / 2, step_size, 0)
+        traces = Traces(pulls / 2, pulls, spread, pulls[:, :1] / 2, step_size, 0, halvings)
         return traces.hot("kinetic", 1.0, dimension)
 
     assert not hot(0.0)
@@ -66,7 +66,8 @@ def test_chains_are_hot_where_pull_and_spread_exceed_what_equilibrium_allows_bes
     assert hot(600.0, pull=7000)
     spread -= pull - 7000
     # 400 draws are but one relaxation time here, in which the spread of flat directions tells little.
-    assert not hot(200.0, step_size=1e-3)
+    assert not hot(300.0, step_size=1e-3)
+    assert hot(300.0, step_size=1e-3, halvings=3)  # with the weaker friction of halved steps they are five
 
 
 @pytest.mark.parametrize("method", ["kinetic", "averaged"])
