@@ -72,7 +72,7 @@ def test_chains_are_hot_where_pull_and_spread_exceed_what_equilibrium_allows_bes
 
 @pytest.mark.parametrize("method", ["kinetic", "averaged"])
 @pytest.mark.parametrize("heating", [0.03, 0.2])
-@pytest.mark.parametrize(("step_size", "halvings"), [(0.2, 0), (1e-3, 0), (1e-3, 2)])
+@pytest.mark.parametrize(("step_size", "halvings"), [(0.2, 0), (1e-3, 0), (0.01, 2)])
 def test_hot_chains_get_the_step_at_which_noise_heats_as_little_as_is_wanted(method, heating, step_size, halvings):
     values = torch.ones(20, 2)
     hot = Traces(values, values, values, values[:, :1], step_size, 0, halvings, heating=heating)
