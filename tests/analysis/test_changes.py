@@ -44,3 +44,12 @@ def test_a_fall_that_ends_in_a_jump_too_small_to_count_counts_as_a_whole():
     value = np.concatenate([np.full(20, 900.0), np.linspace(1200.0, 910.0, 16), np.full(24, 818.0)])
     fit = Fit(value, np.full(60, 360.0), [0, 20, 36], 0.0)  # the jump of 92 is 3.4 errors, 3.8 count
     assert find_changes(np.arange(60.0), value, np.full(60, 1600.0), fit) == [(19, 20), (20, 36)]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_what_precedes_the_first_change_may_be_farther_off_than_it_if_it_is_too_uncertain_to_count(sign):
+    value = sign * np.repeat([-1500.0, 240.0, 90.0], [5, 20, 20])
+    variance = np.repeat([1e6, 1.0, 1.0], [5, 20, 20])
+    level = max(0.0, -float(value.min()))  # the largest level sets the least change
+    fit = Fit(value + level, variance, [0, 5, 25], 0.0)
+    assert find_changes(np.arange(45.0), value + level, variance, fit) == [(24, 25)]

@@ -57,6 +57,10 @@ def test_step_is_stable_and_run_length_covers_the_flat_directions(method, top):
         burn_in, draws = run_length(SamplingSettings(method, chains=chains), gamma, epsilon)
         assert burn_in == math.ceil(once)
         assert draws == max(64, math.ceil(relaxations * once))
+    halved, halvings = epsilon / 8, 3
+    burn_in, _ = run_length(SamplingSettings(method, chains=2), gamma, halved, halvings=halvings)
+    assert burn_in == math.ceil(relaxation_steps(method, halved, gamma, halvings))
+    assert (burn_in < relaxation_steps(method, halved, gamma)) == (method == "kinetic")
     assert run_length(SamplingSettings(method, chains=2, burn_in=7, draws=9), gamma, epsilon) == (7, 9)
 
 
