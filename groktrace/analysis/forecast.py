@@ -219,9 +219,10 @@ def _stacked(
                 halvings, lost = found.diagnostics["halvings"], found.diagnostics["lost_steps"]
                 draws = run_length(settings, scale.localization, found.step_size, halvings=halvings)[1]
                 grown = found.draws * (_growth(found, settings.rtol, scale) if cut_short else 1)
-                attempts = 1 + max(halvings, lost > 0)
-                bowl = abs((found.diagnostics["anharmonicity"] or 0.0) - 1) <= ANHARMONIC
-                looks = attempts - bowl
+                attempts = 1 + (max(halvings, 1) if lost else 0)
+                # As `Traces.anharmonic` has it; an attempt that was given up had its reasons to look.
+                in_bowl = abs((found.diagnostics["anharmonicity"] or 0.0) - 1) <= ANHARMONIC
+                looks = attempts - 1 if in_bowl else attempts
                 seen[about.step] = _Lengths(found.burn_in, min(draws, found.draws), grown, lost, attempts, looks)
     lengths = []
     for step in wanted:

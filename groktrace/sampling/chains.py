@@ -15,7 +15,7 @@ from groktrace.sampling.langevin import LangevinConfig, LangevinState, generator
 from groktrace.sampling.noise import normal_like
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
-from groktrace.sampling.traces import FLUCTUATION_EVERY, SLACK, Looks, Traces, cooled, inner_products, most_virial
+from groktrace.sampling.traces import SLACK, Looks, Traces, cooled, inner_products, most_virial
 
 MAX_RESTARTS = 16
 # Chains that fall by so many nats for each weight at once are not in a basin: training has hardly begun. They would be
@@ -112,13 +112,16 @@ def sample(
 
 
 def time_steps(loss: StackedLoss, anchors: Tensor, settings: SamplingSettings, seconds: float) -> tuple[float, float]:
-    """Seconds that one step of a stack takes, and all that comes before the first.
+    """Time of a stack's steps, by the clock.
 
     Args:
         loss: of S rows.
         anchors: w* of each snapshot, [S, D].
         settings: as for `sample`.
         seconds: that the steps may take, but for the first few.
+
+    Returns:
+        Seconds that one step takes, and all that comes before the first.
     """
     settings, count = settle(settings, anchors.shape[1], stacked=True), len(anchors)
 
@@ -130,10 +133,11 @@ def time_steps(loss: StackedLoss, anchors: Tensor, settings: SamplingSettings, s
     group = begin()
     begun = time.perf_counter()
     before, spent, made = begun - start, 0.0, 0
+    # As many as there are from one look at the noise of minibatches to the next.
     while not made or (spent < seconds and made < _TIMED_STEPS):
-        looks = Looks([(0, FLUCTUATION_EVERY)] * count) if loss.separable else None
-        group._advance([FLUCTUATION_EVERY] * count, first=True, looks=looks)
-        made += FLUCTUATION_EVERY
+        looks = Looks([(0, _HEATING_EVERY)] * count) if loss.separable else None
+        group._advance([_HEATING_EVERY] * count, first=True, looks=looks)
+        made += _HEATING_EVERY
         spent = time.perf_counter() - begun
     return spent / made, before
 

@@ -149,13 +149,13 @@ class LangevinState:
         return LangevinState(displacement, self.momentum[rows], *_noise(displacement), generators)
 
     def draw(self) -> Tensor:
-        """ξ_{t+1} of a block."""
+        """ξ_{t+1} of a block, [R, columns]; the next call overwrites it."""
         fresh = self.fresh.view_as(self.displacement)
         self.normal.fill(fresh, self.generators)
         return fresh
 
     def blocks(self) -> Iterator[tuple[slice, "LangevinState"]]:
-        """Some columns after another, and the state of these: a view."""
+        """Some columns after another, and the state of these, whose tensors are views."""
         rows, size = self.displacement.shape
         width = len(self.fresh) // rows
         for first in range(0, size, width):

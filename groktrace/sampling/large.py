@@ -55,11 +55,12 @@ def sample_large(
     Returns:
         Traces; not finite where the chains diverged at every step size tried.
     """
-    network, halvings = Network(loss, weights), 0
+    network, halvings, lost = Network(loss, weights), 0, 0
     settings = settle(settings, network.layout.size, stacked=False)
     for _ in range(MAX_RESTARTS + 1):
         chains = _Chains(network, step, settings, nbeta, localization, step_size, halvings)
-        traces = replace(chains.run(enough), halvings=halvings)
+        traces = replace(chains.run(enough), halvings=halvings, lost=lost)
+        lost += chains.made
         del chains
         if settings.step_size is not None:
             break
@@ -126,6 +127,7 @@ class _Chains:
             self.base = network.mean_loss()
         self.chains = [self._chain(step, number) for number in range(settings.chains)]
         self.heating: list[float] = []
+        self.made = 0
 
     def _chain(self, step: int, number: int) -> _Chain:
         def generator(purpose: str) -> torch.Generator:
@@ -176,6 +178,7 @@ class _Chains:
         chains = len(self.chains)
         record = torch.full((count, 4, chains), math.nan, dtype=torch.float64)
         for t in range(count):
+            self.made += 1
             products = torch.zeros(chains, chains, dtype=torch.float64)  # displacement of one, gradient of another
             for c, chain in enumerate(self.chains):
                 if measured and self.corrected and t % _HEATING_EVERY == 0:

@@ -28,8 +28,8 @@ HOT, HOT_ERRORS = 0.05, 4.0
 # In a bowl half of the pull is the excess; off by this fraction, the curvature may be another than at w*.
 ANHARMONIC = 0.2
 # The losses of single samples are looked at in so many draws of each chain, and so many steps apart at least.
-FLUCTUATION_DRAWS = 16
-FLUCTUATION_EVERY = 8
+_FLUCTUATION_DRAWS = 16
+_FLUCTUATION_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Looks:
         self._seen: list[list[Tensor]] = [[] for _ in lengths]
         self._due: dict[int, list[int]] = {}
         for s, (burn_in, draws) in enumerate(lengths):
-            every = max(FLUCTUATION_EVERY, draws // FLUCTUATION_DRAWS)
+            every = max(_FLUCTUATION_EVERY, draws // _FLUCTUATION_DRAWS)
             for t in range(burn_in + draws - 1, burn_in - 1, -every):
                 self._due.setdefault(t, []).append(s)
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from groktrace.sampling import large
 from groktrace.sampling.calibration import step_size
 from groktrace.sampling.chains import sample
 from groktrace.sampling.diagnostics import standard_error
@@ -101,13 +102,16 @@ def test_minibatches_heat_a_large_network_as_they_heat_stacked_ones(method, epsi
     assert found.heating == pytest.approx(expected.heating, rel=0.3)
 
 
-def test_diverging_chains_of_a_large_network_are_halved_and_counted(bowl):
+def test_diverging_chains_of_a_large_network_are_halved_and_counted(bowl, monkeypatch):
+    evaluated, plain = [], large._Chains._evaluate
+    monkeypatch.setattr(large._Chains, "_evaluate", lambda self, chain: evaluated.append(chain) or plain(self, chain))
     stable = step_size(10.0, 1.0, 1.0)
     weights = {"w": torch.zeros(60).double()}
     settings = SamplingSettings(chains=2, burn_in=300, draws=300)
     traces = draw(alone(bowl(SPECTRUM)), weights, settings, 10.0, 1.0, 16 * stable)
     assert not traces.diverged(60)
     assert traces.halvings in (3, 4)
+    assert traces.lost == len(evaluated) / 2 - 600 > 0
     explicit = replace(settings, step_size=50.0)
     assert draw(alone(bowl(SPECTRUM)), weights, explicit, 10.0, 1.0, 50.0).diverged(60)
 
