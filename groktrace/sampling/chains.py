@@ -173,20 +173,23 @@ class _Group:
         keys = [(step, chain) for step in steps for chain in range(chains)]
         samples = len(loss.tensors[0])
         self.batches: list[torch.Generator] | None = None
+        self.index: Tensor | None = None
         if settings.batch_size is not None and settings.batch_size < samples:
             self.batches = [generator_for(settings.seed, step, chain, "batch", device) for step, chain in keys]
+            self.index = torch.empty(len(keys), settings.batch_size, dtype=torch.long, device=device)
         self.samples = samples
         self.base, self.base_gradients = self.loss.gradients(self.anchors)
         # The published method starts at w*.
         start = torch.zeros_like(self.anchors)
         if settings.method != "sgld":
             start = normal_like(start, [generator_for(settings.seed, *key, "start", device) for key in keys])
-            index = None if self.batches is None else self._batch()
-            at_anchors = (self.base, self.base_gradients) if index is None else self.loss.gradients(self.anchors, index)
-            start = gaussian_start(self.loss, self.anchors, at_anchors, start, nbeta, localization, index)
+            at_anchors = self.base, self.base_gradients
+            if self.batches is not None:
+                self._next_batch()
+                at_anchors = self.loss.gradients(self.anchors, self.index)
+            start = gaussian_start(self.loss, self.anchors, at_anchors, start, nbeta, localization, self.index)
         noise = [generator_for(settings.seed, *key, "noise", device) for key in keys]
         self.state = langevin.init(self.config, start, noise)
-        self.control = torch.empty_like(self.anchors) if self.batches is not None else None
         self.made = 0
 
     def run(self, enough: Callable[[Traces], bool]) -> list[Traces]:
@@ -272,7 +275,7 @@ class _Group:
         self.base, self.base_gradients = self.base[rows], self.base_gradients[rows]
         if self.batches is not None:
             self.batches = [self.batches[r] for r in rows.tolist()]
-            self.control = torch.empty_like(self.anchors)
+            self.index = self.index[rows]
 
     def _advance(self, counts: Sequence[int], first: bool = False, looks: "Looks | None" = None) -> Tensor:
         """Make so many steps with each snapshot's chains; [steps, 5, R]: excess, pull, spread, paired, batch noise.
@@ -289,8 +292,9 @@ class _Group:
         chains, nbeta = self.settings.chains, self.config.nbeta
         count = max(counts)
         record = torch.full((count, 5, rows), torch.nan, dtype=torch.float64, device=self.anchors.device)
-        weights, gradients = torch.empty_like(self.anchors), torch.empty_like(self.anchors)
         state: LangevinState = self.state
+        weights, gradients = self.anchors + state.displacement, torch.empty_like(self.anchors)
+        evaluate = self._evaluator(weights, gradients)
         done: list[tuple[int, LangevinState, list[Tensor]]] = []
         ends: dict[int, list[int]] = {}
         for s, length in enumerate(counts):
@@ -300,22 +304,23 @@ class _Group:
         # Beyond this a single draw makes the mean too large.
         most = most_virial(dimension) * own
         gone = torch.zeros_like(own, dtype=torch.bool)
-        blocks = [(block, gradients[:, columns]) for columns, block in state.blocks()]
+        stacks = self.anchors, weights, gradients
+        blocks = [(block, *(each[:, columns] for each in stacks)) for columns, block in state.blocks()]
         scale = record.new_tensor([[nbeta], [self.config.localization], [0.25 * nbeta]])
         for t in range(count):
             self.made += 1
-            torch.add(self.anchors, state.displacement, out=weights)
-            excess = self._evaluate(weights, gradients)
+            excess = evaluate()
             if first and t % _HEATING_EVERY == 0 and self._corrected:
-                record[t, 4] = self._gradient_noise(weights, gradients)
+                record[t, 4] = self._gradient_noise(evaluate, gradients)
             record[t, 0] = nbeta * excess
             for s in looks.due(t) if looks is not None else ():
                 rows_of = self._rows([s])
                 looks.keep(s, self.loss.select(rows_of).sample_losses(weights[rows_of]))
             products = []
-            for block, slopes in blocks:
+            for block, anchors, positions, slopes in blocks:
                 products.append(inner_products(block.displacement, slopes, chains))
                 langevin.step(self.config, block, slopes)
+                torch.add(anchors, block.displacement, out=positions)
             torch.mul(sum(products[1:], products[0]), scale, out=record[t, 1:4])
             if t % _CHECK_EVERY == _CHECK_EVERY - 1:
                 gone |= (t < own) & ~(record[t, 1] + record[t, 2] <= most)
@@ -347,38 +352,44 @@ class _Group:
         for r, state in zip(rows.tolist(), batches, strict=False):
             self.batches[r].set_state(state)
 
-    def _evaluate(self, weights: Tensor, gradients: Tensor) -> Tensor:
-        """L(w) − L(w*) of each row, [R]; ∇L(w) goes into `gradients`, [R, D]."""
-        if self.batches is None:
-            return self.loss.gradients(weights, out=gradients)[0] - self.base
-        index = self._batch()
-        losses, _ = self.loss.gradients(weights, index, gradients)
-        if not self._corrected:
-            return losses - self.base
-        # Control variate at w* and paired losses (Baker et al. 2019): both errors shrink with ‖w − w*‖.
-        base, _ = self.loss.gradients(self.anchors, index, self.control)
-        for columns, _ in self.state.blocks():
-            gradients[:, columns].sub_(self.control[:, columns]).add_(self.base_gradients[:, columns])
-        return losses - base
+    def _evaluator(self, weights: Tensor, gradients: Tensor) -> Callable[[], Tensor]:
+        """L(w) − L(w*) of each row, [R], of what `weights` holds; ∇L(w) goes into `gradients`, [R, D]."""
+        here = self.loss.bound(weights, gradients, self.index)
+        control = torch.empty_like(gradients) if self._corrected else None
+        at_anchors = self.loss.bound(self.anchors, control, self.index) if self._corrected else None
 
-    def _batch(self) -> Tensor:
-        """Samples of each row's next minibatch, [R, B]."""
+        def evaluate() -> Tensor:
+            if self.index is not None:
+                self._next_batch()
+            losses = here()
+            if at_anchors is None:
+                return losses - self.base
+            # Control variate at w* and paired losses (Baker et al. 2019): both errors shrink with ‖w − w*‖.
+            excess = losses - at_anchors()
+            for columns, _ in self.state.blocks():
+                gradients[:, columns].sub_(control[:, columns]).add_(self.base_gradients[:, columns])
+            return excess
+
+        return evaluate
+
+    def _next_batch(self) -> None:
+        """Draw the samples of each row's next minibatch."""
         # Without replacement: the noise of a batch is then smaller, and none where it holds everything.
-        size, device = self.settings.batch_size, self.anchors.device
-        return torch.stack(
-            [torch.randperm(self.samples, generator=generator, device=device)[:size] for generator in self.batches]
-        )
+        for row, generator in zip(self.index, self.batches, strict=True):
+            row.copy_(torch.randperm(self.samples, generator=generator, device=row.device)[: len(row)])
 
     @property
     def _corrected(self) -> bool:
         """Whether gradients are of minibatches, with a control variate; the published method has none."""
         return self.batches is not None and self.settings.method != "sgld"
 
-    def _gradient_noise(self, weights: Tensor, gradients: Tensor) -> Tensor:
+    def _gradient_noise(self, evaluate: Callable[[], Tensor], gradients: Tensor) -> Tensor:
         """What the noise of minibatches adds to 2λ̂ at most, of each row, from a second batch, [R]."""
-        other = torch.empty_like(gradients)
-        self._evaluate(weights, other)
-        return self.config.noise_gain * self.config.nbeta**2 * 0.5 * (gradients - other).square().sum(1)
+        first = gradients.clone()
+        evaluate()
+        difference = (gradients - first).square().sum(1)
+        gradients.copy_(first)
+        return self.config.noise_gain * self.config.nbeta**2 * 0.5 * difference
 
     def _traces(self, piece: Tensor, epsilon: float, burn_in: int) -> Traces:
         piece = piece.cpu()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from groktrace.sampling.plan import CannotPlanError, Plan
+from groktrace.sampling.plan import Plan, run
+from groktrace.sampling.record import CannotPlanError
 
 # Larger evaluations are not recorded as a plan: a recording holds every intermediate value, and saves little there.
 MAX_PLANNED_BYTES = 2**28
@@ -180,15 +181,12 @@ class StackedLoss:
             return False
         return bool((singles - together).abs() <= 1e-4 * together.abs())
 
-    def gradients(
-        self, weights: Tensor, index: Tensor | None = None, out: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def gradients(self, weights: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """L and ∇L of each row.
 
         Args:
             weights: [R, D].
             index: [R, B] samples for each row; None for all of them.
-            out: [R, D], to hold the gradients.
 
         Returns:
             [R] and [R, D].
@@ -196,13 +194,38 @@ class StackedLoss:
         weights = weights.detach()
         plan = self._plan(weights, index)
         if plan is None:
-            losses, gradients = self._differentiate(weights, index)
-        else:
-            losses, gradients = plan(*self._arguments(weights, index))
-            losses = losses.clone()
-        if out is None:
-            return losses, gradients if plan is None else gradients.clone()
-        return losses, out.copy_(gradients)
+            return self._differentiate(weights, index)
+        losses, gradients = plan(*self._arguments(weights, index))
+        return losses.clone(), gradients.clone()
+
+    def bound(self, weights: Tensor, gradients: Tensor, index: Tensor | None = None) -> Callable[[], Tensor]:
+        """L of each row as a function of what some tensors hold when it is called, for many calls.
+
+        Args:
+            weights: [R, D], contiguous.
+            gradients: [R, D], contiguous; each call writes ∇L there.
+            index: [R, B] samples for each row; None for all of them.
+
+        Returns:
+            A function that returns losses, [R], which its next call overwrites.
+        """
+        plan = self._plan(weights, index)
+        if plan is not None:
+            losses = torch.empty_like(plan.results[0])
+            calls = plan.bind(self._arguments(weights, index), (losses, gradients))
+
+            def replay() -> Tensor:
+                run(calls)
+                return losses
+
+            return replay
+
+        def differentiate() -> Tensor:
+            losses, found = self._differentiate(weights, index)
+            gradients.copy_(found)
+            return losses
+
+        return differentiate
 
     def _differentiate(self, weights: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         weights = weights.detach().requires_grad_(True)
