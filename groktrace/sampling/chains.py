@@ -176,7 +176,7 @@ class _Group:
         self.index: Tensor | None = None
         if settings.batch_size is not None and settings.batch_size < samples:
             self.batches = [generator_for(settings.seed, step, chain, "batch", device) for step, chain in keys]
-            self.index = torch.empty(len(keys), settings.batch_size, dtype=torch.long, device=device)
+            self.index = torch.arange(settings.batch_size, device=device).repeat(len(keys), 1)
         self.samples = samples
         self.base, self.base_gradients = self.loss.gradients(self.anchors)
         # The published method starts at w*.

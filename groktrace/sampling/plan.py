@@ -147,9 +147,11 @@ def _writing_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ou
         # The variant with a number writes into no given tensor; the one with a tensor of no dimensions does the same.
         target = _aten.mul.Tensor if target is _aten.mul.Scalar else _aten.div.Tensor
         args = (args[0], torch.tensor(args[1], dtype=outs[0].dtype, device="cpu"))
-    writing = _writing_variant(target)
-    if writing is not None and len(outs) == 1:
-        return writing, args, {**kwargs, "out": outs[0]}
+    if target is _aten.relu.default:  # calls this, and has no variant of its own
+        target, args = _aten.clamp_min.default, (args[0], 0)
+    if len(outs) == 1 and (found := _writing_variant(target)) is not None:
+        writing, name = found
+        return writing, args, {**kwargs, name: outs[0]}
 
     def write(*args: Any, **kwargs: Any) -> None:
         for out, result in zip(outs, tensors_in(target(*args, **kwargs)), strict=True):
@@ -159,15 +161,18 @@ def _writing_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ou
 
 
 @cache
-def _writing_variant(target: Any) -> Callable[..., Any] | None:
-    """The variant of an operation that writes into a given tensor; None where that is made of the ordinary one."""
+def _writing_variant(target: Any) -> tuple[Callable[..., Any], str] | None:
+    """The variant of an operation that writes into a given tensor, and what it calls that.
+
+    None where there is none, and where it is made of the ordinary one.
+    """
     wanted = [(each.name, str(each.type)) for each in target._schema.arguments]
     for name in target.overloadpacket.overloads():
         overload = getattr(target.overloadpacket, name)
         outs = [each.name for each in overload._schema.arguments if each.is_out]
         rest = [(each.name, str(each.type)) for each in overload._schema.arguments if not each.is_out]
-        if outs == ["out"] and rest == wanted and torch.Tag.generated not in overload.tags:
-            return overload
+        if len(outs) == 1 and rest == wanted and torch.Tag.generated not in overload.tags:
+            return overload, outs[0]
     return None
 
 

@@ -312,6 +312,19 @@ def test_published_sgld_scores_minibatch_losses_against_the_full_loss():
     assert float(traces.excess.std()) == pytest.approx(float(one.std()) / math.sqrt(10), rel=0.8)
 
 
+def test_minibatches_are_recorded_with_samples_that_exist():
+    loss, best, _ = regression()
+    loss = loss.probe(best[None])
+    settings = SamplingSettings(method="sgld", chains=2, draws=5, burn_in=0, step_size=1e-12, batch_size=10)
+    torch.use_deterministic_algorithms(True)  # fills memory that nobody has written with what is no index
+    try:
+        (traces,) = draw(loss, best[None], settings, 30.0, 5.0, epsilons=[1e-12])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.isfinite(traces.excess).all()
+    assert any(plan is not None and batch is not None for (_, _, batch, _), plan in loss.plans.items())
+
+
 def test_single_chains_have_no_centred_estimate(bowl):
     (traces,) = draw(bowl(SPECTRUM), torch.zeros(1, 60).double(), SamplingSettings(chains=1, draws=5), 10.0, 1.0)
     assert traces.paired.shape == (5, 0)

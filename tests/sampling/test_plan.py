@@ -1,11 +1,13 @@
 """A plan repeats a function's arithmetic exactly, or refuses to."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from groktrace.sampling.plan import Plan
+from groktrace.sampling.plan import Plan, run
 from groktrace.sampling.record import CannotPlanError
 
 
@@ -111,6 +113,98 @@ def test_what_depends_on_no_argument_is_computed_once():
     constant = torch.randn(5, 5)
     plan = Plan(lambda x: (x @ (constant @ constant).exp(),), (torch.randn(2, 5),))
     assert len(plan._calls) == 1
+
+
+def test_a_bound_plan_reads_and_writes_the_tensors_that_it_was_given():
+    def function(x, y):
+        product = (x * y).tanh()
+        return product.sum(1), product @ y.T
+
+    plan = Plan(function, (torch.ones(4, 3), torch.ones(4, 3)))
+    bound = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        arguments, results = (torch.randn(4, 3), torch.randn(4, 3)), (torch.empty(4), torch.empty(4, 4))
+        bound.append((plan.bind(arguments, results), arguments, results))
+    for factor in (1.0, -0.5):
+        for calls, arguments, results in bound:
+            arguments[0].mul_(factor)
+            run(calls)
+            assert not any(call[0] == results[1].copy_ for call in calls)
+            for got, expected in zip(results, function(*arguments), strict=True):
+                assert torch.equal(got, expected)
+    assert not torch.equal(bound[0][2][1], bound[1][2][1])
+
+
+def test_results_that_are_no_values_of_their_own_are_copied():
+    constant = torch.tensor([2.0, 3.0])
+
+    def function(x):
+        a = x * 3
+        b = x.exp() + 1
+        return a, a.mT, a, x, constant, b[1], b.view(4), b
+
+    plan = Plan(function, (torch.ones(2, 2),))
+    for x in (torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0, 0.0], [1.0, -1.0]])):
+        for got, expected in zip(plan(x), function(x), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_products_are_computed_as_their_transposes_where_only_these_are_copied():
+    def only(a, b):
+        return ((a @ b).mT.clone(memory_format=torch.contiguous_format) + 1,)
+
+    def both(a, b):
+        product = a @ b
+        return product.mT.clone(memory_format=torch.contiguous_format) + 1, product.sum(2)
+
+    def result(a, b):
+        product = a @ b
+        return product.mT.clone(memory_format=torch.contiguous_format) + 1, product
+
+    def strided(a, b):
+        return ((a @ b).mT.clone(memory_format=torch.preserve_format).sum(),)
+
+    arguments = torch.randn(3, 20, 40), torch.randn(3, 40, 30)
+    for function, calls in ((only, 2), (both, 4), (result, 3), (strided, 3)):
+        plan = Plan(function, arguments)
+        assert len(plan._calls) == calls
+        for factor in (1.0, 2.0):
+            scaled = [factor * each for each in arguments]
+            torch.testing.assert_close(plan(*scaled), list(function(*scaled)))
+
+
+def test_a_plan_keeps_no_value_of_the_recording():
+    seen = []
+
+    def function(x):
+        for _ in range(3):
+            x = x.exp() @ x
+            seen.append(weakref.ref(x))
+        return (x,)
+
+    plan = Plan(function, (torch.zeros(2, 2),))
+    assert [each() for each in seen] == [None] * 3
+    assert plan(torch.zeros(2, 2))[0].shape == (2, 2)
+
+
+def test_activations_and_their_derivatives_are_written_into_buffers():
+    weights = torch.randn(3, 4)
+
+    def function(x):
+        x = x.detach().requires_grad_(True)
+        with torch.enable_grad():
+            value = ((x @ weights).relu().tanh().sigmoid().softmax(1)[:, 0]).sum()
+            return value.detach(), *torch.autograd.grad(value, x)
+
+    x = torch.randn(5, 3)
+    plan = Plan(function, (x,))
+    names = {getattr(call[0], "__name__", "") for call in plan._calls}
+    backward = {f"{name}_backward.grad_input" for name in ("threshold", "tanh", "sigmoid")}
+    assert backward | {"clamp_min.out", "tanh.out", "sigmoid.out", "_softmax_backward_data.out"} <= names
+    for argument in (x, -x):
+        for got, expected in zip(plan(argument), function(argument), strict=True):
+            assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize(

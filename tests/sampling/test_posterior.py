@@ -118,6 +118,27 @@ def test_gradients_survive_the_next_call(classifier):
     assert torch.equal(gradients, kept[1])
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("batches", [True, False])
+def test_a_bound_loss_follows_its_tensors(classifier, recorded, batches):
+    _, task, layout, rows, buffers, (x, y) = classifier
+    plain = StackedLoss(task.forward, layout, (x, y), buffers)
+    flat = torch.stack([layout.flatten(row) for row in rows]).detach()
+    loss = plain.probe(flat[:1]) if recorded else plain
+    weights, index = flat.clone(), torch.zeros(3, 4, dtype=torch.long) if batches else None
+    gradients, control = torch.empty_like(flat), torch.empty_like(flat)
+    here, there = loss.bound(weights, gradients, index), loss.bound(flat, control, index)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.add(flat, torch.randn_like(flat), alpha=0.1, out=weights)
+        if batches:
+            index.copy_(torch.randint(20, (3, 4)))
+        losses, base = here(), there()
+        for found, at in (((losses, gradients), weights), ((base, control), flat)):
+            torch.testing.assert_close(found, plain._differentiate(at, index))
+    assert len(loss.plans) == recorded
+
+
 def test_a_loss_that_cannot_be_recorded_is_differentiated_each_time():
     layout = WeightLayout(("w",), ((2,),))
 
