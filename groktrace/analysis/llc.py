@@ -45,8 +45,8 @@ class LLCEstimate:
             where λ_c is k times λ̂); `rhat`, `ess`, `drift`; `distance` (E‖w − w*‖ relative to ‖w*‖); `halvings` of
             the step size; `lost_steps` of each chain, at step sizes that were given up; `heating` (what minibatch noise
             adds to λ̂ at most, relative to it); `singular_fluctuation` ν = ½·β·Σ_i Var[ℓ_i], β = nβ/n, over the samples'
-            losses ℓ_i (Watanabe 2009; None where the loss is no mean over samples); `wbic` n·E[L_n] (Watanabe 2013;
-            None unless nβ = n/log n).
+            losses ℓ_i (Watanabe 2009; of 1024 spread evenly at most, of two minibatches at most where there are; None
+            where the loss is no mean over samples); `wbic` n·E[L_n] (Watanabe 2013; None unless nβ = n/log n).
     """
 
     llc: float | None

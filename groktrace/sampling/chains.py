@@ -306,6 +306,8 @@ class _Group:
         gone = torch.zeros_like(own, dtype=torch.bool)
         stacks = self.anchors, weights, gradients
         blocks = [(block, *(each[:, columns] for each in stacks)) for columns, block in state.blocks()]
+        # Chains of minibatches look at two batches' samples: looks at all would cost more than the steps between them.
+        seen = self.samples if self.index is None else 2 * self.index.shape[1]
         scale = record.new_tensor([[nbeta], [self.config.localization], [0.25 * nbeta]])
         for t in range(count):
             self.made += 1
@@ -315,7 +317,7 @@ class _Group:
             record[t, 0] = nbeta * excess
             for s in looks.due(t) if looks is not None else ():
                 rows_of = self._rows([s])
-                looks.keep(s, self.loss.select(rows_of).sample_losses(weights[rows_of]))
+                looks.keep(s, self.loss.select(rows_of).sample_losses(weights[rows_of], seen))
             products = []
             for block, anchors, positions, slopes in blocks:
                 products.append(inner_products(block.displacement, slopes, chains))

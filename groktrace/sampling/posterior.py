@@ -154,21 +154,29 @@ class StackedLoss:
         share = 1.0 if batch_size is None else min(1.0, batch_size / len(self.tensors[0]))
         return int(share * (self.row_bytes or 0))
 
-    def sample_losses(self, weights: Tensor) -> Tensor:
-        """The losses of single samples, [R, m], of at most 1024 evenly spread samples; for separable losses."""
+    def sample_losses(self, weights: Tensor, most: int = MAX_SINGLE_SAMPLES) -> Tensor:
+        """The losses of single samples, evenly spread over all; for separable losses.
+
+        Args:
+            weights: [R, D].
+            most: samples at most; never more than 1024.
+
+        Returns:
+            [R, m].
+        """
 
         def one(flat: Tensor, fixed: dict[str, Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
             alone = tuple(tensor.unsqueeze(0) for tensor in tensors)
             return self._forward({**self.layout.unflatten(flat), **fixed}, alone)
 
-        tensors = tuple(tensor[self._spread()] for tensor in self.tensors)
+        tensors = tuple(tensor[self._spread(most)] for tensor in self.tensors)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             of_samples = torch.func.vmap(one, in_dims=(None, None, 0))
             return torch.func.vmap(of_samples, in_dims=(0, 0, None))(weights, self.fixed, tensors)
 
-    def _spread(self) -> Tensor:
+    def _spread(self, most: int = MAX_SINGLE_SAMPLES) -> Tensor:
         count = len(self.tensors[0])
-        return torch.linspace(0, count - 1, min(count, MAX_SINGLE_SAMPLES), device=self.device).long()
+        return torch.linspace(0, count - 1, min(count, most, MAX_SINGLE_SAMPLES), device=self.device).long()
 
     def _is_separable(self, weights: Tensor) -> bool:
         if not self.vectorised:

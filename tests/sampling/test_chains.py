@@ -325,6 +325,16 @@ def test_minibatches_are_recorded_with_samples_that_exist():
     assert any(plan is not None and batch is not None for (_, _, batch, _), plan in loss.plans.items())
 
 
+@pytest.mark.parametrize(("batch_size", "seen"), [(None, 200), (10, 20), (150, 200)])
+def test_single_losses_are_seen_of_two_minibatches_at_most(monkeypatch, batch_size, seen):
+    loss, best, _ = regression()
+    shapes = set()
+    monkeypatch.setattr(chains.Looks, "keep", lambda self, s, losses: shapes.add(tuple(losses.shape)))
+    settings = SamplingSettings(chains=2, draws=20, burn_in=0, batch_size=batch_size)
+    draw(loss.probe(best[None]), best[None], settings, 30.0, 5.0)
+    assert shapes == {(2, seen)}
+
+
 def test_single_chains_have_no_centred_estimate(bowl):
     (traces,) = draw(bowl(SPECTRUM), torch.zeros(1, 60).double(), SamplingSettings(chains=1, draws=5), 10.0, 1.0)
     assert traces.paired.shape == (5, 0)

@@ -156,8 +156,10 @@ def test_a_loss_that_cannot_be_recorded_is_differentiated_each_time():
 def test_single_samples_of_a_separable_loss(classifier):
     model, task, layout, rows, buffers, (x, y) = classifier
     flat = torch.stack([layout.flatten(row) for row in rows])
-    singles = StackedLoss(task.forward, layout, (x, y), buffers).sample_losses(flat)
+    loss = StackedLoss(task.forward, layout, (x, y), buffers)
+    singles = loss.sample_losses(flat)
     assert singles.shape == (3, 20)
+    assert torch.equal(loss.sample_losses(flat, 3), singles[:, [0, 9, 19]])
     for sample in (0, 19):
         expected, _ = live(model, rows[1], buffers, 1, x[sample : sample + 1], y[sample : sample + 1])
         torch.testing.assert_close(singles[1, sample], expected)
