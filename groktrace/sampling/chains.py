@@ -386,12 +386,13 @@ class _Group:
         return self.batches is not None and self.settings.method != "sgld"
 
     def _gradient_noise(self, evaluate: Callable[[], Tensor], gradients: Tensor) -> Tensor:
-        """What the noise of minibatches adds to 2λ̂ at most, of each row, from a second batch, [R]."""
+        """What the noise of minibatches adds to 2λ̂ at most, of each row, from a second batch, [R].
+
+        The step may as well follow that one: its gradient is left in `gradients`.
+        """
         first = gradients.clone()
         evaluate()
-        difference = (gradients - first).square().sum(1)
-        gradients.copy_(first)
-        return self.config.noise_gain * self.config.nbeta**2 * 0.5 * difference
+        return self.config.noise_gain * self.config.nbeta**2 * 0.5 * first.sub_(gradients).square_().sum(1)
 
     def _traces(self, piece: Tensor, epsilon: float, burn_in: int) -> Traces:
         piece = piece.cpu()

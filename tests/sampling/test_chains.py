@@ -335,6 +335,15 @@ def test_single_losses_are_seen_of_two_minibatches_at_most(monkeypatch, batch_si
     assert shapes == {(2, seen)}
 
 
+@pytest.mark.parametrize("batch_size", [None, 7])
+def test_the_first_draw_is_where_the_chains_start(bowl, batch_size):
+    settings = SamplingSettings(chains=2, draws=5, burn_in=0, step_size=1e-12, batch_size=batch_size)
+    (traces,) = draw(bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, 10.0, 1.0, epsilons=[1e-12])
+    assert (traces.excess > 0.1).all()
+    torch.testing.assert_close(traces.excess, traces.excess[-1:].expand(5, -1), rtol=1e-3, atol=0)
+    torch.testing.assert_close(traces.pull, 2 * traces.excess, rtol=1e-3, atol=0)
+
+
 def test_single_chains_have_no_centred_estimate(bowl):
     (traces,) = draw(bowl(SPECTRUM), torch.zeros(1, 60).double(), SamplingSettings(chains=1, draws=5), 10.0, 1.0)
     assert traces.paired.shape == (5, 0)
