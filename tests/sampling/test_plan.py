@@ -142,7 +142,7 @@ def test_results_that_are_no_values_of_their_own_are_copied():
     def function(x):
         a = x * 3
         b = x.exp() + 1
-        return a, a.mT, a, x, constant, b[1], b.view(4), b
+        return a, a.mT, a, x, constant, b.view(4), b, x.tanh()[1]
 
     plan = Plan(function, (torch.ones(2, 2),))
     for x in (torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0, 0.0], [1.0, -1.0]])):
@@ -172,6 +172,14 @@ def test_products_are_computed_as_their_transposes_where_only_these_are_copied()
         for factor in (1.0, 2.0):
             scaled = [factor * each for each in arguments]
             torch.testing.assert_close(plan(*scaled), list(function(*scaled)))
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="products are as they are without MKL")
+@pytest.mark.parametrize(("rows", "calls"), [(18, 3), (20, 2)])
+def test_products_whose_transposes_are_slow_are_copied(rows, calls):
+    arguments = torch.randn(3, rows, 100), torch.randn(3, 100, 60)
+    plan = Plan(lambda a, b: ((a @ b).mT.clone(memory_format=torch.contiguous_format) + 1,), arguments)
+    assert len(plan._calls) == calls
 
 
 def test_a_plan_keeps_no_value_of_the_recording():
