@@ -150,6 +150,16 @@ def test_results_that_are_no_values_of_their_own_are_copied():
             assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize(
+    "function", [lambda x: x.max(1), lambda x: ((x.mT * 2).mT,)], ids=["one of two values", "a view of a value"]
+)
+def test_results_that_an_operation_does_not_give_by_itself(function):
+    plan = Plan(function, (torch.ones(2, 3),))
+    for x in (torch.arange(6.0).view(2, 3), torch.tensor([[3.0, 1.0, 2.0], [0.0, -1.0, 5.0]])):
+        for got, expected in zip(plan(x), function(x), strict=True):
+            assert torch.equal(got, expected)
+
+
 def test_products_are_computed_as_their_transposes_where_only_these_are_copied():
     def only(a, b):
         return ((a @ b).mT.clone(memory_format=torch.contiguous_format) + 1,)
