@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from groktrace.sampling.plan import Plan, run
-from groktrace.sampling.record import CannotPlanError
 
 
 class Convolutional(nn.Module):
@@ -160,7 +159,7 @@ def test_results_that_an_operation_does_not_give_by_itself(function):
             assert torch.equal(got, expected)
 
 
-def test_products_are_computed_as_their_transposes_where_only_these_are_copied():
+def test_products_that_are_computed_as_their_transposes_are_the_same():
     def only(a, b):
         return ((a @ b).mT.clone(memory_format=torch.contiguous_format) + 1,)
 
@@ -176,20 +175,11 @@ def test_products_are_computed_as_their_transposes_where_only_these_are_copied()
         return ((a @ b).mT.clone(memory_format=torch.preserve_format).sum(),)
 
     arguments = torch.randn(3, 20, 40), torch.randn(3, 40, 30)
-    for function, calls in ((only, 2), (both, 4), (result, 3), (strided, 3)):
+    for function in (only, both, result, strided):
         plan = Plan(function, arguments)
-        assert len(plan._calls) == calls
         for factor in (1.0, 2.0):
             scaled = [factor * each for each in arguments]
             torch.testing.assert_close(plan(*scaled), list(function(*scaled)))
-
-
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="products are as they are without MKL")
-@pytest.mark.parametrize(("rows", "calls"), [(18, 3), (20, 2)])
-def test_products_whose_transposes_are_slow_are_copied(rows, calls):
-    arguments = torch.randn(3, rows, 100), torch.randn(3, 100, 60)
-    plan = Plan(lambda a, b: ((a @ b).mT.clone(memory_format=torch.contiguous_format) + 1,), arguments)
-    assert len(plan._calls) == calls
 
 
 def test_a_plan_keeps_no_value_of_the_recording():
@@ -223,18 +213,3 @@ def test_activations_and_their_derivatives_are_written_into_buffers():
     for argument in (x, -x):
         for got, expected in zip(plan(argument), function(argument), strict=True):
             assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: (x + torch.randn_like(x),),
-        lambda x: (x[x > 0],),
-        lambda x: (x * x.sum().item(),),
-        lambda x: (x.clone().add_(1),),
-    ],
-    ids=["random", "unknown size", "value", "in place"],
-)
-def test_what_cannot_be_repeated_is_refused(function):
-    with pytest.raises(CannotPlanError):
-        Plan(function, (torch.ones(3),))
