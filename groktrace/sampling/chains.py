@@ -171,13 +171,12 @@ class _Group:
         halved = torch.tensor(halvings, device=device)[each]
         self.config = LangevinConfig(settings.method, nbeta, localization, step_size, halved)
         keys = [(step, chain) for step in steps for chain in range(chains)]
-        samples = len(loss.tensors[0])
+        self.samples = len(loss.tensors[0])
         self.batches: list[torch.Generator] | None = None
         self.index: Tensor | None = None
-        if settings.batch_size is not None and settings.batch_size < samples:
+        if settings.batch_size is not None and settings.batch_size < self.samples:
             self.batches = [generator_for(settings.seed, step, chain, "batch", device) for step, chain in keys]
             self.index = torch.arange(settings.batch_size, device=device).repeat(len(keys), 1)
-        self.samples = samples
         self.base, self.base_gradients = self.loss.gradients(self.anchors)
         # The published method starts at w*.
         start = torch.zeros_like(self.anchors)
@@ -357,19 +356,20 @@ class _Group:
     def _evaluator(self, weights: Tensor, gradients: Tensor) -> Callable[[], Tensor]:
         """L(w) − L(w*) of each row, [R], of what `weights` holds; ∇L(w) goes into `gradients`, [R, D]."""
         here = self.loss.bound(weights, gradients, self.index)
-        control = torch.empty_like(gradients) if self._corrected else None
-        at_anchors = self.loss.bound(self.anchors, control, self.index) if self._corrected else None
+        at_anchors, blocks = (lambda: self.base), []
+        if self._corrected:
+            # Control variate at w* and paired losses (Baker et al. 2019): both errors shrink with ‖w − w*‖.
+            control = torch.empty_like(gradients)
+            at_anchors = self.loss.bound(self.anchors, control, self.index)
+            stacks = gradients, control, self.base_gradients
+            blocks = [[each[:, columns] for each in stacks] for columns, _ in self.state.blocks()]
 
         def evaluate() -> Tensor:
             if self.index is not None:
                 self._next_batch()
-            losses = here()
-            if at_anchors is None:
-                return losses - self.base
-            # Control variate at w* and paired losses (Baker et al. 2019): both errors shrink with ‖w − w*‖.
-            excess = losses - at_anchors()
-            for columns, _ in self.state.blocks():
-                gradients[:, columns].sub_(control[:, columns]).add_(self.base_gradients[:, columns])
+            excess = here() - at_anchors()
+            for slopes, there, base in blocks:
+                slopes.sub_(there).add_(base)
             return excess
 
         return evaluate

@@ -114,7 +114,7 @@ def _lay_out(record: Record) -> list[tuple[Operation, list[Tensor] | _Result | N
         tensors = [record.values[number] for number in operation.results]
         if record.is_view(operation):
             steps.append((operation, None))
-        elif (result := record.is_result(operation)) is not None:
+        elif (result := record.result_of(operation)) is not None:
             steps.append((operation, _Result(result, tensors[0].shape)))
         else:
             reused = record.overwritable(operation, owned)

@@ -132,8 +132,8 @@ class Record:
             storage_of(self.values[number]): which for which, number in enumerate(self.results) if self._fills(number)
         }
 
-    def is_result(self, operation: Operation) -> int | None:
-        """Which of the results an operation gives, if both that and its value are all that their memory holds."""
+    def result_of(self, operation: Operation) -> int | None:
+        """Which result is what an operation gives, if either is all that its memory holds; None if none is."""
         if len(operation.results) != 1 or not self._fills(operation.results[0]):
             return None
         return self._whole.get(storage_of(self.values[operation.results[0]]))
