@@ -16,17 +16,7 @@ import torch
 from torch import Tensor
 
 from groktrace.sampling.products import Product
-from groktrace.sampling.record import (
-    Operation,
-    Record,
-    Recorder,
-    Ref,
-    kind,
-    storage_of,
-    tensors_in,
-    turned_product,
-    whole,
-)
+from groktrace.sampling.record import Operation, Record, Recorder, Ref, kind, storage_of, tensors_in, whole
 
 _aten = torch.ops.aten
 _COPIES = (_aten.clone.default, _aten._to_copy.default)
@@ -139,8 +129,6 @@ def _writing_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     """An operation as a call that writes into `outs`."""
     if isinstance(target, Product):
         return target, args, {"out": outs[0]}
-    if target is turned_product:
-        return _aten.bmm.out, (args[1].mT, args[0].mT), {"out": outs[0]}
     if target in _COPIES or (target is _aten.pow.Tensor_Scalar and args[1] == 1 and args[0].dtype == outs[0].dtype):
         return outs[0].copy_, args[:1], {}
     if target in (_aten.mul.Scalar, _aten.div.Scalar):

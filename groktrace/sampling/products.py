@@ -146,7 +146,15 @@ class NarrowProduct:
         out.copy_(self._turned.mT)
 
 
-Product = FixedProduct | GatheredProduct | GatheredTransposedProduct | NarrowProduct
+class TurnedProduct:
+    """The transposes of A_r·B_r, one after another in memory."""
+
+    def __call__(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """Write the transposed products of [R, n, m] and [R, m, K] into `out`, [R, K, n]."""
+        torch.bmm(right.mT, left.mT, out=out)
+
+
+Product = FixedProduct | GatheredProduct | GatheredTransposedProduct | NarrowProduct | TurnedProduct
 
 
 class _Chosen:

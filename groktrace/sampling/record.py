@@ -15,6 +15,7 @@ from groktrace.sampling.products import (
     GatheredTransposedProduct,
     NarrowProduct,
     Product,
+    TurnedProduct,
     is_narrow,
     is_sparse,
     is_sparse_gathered,
@@ -150,7 +151,7 @@ class Record:
                 copies[operation] = copy
         dropped = set(copies.values())
         return [
-            replace(operation, target=turned_product, results=copies[operation].results)
+            replace(operation, target=TurnedProduct(), results=copies[operation].results)
             if operation in copies
             else operation
             for operation in operations
@@ -223,11 +224,6 @@ class Record:
             if storage in dying and storage in owned and all(_geometry(other) == wanted for other in same):
                 return storage
         return None
-
-
-def turned_product(left: Tensor, right: Tensor) -> Tensor:
-    """The transposes of a stack of products."""
-    return torch.bmm(right.mT, left.mT)
 
 
 def _is_gather(target: Any, args: tuple[Any, ...]) -> bool:

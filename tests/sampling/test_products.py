@@ -9,6 +9,7 @@ from groktrace.sampling.products import (
     GatheredProduct,
     GatheredTransposedProduct,
     NarrowProduct,
+    TurnedProduct,
     is_narrow,
     is_sparse,
     is_sparse_gathered,
@@ -113,3 +114,11 @@ def test_few_columns_are_those_that_have_slow_kernels():
     assert [columns for columns in range(1, 17) if narrow(columns, "transposed")] == list(range(1, 16))
     assert not narrow(23, dtype=torch.float64)
     assert not narrow(23, shape=(4, 10, 10))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_turned_products_are_the_transposes(layout):
+    left, right = stack("transposed", (3, 20, 12)), stack(layout, (3, 12, 9))
+    out = torch.empty(3, 9, 20)
+    TurnedProduct()(left, right, out)
+    torch.testing.assert_close(out, (left @ right).mT)
