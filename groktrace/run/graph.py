@@ -9,7 +9,6 @@ lists stand for themselves; {"ref": i}, {"float": "inf"}, {"dtype": d}, {"memory
 they have when run. A target is an ATen operation that only computes, "getitem", or arithmetic such as "sym.mul".
 """
 
-import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from groktrace.errors import TaskError
+from groktrace.run.attention import attention
 from groktrace.run.demand import Demand, without_data
 from groktrace.run.operations import RefusedError, find_operation
 
@@ -71,14 +70,12 @@ class Graph:
         constants: the tensors it needs that are neither weights nor data.
         steps: its calls, in order.
         dtypes: the floating dtypes that the weights had when it was traced.
-        attention: whether it calls scaled_dot_product_attention.
     """
 
     document: dict[str, Any]
     constants: dict[str, Tensor]
     steps: tuple[_Step, ...]
     dtypes: tuple[torch.dtype, ...]
-    attention: bool
     _placed: dict[Any, Tensor] = field(default_factory=dict)
     _measured: set[Any] = field(default_factory=set)
 
@@ -99,24 +96,22 @@ class Graph:
 
     def _carry_out(self, steps: Sequence[_Step], values: list[Any], call: Callable[..., Any]) -> None:
         """Fill in the results of steps, each by `call(step, args, kwargs, values)`."""
-        # The fused attention kernels can be neither stacked nor differentiated twice.
-        with sdpa_kernel(SDPBackend.MATH) if self.attention else contextlib.nullcontext():
-            for step in steps:
-                args, kwargs = step.args, step.kwargs
-                if step.holes:
-                    args = args.copy()
-                    for place, template in step.holes:
-                        args[place] = _fill(template, values)
-                if step.named_holes:
-                    kwargs = kwargs | {name: _fill(template, values) for name, template in step.named_holes}
-                try:
-                    values[step.index] = call(step, args, kwargs, values)
-                except _CONFUSIONS as failure:
-                    raise TaskError(
-                        f"the recorded program fails at {step.target} ({type(failure).__name__}: {failure})."
-                    ) from failure
-                for index in step.dead:
-                    values[index] = None
+        for step in steps:
+            args, kwargs = step.args, step.kwargs
+            if step.holes:
+                args = args.copy()
+                for place, template in step.holes:
+                    args[place] = _fill(template, values)
+            if step.named_holes:
+                kwargs = kwargs | {name: _fill(template, values) for name, template in step.named_holes}
+            try:
+                values[step.index] = call(step, args, kwargs, values)
+            except _CONFUSIONS as failure:
+                raise TaskError(
+                    f"the recorded program fails at {step.target} ({type(failure).__name__}: {failure})."
+                ) from failure
+            for index in step.dead:
+                values[index] = None
 
     def _counting(self, tensors: Sequence[Tensor]) -> Callable[..., Any] | None:
         """A call that counts; None where batches of this size were counted before, or a transform repeats them."""
@@ -223,8 +218,7 @@ def build(document: Any, constants: Mapping[str, Tensor]) -> Graph:
         steps[i] = replace(steps[i], dead=tuple(dead))
     kept = {key: document.get(key) for key in ("format", "static_batch", "data", "inputs", "nodes", "outputs")}
     used = {entry["constant"]: constants[entry["constant"]] for entry in inputs if "constant" in entry}
-    attention = any("scaled_dot_product_attention" in step.target for step in steps)
-    return Graph(kept, used, tuple(steps), dtypes, attention)
+    return Graph(kept, used, tuple(steps), dtypes)
 
 
 def _call(step: _Step, args: Any, kwargs: Any, values: list[Any]) -> Any:
@@ -255,6 +249,8 @@ def _step(node: Any, index: int, special: dict[str, int]) -> _Step:
     args = _decode(args, index, special)
     kwargs = {name: _decode(arg, index, special) for name, arg in kwargs.items()}
     function = find_operation(target, args, kwargs)
+    if target == "aten.scaled_dot_product_attention.default":
+        function = attention
     holes = tuple((i, arg) for i, arg in enumerate(args) if any(True for _ in _references(arg)))
     named = tuple((name, arg) for name, arg in kwargs.items() if any(True for _ in _references(arg)))
     return _Step(target, function, args, kwargs, holes, named, index, ())

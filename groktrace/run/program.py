@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from groktrace.errors import RunError, TaskError
+from groktrace.run.attention import twice_differentiable
 from groktrace.run.batch import Batch
 from groktrace.run.graph import FORMAT, Graph, build
 from groktrace.run.operations import ARITHMETIC_NAMES, RandomError, RefusedError
@@ -264,7 +265,8 @@ def _verify(graph: Graph, plain: Forward, example: Batch) -> None:
     weights = dict(plain.model.named_parameters()) | buffers()
     with torch.enable_grad():
         expected, again = live(), live()
-        loss, _ = graph.run(weights, example.tensors)
+        with twice_differentiable():
+            loss, _ = graph.run(weights, example.tensors)
     if not _same(expected, again):
         raise RandomError("two evaluations of it differ")
     if not _same(expected, loss):

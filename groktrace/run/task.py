@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from groktrace.errors import TaskError
+from groktrace.run.attention import for_live_models
 from groktrace.run.batch import Batch, Structure, collect, unflatten
 
 MAX_SAMPLES = 8192
@@ -115,7 +116,7 @@ class Task:
             offset_free = is_offset_free(module, batch)
 
         def forward(weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-            with evaluation_mode(module):
+            with evaluation_mode(module), for_live_models():
                 named = {_MODEL_PREFIX + name: tensor for name, tensor in weights.items()}
                 return torch.func.functional_call(module, named, tuple(tensors))
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from groktrace.errors import SettingsError
 from groktrace.sampling.langevin import relaxation_steps
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import LOCALITY, SamplingSettings
 
 RESOLUTION, FOLLOWING_RESOLUTION = 10.0, 100.0
 # ε = 2c/(s·nβ·h_max + γ), with s because curvature grows off the minimum and Lanczos iteration comes from below. At
@@ -21,6 +21,8 @@ COLD_BURN_IN_RELAXATIONS = 2.5
 # Draws of all chains together, at first; each chain takes one at least.
 DRAW_RELAXATIONS = 10.0
 MIN_DRAWS = 64
+# Where data are so many that they are sampled, a step is dear and a draw tells much: of λ_c, 1/√λ of it.
+DEAR_DRAWS = 16
 MAX_STEPS = 400_000
 # Below so many weights in a stack of chains, a step costs the same however many there are.
 STACKED_WEIGHTS = 2**14
@@ -35,11 +37,17 @@ class Scale(NamedTuple):
         localization: γ.
         curvature: where nβ follows the snapshots' top curvature h_max, the one that `nbeta` belongs to: others are
             measured at nβ·curvature/h_max. None where one nβ serves all.
+        samples: of the data, how many are used; None for all that are stored.
+        batch_size: samples a gradient; None for all that are used.
+        locality: ρ that γ was derived from; None where γ was given.
     """
 
     nbeta: float
     localization: float
     curvature: float | None = None
+    samples: int | None = None
+    batch_size: int | None = None
+    locality: float | None = None
 
     @classmethod
     def from_dict(cls, value: Any) -> "Scale":
@@ -50,11 +58,13 @@ class Scale(NamedTuple):
             TypeError: it is not a dict of numbers.
             ValueError: a value is not positive.
         """
-        top = value["curvature"]
-        numbers = (value["nbeta"], value["localization"], *(() if top is None else (top,)))
-        if not all(type(number) in (int, float) and 0 < number <= sys.float_info.max for number in numbers):
+        found = {name: value[name] for name in cls._fields}
+        given = {name: number for name, number in found.items() if number is not None}
+        positive = all(type(each) in (int, float) and 0 < each <= sys.float_info.max for each in given.values())
+        whole = all(type(given.get(name, 1)) is int for name in ("samples", "batch_size"))
+        if not (positive and whole and {"nbeta", "localization"} <= given.keys()):
             raise ValueError(f"expected positive numbers, got {value}")
-        return cls(*(float(number) for number in numbers))
+        return cls(**found)
 
 
 def resolution(settings: SamplingSettings, follow: bool) -> float:
@@ -94,21 +104,22 @@ def posterior_scale(
     Raises:
         SettingsError: a dial is asked for where the network leaves it undefined.
     """
-    localization = settings.localization
+    localization, locality = settings.localization, None
     if localization is None:
+        locality = settings.locality or LOCALITY
         if not norm_squared > 0:
             raise SettingsError("localization: cannot be derived where all weights are zero; give a number.")
-        localization = dimension / (settings.locality**2 * norm_squared)
+        localization = dimension / (locality**2 * norm_squared)
     if settings.nbeta == "wbic":
         if n < 2:
             raise SettingsError(f"nbeta: 'wbic' is n/log n and needs at least 2 samples, got {n}; give a number.")
-        return Scale(n / math.log(n), localization)
+        return Scale(n / math.log(n), localization, locality=locality)
     if settings.nbeta not in (None, "curvature"):
-        return Scale(float(settings.nbeta), float(localization))
+        return Scale(float(settings.nbeta), float(localization), locality=locality)
     if not top_curvature > 0:
         raise SettingsError("nbeta: cannot be derived where the loss has no curvature; give a number.")
     nbeta = resolution(settings, follow) * localization / top_curvature
-    return Scale(nbeta, localization, top_curvature if follow else None)
+    return Scale(nbeta, localization, top_curvature if follow else None, locality=locality)
 
 
 def step_size(nbeta: float, localization: float, top_curvature: float) -> float:
@@ -122,6 +133,7 @@ def run_length(
     epsilon: float,
     relaxations: float = BURN_IN_RELAXATIONS,
     halvings: int = 0,
+    dear: bool = False,
 ) -> tuple[int, int]:
     """Burn-in and first round of draws, in steps.
 
@@ -131,11 +143,12 @@ def run_length(
         epsilon: ε.
         relaxations: relaxation times of the flat directions to burn in for.
         halvings: how often ε was halved.
+        dear: whether to begin with few draws.
     """
     relaxation = relaxation_steps(settings.method, epsilon, localization, halvings)
     burn_in = min(math.ceil(relaxations * relaxation), MAX_STEPS // 2)
     share = max(1.0, DRAW_RELAXATIONS / settings.chains)
-    draws = min(max(MIN_DRAWS, math.ceil(share * relaxation)), MAX_STEPS // 2)
+    draws = DEAR_DRAWS if dear else min(max(MIN_DRAWS, math.ceil(share * relaxation)), MAX_STEPS // 2)
     return (
         burn_in if settings.burn_in is None else settings.burn_in,
         draws if settings.draws is None else settings.draws,

@@ -3,12 +3,13 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from groktrace.sampling import langevin
+from groktrace.sampling.batches import Minibatches
 from groktrace.sampling.calibration import MAX_STEPS, run_length, settle, step_size
 from groktrace.sampling.curvature import gaussian_start, top_eigenvalue
 from groktrace.sampling.langevin import LangevinConfig, LangevinState, generator_for
@@ -27,6 +28,11 @@ MAX_GROWTH = 16
 WORKING_SET_BYTES = {"cpu": 12 * 2**20}
 WORKING_SET_BYTES_ELSEWHERE = 2**31
 _STATE_VECTORS = 8
+# Where data are sampled: products with the Hessian where chains have gone, and single samples that are looked at.
+_DEAR_ITERATIONS = 3
+_DEAR_LOOKS = 16
+# What the gradients of all minibatches at w* may take, of the snapshots of a stack together.
+CONTROL_BYTES = 2**28
 _CHECK_EVERY = 64
 # A second batch tells at every so many steps how noisy the gradients are.
 _HEATING_EVERY = 16
@@ -142,6 +148,41 @@ def time_steps(loss: StackedLoss, anchors: Tensor, settings: SamplingSettings, s
     return spent / made, before
 
 
+@dataclass(frozen=True)
+class _Control:
+    """What control variates need of the batches of a partition, at each snapshot (Baker et al. 2019).
+
+    Attributes:
+        losses: L_k(w*) of each batch, [S, K].
+        shifts: ∇L(w*) − ∇L_k(w*), [S, K, D].
+        gradients: ∇L(w*), the mean over the batches, [S, D].
+        snapshot: of each row, [R].
+    """
+
+    losses: Tensor
+    shifts: Tensor
+    gradients: Tensor
+    snapshot: Tensor
+
+    @classmethod
+    def of(cls, loss: StackedLoss, anchors: Tensor, partition: Tensor, snapshot: Tensor) -> "_Control":
+        losses = anchors.new_empty(len(anchors), len(partition))
+        shifts = anchors.new_empty(len(anchors), len(partition), anchors.shape[1])
+        for k, batch in enumerate(partition):
+            losses[:, k], shifts[:, k] = loss.gradients(anchors, batch.expand(len(anchors), -1).contiguous())
+        gradients = shifts.mean(1)
+        torch.sub(gradients[:, None], shifts, out=shifts)
+        return cls(losses, shifts, gradients, snapshot)
+
+    def mean(self) -> tuple[Tensor, Tensor]:
+        """L(w*) and ∇L(w*) of each row, [R] and [R, D]."""
+        return self.losses.mean(1)[self.snapshot], self.gradients[self.snapshot]
+
+    def select(self, rows: Tensor) -> "_Control":
+        """That of some of the rows."""
+        return replace(self, snapshot=self.snapshot[rows])
+
+
 class _Group:
     """The chains of some snapshots in flight."""
 
@@ -160,7 +201,7 @@ class _Group:
         self.halvings = halvings
         self.epsilons = epsilons
         self.lengths = [
-            run_length(settings, localization, epsilon, halvings=halved)
+            run_length(settings, localization, epsilon, halvings=halved, dear=loss.sample_bytes is not None)
             for epsilon, halved in zip(epsilons, halvings, strict=True)
         ]
         device, chains = anchors.device, settings.chains
@@ -172,24 +213,37 @@ class _Group:
         self.config = LangevinConfig(settings.method, nbeta, localization, step_size, halved)
         keys = [(step, chain) for step in steps for chain in range(chains)]
         self.samples = len(loss.tensors[0])
-        self.batches: list[torch.Generator] | None = None
-        self.index: Tensor | None = None
+        self.batches: Minibatches | None = None
+        self.control: _Control | None = None
         if settings.batch_size is not None and settings.batch_size < self.samples:
-            self.batches = [generator_for(settings.seed, step, chain, "batch", device) for step, chain in keys]
-            self.index = torch.arange(settings.batch_size, device=device).repeat(len(keys), 1)
-        self.base, self.base_gradients = self.loss.gradients(self.anchors)
+            generators = [generator_for(settings.seed, step, chain, "batch", device) for step, chain in keys]
+            kept = len(anchors) * (self.samples // settings.batch_size) * anchors[0].nbytes
+            whole = self.samples % settings.batch_size == 0  # else some samples would never be seen
+            parts = whole and settings.method != "sgld" and kept <= CONTROL_BYTES
+            self.batches = Minibatches.begin(self.samples, settings.batch_size, generators, device, parts)
+            if parts:
+                self.control = _Control.of(loss, anchors, self.batches.partition, each)
+        if self.control is None:
+            self.base, self.base_gradients = self.loss.gradients(self.anchors)
+        else:
+            self.base, self.base_gradients = self.control.mean()
         # The published method starts at w*.
         start = torch.zeros_like(self.anchors)
         if settings.method != "sgld":
             start = normal_like(start, [generator_for(settings.seed, *key, "start", device) for key in keys])
             at_anchors = self.base, self.base_gradients
             if self.batches is not None:
-                self._next_batch()
+                self.batches.draw()
                 at_anchors = self.loss.gradients(self.anchors, self.index)
             start = gaussian_start(self.loss, self.anchors, at_anchors, start, nbeta, localization, self.index)
         noise = [generator_for(settings.seed, *key, "noise", device) for key in keys]
         self.state = langevin.init(self.config, start, noise)
         self.made = 0
+
+    @property
+    def index(self) -> Tensor | None:
+        """[R, B] samples of the current minibatches; None without them."""
+        return None if self.batches is None else self.batches.index
 
     def run(self, enough: Callable[[Traces], bool]) -> list[Traces]:
         """Burn in, draw, and go on with those snapshots whose draws are not enough yet."""
@@ -250,14 +304,20 @@ class _Group:
         odd = [
             s
             for s, each in enumerate(traces)
-            if not each.diverged(dimension) and (self.halvings[s] or each.anharmonic(dimension))
+            if not each.diverged(dimension)
+            and (self.halvings[s] or (self.loss.sample_bytes is None and each.anharmonic(dimension)))
         ]
         if not odd:
             return
         rows = self._rows(odd)
         positions = self.anchors[rows] + self.state.displacement[rows]
         start = self.state.displacement[rows] + torch.finfo(positions.dtype).tiny
-        top = top_eigenvalue(self.loss.select(rows), positions, start).view(-1, chains).amax(1)
+        if self.loss.sample_bytes is None:
+            top = top_eigenvalue(self.loss.select(rows), positions, start)
+        else:
+            index = None if self.batches is None else self.index[rows]
+            top = top_eigenvalue(self.loss.select(rows), positions, start, _DEAR_ITERATIONS, index)
+        top = top.view(-1, chains).amax(1)
         for s, curvature in zip(odd, top.tolist(), strict=True):
             traces[s] = replace(traces[s], curvature=curvature)
 
@@ -273,8 +333,9 @@ class _Group:
         self.state = self.state.select(rows)
         self.base, self.base_gradients = self.base[rows], self.base_gradients[rows]
         if self.batches is not None:
-            self.batches = [self.batches[r] for r in rows.tolist()]
-            self.index = self.index[rows]
+            self.batches = self.batches.select(rows)
+        if self.control is not None:
+            self.control = self.control.select(rows)
 
     def _advance(self, counts: Sequence[int], first: bool = False, looks: "Looks | None" = None) -> Tensor:
         """Make so many steps with each snapshot's chains; [steps, 5, R]: excess, pull, spread, paired, batch noise.
@@ -294,7 +355,7 @@ class _Group:
         state: LangevinState = self.state
         weights, gradients = self.anchors + state.displacement, torch.empty_like(self.anchors)
         evaluate = self._evaluator(weights, gradients)
-        done: list[tuple[int, LangevinState, list[Tensor]]] = []
+        done: list[tuple[int, LangevinState, Minibatches | None]] = []
         ends: dict[int, list[int]] = {}
         for s, length in enumerate(counts):
             if length < count:
@@ -307,6 +368,8 @@ class _Group:
         blocks = [(block, *(each[:, columns] for each in stacks)) for columns, block in state.blocks()]
         # Chains of minibatches look at two batches' samples: looks at all would cost more than the steps between them.
         seen = self.samples if self.index is None else 2 * self.index.shape[1]
+        if self.loss.sample_bytes is not None:
+            seen = _DEAR_LOOKS
         scale = record.new_tensor([[nbeta], [self.config.localization], [0.25 * nbeta]])
         for t in range(count):
             self.made += 1
@@ -337,26 +400,27 @@ class _Group:
         chains = self.settings.chains
         return torch.tensor([s * chains + c for s in snapshots for c in range(chains)], device=self.anchors.device)
 
-    def _saved(self, s: int) -> tuple[LangevinState, list[Tensor]]:
+    def _saved(self, s: int) -> tuple[LangevinState, Minibatches | None]:
         """A copy of one snapshot's chains as they are, and the state of what draws their batches."""
         rows = self._rows([s])
         saved = self.state.select(rows)
         copies = [torch.Generator(each.device).set_state(each.get_state()) for each in saved.generators]
-        batches = [] if self.batches is None else [self.batches[r].get_state() for r in rows.tolist()]
-        return replace(saved, generators=copies), batches
+        return replace(saved, generators=copies), None if self.batches is None else self.batches.saved(rows)
 
-    def _restore(self, s: int, saved: LangevinState, batches: list[Tensor]) -> None:
+    def _restore(self, s: int, saved: LangevinState, batches: Minibatches | None) -> None:
         rows = self._rows([s])
         self.state.displacement[rows], self.state.momentum[rows] = saved.displacement, saved.momentum
         for r, generator in zip(rows.tolist(), saved.generators, strict=True):
             self.state.generators[r] = generator
-        for r, state in zip(rows.tolist(), batches, strict=False):
-            self.batches[r].set_state(state)
+        if batches is not None:
+            self.batches.restore(rows, batches)
 
     def _evaluator(self, weights: Tensor, gradients: Tensor) -> Callable[[], Tensor]:
         """L(w) − L(w*) of each row, [R], of what `weights` holds; ∇L(w) goes into `gradients`, [R, D]."""
         here = self.loss.bound(weights, gradients, self.index)
         at_anchors, blocks = (lambda: self.base), []
+        if self.control is not None:
+            return self._with_kept_control(here, gradients)
         if self._corrected:
             # Control variate at w* and paired losses (Baker et al. 2019): both errors shrink with ‖w − w*‖.
             control = torch.empty_like(gradients)
@@ -365,8 +429,8 @@ class _Group:
             blocks = [[each[:, columns] for each in stacks] for columns, _ in self.state.blocks()]
 
         def evaluate() -> Tensor:
-            if self.index is not None:
-                self._next_batch()
+            if self.batches is not None:
+                self.batches.draw()
             excess = here() - at_anchors()
             for slopes, there, base in blocks:
                 slopes.sub_(there).add_(base)
@@ -374,11 +438,19 @@ class _Group:
 
         return evaluate
 
-    def _next_batch(self) -> None:
-        """Draw the samples of each row's next minibatch."""
-        # Without replacement: the noise of a batch is then smaller, and none where it holds everything.
-        for row, generator in zip(self.index, self.batches, strict=True):
-            row.copy_(torch.randperm(self.samples, generator=generator, device=row.device)[: len(row)])
+    def _with_kept_control(self, here: Callable[[], Tensor], gradients: Tensor) -> Callable[[], Tensor]:
+        """The same where the batches' gradients at w* are kept."""
+        batches, control = self.batches, self.control
+        rows = list(zip(gradients, control.snapshot.tolist(), strict=True))
+
+        def evaluate() -> Tensor:
+            batches.draw()
+            excess = here() - control.losses[control.snapshot, batches.number]
+            for (row, s), number in zip(rows, batches.number.tolist(), strict=True):
+                row.add_(control.shifts[s, number])
+            return excess
+
+        return evaluate
 
     @property
     def _corrected(self) -> bool:
@@ -392,7 +464,8 @@ class _Group:
         """
         first = gradients.clone()
         evaluate()
-        return self.config.noise_gain * self.config.nbeta**2 * 0.5 * first.sub_(gradients).square_().sum(1)
+        noise = 0.5 * first.sub_(gradients).square_().sum(1) * self.batches.spread
+        return self.config.noise_gain * self.config.nbeta**2 * noise
 
     def _traces(self, piece: Tensor, epsilon: float, burn_in: int) -> Traces:
         piece = piece.cpu()

@@ -4,13 +4,13 @@ Beside w* itself, in its own dtype, only flat vectors that a caller makes exist:
 one, gradients are added to another as they appear, and the rest is done in pieces that fit the processor's cache.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from groktrace.sampling.posterior import FACTOR, StackedLoss
+from groktrace.sampling.posterior import FACTOR, WHOLE_BYTES, StackedLoss
 from groktrace.sampling.uses import Uses, leaf
 
 # Networks of so many numbers, and those whose activations take so much, are evaluated alone and in micro-batches.
@@ -143,6 +143,10 @@ def with_micro_batch(loss: StackedLoss, weights: Mapping[str, Tensor]) -> Stacke
     network = Network(alone, weights)
     try:
         activations = _activation_bytes(network)
+        if samples * activations > WHOLE_BYTES and not _takes_one_size(network):
+            loss = replace(loss, sample_bytes=activations, tensors=_shuffled(loss.tensors))
+            alone = replace(loss, vectorised=False, micro_batch=samples)
+            network = Network(alone, weights)
         large = numbers >= LARGE_WEIGHTS or samples * activations >= LARGE_ACTIVATIONS
         divisible = large and _is_mean_over_samples(network)
     except Exception:  # the program takes one batch size only, or the loss fails on a single sample
@@ -151,6 +155,25 @@ def with_micro_batch(loss: StackedLoss, weights: Mapping[str, Tensor]) -> Stacke
         return alone if large else loss
     budget = max(_ACTIVATION_SHARE * 4 * numbers, _LEAST_ACTIVATIONS)
     return replace(alone, micro_batch=max(1, min(samples, int(budget / max(activations, 1)))))
+
+
+def _shuffled(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The samples in one random order, which nothing but their number decides."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    order = torch.randperm(len(tensors[0]), generator=generator, device="cpu").to(tensors[0].device)
+    return tuple(tensor[order] for tensor in tensors)
+
+
+def _takes_one_size(network: Network) -> bool:
+    """Whether the loss can be evaluated on all samples only, as some recorded ones."""
+    try:
+        with torch.no_grad():
+            network.loss.forward(
+                {**network._named(None), **network._fixed}, [tensor[:_FEW_SAMPLES] for tensor in network.loss.tensors]
+            )
+    except Exception:  # whatever it trips over
+        return True
+    return False
 
 
 def _activation_bytes(network: Network) -> int:

@@ -1,20 +1,27 @@
 """The loss of many weight vectors at once, and its gradient: the one place where networks are evaluated stacked."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from groktrace.run.attention import twice_differentiable
 from groktrace.sampling.plan import Plan, run
 from groktrace.sampling.record import CannotPlanError
 
+# Of what a gradient keeps between forward and backward. Data that would take more than the first are sampled; rows that
+# take more than the second are evaluated one by one, which is quicker then (an LSTM's twice), and in parts of the third.
+WHOLE_BYTES = 2**24
+STACKED_BYTES = 2**21
+PART_BYTES = 2**25
 # Larger evaluations are not recorded as a plan: a recording holds every intermediate value, and saves little there.
 MAX_PLANNED_BYTES = 2**28
 MAX_SINGLE_SAMPLES = 1024
+_FEW_SAMPLES = 8
 # Among the tensors that are not sampled: a factor of the row's loss.
 FACTOR = "factor of the loss"
 
@@ -67,6 +74,8 @@ class StackedLoss:
         fixed: what is not sampled (buffers, frozen weights), [R, ...] each.
         vectorised: False for networks that cannot be stacked: rows are then evaluated one by one.
         row_bytes: memory that one row's gradient takes with all samples; None where it was not measured.
+        sample_bytes: what one sample's gradient keeps between forward and backward, where the data are so many that they
+            are sampled; None where all are used. They are then in a random order, and the first of them are a subset.
         separable: whether it was found to be a mean over samples of losses of single samples.
         micro_batch: samples evaluated at once where networks are large and go alone, in place (`network`, `large`);
             None where they are stacked.
@@ -79,6 +88,7 @@ class StackedLoss:
     fixed: dict[str, Tensor]
     vectorised: bool = True
     row_bytes: int | None = None
+    sample_bytes: int | None = None
     separable: bool = False
     micro_batch: int | None = None
     plans: dict[Any, Plan | None] = field(default_factory=dict, repr=False, compare=False)
@@ -91,6 +101,21 @@ class StackedLoss:
     def select(self, rows: Tensor) -> "StackedLoss":
         """The loss of some of the rows."""
         return replace(self, fixed={name: tensor[rows] for name, tensor in self.fixed.items()})
+
+    def subset(self, count: int | None, batch_size: int | None = None) -> "StackedLoss":
+        """The loss of the first samples, as it is evaluated quickest.
+
+        Args:
+            count: how many; None for all.
+            batch_size: samples a gradient; None for all of these.
+        """
+        if self.sample_bytes is None:
+            return self
+        tensors = tuple(tensor[:count] for tensor in self.tensors)
+        together = min(batch_size or len(tensors[0]), len(tensors[0]))
+        stacked = self.vectorised and together * self.sample_bytes <= STACKED_BYTES
+        row = len(tensors[0]) * self.sample_bytes
+        return replace(self, tensors=tensors, vectorised=stacked, row_bytes=row, plans={})
 
     def probe(self, weights: Tensor) -> "StackedLoss":
         """This loss, with what one gradient tells of it: whether rows can be stacked, and how much memory one takes.
@@ -105,6 +130,8 @@ class StackedLoss:
             seen[storage.data_ptr()] = storage.nbytes()
             return tensor
 
+        if self.sample_bytes is not None:
+            return self._probe_few(weights)
         twice = torch.zeros(2, dtype=torch.long, device=weights.device)
         first = self.select(twice[:1])
         try:
@@ -117,6 +144,18 @@ class StackedLoss:
             seen.pop(shared.untyped_storage().data_ptr(), None)
         found = replace(self, vectorised=first.vectorised, row_bytes=sum(seen.values()))
         return replace(found, separable=found.select(twice[:1])._is_separable(weights))
+
+    def _probe_few(self, weights: Tensor) -> "StackedLoss":
+        """The same from a few samples."""
+        few = replace(self, tensors=tuple(tensor[:_FEW_SAMPLES] for tensor in self.tensors))
+        twice = torch.zeros(2, dtype=torch.long, device=weights.device)
+        few.select(twice[:1])._differentiate(weights)
+        try:
+            few.select(twice)._differentiate(weights[twice])
+        except (RuntimeError, ValueError):
+            few = replace(few, vectorised=False)
+        separable = few.select(twice[:1])._is_separable(weights)
+        return replace(self, vectorised=few.vectorised, separable=separable)
 
     def losses(self, weights: Tensor, index: Tensor | None = None) -> Tensor:
         """L of each row.
@@ -132,17 +171,16 @@ class StackedLoss:
         def one(flat: Tensor, fixed: dict[str, Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
             return self._forward({**self.layout.unflatten(flat), **fixed}, tensors)
 
-        # The fused attention kernels can be neither stacked nor differentiated twice.
-        with sdpa_kernel(SDPBackend.MATH):
-            if self.vectorised:
-                tensors = self.tensors if index is None else tuple(tensor[index] for tensor in self.tensors)
-                shared = None if index is None else 0
-                return torch.func.vmap(one, in_dims=(0, 0, shared))(weights, self.fixed, tensors)
-            rows = []
-            for r in range(len(weights)):
-                tensors = self.tensors if index is None else tuple(tensor[index[r]] for tensor in self.tensors)
-                rows.append(one(weights[r], {name: tensor[r] for name, tensor in self.fixed.items()}, tensors))
-            return torch.stack(rows)
+        if self.vectorised:
+            tensors = self.tensors if index is None else tuple(tensor[index] for tensor in self.tensors)
+            shared = None if index is None else 0
+            return torch.func.vmap(one, in_dims=(0, 0, shared))(weights, self.fixed, tensors)
+        return torch.stack([one(weights[r], *self._row(r, index)) for r in range(len(weights))])
+
+    def _row(self, r: int, index: Tensor | None) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """What one row is evaluated with besides its weights: what is not sampled, and the samples."""
+        tensors = self.tensors if index is None else tuple(tensor[index[r]] for tensor in self.tensors)
+        return {name: tensor[r] for name, tensor in self.fixed.items()}, tensors
 
     def _forward(self, weights: dict[str, Tensor], tensors: Sequence[Tensor]) -> Tensor:
         factor = weights.pop(FACTOR, None)
@@ -170,7 +208,7 @@ class StackedLoss:
             return self._forward({**self.layout.unflatten(flat), **fixed}, alone)
 
         tensors = tuple(tensor[self._spread(most)] for tensor in self.tensors)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad():
             of_samples = torch.func.vmap(one, in_dims=(None, None, 0))
             return torch.func.vmap(of_samples, in_dims=(0, 0, None))(weights, self.fixed, tensors)
 
@@ -228,6 +266,9 @@ class StackedLoss:
 
             return replay
 
+        if not self.vectorised:
+            return partial(self._differentiate_rows, weights, gradients, index)
+
         def differentiate() -> Tensor:
             losses, found = self._differentiate(weights, index)
             gradients.copy_(found)
@@ -236,12 +277,42 @@ class StackedLoss:
         return differentiate
 
     def _differentiate(self, weights: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not self.vectorised:
+            gradients = torch.empty_like(weights)
+            return self._differentiate_rows(weights, gradients, index), gradients
         weights = weights.detach().requires_grad_(True)
         with torch.enable_grad():
             losses = self.losses(weights, index)
             # Rows are independent, so the gradient of the sum holds each row's own.
             (gradients,) = torch.autograd.grad(losses.sum(), weights)
         return losses.detach(), gradients
+
+    def _differentiate_rows(self, weights: Tensor, gradients: Tensor, index: Tensor | None) -> Tensor:
+        """L of each row, one after the other, and ∇L into `gradients`."""
+        losses = weights.new_zeros(len(weights))
+        for r, (flat, out) in enumerate(zip(weights.detach(), gradients, strict=True)):
+            fixed, tensors = self._row(r, index)
+            leaves = {name: part.requires_grad_() for name, part in self.layout.unflatten(flat).items()}
+            places = list(self.layout.unflatten(out).values())
+            for number, (share, part) in enumerate(self._parts(tensors)):
+                with torch.enable_grad():
+                    loss = self._forward({**leaves, **fixed}, part)
+                    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+                losses[r] += share * loss.detach()
+                for place, each in zip(places, found, strict=True):
+                    torch.mul(each, share, out=place) if number == 0 else place.add_(each, alpha=share)
+        return losses
+
+    def _parts(self, tensors: Sequence[Tensor]) -> Iterator[tuple[float, Sequence[Tensor]]]:
+        """Samples that are evaluated at once, and their share of all."""
+        count = len(tensors[0])
+        size = max(1, PART_BYTES // self.sample_bytes) if self.separable and self.sample_bytes else count
+        if size >= count:
+            yield 1.0, tensors
+            return
+        for start in range(0, count, size):
+            part = tuple(tensor[start : start + size] for tensor in tensors)
+            yield len(part[0]) / count, part
 
     def has_second_derivatives(self, weights: Tensor) -> bool:
         """Whether `hessian_products` can be had, tried on the first row.
@@ -276,7 +347,7 @@ class StackedLoss:
             RuntimeError: an operation has no second derivative.
         """
         weights = weights.detach().requires_grad_(True)
-        with torch.enable_grad():
+        with torch.enable_grad(), twice_differentiable():
             losses = self.losses(weights, index)
             (gradients,) = torch.autograd.grad(losses.sum(), weights, create_graph=True)
             if not gradients.requires_grad:  # the loss is linear

@@ -25,7 +25,8 @@ class SamplingSettings:
             `resolution` at each snapshot anew; None to derive it once for all, or at each snapshot where the top
             curvature falls away after the training set is fitted, as under cross-entropy.
         localization: γ, the pull towards w*; None to derive it from `locality`.
-        locality: wanted distance of the chains from w*, relative to ‖w*‖.
+        locality: wanted distance of the chains from w*, relative to ‖w*‖. None for 0.22, or less where the chains would
+            leave the basin.
         resolution: κ = nβ·h_max/γ; curvatures down to h_max/κ count. None for 10, or 100 where nβ follows each
             snapshot's curvature: there transitions show at flatter directions.
         chains: independent chains a snapshot; the centred estimate needs two. None for two, and up to 16 where the
@@ -34,7 +35,9 @@ class SamplingSettings:
         burn_in: discarded steps a chain; None for a relaxation time of the flat directions, or for 2.5 in large
             networks, whose chains start at w*.
         step_size: ε; None to derive it from each snapshot's curvature.
-        batch_size: samples a gradient; None for all stored ones.
+        samples: of the stored ones, how many the posterior is of; None for all, or of large sets for as many as the
+            snapshots need.
+        batch_size: samples a gradient; None for all, or of large sets for as many as keep their noise below 2 %.
         rtol: wanted standard error relative to the estimate, where `draws` is None.
         parameters: names, or patterns such as "blocks.0.*", of the weights that move, for a refined LLC; None for all.
         seed: of every random number drawn.
@@ -46,12 +49,13 @@ class SamplingSettings:
     method: Literal["kinetic", "averaged", "sgld"] | None = None
     nbeta: float | Literal["wbic", "curvature"] | None = None
     localization: float | None = None
-    locality: float = LOCALITY
+    locality: float | None = None
     resolution: float | None = None
     chains: int | None = None
     draws: int | None = None
     burn_in: int | None = None
     step_size: float | None = None
+    samples: int | None = None
     batch_size: int | None = None
     rtol: float = 0.02
     parameters: tuple[str, ...] | None = None
@@ -64,7 +68,7 @@ class SamplingSettings:
             _positive("nbeta", self.nbeta, " or 'wbic' or 'curvature'")
         for name in ("localization", "locality", "resolution", "step_size", "rtol"):
             _positive(name, getattr(self, name))
-        for name, least in (("chains", 1), ("draws", 2), ("burn_in", 0), ("batch_size", 1), ("seed", 0)):
+        for name, least in (("chains", 1), ("draws", 2), ("burn_in", 0), ("samples", 2), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise SettingsError(f"{name}: expected a whole number of at least {least}, got {value!r}.")
@@ -88,7 +92,7 @@ class SamplingSettings:
 
 def _positive(name: str, value: Any, more: str = "") -> None:
     """Refuse anything but None and finite positive numbers."""
-    if value is None and name not in ("locality", "rtol"):
+    if value is None and name != "rtol":
         return
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and value > 0):
