@@ -1,5 +1,6 @@
 """Loss, accuracy, size and curvature of snapshots: what can be said of them without sampling."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from groktrace.analysis.journal import check_numbers, check_step
+from groktrace.analysis.predictions import evaluate
 from groktrace.run.batch import Batch
 from groktrace.run.task import Task, failures_in_words
 from groktrace.sampling.curvature import top_eigenvalue
@@ -17,6 +19,9 @@ from groktrace.sampling.large import top_eigenvalue_large
 from groktrace.sampling.network import Network, as_float, with_micro_batch
 from groktrace.sampling.noise import normal_like
 from groktrace.sampling.posterior import StackedLoss, WeightLayout
+
+# What a network loses that knows nothing is the same on so many samples, spread evenly, as on all.
+CHANCE_SAMPLES = 256
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,34 @@ def survey(
     ]
 
 
+def chance_losses(
+    task: Task, weights: dict[str, Tensor], device: torch.device, together: int | None = None
+) -> tuple[float, ...]:
+    """Training losses of networks that know nothing, the better one first; those that are not finite are left out.
+
+    They are that of a network whose weights are all zero, so that it says the same of every sample, and that of the
+    weights given.
+
+    Args:
+        task: loss and data.
+        weights: tensors by name, of the first snapshot.
+        device: where to compute.
+        together: samples that may be evaluated at once; None for all.
+    """
+    count = min(CHANCE_SAMPLES, together or CHANCE_SAMPLES)
+    some = task.train.take(torch.arange(0, len(task.train), math.ceil(len(task.train) / count), device="cpu"))
+    own = {name: as_float(tensor).to(device) for name, tensor in weights.items()}
+    # A single zero that is seen as many takes no memory.
+    none = {name: t.new_zeros(()).expand(t.shape) if t.is_floating_point() else t for name, t in own.items()}
+    losses = []
+    for each in (none, own):
+        for batch in (some, task.train) if together is None else (some,):  # some programs take one batch size only
+            with contextlib.suppress(Exception), torch.no_grad():
+                losses.append(float(task.forward(each, batch.to(device).tensors)[0]))
+                break
+    return tuple(loss for loss in losses if math.isfinite(loss))
+
+
 def accuracy(outputs: Tensor, targets: Tensor, offset: Tensor | None = None) -> float | None:
     """Fraction of samples whose largest output is the target's class; None where there are no classes.
 
@@ -190,9 +223,9 @@ def measure_point(
         hits: list[Tensor | None] = []
         for start in range(0, len(batch), count):
             part = (batch if count >= len(batch) else batch.take(slice(start, start + count))).to(device)
-            loss, outputs = task.forward(weights, part.tensors)
-            total += float(loss) * (len(part) / len(batch))
-            hits.append(right(part, outputs, batch is task.train))
+            loss, outputs, seen = evaluate(task.forward, weights, part.tensors)
+            total += loss * (len(part) / len(batch))
+            hits.append(right(part, outputs, batch is task.train) if seen is None else seen)
         return total, None if any(each is None for each in hits) else _fraction(torch.cat(hits))
 
     def right(batch: Batch, outputs: Tensor | None, training: bool) -> Tensor | None:
@@ -202,7 +235,7 @@ def measure_point(
             return None
         targets = pair[1]
         if targets.dtype == torch.long and isinstance(pair[0], Tensor) and torch.equal(targets, pair[0]):
-            return None  # next-token targets that the loss shifts itself: where each belongs is not known
+            return None  # the loss shifts its targets itself, and where each belongs is not known
         if task.offset_free and training:
             # The loss cannot see this mean, so neither may the predictions (Gromov 2023's network has it at 30-50 %).
             offset = (outputs - targets).mean(0) if targets.shape == outputs.shape else None

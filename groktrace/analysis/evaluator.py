@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from groktrace.analysis.estimate import estimate_stack, weight_layout
-from groktrace.analysis.evaluation import Survey, survey, training_loss
+from groktrace.analysis.evaluation import Survey, chance_losses, survey, training_loss
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.sharpness import Sharpness, measure_sharpness
 from groktrace.analysis.trajectory import Point
@@ -89,6 +89,8 @@ class Evaluator:
         self.task, self.layout, self.device = task, layout, device
         self.loss = training_loss(task, layout, first, device)
         self.settings = settle(settings, layout.size, self.loss.micro_batch is None)
+        # At the first snapshot, the same whichever process evaluates and whatever it is asked first.
+        self.chance = chance_losses(task, first, device, self.loss.micro_batch)
 
     @property
     def rows(self) -> int:
@@ -127,7 +129,7 @@ class Evaluator:
         known = {each.step: each for each in chunk.surveys}
         about = [known[snapshot.step] for snapshot, _ in group]
         weights = [weights for _, weights in group]
-        estimates = estimate_stack(self.loss, weights, about, self.settings, chunk.scale, self.task.n)
+        estimates = estimate_stack(self.loss, weights, about, self.settings, chunk.scale, self.task.n, self.chance)
         return [
             _point(snapshot, each, estimate)
             for (snapshot, _), each, estimate in zip(group, about, estimates, strict=True)

@@ -36,7 +36,7 @@ POINTS_FILE = "points.jsonl"
 _SHARPNESS_FILE = "sharpness.jsonl"
 _REFERENCE_FILE = "reference.jsonl"
 # Goes up when the same settings come to give other numbers, which must not end up beside the older ones.
-_ESTIMATOR = 4
+_ESTIMATOR = 5
 
 Progress = Callable[[str, int, int], None]
 

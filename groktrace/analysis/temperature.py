@@ -16,7 +16,7 @@ from groktrace.analysis.estimate import (
     prepare_point,
     weight_layout,
 )
-from groktrace.analysis.evaluation import Survey, survey, training_loss
+from groktrace.analysis.evaluation import Survey, chance_losses, survey, training_loss
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.errors import SettingsError
 from groktrace.run.store import Run
@@ -81,8 +81,8 @@ def temperature_curve(
     """
     chosen = _curve_settings(settings)
     place = choose_device(device)
-    n, training, weights, surveyed = prepare_point(model, loss, train, batch_loss, chosen, place)
-    return _measure_curve(n, training, weights, surveyed, chosen, nbetas)
+    n, training, weights, surveyed, chance = prepare_point(model, loss, train, batch_loss, chosen, place)
+    return _measure_curve(n, training, weights, surveyed, chosen, nbetas, chance)
 
 
 def temperature_curve_at(
@@ -121,7 +121,8 @@ def temperature_curve_at(
     evaluated = run.task if task is None else task
     training = training_loss(evaluated, layout, weights, place)
     (surveyed,) = survey(evaluated, training, [weights], [step], chosen.seed)
-    return _measure_curve(evaluated.n, training, weights, surveyed, chosen, nbetas)
+    chance = chance_losses(evaluated, weights, place, training.micro_batch)
+    return _measure_curve(evaluated.n, training, weights, surveyed, chosen, nbetas, chance)
 
 
 def _curve_settings(settings: dict[str, Any]) -> SamplingSettings:
@@ -137,6 +138,7 @@ def _measure_curve(
     surveyed: Survey,
     settings: SamplingSettings,
     nbetas: Sequence[float] | None,
+    chance: Sequence[float],
 ) -> TemperatureCurve:
     settings = settle(settings, training.layout.size, training.micro_batch is None)
     middle, localization, _ = choose_scale(settings, n, training.layout, [surveyed])
@@ -145,7 +147,7 @@ def _measure_curve(
     for nbeta in nbetas:
         make_settings({"nbeta": nbeta})
     estimates = tuple(
-        estimate_stack(training, [weights], [surveyed], settings, Scale(float(nbeta), localization), n)[0]
+        estimate_stack(training, [weights], [surveyed], settings, Scale(float(nbeta), localization), n, chance)[0]
         for nbeta in sorted(nbetas)
     )
     span = find_plateau(estimates)
