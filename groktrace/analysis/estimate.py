@@ -89,7 +89,10 @@ def estimate_stack(
         n: number of training samples.
         chance: training losses of networks that know nothing, see `chance_losses`.
     """
-    nbeta, localization, curvature = scale
+    nbeta, localization, curvature = scale.nbeta, scale.localization, scale.curvature
+    if loss.sample_bytes is not None:
+        loss = loss.subset(scale.samples, scale.batch_size)
+        settings = replace(settings, batch_size=scale.batch_size)
     estimates: list[LLCEstimate | None] = [None] * len(weights)
     usable = []
     for s, about in enumerate(surveys):
@@ -240,14 +243,24 @@ def choose_scale(settings: SamplingSettings, n: int, layout: WeightLayout, surve
         if isinstance(settings.nbeta, float | int) and settings.localization is not None:
             return posterior_scale(settings, n, layout.size, math.nan, math.nan)
         raise SettingsError("nbeta: cannot be derived, as no snapshot has a finite loss; give nbeta and localization.")
-    losses = [each.train_loss for each in finite]
-    fitted = [each for each in finite if each.train_loss <= min(losses) + FITTED * (max(losses) - min(losses))]
-    norm_squared = statistics.median(each.norm_squared for each in fitted)
-    top_curvature = statistics.median(each.top_curvature for each in fitted)
-    tops = [each.top_curvature for each in fitted]
+    among = fitted(finite)
+    norm_squared = statistics.median(each.norm_squared for each in among)
+    tops = [each.top_curvature for each in among]
+    top_curvature = statistics.median(tops)
     # Under cross-entropy all curvatures shrink as margins grow: at one nβ, λ̂ would fall in every run.
     follow = settings.nbeta == "curvature" or (settings.nbeta is None and max(tops) > FALLEN * min(tops) > 0)
     return posterior_scale(settings, n, layout.size, norm_squared, top_curvature, follow)
+
+
+def fitted(surveys: Sequence[Survey]) -> list[Survey]:
+    """Those of snapshots that have fitted the training set, among those whose loss and curvature are finite.
+
+    Args:
+        surveys: of the snapshots.
+    """
+    finite = [each for each in surveys if math.isfinite(each.train_loss) and math.isfinite(each.top_curvature)]
+    losses = [each.train_loss for each in finite]
+    return [each for each in finite if each.train_loss <= min(losses) + FITTED * (max(losses) - min(losses))]
 
 
 def _precise(traces: Traces, rtol: float) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,12 +17,17 @@ from groktrace.run.task import Task, failures_in_words
 from groktrace.sampling.curvature import top_eigenvalue
 from groktrace.sampling.langevin import generator_for
 from groktrace.sampling.large import top_eigenvalue_large
-from groktrace.sampling.network import Network, as_float, with_micro_batch
+from groktrace.sampling.network import Network, as_float, shuffled, with_micro_batch
 from groktrace.sampling.noise import normal_like
-from groktrace.sampling.posterior import StackedLoss, WeightLayout
+from groktrace.sampling.posterior import PART_BYTES, StackedLoss, WeightLayout
 
 # What a network loses that knows nothing is the same on so many samples, spread evenly, as on all.
 CHANCE_SAMPLES = 256
+# Of large sets: what losses and accuracies are measured on at least, in so many parts or more, whose scatter gives the
+# error; and the curvature, which few samples of a well-fitted set may decide, so that as many are taken as is cheap.
+EVALUATED_SAMPLES, EVALUATED_BYTES, PARTS = 256, 2**26, 8
+CURVATURE_SAMPLES, CURVATURE_BYTES = 128, 2**26
+PRODUCTS, DEAR_PRODUCTS = 8, 5
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Survey:
         train_accuracy, val_accuracy: fraction of right predictions, for classification.
         norm_squared: ‖w*‖² over the sampled weights.
         top_curvature: h_max, the largest |eigenvalue| of the Hessian of the training loss.
+        train_loss_stderr, val_loss_stderr: standard errors, where the losses are those of a random subset.
     """
 
     step: int
@@ -43,6 +50,8 @@ class Survey:
     val_accuracy: float | None
     norm_squared: float
     top_curvature: float
+    train_loss_stderr: float | None = None
+    val_loss_stderr: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; what is not finite becomes None."""
@@ -119,15 +128,44 @@ def survey(
     if loss.micro_batch is not None:
         return [_survey_large(task, loss, each, step, seed) for each, step in zip(weights, steps, strict=True)]
     device = loss.device
-    measured = [measure_point(task, each, device) for each in weights]
-    loss, anchors = stack_weights(loss, weights)
+    measured = [_measure(task, loss, each) for each in weights]
+    loss, anchors = stack_weights(loss.subset(curvature_samples(loss)), weights)
     start = normal_like(anchors, [generator_for(seed, step, 0, "curvature", device) for step in steps])
-    curvature = top_eigenvalue(loss, anchors, start).tolist()
+    products = PRODUCTS if loss.sample_bytes is None else DEAR_PRODUCTS
+    curvature = top_eigenvalue(loss, anchors, start, products).tolist()
     norms = anchors.square().sum(1).tolist()
     return [
-        Survey(step, *measure, norm_squared=norm, top_curvature=top)
-        for step, measure, norm, top in zip(steps, measured, norms, curvature, strict=True)
+        replace(about, step=step, norm_squared=norm, top_curvature=top)
+        for step, about, norm, top in zip(steps, measured, norms, curvature, strict=True)
     ]
+
+
+def curvature_samples(loss: StackedLoss) -> int | None:
+    """How many samples the curvature is measured on; None for all.
+
+    Args:
+        loss: the task's training loss.
+    """
+    if loss.sample_bytes is None:
+        return None
+    return max(CURVATURE_SAMPLES, CURVATURE_BYTES // loss.sample_bytes)
+
+
+def _measure(task: Task, loss: StackedLoss, weights: dict[str, Tensor]) -> Survey:
+    """Losses and accuracies of one snapshot; of large sets on a fixed random subset, with standard errors."""
+    if loss.sample_bytes is None:
+        train_loss, train_accuracy, val_loss, val_accuracy = measure_point(task, weights, loss.device)
+        return Survey(0, train_loss, train_accuracy, val_loss, val_accuracy, math.nan, math.nan)
+    most = max(EVALUATED_SAMPLES, EVALUATED_BYTES // loss.sample_bytes)
+    train = Batch(tuple(tensor[:most] for tensor in loss.tensors), task.train.structure)
+    val = None if task.val is None else task.val.take(shuffled(len(task.val))[:most])
+    parts = max(PARTS, math.ceil(len(train) * loss.sample_bytes / PART_BYTES))
+    few = replace(task, train=train, val=val)
+    together = max(1, len(train) // parts)
+    errors: dict[str, float] = {}
+    measured = measure_point(few, weights, loss.device, together, errors)
+    stderr = [errors.get(name) for name in ("train", "val")]
+    return Survey(0, *measured, math.nan, math.nan, *stderr)
 
 
 def chance_losses(
@@ -197,15 +235,24 @@ def _hits(outputs: Tensor, targets: Tensor, offset: Tensor | None) -> Tensor | N
 def _survey_large(task: Task, loss: StackedLoss, weights: dict[str, Tensor], step: int, seed: int) -> Survey:
     """The survey of one large network."""
     network = Network(loss, weights)
-    together = loss.micro_batch if loss.micro_batch < network.samples else None
-    measured = measure_point(task, weights, loss.device, together)
+    if loss.sample_bytes is None:
+        together = loss.micro_batch if loss.micro_batch < network.samples else None
+        measured = measure_point(task, weights, loss.device, together)
+        about = Survey(step, *measured, math.nan, math.nan)
+    else:
+        about = replace(_measure(task, loss, weights), step=step)
+        network = Network(loss.subset(curvature_samples(loss)), weights)
     norm_squared = sum(float(anchor.square().sum(dtype=torch.float64)) for _, anchor in network.pieces())
     top = top_eigenvalue_large(network, generator_for(seed, step, 0, "curvature", loss.device))
-    return Survey(step, *measured, norm_squared=norm_squared, top_curvature=top)
+    return replace(about, norm_squared=norm_squared, top_curvature=top)
 
 
 def measure_point(
-    task: Task, weights: dict[str, Tensor], device: torch.device, together: int | None = None
+    task: Task,
+    weights: dict[str, Tensor],
+    device: torch.device,
+    together: int | None = None,
+    errors: dict[str, float] | None = None,
 ) -> tuple[float, float | None, float | None, float | None]:
     """Training loss and accuracy, validation loss and accuracy of one snapshot.
 
@@ -214,6 +261,8 @@ def measure_point(
         weights: tensors by name.
         device: where to compute.
         together: samples evaluated at once, of a loss that is a mean over samples; None for all.
+        errors: takes the standard errors of the losses, "train" and "val", from the scatter of what is evaluated at
+            once.
     """
     weights = {name: as_float(tensor).to(device) for name, tensor in weights.items()}
     offset = None
@@ -221,11 +270,15 @@ def measure_point(
     def one(batch: Batch) -> tuple[float, float | None]:
         count, total = together or len(batch), 0.0
         hits: list[Tensor | None] = []
+        losses: list[float] = []
         for start in range(0, len(batch), count):
             part = (batch if count >= len(batch) else batch.take(slice(start, start + count))).to(device)
             loss, outputs, seen = evaluate(task.forward, weights, part.tensors)
             total += loss * (len(part) / len(batch))
+            losses.append(loss)
             hits.append(right(part, outputs, batch is task.train) if seen is None else seen)
+        if errors is not None and len(losses) > 1:
+            errors["train" if batch is task.train else "val"] = statistics.stdev(losses) / math.sqrt(len(losses))
         return total, None if any(each is None for each in hits) else _fraction(torch.cat(hits))
 
     def right(batch: Batch, outputs: Tensor | None, training: bool) -> Tensor | None:

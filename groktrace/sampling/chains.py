@@ -23,7 +23,7 @@ MAX_RESTARTS = 16
 # followed through ever steeper walls for as long as all other snapshots take together.
 MAX_FALL = 0.1
 FEW_RESTARTS = 3
-MAX_GROWTH = 16
+MAX_GROWTH, DEAR_GROWTH = 16, 4
 # Stacks beyond the processor's cache gain nothing (measured); a GPU wants more at once.
 WORKING_SET_BYTES = {"cpu": 12 * 2**20}
 WORKING_SET_BYTES_ELSEWHERE = 2**31
@@ -322,7 +322,8 @@ class _Group:
             traces[s] = replace(traces[s], curvature=curvature)
 
     def _limit(self, s: int) -> int:
-        return min(MAX_GROWTH * self.lengths[s][1], MAX_STEPS)
+        growth = MAX_GROWTH if self.loss.sample_bytes is None else DEAR_GROWTH
+        return min(growth * self.lengths[s][1], MAX_STEPS)
 
     def _keep(self, snapshots: list[int]) -> None:
         """Drop all other snapshots from the stack."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from groktrace.sampling.posterior import StackedLoss
 
 _RELATIVE_STEP = 1e-3
+_SHORT_STEP = 1e-4
 # Differences of gradients are good where those over an eighth of the way agree with them this well.
 _AGREEMENT = 0.05
 _START_ITERATIONS = 3
@@ -93,6 +94,8 @@ def _checked_lanczos(
 ) -> tuple[Tensor, list[Tensor]]:
     """See `lanczos`: by differences, and by exact products in those rows where a smaller difference disagrees."""
     by_difference = partial(difference_product, loss, weights, gradients, index=index)
+    if loss.sample_bytes is not None:  # where gradients are dear, a difference that is short enough for all has to do
+        return lanczos(partial(by_difference, relative_step=_SHORT_STEP), start, iterations)
     tridiagonal, basis = lanczos(by_difference, start, iterations)
     values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num())
     best = values.abs().argmax(1)[:, None]

@@ -4,7 +4,7 @@ Beside w* itself, in its own dtype, only flat vectors that a caller makes exist:
 one, gradients are added to another as they appear, and the rest is done in pieces that fit the processor's cache.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -144,7 +144,9 @@ def with_micro_batch(loss: StackedLoss, weights: Mapping[str, Tensor]) -> Stacke
     try:
         activations = _activation_bytes(network)
         if samples * activations > WHOLE_BYTES and not _takes_one_size(network):
-            loss = replace(loss, sample_bytes=activations, tensors=_shuffled(loss.tensors))
+            order = shuffled(samples).to(loss.device)
+            tensors = tuple(tensor[order] for tensor in loss.tensors)
+            loss = replace(loss, sample_bytes=activations, tensors=tensors)
             alone = replace(loss, vectorised=False, micro_batch=samples)
             network = Network(alone, weights)
         large = numbers >= LARGE_WEIGHTS or samples * activations >= LARGE_ACTIVATIONS
@@ -157,11 +159,9 @@ def with_micro_batch(loss: StackedLoss, weights: Mapping[str, Tensor]) -> Stacke
     return replace(alone, micro_batch=max(1, min(samples, int(budget / max(activations, 1)))))
 
 
-def _shuffled(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The samples in one random order, which nothing but their number decides."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    order = torch.randperm(len(tensors[0]), generator=generator, device="cpu").to(tensors[0].device)
-    return tuple(tensor[order] for tensor in tensors)
+def shuffled(count: int) -> Tensor:
+    """So many samples in one random order, which nothing but their number decides, [count]."""
+    return torch.randperm(count, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
 
 
 def _takes_one_size(network: Network) -> bool:

@@ -1,0 +1,154 @@
+"""What a few fitted snapshots say of how to sample all of a run: how far from w*, on how many samples, in what batches."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from groktrace.analysis.estimate import choose_scale, estimate_stack, fitted
+from groktrace.analysis.evaluation import Survey
+from groktrace.analysis.llc import LLCEstimate
+from groktrace.analysis.predictions import evaluate
+from groktrace.run.task import Task
+from groktrace.sampling.calibration import Scale, step_size
+from groktrace.sampling.network import as_float
+from groktrace.sampling.posterior import StackedLoss
+from groktrace.sampling.settings import LOCALITY, SamplingSettings
+from groktrace.sampling.traces import WANTED_HEATING
+
+# ρ, the widest first. A basin is left where the loss climbs by this share of the way to that of chance.
+LOCALITIES = (LOCALITY, 0.1, 0.05, 0.022, 0.01)
+MOST_CLIMB = 0.2
+# Snapshots that are tried, and steps of each trial; minibatch noise is looked at every 16 steps.
+TRIED = 2
+BURN_IN, DRAWS = 12, 10
+# A posterior of S samples with m targets each has λ_c lower by about λ_c/(S·m) of it (measured on four networks).
+MOST_MISSED = 0.03
+LEAST_SAMPLES = 512
+# Batches that are tried first; below some eight of them to a set, the whole set is as cheap.
+FIRST_BATCH = 64
+LEAST_BATCHES = 4
+
+
+def choose_sampling(
+    task: Task,
+    loss: StackedLoss,
+    load: Callable[[int], dict[str, Tensor] | None],
+    surveys: Sequence[Survey],
+    settings: SamplingSettings,
+    chance: Sequence[float],
+) -> Scale:
+    """nβ, γ and, of large sets, samples and batch size, for all snapshots of a run.
+
+    Args:
+        task: loss and data.
+        loss: the task's training loss.
+        load: gives a snapshot's weights by step.
+        surveys: of the snapshots from which the choice is made.
+        settings: what was asked for.
+        chance: training losses of networks that know nothing.
+
+    Raises:
+        SettingsError: nβ or γ have to be derived and cannot be.
+    """
+    scale = choose_scale(settings, task.n, loss.layout, surveys)
+    among = fitted(surveys)
+    tried = [among[round(i * (len(among) - 1) / TRIED)] for i in range(TRIED, 0, -1)]
+    snapshots = [(about, weights) for about in dict.fromkeys(tried) if (weights := load(about.step)) is not None]
+    free = settings.localization is None and settings.locality is None
+    if not snapshots or (loss.sample_bytes is None and not free):
+        return scale
+    trial = _Trial(task, loss, settings, chance)
+    if loss.sample_bytes is not None:
+        scale = trial.sized(scale)
+    for locality in LOCALITIES if free else (scale.locality,):
+        if free:
+            wider = choose_scale(replace(settings, locality=locality), task.n, loss.layout, surveys)
+            scale = wider._replace(samples=scale.samples, batch_size=scale.batch_size)
+        found = []
+        for about, weights in snapshots:
+            estimate, scale = trial.run(about, weights, scale)
+            found.append((about, weights, estimate))
+            if trial.left(about, estimate):
+                break
+        else:
+            break
+    if loss.sample_bytes is not None and settings.samples is None:
+        scale = trial.enlarged(scale, found)
+    return scale
+
+
+class _Trial:
+    """Short chains at a few snapshots."""
+
+    def __init__(
+        self, task: Task, loss: StackedLoss, settings: SamplingSettings, chance: Sequence[float]
+    ) -> None:
+        self._task, self._loss, self._settings, self._chance = task, loss, settings, chance
+
+    def sized(self, scale: Scale) -> Scale:
+        """The scale with samples and batches to begin with."""
+        stored = len(self._loss.tensors[0])
+        samples = min(self._settings.samples or 2 * LEAST_SAMPLES, stored)
+        batch = self._settings.batch_size or FIRST_BATCH
+        return _in_batches(scale, samples, batch, self._settings.batch_size is not None)
+
+    def run(self, about: Survey, weights: dict[str, Tensor], scale: Scale) -> tuple[LLCEstimate, Scale]:
+        """A short estimate, and the scale with batches so large that their noise does no harm."""
+        while True:
+            estimate = self._estimate(about, weights, scale)
+            if scale.batch_size is None or self._settings.batch_size is not None:
+                return estimate, scale
+            heating = estimate.diagnostics.get("heating")
+            needed = math.inf if heating is None else scale.batch_size * heating / WANTED_HEATING
+            if needed <= scale.batch_size:
+                return estimate, scale
+            batch = FIRST_BATCH
+            while batch < min(needed, scale.samples):
+                batch *= 2
+            scale = _in_batches(scale, scale.samples, batch, False)
+
+    def _estimate(self, about: Survey, weights: dict[str, Tensor], scale: Scale) -> LLCEstimate:
+        top = about.top_curvature if scale.curvature is None else scale.curvature
+        size = self._settings.step_size or step_size(scale.nbeta, scale.localization, top)
+        short = self._settings
+        if self._loss.sample_bytes is not None:
+            short = replace(short, step_size=size, burn_in=BURN_IN, draws=DRAWS)
+        (estimate,) = estimate_stack(self._loss, [weights], [about], short, scale, self._task.n, self._chance)
+        return estimate
+
+    def left(self, about: Survey, estimate: LLCEstimate) -> bool:
+        """Whether the chains have gone so far up that they are hardly in the snapshot's basin any more."""
+        if estimate.llc is None:
+            return True
+        chance = min((each for each in self._chance if each > about.train_loss), default=math.inf)
+        return estimate.llc / estimate.nbeta > MOST_CLIMB * (chance - about.train_loss)
+
+    def enlarged(self, scale: Scale, found: Sequence[tuple[Survey, dict[str, Tensor], LLCEstimate]]) -> Scale:
+        """The scale with so many samples that the posterior of all would hardly be another one."""
+        stored = len(self._loss.tensors[0])
+        value = max((each.llc_centred or each.llc or 0.0 for _, _, each in found), default=0.0)
+        wanted = value / (MOST_MISSED * self._targets(found[0][1]))
+        samples = LEAST_SAMPLES
+        while samples < min(wanted, stored):
+            samples *= 2
+        return _in_batches(scale, min(samples, stored), scale.batch_size, self._settings.batch_size is not None)
+
+    def _targets(self, weights: dict[str, Tensor]) -> float:
+        """Predictions that the loss compares with targets, a sample."""
+        count = min(8, len(self._loss.tensors[0]))
+        few = [tensor[:count] for tensor in self._loss.tensors]
+        named = {name: as_float(tensor).to(self._loss.device) for name, tensor in weights.items()}
+        _, outputs, hits = evaluate(self._task.forward, named, few)
+        if hits is not None:
+            return max(1.0, len(hits) / count)
+        return 1.0 if outputs is None or outputs.ndim < 2 else max(1.0, outputs.numel() / count)
+
+
+def _in_batches(scale: Scale, samples: int, batch: int | None, given: bool) -> Scale:
+    """The scale with so many samples, a multiple of the batch; without batches where there would be few of them."""
+    if batch is None or (samples < LEAST_BATCHES * batch and not given) or batch >= samples:
+        return scale._replace(samples=samples, batch_size=None)
+    return scale._replace(samples=samples - samples % batch, batch_size=batch)
