@@ -20,6 +20,7 @@ from groktrace.recording.writer import remove_leftovers
 from groktrace.run import files, layout
 from groktrace.run.remote import Remote, is_url
 from groktrace.run.store import WeightSpec, check_info
+from groktrace.run.task import refuse_while_loading
 
 _FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
@@ -71,6 +72,7 @@ def watch(
         TaskError: model, loss and data do not fit together.
         RunError: `out` holds a damaged run.
     """
+    refuse_while_loading()
     plan = make_schedule(every, schedule)
     seed = check_count(seed, "seed", least=0)
     if start_step is not None:

@@ -3,7 +3,9 @@
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,25 +72,27 @@ class Task:
     Attributes:
         forward: (weights by the model's own names, flat batch tensors) → (mean loss, outputs or None); a function of
             these alone: dropout off, normalisation by the given buffers.
-        train: the training samples that the analysis uses.
+        train: the training samples that the analysis uses; None for those that a run holds.
         val: validation samples, or None.
-        n: number of training samples in truth; `train` may hold a random subset.
+        n: number of training samples in truth; `train` may hold a random subset. None without `train`.
         offset_free: whether the loss ignores a constant added to every sample's outputs, so that predictions have to
             be read after removing their mean offset over the training set.
+        bind: makes the task on data, where it has none of its own; see `with_data`.
     """
 
     forward: ForwardFunction
-    train: Batch
+    train: Batch | None
     val: Batch | None
-    n: int
+    n: int | None
     offset_free: bool
+    bind: Callable[[Batch, Batch | None, int], "Task"] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def from_model(
         cls,
         model: nn.Module,
         *,
-        train: Any,
+        train: Any = None,
         loss: Callable[..., Tensor] | str | None = None,
         batch_loss: Callable[..., Tensor] | None = None,
         val: Any = None,
@@ -98,7 +102,9 @@ class Task:
 
         Args:
             model: the network; it is neither copied nor changed.
-            train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader.
+            train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader. Leave it out to
+                have the run analysed on the samples that it holds, training and validation; data given here are
+                taken in their place, and where they are others, a RuntimeWarning says so.
             loss: loss(outputs, targets) as a mean over the batch, or "cross_entropy" or "mse".
             batch_loss: instead of `loss`, batch_loss(model, batch) for models that compute their own.
             val: validation data in the same form as `train`.
@@ -107,8 +113,38 @@ class Task:
         Raises:
             TaskError: data and loss do not fit together.
         """
+        if train is None:
+            if val is not None:
+                raise TaskError("val: of no use without train; give the training data too, or neither.")
+            find_loss(loss, batch_loss)
+            return cls(_without_data, None, None, None, False, partial(cls._from_batches, model, loss, batch_loss))
         batch, n = collect(train, "train", MAX_SAMPLES, seed)
         held_out = None if val is None else collect(val, "val", MAX_SAMPLES, seed)[0]
+        return cls._from_batches(model, loss, batch_loss, batch, held_out, n)
+
+    def with_data(self, train: Batch, val: Batch | None, n: int) -> "Task":
+        """This task, on these data if it has none of its own.
+
+        Args:
+            train: training samples.
+            val: validation samples, or None.
+            n: number of training samples in truth.
+
+        Raises:
+            TaskError: data and loss do not fit together.
+        """
+        return self if self.bind is None else self.bind(train, val, n)
+
+    @classmethod
+    def _from_batches(
+        cls,
+        model: nn.Module,
+        loss: Callable[..., Tensor] | str | None,
+        batch_loss: Callable[..., Tensor] | None,
+        batch: Batch,
+        held_out: Batch | None,
+        n: int,
+    ) -> "Task":
         module = make_forward(model, loss, batch_loss, batch, held_out)
         with evaluation_mode(module):
             check_forward(module, batch)
@@ -120,6 +156,11 @@ class Task:
                 return torch.func.functional_call(module, named, tuple(tensors))
 
         return cls(forward, batch, held_out, n, offset_free)
+
+
+def _without_data(weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Stands for the loss of a task that has no data yet: how the samples nest is not known."""
+    raise TaskError("train: the task has no data of its own; analyse a run with it, or give it some.")
 
 
 def make_forward(
@@ -134,15 +175,7 @@ def make_forward(
     Raises:
         TaskError: no loss, two losses, an unknown name, or data that the loss cannot take.
     """
-    if (loss is None) == (batch_loss is None):
-        raise TaskError("loss: give exactly one of loss=f(outputs, targets) and batch_loss=f(model, batch).")
-    if isinstance(loss, str):
-        if loss not in NAMED_LOSSES:
-            raise TaskError(f"loss: expected a function or one of {', '.join(NAMED_LOSSES)}, got '{loss}'.")
-        loss = NAMED_LOSSES[loss]
-    for function in (loss, batch_loss):
-        if function is not None and not callable(function):
-            raise TaskError(f"loss: expected a function, got {type(function).__name__}.")
+    loss = find_loss(loss, batch_loss)
     if val is not None and val.structure != train.structure:
         raise TaskError("val: expected the same nesting of tensors as train.")
     if loss is not None:
@@ -155,6 +188,26 @@ def make_forward(
                     "form give batch_loss=f(model, batch)."
                 )
     return Forward(model, loss, batch_loss, train.structure)
+
+
+def find_loss(
+    loss: Callable[..., Tensor] | str | None, batch_loss: Callable[..., Tensor] | None
+) -> Callable[..., Tensor] | None:
+    """The function that `loss` names, or that it is.
+
+    Raises:
+        TaskError: no loss, two losses, an unknown name, or no function.
+    """
+    if (loss is None) == (batch_loss is None):
+        raise TaskError("loss: give exactly one of loss=f(outputs, targets) and batch_loss=f(model, batch).")
+    if isinstance(loss, str):
+        if loss not in NAMED_LOSSES:
+            raise TaskError(f"loss: expected a function or one of {', '.join(NAMED_LOSSES)}, got '{loss}'.")
+        loss = NAMED_LOSSES[loss]
+    for function in (loss, batch_loss):
+        if function is not None and not callable(function):
+            raise TaskError(f"loss: expected a function, got {type(function).__name__}.")
+    return loss
 
 
 def check_forward(forward: Forward, batch: Batch) -> None:
@@ -239,27 +292,49 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             child.training = flag
 
 
+_loading: ContextVar[str | None] = ContextVar("_loading", default=None)
+
+
+def refuse_while_loading() -> None:
+    """Refuse to record while a factory is loaded: it would train for hours, into the folder of the run itself.
+
+    Raises:
+        TaskError: a factory is being loaded.
+    """
+    if (reference := _loading.get()) is not None:
+        raise TaskError(
+            f"--task {reference}: loading it calls groktrace.watch(), so that it would train anew; put what trains "
+            'under `if __name__ == "__main__":`, or the factory into a module of its own.'
+        )
+
+
 def load_factory(reference: str) -> Task:
     """Import "package.module:factory" and call it; the only way that user code enters an analysis.
 
     Raises:
-        TaskError: it cannot be imported, fails, or returns something else than a Task.
+        TaskError: it cannot be imported, fails, begins to record, or returns something else than a Task.
     """
     module_name, _, function_name = reference.partition(":")
     if not module_name or not function_name:
         raise TaskError(f"--task: expected package.module:factory, got '{reference}'.")
+    token = _loading.set(reference)
     try:
-        factory = getattr(importlib.import_module(module_name), function_name)
-    except Exception as failure:  # a module may fail in any way while it is imported
-        raise TaskError(
-            f"--task {reference}: cannot be imported ({failure}); run from the folder that holds it."
-        ) from failure
-    try:
-        task = factory()
-    except TaskError:
-        raise
-    except Exception as failure:
-        raise TaskError(f"--task {reference}: failed ({type(failure).__name__}: {failure}).") from failure
+        try:
+            factory = getattr(importlib.import_module(module_name), function_name)
+        except TaskError:
+            raise
+        except (Exception, SystemExit) as failure:  # a module may fail in any way while it is imported
+            raise TaskError(
+                f"--task {reference}: cannot be imported ({failure}); run from the folder that holds it."
+            ) from failure
+        try:
+            task = factory()
+        except TaskError:
+            raise
+        except (Exception, SystemExit) as failure:
+            raise TaskError(f"--task {reference}: failed ({type(failure).__name__}: {failure}).") from failure
+    finally:
+        _loading.reset(token)
     if not isinstance(task, Task):
         raise TaskError(
             f"--task {reference}: expected it to return groktrace.Task.from_model(...), got {type(task).__name__}."
