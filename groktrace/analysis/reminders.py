@@ -117,7 +117,7 @@ def _different_loss(
         found = measure_behaviour(own, layout, weights).difference(theirs)
     except Exception:  # no program, or the task takes no such samples; then nothing can be compared
         return None
-    return None if found is None else f"{found[0]}: {found[1]:.5g}, not {found[2]:.5g}"
+    return None if found is None else f"{found[0]}: {found[1]:.8g}, not {found[2]:.8g}"
 
 
 def _without_outputs(behaviour: Behaviour) -> Behaviour:
