@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from groktrace.errors import TaskError
-from groktrace.run.batch import Batch, Structure, collect, unflatten
+from groktrace.run.batch import Batch, Structure, unflatten
+from groktrace.run.checks import Probe, check_mean, check_repeatable, sample_axis_note, shared_second_axis
+from groktrace.run.collect import Fits, collect, random_samples_note
+from groktrace.run.untouched import left_untouched, own_randomness
 
 MAX_SAMPLES = 8192
 NAMED_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -105,14 +109,20 @@ class Task:
             seed: chooses the subset where there are more than 8192 samples.
 
         Raises:
-            TaskError: data and loss do not fit together.
+            TaskError: data and loss do not fit together, or the loss is no mean or no function of the weights.
         """
-        batch, n = collect(train, "train", MAX_SAMPLES, seed)
-        held_out = None if val is None else collect(val, "val", MAX_SAMPLES, seed)[0]
-        module = make_forward(model, loss, batch_loss, batch, held_out)
-        with evaluation_mode(module):
-            check_forward(module, batch)
-            offset_free = is_offset_free(module, batch)
+        with left_untouched(model):
+            fits = takes(model, loss, batch_loss)
+            batch, n = collect(train, "train", MAX_SAMPLES, seed, fits)
+            held_out = None if val is None else collect(val, "val", MAX_SAMPLES, seed, fits)[0]
+            module = make_forward(model, loss, batch_loss, batch, held_out)
+            with evaluation_mode(module):
+                check_forward(module, batch, held_out)
+                check_repeatable(Probe(module, batch))
+                offset_free = is_offset_free(module, batch)
+                notes = data_notes(module, {"train": (train, batch), "val": (val, held_out)})
+        for note in notes:
+            warnings.warn(f"groktrace: {note}", RuntimeWarning, stacklevel=2)
 
         def forward(weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
             with evaluation_mode(module):
@@ -157,28 +167,87 @@ def make_forward(
     return Forward(model, loss, batch_loss, train.structure)
 
 
-def check_forward(forward: Forward, batch: Batch) -> None:
-    """Run the loss once on a few samples.
+def check_forward(forward: Forward, batch: Batch, held_out: Batch | None = None) -> None:
+    """Try the loss on a few samples.
+
+    Args:
+        forward: model and loss, in evaluation mode.
+        batch: training samples.
+        held_out: validation samples, or None.
 
     Raises:
-        TaskError: it fails, or does not return one number.
+        TaskError: it fails, or does not return one number, or not a mean.
     """
-    few = batch.take(slice(0, 2))
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            loss, _ = forward(*_to_device(few, forward).tensors)
-    except Exception as failure:
-        advice = "check that train has the form that the model and the loss take."
-        if forward.loss is functional.cross_entropy and "target size" in str(failure):
-            advice = (
-                "with classes on the last axis give loss=lambda o, t: cross_entropy(o.flatten(0, -2), t.flatten())."
+    for what, samples in (("training", batch), ("validation", held_out)):
+        if samples is None:
+            continue
+        try:
+            loss = _first_loss(forward, samples)
+        except Exception as failure:
+            raise TaskError(
+                f"model and loss fail on the {what} data ({type(failure).__name__}: {failure}); "
+                f"{_advice(forward, samples, failure)}"
+            ) from failure
+        if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TaskError(f"loss: expected one number, the mean over the batch, got {got}.")
+    check_mean(Probe(forward, batch))
+
+
+def _first_loss(forward: Forward, batch: Batch, axis: int = 0) -> Any:
+    """The loss of two samples along an axis."""
+    few = Batch(tuple(tensor.narrow(axis, 0, min(2, tensor.shape[axis])) for tensor in batch.tensors), batch.structure)
+    placed = _to_device(few, forward)
+    with torch.no_grad(), own_randomness(0, placed.tensors[0].device):
+        return forward(*placed.tensors)[0]
+
+
+def _advice(forward: Forward, batch: Batch, failure: Exception) -> str:
+    if forward.loss is functional.cross_entropy and "target size" in str(failure):
+        return (
+            "cross_entropy takes classes on the second axis: for sequences with classes on the last axis give "
+            "loss=lambda o, t: cross_entropy(o.flatten(0, -2), t.flatten())."
+        )
+    if shared_second_axis(batch.tensors) is not None:
+        with contextlib.suppress(Exception):
+            _first_loss(forward, batch, axis=1)
+            return (
+                "the first axis of every tensor is that of the samples, but they take the second as such; give the "
+                "data as x.transpose(0, 1), and transpose them back in batch_loss=lambda model, batch: ..."
             )
-        raise TaskError(
-            f"model and loss fail on the training data ({type(failure).__name__}: {failure}); {advice}"
-        ) from failure
-    if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TaskError(f"loss: expected one number, the mean over the batch, got {got}.")
+    return (
+        "check that train has the form that the model and the loss take; the first axis of every tensor is that of the "
+        "samples, and the entries of a list of such tensors are batches."
+    )
+
+
+def takes(model: nn.Module, loss: Callable[..., Tensor] | str | None, batch_loss: Callable[..., Tensor] | None) -> Fits:
+    """What tells whether the model and the loss take a batch, see `collect`."""
+
+    def fits(batch: Batch) -> bool:
+        try:
+            forward = make_forward(model, loss, batch_loss, batch)
+            with evaluation_mode(forward):
+                float(_first_loss(forward, batch))
+        except Exception:
+            return False
+        return True
+
+    return fits
+
+
+def data_notes(forward: Forward, sets: Mapping[str, tuple[Any, Batch | None]]) -> list[str]:
+    """What the user ought to know of the data that were collected, a sentence each.
+
+    Args:
+        forward: model and loss, in evaluation mode.
+        sets: by argument, the data as given and as collected.
+    """
+    notes = []
+    for what, (given, batch) in sets.items():
+        if batch is not None:
+            notes += [random_samples_note(given, what), sample_axis_note(Probe(forward, batch), what)]
+    return [note for note in notes if note is not None]
 
 
 def is_offset_free(forward: Forward, batch: Batch) -> bool:
