@@ -3,12 +3,15 @@
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from groktrace.errors import TaskError
 from groktrace.run.batch import Batch
+from groktrace.run.operations import draws_numbers
 from groktrace.run.untouched import own_randomness
 
 FEW = 4
@@ -66,6 +69,15 @@ class Probe:
                 return first, other
         return None
 
+    @cached_property
+    def random(self) -> bool:
+        """Whether it draws random numbers, be it the same each time: then samples that change places get others."""
+        if self.draws:
+            return True
+        with _RandomCalls() as calls:
+            self.loss(self.few)
+        return calls.seen
+
     def _run(self, tensors: Sequence[Tensor], seed: int) -> Tensor:
         placed = [tensor.to(self.device) for tensor in tensors]
         buffers = {name: buffer.clone() for name, buffer in self.forward.named_buffers()}  # the model may move its own
@@ -73,6 +85,20 @@ class Probe:
             placed, buffers = [_double(each) for each in placed], {name: _double(b) for name, b in buffers.items()}
         with torch.no_grad(), own_randomness(seed, self.device), torch.compiler.set_stance("force_eager"):
             return torch.func.functional_call(self.forward, self._doubled | buffers, tuple(placed))[0]
+
+
+class _RandomCalls(TorchDispatchMode):
+    """Notices operations that draw from a generator of torch."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        passed = kwargs or {}
+        schema = func._schema.arguments
+        given = {argument.name: argument.default_value for argument in schema}
+        given |= dict(zip((argument.name for argument in schema), args, strict=False)) | passed
+        self.seen = self.seen or draws_numbers(func, given)
+        return func(*args, **passed)
 
 
 def check_mean(probe: Probe) -> None:
@@ -85,7 +111,7 @@ def check_mean(probe: Probe) -> None:
         TaskError: it does.
     """
     try:
-        if probe.draws:
+        if probe.random:
             return
         once, twice, thrice = (probe.loss([torch.cat([each] * times) for each in probe.few]) for times in (1, 2, 3))
     except Exception:  # a batch size that the model does not take
@@ -134,7 +160,7 @@ def sample_axis_note(probe: Probe, what: str) -> str | None:
     if len(few[0]) < 2:
         return None
     try:
-        if probe.draws:
+        if probe.random:
             return None
         any_order = probe.same(probe.loss(few), probe.loss([each.flip(0) for each in few]))
         if any_order and _halves_agree(probe, few, 0):

@@ -64,7 +64,9 @@ def collect(data: Any, what: str, max_samples: int, seed: int, fits: Fits | None
     with own_randomness(seed):
         items = _merge([dataset[i] for i in wanted], merge, what)
     tensors, structure = _flatten_merged(items)
-    found = check_lengths(tensors, what)
+    found = check_lengths(
+        tensors, what if merge is default_collate else f"{what}, as collate_fn makes it of the samples"
+    )
     if found != len(wanted):
         raise TaskError(
             f"{what}: expected collate_fn to make one entry of each of {len(wanted)} samples, got {found}; give a "
@@ -228,8 +230,8 @@ def _ambiguous(what: str, sizes: str) -> TaskError:
     return TaskError(
         f"{what}: each entry of the list holds tensors of one axis and one length ({sizes}), which may be a sample or "
         "a batch. Entries are samples where one tensor has no axes or the lengths differ, and batches where one has "
-        "two axes or more; make one tensor of all inputs and one of all targets, of samples by torch.stack and of batches "
-        "by torch.cat."
+        "two axes or more; make one tensor of all inputs and one of all targets, of samples by torch.stack and of "
+        "batches by torch.cat."
     )
 
 

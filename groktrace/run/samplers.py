@@ -1,5 +1,6 @@
 """Which samples of its dataset a DataLoader trains on."""
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Hashable, Iterable, Sequence
@@ -111,7 +112,11 @@ def _found(sampler: Iterable[Any], dataset: Any, what: str, in_batches: bool) ->
             f"{what}: its sampler, a {name}, gives other samples in each pass or some of them repeatedly, so that the "
             f"set that is trained on cannot be told; {remedy}"
         )
-    return first, first == second
+    if first == second:
+        return first, True
+    with contextlib.suppress(TypeError):  # in one order, whatever the sampler's generator has come to
+        first = sorted(first)
+    return first, False
 
 
 def _one_pass(sampler: Iterable[Any], n: int, in_batches: bool) -> list[Hashable]:
