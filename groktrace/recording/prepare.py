@@ -79,8 +79,7 @@ def prepare_evaluation(model: nn.Module, train: Any, val: Any, loss: Any, batch_
             tensors |= _name_tensors("val", held_out)
         forward = make_forward(model, loss, batch_loss, batch, held_out)
         with evaluation_mode(forward):
-            check_forward(forward, batch, held_out)
-            notes = tuple(data_notes(forward, {"train": (train, batch), "val": (val, held_out)}))
+            notes = data_notes(check_forward(forward, batch, held_out), train, val, held_out)
             offset_free = _offset_free(forward, batch)
             try:
                 program, constants = _trace(forward, batch)

@@ -1,5 +1,6 @@
 """What a loss has to be, tried on a few samples: a mean over them, in any order, and a function of the weights."""
 
+import copy
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,9 +15,9 @@ from groktrace.run.batch import Batch
 from groktrace.run.operations import draws_numbers
 from groktrace.run.untouched import own_randomness
 
-FEW = 4
+FEW = 2
 # Networks of at most this many weights are tried in double precision, in which rounding cannot be taken for more.
-MAX_DOUBLED = 4_000_000
+MAX_DOUBLED = 1_000_000
 # Evaluations with other random numbers each: a loss that flips a coin would often give the same twice.
 DRAWS = 4
 
@@ -38,6 +39,7 @@ class Probe:
         epsilons = [torch.finfo(each.dtype).eps for each in parameters if each.is_floating_point()]
         self.tolerance, self.floor = max([1e-3, *(8 * each for each in epsilons)]), 1e-6
         self._doubled: dict[str, Tensor] = {}
+        self._drew = False
         if sum(each.numel() for each in parameters) <= MAX_DOUBLED:
             self._doubled = {name: _double(tensor.detach()) for name, tensor in forward.named_parameters()}
             try:
@@ -48,6 +50,12 @@ class Probe:
                 self.tolerance, self.floor = 1e-5, 0.0
             else:
                 self._doubled = {}
+
+    def on(self, batch: Batch) -> "Probe":
+        """The same on other samples."""
+        other = copy.copy(self)
+        other.batch, other.few = batch, batch.take(slice(0, FEW)).tensors
+        return other
 
     def loss(self, tensors: Sequence[Tensor], seed: int = 0) -> float:
         """The loss on samples, its random numbers drawn from `seed`."""
@@ -61,7 +69,9 @@ class Probe:
     @cached_property
     def draws(self) -> tuple[float, float] | None:
         """Two values of the loss at the same weights and samples where it draws random numbers, else None."""
-        first = self.loss(self.few)
+        with _RandomCalls() as calls:
+            first = self.loss(self.few)
+        self._drew = calls.seen
         tolerance = 1e-6 if self.device.type == "cpu" else 1e-3  # elsewhere sums may run in any order
         for seed in range(1, DRAWS):
             other = self.loss(self.few, seed)
@@ -69,14 +79,10 @@ class Probe:
                 return first, other
         return None
 
-    @cached_property
+    @property
     def random(self) -> bool:
         """Whether it draws random numbers, be it the same each time: then samples that change places get others."""
-        if self.draws:
-            return True
-        with _RandomCalls() as calls:
-            self.loss(self.few)
-        return calls.seen
+        return self.draws is not None or self._drew
 
     def _run(self, tensors: Sequence[Tensor], seed: int) -> Tensor:
         placed = [tensor.to(self.device) for tensor in tensors]
@@ -118,11 +124,12 @@ def check_mean(probe: Probe) -> None:
         return
     if not all(map(math.isfinite, (once, twice, thrice))) or probe.same(once, twice, thrice):
         return
-    summed = math.isclose(twice - once, thrice - twice, rel_tol=0.01)
+    rounding = max(1e-4, probe.tolerance)  # so small that no other loss grows evenly by chance
+    summed = math.isclose(twice - once, thrice - twice, rel_tol=rounding)
     power = False
     if once * twice > 0 and once * thrice > 0:
         exponents = [math.log(twice / once) / math.log(2), math.log(thrice / once) / math.log(3)]
-        power = abs(exponents[0]) > 0.1 and math.isclose(*exponents, rel_tol=1e-3)
+        power = abs(exponents[0]) > 0.1 and math.isclose(*exponents, rel_tol=rounding)
     if summed or power:
         raise TaskError(
             f"loss: expected a mean over the samples of a batch, got one that changes with their number: {once:.6g}, "
@@ -163,11 +170,11 @@ def sample_axis_note(probe: Probe, what: str) -> str | None:
         if probe.random:
             return None
         any_order = probe.same(probe.loss(few), probe.loss([each.flip(0) for each in few]))
-        if any_order and _halves_agree(probe, few, 0):
+        number = shared_second_axis(few)
+        if any_order and (number is None or _halves_agree(probe, few, 0)):
             return None
     except Exception:  # as above
         return None
-    number = shared_second_axis(few)
     if number is not None and _second_axis_fits(probe, few):
         return (
             f"{what}: the first axis of every tensor is that of the samples, here {len(probe.batch)}, but to the loss "

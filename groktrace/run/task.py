@@ -117,10 +117,10 @@ class Task:
             held_out = None if val is None else collect(val, "val", MAX_SAMPLES, seed, fits)[0]
             module = make_forward(model, loss, batch_loss, batch, held_out)
             with evaluation_mode(module):
-                check_forward(module, batch, held_out)
-                check_repeatable(Probe(module, batch))
+                probe = check_forward(module, batch, held_out)
+                check_repeatable(probe)
                 offset_free = is_offset_free(module, batch)
-                notes = data_notes(module, {"train": (train, batch), "val": (val, held_out)})
+                notes = data_notes(probe, train, val, held_out)
         for note in notes:
             warnings.warn(f"groktrace: {note}", RuntimeWarning, stacklevel=2)
 
@@ -167,13 +167,16 @@ def make_forward(
     return Forward(model, loss, batch_loss, train.structure)
 
 
-def check_forward(forward: Forward, batch: Batch, held_out: Batch | None = None) -> None:
+def check_forward(forward: Forward, batch: Batch, held_out: Batch | None = None) -> Probe:
     """Try the loss on a few samples.
 
     Args:
         forward: model and loss, in evaluation mode.
         batch: training samples.
         held_out: validation samples, or None.
+
+    Returns:
+        What further checks of the loss on the training samples take.
 
     Raises:
         TaskError: it fails, or does not return one number, or not a mean.
@@ -191,7 +194,9 @@ def check_forward(forward: Forward, batch: Batch, held_out: Batch | None = None)
         if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TaskError(f"loss: expected one number, the mean over the batch, got {got}.")
-    check_mean(Probe(forward, batch))
+    probe = Probe(forward, batch)
+    check_mean(probe)
+    return probe
 
 
 def _first_loss(forward: Forward, batch: Batch, axis: int = 0) -> Any:
@@ -236,18 +241,19 @@ def takes(model: nn.Module, loss: Callable[..., Tensor] | str | None, batch_loss
     return fits
 
 
-def data_notes(forward: Forward, sets: Mapping[str, tuple[Any, Batch | None]]) -> list[str]:
+def data_notes(probe: Probe, train: Any, val: Any, held_out: Batch | None) -> tuple[str, ...]:
     """What the user ought to know of the data that were collected, a sentence each.
 
     Args:
-        forward: model and loss, in evaluation mode.
-        sets: by argument, the data as given and as collected.
+        probe: the loss on the training samples.
+        train: the training data as given.
+        val: the validation data as given.
+        held_out: the same as collected, or None.
     """
-    notes = []
-    for what, (given, batch) in sets.items():
-        if batch is not None:
-            notes += [random_samples_note(given, what), sample_axis_note(Probe(forward, batch), what)]
-    return [note for note in notes if note is not None]
+    notes = [random_samples_note(train, "train"), sample_axis_note(probe, "train")]
+    if held_out is not None:
+        notes += [random_samples_note(val, "val"), sample_axis_note(probe.on(held_out), "val")]
+    return tuple(note for note in notes if note is not None)
 
 
 def is_offset_free(forward: Forward, batch: Batch) -> bool:
