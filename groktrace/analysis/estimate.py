@@ -198,7 +198,8 @@ def prepare_point(
     """
     if train is None:
         raise TaskError("train: expected the training data, got None.")
-    task = Task.from_model(model, loss=loss, batch_loss=batch_loss, train=train, seed=settings.seed)
+    # The seed of the sampling does not choose the samples: with another one, the same loss is measured again.
+    task = Task.from_model(model, loss=loss, batch_loss=batch_loss, train=train)
     parameters = dict(model.named_parameters())
     weights = {name: t.detach() for name, t in (parameters | dict(model.named_buffers())).items()}
     specs = {name: (tuple(t.shape), t.dtype, t.requires_grad) for name, t in parameters.items()}

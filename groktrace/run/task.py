@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from groktrace.errors import TaskError
-from groktrace.run.batch import Batch, Structure, collect, unflatten
+from groktrace.run.batch import Batch, Structure, unflatten
+from groktrace.run.checks import Probe, check_mean, check_repeatable, sample_axis_note, shared_second_axis
+from groktrace.run.collect import Fits, collect, random_samples_note
+from groktrace.run.untouched import left_untouched, own_randomness
 
 MAX_SAMPLES = 8192
 NAMED_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -111,16 +115,23 @@ class Task:
             seed: chooses the subset where there are more than 8192 samples.
 
         Raises:
-            TaskError: data and loss do not fit together.
+            TaskError: data and loss do not fit together, or the loss is no mean or no function of the weights.
         """
         if train is None:
             if val is not None:
                 raise TaskError("val: of no use without train; give the training data too, or neither.")
             find_loss(loss, batch_loss)
             return cls(_without_data, None, None, None, False, partial(cls._from_batches, model, loss, batch_loss))
-        batch, n = collect(train, "train", MAX_SAMPLES, seed)
-        held_out = None if val is None else collect(val, "val", MAX_SAMPLES, seed)[0]
-        return cls._from_batches(model, loss, batch_loss, batch, held_out, n)
+        with left_untouched(model):
+            fits = takes(model, loss, batch_loss)
+            batch, n = collect(train, "train", MAX_SAMPLES, seed, fits)
+            held_out = None if val is None else collect(val, "val", MAX_SAMPLES, seed, fits)[0]
+            probe = _probe(make_forward(model, loss, batch_loss, batch, held_out), batch, held_out)
+            with evaluation_mode(probe.forward):
+                notes = data_notes(probe, train, val, held_out)
+        for note in notes:
+            warnings.warn(f"groktrace: {note}", RuntimeWarning, stacklevel=2)
+        return cls._of(probe, held_out, n)
 
     def with_data(self, train: Batch, val: Batch | None, n: int) -> "Task":
         """This task, on these data if it has none of its own.
@@ -145,9 +156,14 @@ class Task:
         held_out: Batch | None,
         n: int,
     ) -> "Task":
-        module = make_forward(model, loss, batch_loss, batch, held_out)
-        with evaluation_mode(module):
-            check_forward(module, batch)
+        with left_untouched(model):
+            probe = _probe(make_forward(model, loss, batch_loss, batch, held_out), batch, held_out)
+        return cls._of(probe, held_out, n)
+
+    @classmethod
+    def _of(cls, probe: Probe, held_out: Batch | None, n: int) -> "Task":
+        module, batch = probe.forward, probe.batch
+        with left_untouched(module), evaluation_mode(module):
             offset_free = is_offset_free(module, batch)
 
         def forward(weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -190,6 +206,14 @@ def make_forward(
     return Forward(model, loss, batch_loss, train.structure)
 
 
+def _probe(module: Forward, batch: Batch, held_out: Batch | None) -> Probe:
+    """The loss, tried on a few samples and found to be a function of the weights."""
+    with evaluation_mode(module):
+        probe = check_forward(module, batch, held_out)
+        check_repeatable(probe)
+    return probe
+
+
 def find_loss(
     loss: Callable[..., Tensor] | str | None, batch_loss: Callable[..., Tensor] | None
 ) -> Callable[..., Tensor] | None:
@@ -210,28 +234,93 @@ def find_loss(
     return loss
 
 
-def check_forward(forward: Forward, batch: Batch) -> None:
-    """Run the loss once on a few samples.
+def check_forward(forward: Forward, batch: Batch, held_out: Batch | None = None) -> Probe:
+    """Try the loss on a few samples.
+
+    Args:
+        forward: model and loss, in evaluation mode.
+        batch: training samples.
+        held_out: validation samples, or None.
+
+    Returns:
+        What further checks of the loss on the training samples take.
 
     Raises:
-        TaskError: it fails, or does not return one number.
+        TaskError: it fails, or does not return one number, or not a mean.
     """
-    few = batch.take(slice(0, 2))
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            loss, _ = forward(*_to_device(few, forward).tensors)
-    except Exception as failure:
-        advice = "check that train has the form that the model and the loss take."
-        if forward.loss is functional.cross_entropy and "target size" in str(failure):
-            advice = (
-                "with classes on the last axis give loss=lambda o, t: cross_entropy(o.flatten(0, -2), t.flatten())."
+    for what, samples in (("training", batch), ("validation", held_out)):
+        if samples is None:
+            continue
+        try:
+            loss = _first_loss(forward, samples)
+        except Exception as failure:
+            raise TaskError(
+                f"model and loss fail on the {what} data ({type(failure).__name__}: {failure}); "
+                f"{_advice(forward, samples, failure)}"
+            ) from failure
+        if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TaskError(f"loss: expected one number, the mean over the batch, got {got}.")
+    probe = Probe(forward, batch)
+    check_mean(probe)
+    return probe
+
+
+def _first_loss(forward: Forward, batch: Batch, axis: int = 0) -> Any:
+    """The loss of two samples along an axis."""
+    few = Batch(tuple(tensor.narrow(axis, 0, min(2, tensor.shape[axis])) for tensor in batch.tensors), batch.structure)
+    placed = _to_device(few, forward)
+    with torch.no_grad(), own_randomness(0, placed.tensors[0].device):
+        return forward(*placed.tensors)[0]
+
+
+def _advice(forward: Forward, batch: Batch, failure: Exception) -> str:
+    if forward.loss is functional.cross_entropy and "target size" in str(failure):
+        return (
+            "cross_entropy takes classes on the second axis: for sequences with classes on the last axis give "
+            "loss=lambda o, t: cross_entropy(o.flatten(0, -2), t.flatten())."
+        )
+    if shared_second_axis(batch.tensors) is not None:
+        with contextlib.suppress(Exception):
+            _first_loss(forward, batch, axis=1)
+            return (
+                "the first axis of every tensor is that of the samples, but they take the second as such; give the "
+                "data as x.transpose(0, 1), and transpose them back in batch_loss=lambda model, batch: ..."
             )
-        raise TaskError(
-            f"model and loss fail on the training data ({type(failure).__name__}: {failure}); {advice}"
-        ) from failure
-    if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TaskError(f"loss: expected one number, the mean over the batch, got {got}.")
+    return (
+        "check that train has the form that the model and the loss take; the first axis of every tensor is that of the "
+        "samples, and the entries of a list of such tensors are batches."
+    )
+
+
+def takes(model: nn.Module, loss: Callable[..., Tensor] | str | None, batch_loss: Callable[..., Tensor] | None) -> Fits:
+    """What tells whether the model and the loss take a batch, see `collect`."""
+
+    def fits(batch: Batch) -> bool:
+        try:
+            forward = make_forward(model, loss, batch_loss, batch)
+            with evaluation_mode(forward):
+                float(_first_loss(forward, batch))
+        except Exception:
+            return False
+        return True
+
+    return fits
+
+
+def data_notes(probe: Probe, train: Any, val: Any, held_out: Batch | None) -> tuple[str, ...]:
+    """What the user ought to know of the data that were collected, a sentence each.
+
+    Args:
+        probe: the loss on the training samples.
+        train: the training data as given.
+        val: the validation data as given.
+        held_out: the same as collected, or None.
+    """
+    notes = [random_samples_note(train, "train"), sample_axis_note(probe, "train")]
+    if held_out is not None:
+        notes += [random_samples_note(val, "val"), sample_axis_note(probe.on(held_out), "val")]
+    return tuple(note for note in notes if note is not None)
 
 
 def is_offset_free(forward: Forward, batch: Batch) -> bool:

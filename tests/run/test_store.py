@@ -11,7 +11,7 @@ from torch import nn
 import groktrace
 from groktrace.errors import RunError, SnapshotError, TaskError
 from groktrace.run import files, layout
-from groktrace.run.batch import collect
+from groktrace.run.collect import collect
 from groktrace.run.program import Program
 from groktrace.run.store import Snapshot, WeightSpec, open_run
 from groktrace.run.task import make_forward
