@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from groktrace.errors import GroktraceError
+from groktrace.reporting.notices import own_warnings_as_lines
 from groktrace.theory_commands import theory
 
 INCOMPLETE = 3
@@ -23,7 +24,8 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with own_warnings_as_lines():
+                return super().invoke(ctx)
         except (GroktraceError, OSError) as failure:
             if isinstance(failure, BrokenPipeError):
                 raise

@@ -190,6 +190,49 @@ def test_bad_tasks_get_one_line_and_change_nothing(small_run, tmp_path, monkeypa
     assert files_of(small_run) == before
 
 
+@pytest.mark.parametrize("command", [[], ["--follow"], ["--dry-run"], ["--temperature-curve", "50"]])
+def test_other_data_are_one_line_on_stderr_and_json_stays_one_object(small_run, tmp_path, monkeypatch, command):
+    write_task(tmp_path, "groktrace.Task.from_model(model, train=(x, y), loss='cross_entropy')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(os, "nice", lambda by: None)
+    monkeypatch.delitem(sys.modules, "mytask", raising=False)
+    result = invoke("analyze", small_run, "--task", "mytask:make", "--json", *command, *FAST)
+    assert result.exit_code in (0, 3), result.output
+    (line,) = [line for line in result.stderr.splitlines() if "Warning" in line]
+    assert line.startswith("Warning: the task's data are others than those recorded (4 training samples, not 60)")
+    *events, found = result.stdout.splitlines()
+    assert json.loads(found)
+    assert not events or "--follow" in command
+
+
+def test_a_task_without_data_has_those_of_the_run(small_run, tmp_path, monkeypatch):
+    write_task(tmp_path, "groktrace.Task.from_model(model, loss='cross_entropy')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mytask", raising=False)
+    result = invoke("analyze", small_run, "--task", "mytask:make", "--json", *FAST)
+    found = json.loads(result.stdout)
+    assert found["n"] == 60
+    assert found["trajectory"][-1]["val_loss"] is not None
+    assert "Warning" not in result.stderr
+
+
+def test_a_training_script_as_task_does_not_train(small_run, tmp_path, monkeypatch):
+    (tmp_path / "mytask.py").write_text(
+        "import groktrace, torch\nmodel = torch.nn.Linear(2, 1)\n"
+        "recorder = groktrace.watch(model)\nraise SystemExit('trained')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mytask", raising=False)
+    result = invoke("analyze", small_run, "--task", "mytask:make")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: --task mytask:make: loading it calls groktrace.watch()")
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "snapshots").exists()
+
+
 def test_a_task_of_ones_own(small_run, tmp_path, monkeypatch):
     write_task(tmp_path, "groktrace.Task.from_model(model, train=(x, y), loss='cross_entropy')")
     monkeypatch.chdir(tmp_path)

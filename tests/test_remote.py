@@ -94,7 +94,7 @@ def test_recording_resuming_and_analysing(url):
     assert json.loads(first.stdout)["run"] == url
     after = names(url)
     assert {name.rpartition("/")[2] for name in after if name.startswith("analysis/")} == {
-        "settings.json", "survey.jsonl", "points.jsonl", "trajectory.json",
+        "settings.json", "survey.jsonl", "points.jsonl", "trajectory.json", "latest.json",
     }  # fmt: skip
     assert any(name.startswith("tensorboard/trajectory/events") for name in after)
     again = CliRunner().invoke(main, ["analyze", url, "--json", *settings])  # from the journal

@@ -8,7 +8,6 @@ Each process uses one thread. Finished parts are kept in the results' folder.
 """
 
 import contextlib
-import math
 import shutil
 import statistics
 import subprocess
@@ -27,10 +26,10 @@ import groktrace
 from groktrace.analysis import replay
 from groktrace.analysis.adaptive import sample_adaptively
 from groktrace.analysis.evaluator import Chunk, Recipe, evaluate_elsewhere
+from groktrace.analysis.replay import prepare
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.analysis.workers import dask_executor, process_pool
 from groktrace.run import layout
-from groktrace.sampling.calibration import settle
 from groktrace.sampling.settings import SamplingSettings
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "modular_addition.py"
@@ -97,8 +96,8 @@ def measure_workers(folder: Path, settings: Settings) -> None:
     torch.set_num_threads(2)  # two processes then take one each
     store = Store(folder, "workers", vars(settings))
     run = record(folder, settings.snapshots - 1, 20)
-    size = sum(math.prod(spec.shape) for spec in groktrace.open_run(run).specs.values())
-    recipe = Recipe(str(run.absolute()), None, settle(SamplingSettings(), size, stacked=True), "cpu", 0)
+    evaluator, _, first = prepare(groktrace.open_run(run), None, SamplingSettings(), torch.device("cpu"))
+    recipe = Recipe(str(run.absolute()), None, evaluator.settings, "cpu", first, evaluator.identity)
 
     def one_round(number: int) -> dict[str, float]:
         found: dict[str, float] = {}

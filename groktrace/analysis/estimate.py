@@ -77,6 +77,7 @@ def estimate_stack(
     scale: Scale,
     n: int,
     chance: Sequence[float] = (),
+    keys: Sequence[int] | None = None,
 ) -> list[LLCEstimate]:
     """λ̂ of several snapshots at once.
 
@@ -88,6 +89,7 @@ def estimate_stack(
         scale: nβ and γ.
         n: number of training samples.
         chance: training losses of networks that know nothing, see `chance_losses`.
+        keys: what the noise of each is keyed by beside the seed; by default its step.
     """
     nbeta, localization, curvature = scale.nbeta, scale.localization, scale.curvature
     if loss.sample_bytes is not None:
@@ -105,8 +107,9 @@ def estimate_stack(
         else:
             usable.append(s)
     if usable:
+        keys = [surveys[s].step if keys is None else keys[s] for s in usable]
         surveys, weights = [surveys[s] for s in usable], [weights[s] for s in usable]
-        steps, tops = [about.step for about in surveys], [about.top_curvature for about in surveys]
+        tops = [about.top_curvature for about in surveys]
         factors = [1.0] * len(usable)
         if curvature is not None:
             # λ̂ = nβ·(E[L] − L*) stays what it is when the loss is multiplied and nβ divided by the same factor.
@@ -119,11 +122,11 @@ def estimate_stack(
         enough = partial(known, rtol=settings.rtol)
         if loss.micro_batch is None:
             stacked, anchors = stack_weights(loss, weights)
-            traces = sample(stacked, anchors, steps, settings, nbeta, localization, sizes, enough)
+            traces = sample(stacked, anchors, keys, settings, nbeta, localization, sizes, enough)
         else:
             traces = [
-                sample_large(loss, each, step, settings, nbeta, localization, size, enough)
-                for each, step, size in zip(weights, steps, sizes, strict=True)
+                sample_large(loss, each, key, settings, nbeta, localization, size, enough)
+                for each, key, size in zip(weights, keys, sizes, strict=True)
             ]
         for s, about, trace, factor in zip(usable, surveys, traces, factors, strict=True):
             if trace.fluctuation is not None:
@@ -201,7 +204,10 @@ def prepare_point(
         TaskError: model, loss and data do not fit together, or are not finite.
         SettingsError: `settings.parameters` fits no weights.
     """
-    task = Task.from_model(model, loss=loss, batch_loss=batch_loss, train=train, seed=settings.seed)
+    if train is None:
+        raise TaskError("train: expected the training data, got None.")
+    # The seed of the sampling does not choose the samples: with another one, the same loss is measured again.
+    task = Task.from_model(model, loss=loss, batch_loss=batch_loss, train=train)
     parameters = dict(model.named_parameters())
     weights = {name: t.detach() for name, t in (parameters | dict(model.named_buffers())).items()}
     specs = {name: (tuple(t.shape), t.dtype, t.requires_grad) for name, t in parameters.items()}

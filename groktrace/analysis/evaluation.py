@@ -115,6 +115,7 @@ def survey(
     weights: Sequence[dict[str, Tensor]],
     steps: Sequence[int],
     seed: int,
+    keys: Sequence[int] | None = None,
 ) -> list[Survey]:
     """Losses, accuracies and curvature of several snapshots.
 
@@ -124,13 +125,15 @@ def survey(
         weights: tensors by name, of each snapshot.
         steps: the training step of each.
         seed: of the power iteration's start.
+        keys: what the start of each is keyed by beside the seed; by default its step.
     """
+    keys = steps if keys is None else keys
     if loss.micro_batch is not None:
-        return [_survey_large(task, loss, each, step, seed) for each, step in zip(weights, steps, strict=True)]
+        return [_survey_large(task, loss, *each, seed) for each in zip(weights, steps, keys, strict=True)]
     device = loss.device
     measured = [_measure(task, loss, each) for each in weights]
     loss, anchors = stack_weights(loss.subset(curvature_samples(loss)), weights)
-    start = normal_like(anchors, [generator_for(seed, step, 0, "curvature", device) for step in steps])
+    start = normal_like(anchors, [generator_for(seed, key, 0, "curvature", device) for key in keys])
     products = PRODUCTS if loss.sample_bytes is None else DEAR_PRODUCTS
     curvature = top_eigenvalue(loss, anchors, start, products).tolist()
     norms = anchors.square().sum(1).tolist()
@@ -232,7 +235,7 @@ def _hits(outputs: Tensor, targets: Tensor, offset: Tensor | None) -> Tensor | N
     return (predictions == targets)[counted]
 
 
-def _survey_large(task: Task, loss: StackedLoss, weights: dict[str, Tensor], step: int, seed: int) -> Survey:
+def _survey_large(task: Task, loss: StackedLoss, weights: dict[str, Tensor], step: int, key: int, seed: int) -> Survey:
     """The survey of one large network."""
     network = Network(loss, weights)
     if loss.sample_bytes is None:
@@ -243,7 +246,7 @@ def _survey_large(task: Task, loss: StackedLoss, weights: dict[str, Tensor], ste
         about = replace(_measure(task, loss, weights), step=step)
         network = Network(loss.subset(curvature_samples(loss)), weights)
     norm_squared = sum(float(anchor.square().sum(dtype=torch.float64)) for _, anchor in network.pieces())
-    top = top_eigenvalue_large(network, generator_for(seed, step, 0, "curvature", loss.device))
+    top = top_eigenvalue_large(network, generator_for(seed, key, 0, "curvature", loss.device))
     return replace(about, norm_squared=norm_squared, top_curvature=top)
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from groktrace.analysis.estimate import estimate_stack, weight_layout
 from groktrace.analysis.evaluation import Survey, chance_losses, survey, training_loss
+from groktrace.analysis.identity import Identity, identify, noise_key, recorded_digest
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.sharpness import Sharpness, measure_sharpness
 from groktrace.analysis.trajectory import Point
-from groktrace.errors import SnapshotError
+from groktrace.errors import RunError, SnapshotError, TaskError
 from groktrace.run.store import Run, Snapshot, open_run
 from groktrace.run.task import Task, failures_in_words, load_factory
 from groktrace.sampling.calibration import Scale, settle
@@ -36,12 +37,14 @@ class Chunk:
         steps: of the snapshots.
         surveys: of the same snapshots, for "sample".
         scale: nβ and γ, for "sample".
+        fingerprints: of the same snapshots; others under the same names are not evaluated.
     """
 
     phase: Literal["survey", "sample", "sharpen"]
     steps: tuple[int, ...]
     surveys: tuple[Survey, ...] = ()
     scale: Scale | None = None
+    fingerprints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Recipe:
         settings: of the sampling.
         device: where to compute.
         first: the snapshot at which the loss is tried.
+        identity: of data, program, and the factory's task, which it has to find there.
     """
 
     run: str
@@ -61,17 +65,23 @@ class Recipe:
     settings: SamplingSettings
     device: str
     first: int
+    identity: Identity
+
+
+class ReplacedError(RunError):
+    """A snapshot is another one than that whose evaluation was asked for."""
 
 
 class Evaluator:
     """Loss, data and settings of one analysis.
 
     Args:
-        task: loss and data.
-        layout: the sampled weights.
+        run: opened.
+        given: the task in place of the recorded one, if any.
+        task: the one that is evaluated, see `choose_task`.
         settings: of the sampling.
         device: where to compute.
-        first: the weights of a snapshot, to try the loss at.
+        first: the weights of the run's first snapshot, to try the loss at.
 
     Raises:
         TaskError: the loss cannot be evaluated on them.
@@ -79,18 +89,21 @@ class Evaluator:
 
     def __init__(
         self,
+        run: Run,
+        given: Task | None,
         task: Task,
-        layout: WeightLayout,
         settings: SamplingSettings,
         device: torch.device,
         first: dict[str, Tensor],
     ) -> None:
         _check_task(task, first)
-        self.task, self.layout, self.device = task, layout, device
+        self.task, self.device = task, device
+        self.layout = layout = run_layout(run, settings.parameters)
         self.loss = training_loss(task, layout, first, device)
         self.settings = settle(settings, layout.size, self.loss.micro_batch is None)
         # At the first snapshot, the same whichever process evaluates and whatever it is asked first.
         self.chance = chance_losses(task, first, device, self.loss.micro_batch)
+        self.identity = identify(run, given, task, layout, first)
 
     @property
     def rows(self) -> int:
@@ -108,11 +121,19 @@ class Evaluator:
         Args:
             chunk: what to do.
             snapshots: the run's, by step.
+
+        Raises:
+            ReplacedError: a snapshot is missing, or is not the one whose fingerprint the chunk has.
         """
         results: dict[int, Result | SnapshotError] = {}
         group: Group = []
-        for step in chunk.steps:
+        for step, fingerprint in zip(chunk.steps, chunk.fingerprints, strict=True):
             try:
+                if step not in snapshots or snapshots[step].fingerprint() != fingerprint:
+                    raise ReplacedError(
+                        f"the snapshot of step {step} is not the one that was there when the analysis began: the run "
+                        "was recorded anew, or a worker sees another copy of it. Run the analysis again."
+                    )
                 group.append((snapshots[step], snapshots[step].load()))
             except SnapshotError as failure:
                 results[step] = failure
@@ -121,15 +142,23 @@ class Evaluator:
             results |= {snapshot.step: each for (snapshot, _), each in zip(group, found, strict=True)}
         return [results[step] for step in chunk.steps]
 
+    def _keys(self, group: Group, chunk: Chunk) -> list[int]:
+        """What the noise of each snapshot is keyed by."""
+        fingerprints = dict(zip(chunk.steps, chunk.fingerprints, strict=True))
+        return [noise_key(self.identity, fingerprints[snapshot.step]) for snapshot, _ in group]
+
     def _survey(self, group: Group, chunk: Chunk) -> list[Survey]:
         weights, steps = [weights for _, weights in group], [snapshot.step for snapshot, _ in group]
-        return survey(self.task, self.loss, weights, steps, self.settings.seed)
+        return survey(self.task, self.loss, weights, steps, self.settings.seed, self._keys(group, chunk))
 
     def _sample(self, group: Group, chunk: Chunk) -> list[Point]:
         known = {each.step: each for each in chunk.surveys}
         about = [known[snapshot.step] for snapshot, _ in group]
         weights = [weights for _, weights in group]
-        estimates = estimate_stack(self.loss, weights, about, self.settings, chunk.scale, self.task.n, self.chance)
+        keys = self._keys(group, chunk)
+        estimates = estimate_stack(
+            self.loss, weights, about, self.settings, chunk.scale, self.task.n, self.chance, keys
+        )
         return [
             _point(snapshot, each, estimate)
             for (snapshot, _), each, estimate in zip(group, about, estimates, strict=True)
@@ -137,7 +166,27 @@ class Evaluator:
 
     def _sharpen(self, group: Group, chunk: Chunk) -> list[Sharpness]:
         weights, steps = [weights for _, weights in group], [snapshot.step for snapshot, _ in group]
-        return measure_sharpness(self.loss, weights, steps, self.settings.seed)
+        return measure_sharpness(self.loss, weights, steps, self.settings.seed, self._keys(group, chunk))
+
+
+def choose_task(run: Run, given: Task | None) -> Task:
+    """The task that is evaluated: the one that was given, on the run's data if it has none, or the one recorded.
+
+    Args:
+        run: opened.
+        given: in place of the one that was recorded.
+
+    Raises:
+        TaskError: there is none, or no data for it.
+        RunError: the files that hold loss or data are damaged.
+    """
+    if given is None:
+        return run.task
+    if given.train is not None:
+        return given
+    if run.data is None:
+        raise TaskError(f"{run.name}: holds no data; give the task its own: groktrace.Task.from_model(..., train=...).")
+    return given.with_data(run.data.train, run.data.val, run.data.n)
 
 
 def run_layout(run: Run, patterns: Sequence[str] | None) -> WeightLayout:
@@ -163,19 +212,30 @@ def evaluate_elsewhere(recipe: Recipe, chunk: Chunk) -> list[Result | SnapshotEr
     """
     with _one_at_a_time:
         evaluator, snapshots = _rebuild(recipe)
-        if not snapshots.keys() >= set(chunk.steps):  # the recording goes on
-            snapshots.update((each.step, each) for each in open_run(recipe.run).snapshots)
-        return evaluator.evaluate(chunk, snapshots)
+        try:
+            return evaluator.evaluate(chunk, snapshots)
+        except ReplacedError:  # the recording goes on, or there is another one since
+            run = open_run(recipe.run)
+            if recorded_digest(run) != recipe.identity.recorded:
+                _rebuild.cache_clear()
+                evaluator, snapshots = _rebuild(recipe)
+            snapshots.clear()
+            snapshots.update((each.step, each) for each in run.snapshots)
+            return evaluator.evaluate(chunk, snapshots)
 
 
 @lru_cache(maxsize=1)
 def _rebuild(recipe: Recipe) -> tuple[Evaluator, dict[int, Snapshot]]:
     run = open_run(recipe.run)
-    task = run.task if recipe.task_name is None else load_factory(recipe.task_name)
     snapshots = {each.step: each for each in run.snapshots}
-    layout = run_layout(run, recipe.settings.parameters)
+    if recipe.first not in snapshots:
+        raise ReplacedError(f"{recipe.run}: a worker finds no snapshot of step {recipe.first} there; see that it can.")
     first = snapshots[recipe.first].load()
-    return Evaluator(task, layout, recipe.settings, torch.device(recipe.device), first), snapshots
+    task = None if recipe.task_name is None else load_factory(recipe.task_name)
+    evaluated = choose_task(run, task)
+    evaluator = Evaluator(run, task, evaluated, recipe.settings, torch.device(recipe.device), first)
+    evaluator.identity.check(recipe.identity, recipe.run, recipe.task_name)
+    return evaluator, snapshots
 
 
 def _check_task(task: Task, weights: dict[str, Tensor]) -> None:

@@ -97,6 +97,9 @@ def follow(
 
     Yields:
         Changes of scale; points as they are measured; the trajectory so far after each round; announcements; the end.
+
+    Raises:
+        RunError: another recording has taken the place of this one.
     """
     live = _Live(analysis.folder / LIVE_FILE)
     surveys: dict[int, Survey] = {}
@@ -104,6 +107,8 @@ def follow(
     fresh, news = list(analysis.snapshots.prints), time.monotonic()
     while True:
         run = analysis.snapshots.run.refreshed()
+        if run.info.get("created") != analysis.snapshots.run.info.get("created"):  # one that is resumed keeps its own
+            raise RunError(f"{run.name}: was recorded anew while it was followed; follow it again.")
         fresh += analysis.snapshots.add(run.snapshots)
         if fresh:
             surveys |= analysis.survey(fresh)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from groktrace.analysis.estimate import FITTED, choose_device, choose_scale, estimate_stack, make_settings
 from groktrace.analysis.evaluation import Survey, measure_point, stack_weights, survey
-from groktrace.analysis.evaluator import Evaluator, run_layout
+from groktrace.analysis.evaluator import Evaluator
 from groktrace.analysis.llc import OFF_MINIMUM, LLCEstimate
-from groktrace.analysis.replay import POINTS_FILE, folder_name, kept_scale
+from groktrace.analysis.replay import POINTS_FILE, folder_name, kept_scale, prepare
 from groktrace.analysis.snapshots import Snapshots, read_journal
 from groktrace.analysis.trajectory import Point
 from groktrace.errors import SettingsError
@@ -114,7 +114,7 @@ def forecast(
     Args:
         run: a run directory, its path or its URL.
         task: loss and data, where the recording could not keep them.
-        task_name: what that task is called in the results' settings.
+        task_name: not used; by `analyze` for other processes.
         device: where to compute; a GPU where there is one.
         **settings: see `groktrace.SamplingSettings`.
 
@@ -127,13 +127,10 @@ def forecast(
     place = choose_device(device)
     start = time.perf_counter()
     run = run if isinstance(run, Run) else open_run(run)
-    snapshots = Snapshots(run)
-    first, weights = snapshots.first()
-    evaluator = Evaluator(
-        run.task if task is None else task, run_layout(run, chosen.parameters), chosen, place, weights
-    )
+    evaluator, snapshots, first = prepare(run, task, chosen, place)
+    weights = snapshots.load(first)
     chains, size = evaluator.settings.chains, evaluator.layout.size
-    folder = run.root / layout.ANALYSIS_FOLDER / folder_name(run, evaluator.settings, task_name)
+    folder = run.root / layout.ANALYSIS_FOLDER / folder_name(evaluator)
     done = read_journal(folder / POINTS_FILE, Point.from_dict)
     ordered, together = list(snapshots.prints), evaluator.together
     stacks = [ordered[start : start + together] for start in range(0, len(ordered), together)]

@@ -7,13 +7,14 @@ import platform
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from groktrace.errors import RunError
 from groktrace.run.files import MAX_JSON_BYTES, TEMPORARY_PREFIX, open_plain, parse_json, sealed, sync, unsealed
 from groktrace.run.layout import MAX_STEP
 
 MAX_NUMBER = sys.float_info.max
+_BLOCK = 2**16
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -68,14 +69,22 @@ def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
     """Append records, each on its own line, and wait until they are on disk."""
     data = b"".join(json.dumps(sealed(record), allow_nan=False).encode() + b"\n" for record in records)
     with open(path, "ab+") as file:
-        # What follows the last line end was cut short by an interruption.
-        end = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1 if end else 0
-        file.truncate(whole)
+        file.truncate(_end_of_lines(file))  # what follows was cut short by an interruption
         file.write(data)
         file.flush()
         sync(file.fileno())
+
+
+def _end_of_lines(file: BinaryIO) -> int:
+    """Where the last whole line ends; read from the end, as journals grow long."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - _BLOCK)
+        file.seek(start)
+        if (found := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from groktrace.analysis.estimate import choose_scale, estimate_stack, fitted
@@ -83,9 +82,7 @@ def choose_sampling(
 class _Trial:
     """Short chains at a few snapshots."""
 
-    def __init__(
-        self, task: Task, loss: StackedLoss, settings: SamplingSettings, chance: Sequence[float]
-    ) -> None:
+    def __init__(self, task: Task, loss: StackedLoss, settings: SamplingSettings, chance: Sequence[float]) -> None:
         self._task, self._loss, self._settings, self._chance = task, loss, settings, chance
 
     def sized(self, scale: Scale) -> Scale:

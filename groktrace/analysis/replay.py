@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -14,22 +15,24 @@ import torch
 from groktrace.analysis.adaptive import sample_adaptively
 from groktrace.analysis.estimate import choose_device, choose_scale, make_settings
 from groktrace.analysis.evaluation import Survey
-from groktrace.analysis.evaluator import Chunk, Evaluator, Recipe, run_layout
+from groktrace.analysis.evaluator import Chunk, Evaluator, Recipe, choose_task
 from groktrace.analysis.journal import append_lines, exclusive
+from groktrace.analysis.latest import TRAJECTORY_FILE, note_latest
+from groktrace.analysis.latest import latest_trajectory as latest_trajectory
 from groktrace.analysis.reference import Reference, check_reference, jacobian_reference
+from groktrace.analysis.reminders import reminders
 from groktrace.analysis.sharpness import Sharpness
 from groktrace.analysis.snapshots import Snapshots, Workers, read_journal
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.analysis.workers import Elsewhere, Here, process_pool
 from groktrace.errors import RunError, SettingsError
 from groktrace.run import layout
-from groktrace.run.files import read_json, read_metadata, write_json
+from groktrace.run.files import read_json, write_json
 from groktrace.run.store import Run, open_run
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import Scale, resolution
 from groktrace.sampling.settings import SamplingSettings
 
-TRAJECTORY_FILE = "trajectory.json"
 SETTINGS_FILE = "settings.json"
 _SURVEY_FILE = "survey.jsonl"
 POINTS_FILE = "points.jsonl"
@@ -61,9 +64,9 @@ def analyze(
 
     Args:
         run: a run directory, its path or its URL.
-        task: loss and data, where the recording could not keep them.
-        task_name: what to call that task in the results' settings; other processes import it by this name, as
-            "package.module:factory".
+        task: loss and data, where the recording could not keep them, or in their place; without data of its own, it
+            is measured on the run's. Its results are kept apart from those of other losses and data.
+        task_name: "package.module:factory", by which other processes import that task.
         device: where to compute; a GPU where there is one.
         progress: called with (phase, snapshots done, snapshots in all).
         reference: a value of λ to show beside the trajectory; "jacobian" for half the rank of the Jacobian of the
@@ -84,6 +87,9 @@ def analyze(
         SettingsError: a setting is outside what it may be.
         RunError: the run directory cannot be used, or none of its snapshots; or workers were lost.
         TaskError: the recording holds no loss to evaluate and none was given.
+
+    Warns:
+        RuntimeWarning: the data of the task that was given are others than those recorded, or its loss is.
     """
     check_reference(reference)
     chosen = make_settings(settings)
@@ -107,25 +113,49 @@ def open_analysis(
         raise SettingsError("executor: takes the place of jobs; give one of them.")
     place = choose_device(device)
     run = run if isinstance(run, Run) else open_run(run)
-    evaluated = run.task if task is None else task
-    snapshots = Snapshots(run)
-    step, first = snapshots.first()
     # A task of another network is refused here, before anything is written.
-    evaluator = Evaluator(evaluated, run_layout(run, settings.parameters), settings, place, first)
-    del first  # a large network's weights are not held twice
+    evaluator, snapshots, step = prepare(run, task, settings, place)
     with contextlib.ExitStack() as held:
         workers: Workers = Here(evaluator)
         if executor is not None or jobs != 1:
             if task is not None and task_name is None:
                 raise SettingsError("task: other processes need its name; give task_name='package.module:factory'.")
             where = str(run.root.absolute()) if run.remote is None else run.name
-            recipe = Recipe(where, task_name, evaluator.settings, str(place), step)
+            name = None if task is None else task_name
+            recipe = Recipe(where, name, evaluator.settings, str(place), step, evaluator.identity)
             pool = (executor, None) if executor is not None else held.enter_context(process_pool(jobs))
             workers = Elsewhere(recipe, *pool)
-        folder = run.root / layout.ANALYSIS_FOLDER / folder_name(run, evaluator.settings, task_name)
+        folder = run.root / layout.ANALYSIS_FOLDER / folder_name(evaluator)
         folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(exclusive(folder))
         yield Analysis(evaluator, snapshots, workers, folder, progress or (lambda phase, done, total: None))
+
+
+def prepare(
+    run: Run, task: Task | None, settings: SamplingSettings, place: torch.device
+) -> tuple[Evaluator, Snapshots, int]:
+    """What evaluates a run's snapshots, the snapshots, and the step of the first that can be read.
+
+    Where a task is given that differs from the recording, a RuntimeWarning says so.
+
+    Args:
+        run: opened.
+        task: see `analyze`.
+        settings: of the sampling.
+        place: where to compute.
+
+    Raises:
+        RunError: no snapshot can be read, or other files are damaged.
+        TaskError: there is no loss to evaluate, no data, or they do not fit the network.
+    """
+    evaluated = choose_task(run, task)
+    snapshots = Snapshots(run)
+    step, first = snapshots.first()
+    evaluator = Evaluator(run, task, evaluated, settings, place, first)
+    if task is not None:
+        for reminder in reminders(run, task, evaluator.layout, first):
+            warnings.warn(f"groktrace: {reminder}", RuntimeWarning, stacklevel=2)
+    return evaluator, snapshots, step
 
 
 class Analysis:
@@ -218,7 +248,7 @@ class Analysis:
             journal: the file that keeps the results.
             phase: what to call it in reports; None for no reports.
         """
-        return self.snapshots.replay(
+        points = self.snapshots.replay(
             self.folder / journal,
             self.evaluator.together,
             self._workers,
@@ -227,6 +257,15 @@ class Analysis:
             lambda done, total: self._report(phase, done, total) if phase is not None else None,
             among,
         )
+        return self._with_metrics(points)
+
+    def _with_metrics(self, points: dict[int, Point]) -> dict[int, Point]:
+        """Points with what was logged for the snapshots that are there: a journal knows them by their weights alone."""
+        found = {step: self.snapshots.metrics(step) for step in points}
+        return {
+            step: point if found[step] is None else replace(point, metrics=found[step])
+            for step, point in points.items()
+        }
 
     def _sample_some(self, surveys: dict[int, Survey], scale: Scale) -> dict[int, Point]:
         def report(done: int, total: int) -> None:
@@ -241,7 +280,8 @@ class Analysis:
     def sampled(self, journal: str = POINTS_FILE) -> dict[int, Point]:
         """What a journal holds of the snapshots, by step."""
         known = read_journal(self.folder / journal, Point.from_dict)
-        return {step: known[each] for step, each in self.snapshots.prints.items() if each in known}
+        found = {step: known[each] for step, each in self.snapshots.prints.items() if each in known}
+        return self._with_metrics(found)
 
     def sharpen(self, among: Sequence[int]) -> dict[int, Sharpness]:
         """Trace and top eigenvalue of the Hessian, by step.
@@ -302,20 +342,9 @@ class Analysis:
         )
         trajectory.save(self.folder / TRAJECTORY_FILE)
         run.publish(self.folder / TRAJECTORY_FILE)
+        last = max(points, default=None)
+        note_latest(run, self.folder, last, self.snapshots.prints.get(last))
         return trajectory
-
-
-def latest_trajectory(run: str | Path) -> Trajectory:
-    """The trajectory that was finished last in a run directory.
-
-    Raises:
-        RunError: there is none.
-    """
-    opened = open_run(run)
-    found = list((opened.root / layout.ANALYSIS_FOLDER).glob(f"*/{TRAJECTORY_FILE}"))
-    if not found:
-        raise RunError(f"{run}: not analysed yet; run 'groktrace analyze {run}' first.")
-    return Trajectory.load(max(found, key=lambda path: path.stat().st_mtime_ns))
 
 
 def kept_scale(folder: Path) -> Scale | None:
@@ -337,10 +366,12 @@ def kept_scale(folder: Path) -> Scale | None:
         raise RunError(f"{path}: damaged ({failure}); remove the folder {folder} and analyse again.") from failure
 
 
-def folder_name(run: Run, settings: SamplingSettings, task_name: str | None) -> str:
-    """Where the results lie: the method, and a digest of everything that they depend on but the snapshots."""
-    content: list[Any] = [layout.FORMAT_VERSION, _ESTIMATOR, settings.to_dict(), task_name]
-    if task_name is None:
-        data = read_metadata(run.root / layout.DATA_FILE).get("digests")
-        content += [data, read_json(run.root / layout.PROGRAM_FILE)]
+def folder_name(evaluator: Evaluator) -> str:
+    """Where the results lie: the method, and a digest of everything that they depend on but the snapshots.
+
+    Args:
+        evaluator: of the run, with its settings.
+    """
+    settings = evaluator.settings
+    content = [layout.FORMAT_VERSION, _ESTIMATOR, settings.to_dict(), evaluator.identity.key]
     return f"{settings.method}-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]}"

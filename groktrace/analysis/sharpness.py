@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from groktrace.analysis.evaluation import stack_weights
@@ -59,7 +60,11 @@ class Sharpness:
 
 
 def measure_sharpness(
-    loss: StackedLoss, weights: Sequence[dict[str, Tensor]], steps: Sequence[int], seed: int
+    loss: StackedLoss,
+    weights: Sequence[dict[str, Tensor]],
+    steps: Sequence[int],
+    seed: int,
+    keys: Sequence[int] | None = None,
 ) -> list[Sharpness]:
     """Trace and top eigenvalue of several snapshots at once.
 
@@ -68,11 +73,16 @@ def measure_sharpness(
         weights: tensors by name, of each snapshot.
         steps: the training step of each.
         seed: of the random directions.
+        keys: what those of each are keyed by beside the seed; by default its step.
     """
+    keys = steps if keys is None else keys
     if loss.micro_batch is not None:
-        return [_measure_large(Network(loss, each), step, seed) for each, step in zip(weights, steps, strict=True)]
+        return [
+            _measure_large(Network(loss, each), step, generator_for(seed, key, 0, "sharpness", loss.device))
+            for each, step, key in zip(weights, steps, keys, strict=True)
+        ]
     stacked, anchors = stack_weights(loss, weights)
-    generators = [generator_for(seed, step, 0, "sharpness", anchors.device) for step in steps]
+    generators = [generator_for(seed, key, 0, "sharpness", anchors.device) for key in keys]
     tops = top_eigenvalue(stacked, anchors, normal_like(anchors, generators), ITERATIONS).tolist()
     traces, errors = hessian_trace(stacked, anchors, generators, VECTORS)
     return [
@@ -81,7 +91,6 @@ def measure_sharpness(
     ]
 
 
-def _measure_large(network: Network, step: int, seed: int) -> Sharpness:
-    generator = generator_for(seed, step, 0, "sharpness", network.device)
+def _measure_large(network: Network, step: int, generator: torch.Generator) -> Sharpness:
     values = (*hessian_trace_large(network, generator, VECTORS), top_eigenvalue_large(network, generator))
     return Sharpness(step, *(value if math.isfinite(value) else None for value in values))

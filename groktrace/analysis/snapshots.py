@@ -1,6 +1,7 @@
 """The snapshots of a run, and results of them that are kept as they come."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,6 +79,13 @@ class Snapshots:
             self._drop(step, failure)
             return None
 
+    def metrics(self, step: int) -> dict[str, float] | None:
+        """What the training script logged for a snapshot; None where the file is damaged by now."""
+        try:
+            return self._by_step[step].metrics()
+        except SnapshotError:
+            return None
+
     def _drop(self, step: int, failure: SnapshotError) -> None:
         self.unreadable.append(str(failure))
         del self.prints[step]
@@ -113,7 +121,8 @@ class Snapshots:
         missing = [steps for steps in stacks if any(self.prints[step] not in known for step in steps)]
         done = len(ordered) - sum(len(steps) for steps in missing)
         report(done, len(ordered))
-        for number, results in workers.evaluate([chunk(steps) for steps in missing], self._by_step):
+        chunks = [replace(chunk(steps), fingerprints=tuple(self.prints[step] for step in steps)) for steps in missing]
+        for number, results in workers.evaluate(chunks, self._by_step):
             lines = []
             for step, result in zip(missing[number], results, strict=True):
                 if isinstance(result, SnapshotError):

@@ -1,24 +1,22 @@
 """λ̂ against temperature: what is resolved at each nβ, and the plateau that is an absolute value."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from groktrace.analysis.estimate import (
-    choose_device,
-    choose_scale,
-    estimate_stack,
-    make_settings,
-    prepare_point,
-    weight_layout,
-)
-from groktrace.analysis.evaluation import Survey, chance_losses, survey, training_loss
+from groktrace.analysis.estimate import choose_device, choose_scale, estimate_stack, make_settings, prepare_point
+from groktrace.analysis.evaluation import Survey
+from groktrace.analysis.evaluator import Chunk, Evaluator
+from groktrace.analysis.identity import noise_key
 from groktrace.analysis.llc import LLCEstimate
+from groktrace.analysis.replay import folder_name, kept_scale, prepare
+from groktrace.analysis.snapshots import Snapshots
 from groktrace.errors import SettingsError
+from groktrace.run.layout import ANALYSIS_FOLDER
 from groktrace.run.store import Run
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import RESOLUTION, Scale, settle
@@ -28,6 +26,8 @@ from groktrace.sampling.settings import SamplingSettings
 # A plateau is this many neighbouring temperatures or more whose λ̂ agree within this fraction and their errors.
 PLATEAU_POINTS = 3
 PLATEAU_WIDTH = 0.05
+# Snapshots from which γ is taken where no analysis has chosen it.
+_SURVEYED = 16
 RESOLUTIONS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
@@ -96,11 +96,15 @@ def temperature_curve_at(
 ) -> TemperatureCurve:
     """λ̂ of one recorded snapshot at several nβ and one γ, see `temperature_curve`.
 
+    γ is the run's: the one that an analysis at the same settings has kept, or else the one that snapshots spread over
+    the run call for, 16 of them or all, so that the curve belongs to the trajectory. nβ follows from it and from the
+    snapshot's own curvature.
+
     Args:
         run: a run directory.
         step: the snapshot's training step.
         nbetas: the temperatures; by default those of resolution 1 to 300.
-        task: loss and data, where the recording could not keep them.
+        task: see `analyze`.
         device: where to compute; a GPU where there is one.
         **settings: see `groktrace.SamplingSettings`; `nbeta` is not among them.
 
@@ -110,19 +114,44 @@ def temperature_curve_at(
         TaskError: the recording holds no loss to evaluate, or it is not finite at the snapshot.
     """
     chosen = _curve_settings(settings)
-    place = choose_device(device)
     found = [snapshot for snapshot in run.snapshots if snapshot.step == step]
     if not found:
         nearest = min((snapshot.step for snapshot in run.snapshots), key=lambda other: abs(other - step))
         raise SettingsError(f"step: there is no snapshot of step {step}; the nearest is of step {nearest}.")
     weights = found[0].load()
-    specs = {name: (spec.shape, spec.dtype, spec.trainable) for name, spec in run.specs.items()}
-    layout = weight_layout(specs, chosen.parameters)
-    evaluated = run.task if task is None else task
-    training = training_loss(evaluated, layout, weights, place)
-    (surveyed,) = survey(evaluated, training, [weights], [step], chosen.seed)
-    chance = chance_losses(evaluated, weights, place, training.micro_batch)
-    return _measure_curve(evaluated.n, training, weights, surveyed, chosen, nbetas, chance)
+    evaluator, snapshots, _ = prepare(run, task, chosen, choose_device(device))
+    surveyed = _survey(evaluator, snapshots, [step])[step]
+    chosen = _with_localization(evaluator, snapshots, surveyed)
+    key = noise_key(evaluator.identity, snapshots.prints[step])
+    return _measure_curve(evaluator.task.n, evaluator.loss, weights, surveyed, chosen, nbetas, evaluator.chance, [key])
+
+
+def _with_localization(evaluator: Evaluator, snapshots: Snapshots, surveyed: Survey) -> SamplingSettings:
+    """The settings with the run's γ."""
+    settings = evaluator.settings
+    if settings.localization is not None:
+        return settings
+    kept = kept_scale(snapshots.run.root / ANALYSIS_FOLDER / folder_name(evaluator))
+    if kept is None:
+        steps = list(snapshots.prints)
+        count = min(len(steps), _SURVEYED)
+        some = {steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)}
+        surveys = _survey(evaluator, snapshots, sorted(some)) | {surveyed.step: surveyed}
+        # nβ is the snapshot's own, whatever curvature the others have.
+        kept = choose_scale(replace(settings, nbeta=1.0), evaluator.task.n, evaluator.layout, list(surveys.values()))
+    return replace(settings, localization=kept.localization)
+
+
+def _survey(evaluator: Evaluator, snapshots: Snapshots, steps: Sequence[int]) -> dict[int, Survey]:
+    """Losses and curvature of those snapshots that can be read."""
+    found: dict[int, Survey] = {}
+    for start in range(0, len(steps), evaluator.rows):
+        part = steps[start : start + evaluator.rows]
+        chunk = Chunk("survey", tuple(part), fingerprints=tuple(snapshots.prints[step] for step in part))
+        by_step = {each.step: each for each in snapshots.run.snapshots}
+        results = zip(part, evaluator.evaluate(chunk, by_step), strict=True)
+        found |= {step: each for step, each in results if isinstance(each, Survey)}
+    return found
 
 
 def _curve_settings(settings: dict[str, Any]) -> SamplingSettings:
@@ -139,6 +168,7 @@ def _measure_curve(
     settings: SamplingSettings,
     nbetas: Sequence[float] | None,
     chance: Sequence[float],
+    keys: Sequence[int] | None = None,
 ) -> TemperatureCurve:
     settings = settle(settings, training.layout.size, training.micro_batch is None)
     middle, localization, _ = choose_scale(settings, n, training.layout, [surveyed])
@@ -147,7 +177,7 @@ def _measure_curve(
     for nbeta in nbetas:
         make_settings({"nbeta": nbeta})
     estimates = tuple(
-        estimate_stack(training, [weights], [surveyed], settings, Scale(float(nbeta), localization), n, chance)[0]
+        estimate_stack(training, [weights], [surveyed], settings, Scale(float(nbeta), localization), n, chance, keys)[0]
         for nbeta in sorted(nbetas)
     )
     span = find_plateau(estimates)

@@ -1,16 +1,12 @@
 """What a recording writes at its start: the network's description, the data, and the loss as a program."""
 
-import contextlib
 import importlib.metadata
 import math
-import random
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,9 +15,20 @@ from groktrace.recording.capture import STORABLE, find_aliases
 from groktrace.recording.schedule import Schedule
 from groktrace.recording.writer import now
 from groktrace.run import files, layout
-from groktrace.run.batch import Batch, collect
+from groktrace.run.batch import Batch
+from groktrace.run.collect import collect
 from groktrace.run.store import WeightSpec
-from groktrace.run.task import MAX_SAMPLES, Forward, check_forward, evaluation_mode, is_offset_free, make_forward
+from groktrace.run.task import (
+    MAX_SAMPLES,
+    Forward,
+    check_forward,
+    data_notes,
+    evaluation_mode,
+    is_offset_free,
+    make_forward,
+    takes,
+)
+from groktrace.run.untouched import left_untouched
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Evaluation:
         tensors: contents of data.safetensors.
         program: contents of program.json, or None where the model could not be traced.
         problem: why it could not.
+        notes: what the user ought to know of the data, a sentence each.
     """
 
     n: int | None = None
@@ -41,6 +49,7 @@ class Evaluation:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     program: dict[str, Any] | None = None
     problem: Exception | None = None
+    notes: tuple[str, ...] = ()
 
 
 def prepare_evaluation(model: nn.Module, train: Any, val: Any, loss: Any, batch_loss: Any, seed: int) -> Evaluation:
@@ -59,24 +68,25 @@ def prepare_evaluation(model: nn.Module, train: Any, val: Any, loss: Any, batch_
         SettingsError: the data cannot be stored.
     """
     with left_untouched(model):
-        batch, n = collect(train, "train", MAX_SAMPLES, seed)
+        fits = takes(model, loss, batch_loss)
+        batch, n = collect(train, "train", MAX_SAMPLES, seed, fits)
         data = {"train": _describe_batch(batch, n), "val": None}
         tensors = _name_tensors("train", batch)
         held_out = None
         if val is not None:
-            held_out, n_val = collect(val, "val", MAX_SAMPLES, seed)
+            held_out, n_val = collect(val, "val", MAX_SAMPLES, seed, fits)
             data["val"] = _describe_batch(held_out, n_val)
             tensors |= _name_tensors("val", held_out)
         forward = make_forward(model, loss, batch_loss, batch, held_out)
         with evaluation_mode(forward):
-            check_forward(forward, batch)
+            notes = data_notes(check_forward(forward, batch, held_out), train, val, held_out)
             offset_free = _offset_free(forward, batch)
             try:
                 program, constants = _trace(forward, batch)
             except Exception as failure:  # whatever tracing trips over, the weights can still be recorded
-                return Evaluation(n, data, tensors, None, failure)
+                return Evaluation(n, data, tensors, None, failure, notes)
     tensors |= {f"constant.{name}": value.detach().cpu().contiguous().clone() for name, value in constants.items()}
-    return Evaluation(n, data, tensors, {**program, "offset_free": offset_free})
+    return Evaluation(n, data, tensors, {**program, "offset_free": offset_free}, notes=notes)
 
 
 def _offset_free(forward: Forward, batch: Batch) -> bool:
@@ -104,26 +114,7 @@ def _name_tensors(what: str, batch: Batch) -> dict[str, Tensor]:
     for tensor in batch.tensors:
         if tensor.dtype not in STORABLE or tensor.layout != torch.strided:
             raise SettingsError(f"{what}: {tensor.dtype} ({tensor.layout}) data cannot be stored; convert them.")
-    return {f"{what}.{i}": tensor.contiguous() for i, tensor in enumerate(batch.tensors)}
-
-
-@contextlib.contextmanager
-def left_untouched(model: nn.Module) -> Iterator[None]:
-    """Put random generators and the model's buffers back as they were: datasets and models may change them."""
-    gpus = {tensor.device.index for tensor in model.parameters() if tensor.is_cuda}
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.no_grad():
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        with torch.random.fork_rng(devices=sorted(gpus)):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+    return {f"{what}.{i}": tensor for i, tensor in enumerate(batch.tensors)}
 
 
 def describe_run(

@@ -20,6 +20,7 @@ from groktrace.recording.writer import remove_leftovers
 from groktrace.run import files, layout
 from groktrace.run.remote import Remote, is_url
 from groktrace.run.store import WeightSpec, check_info
+from groktrace.run.task import refuse_while_loading
 
 _FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
@@ -49,8 +50,9 @@ def watch(
             this for one that fully_shard has sharded.
         optimizer: each of its updates counts as a step; without it, call `Recorder.step()` once per update. Of
             several, the one that steps last.
-        train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader; without it only
-            weights are kept, and the analysis needs `--task`.
+        train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader, samples along the
+            first axis of every tensor; without it only weights are kept, and the analysis needs `--task`. In a list,
+            an entry is a sample where one of its tensors has no axes or their first sizes differ, and else a batch.
         loss: loss(outputs, targets) as a mean over the batch, or "cross_entropy" or "mse".
         batch_loss: instead of `loss`, batch_loss(model, batch) for models that compute their own.
         val: validation data in the same form as `train`.
@@ -71,6 +73,7 @@ def watch(
         TaskError: model, loss and data do not fit together.
         RunError: `out` holds a damaged run.
     """
+    refuse_while_loading()
     plan = make_schedule(every, schedule)
     seed = check_count(seed, "seed", least=0)
     if start_step is not None:
@@ -140,6 +143,8 @@ def watch(
                     remote.send_start()
             except OSError as failure:
                 raise SettingsError(f"out: '{place}' cannot be written ({failure.strerror or failure}).") from failure
+            for note in evaluation.notes:
+                tell(note)
             if evaluation.problem is not None:
                 reason = " ".join(str(evaluation.problem).split())[:300]
                 hint = task or "package.module:factory"

@@ -3,7 +3,7 @@
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -82,6 +82,19 @@ class RandomError(Exception):
     """What makes a loss more than a function of weights and data."""
 
 
+def draws_numbers(op: Any, given: Mapping[str, Any]) -> bool:
+    """Whether a call of an ATen operation draws random numbers.
+
+    Args:
+        op: the operation.
+        given: its arguments by name, with the defaults of those that were not passed.
+    """
+    if torch.Tag.nondeterministic_seeded not in op.tags:
+        return False
+    still = any(given.get(key) is False for key in ("train", "training"))
+    return not still and all(given.get(key) != 0 for key in ("p", "dropout", "dropout_p"))
+
+
 def find_operation(target: str, args: list[Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
     """What a node's target names, if it does nothing but compute.
 
@@ -129,10 +142,8 @@ def find_operation(target: str, args: list[Any], kwargs: dict[str, Any]) -> Call
         return _SIZES[target]
     if not schema.returns or not all(str(r.type) in ("Tensor", "List[Tensor]") for r in schema.returns):
         raise RefusedError(f"it calls {target}, which does not return tensors")
-    if torch.Tag.nondeterministic_seeded in op.tags:
-        still = any(given.get(key) is False for key in ("train", "training"))
-        if not still and all(given.get(key) != 0 for key in ("p", "dropout", "dropout_p")):
-            raise RandomError(f"{target} draws random numbers")
+    if draws_numbers(op, given):
+        raise RandomError(f"{target} draws random numbers")
     if target in _REPLACED:
         return _REPLACED[target]
     if name in _RECURRENT:

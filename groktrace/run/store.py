@@ -61,7 +61,7 @@ class Snapshot:
             SnapshotError: the file is damaged, or holds other tensors than the run's network has.
             RunError: the file of frozen tensors is damaged.
         """
-        return self._read()[0]
+        return self._read()
 
     def fingerprint(self) -> str:
         """A digest of step and weights, from the file's header alone.
@@ -69,17 +69,33 @@ class Snapshot:
         Raises:
             SnapshotError: the header is damaged.
         """
-        self._fetch()
-        metadata = read_metadata(self.path, SnapshotError)
-        return hashlib.sha256(f"{self.step}:{metadata.get('digests')}".encode()).hexdigest()[:32]
+        return hashlib.sha256(f"{self.step}:{self._metadata().get('digests')}".encode()).hexdigest()[:32]
 
     def metrics(self) -> dict[str, float]:
-        """What the training script logged for this snapshot.
+        """What the training script logged for this snapshot, from the file's header alone.
 
         Raises:
-            SnapshotError: the file is damaged.
+            SnapshotError: the header is damaged.
         """
-        return self._read()[1]
+        return self._metrics(self._metadata())
+
+    def _metadata(self) -> dict[str, str]:
+        """What the header says, which has a digest of its own; the weights are not read."""
+        self._fetch()
+        metadata = read_metadata(self.path, SnapshotError)
+        self._check_step(metadata)
+        return metadata
+
+    def _check_step(self, metadata: dict[str, str]) -> None:
+        if metadata.get("step") != str(self.step):
+            raise SnapshotError(f"{self.path}: says it is of step {metadata.get('step')}, its name says {self.step}.")
+
+    def _metrics(self, metadata: dict[str, str]) -> dict[str, float]:
+        try:
+            metrics = parse_json(metadata.get("metrics", "{}").encode())
+            return {printable(key): math.nan if value is None else float(value) for key, value in metrics.items()}
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as failure:
+            raise SnapshotError(f"{self.path}: its logged metrics are damaged ({failure}).") from failure
 
     def _fetch(self) -> None:
         if self.path.is_symlink() and layout.leads_out(self.path.parent.parent, self.path):
@@ -90,11 +106,11 @@ class Snapshot:
             except OSError as failure:
                 raise SnapshotError(f"{self.path.name}: cannot be fetched ({failure}).") from failure
 
-    def _read(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def _read(self) -> dict[str, Tensor]:
         self._fetch()
         tensors, metadata = read_tensors(self.path, SnapshotError)
-        if metadata.get("step") != str(self.step):
-            raise SnapshotError(f"{self.path}: says it is of step {metadata.get('step')}, its name says {self.step}.")
+        self._check_step(metadata)
+        self._metrics(metadata)  # damaged ones cost the snapshot before anything is made of it
         if tensors.keys() != self.specs.keys():
             tensors = self.frozen() | tensors
         if tensors.keys() != self.specs.keys():
@@ -107,14 +123,24 @@ class Snapshot:
                     f"but is {_describe(tensors[name].shape, tensors[name].dtype)}."
                 )
         # In one order, which that of a file is not: what is stacked from several snapshots may go by position.
-        tensors = {name: tensors[name] for name in self.specs}
-        try:
-            metrics = parse_json(metadata.get("metrics", "{}").encode())
-            return tensors, {
-                printable(key): math.nan if value is None else float(value) for key, value in metrics.items()
-            }
-        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as failure:
-            raise SnapshotError(f"{self.path}: its logged metrics are damaged ({failure}).") from failure
+        return {name: tensors[name] for name in self.specs}
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedData:
+    """The samples that a recording kept.
+
+    Attributes:
+        train: training samples; a random subset of large sets.
+        val: validation samples, or None.
+        n: number of training samples in truth.
+        constants: the tensors that the recorded program refers to.
+    """
+
+    train: Batch
+    val: Batch | None
+    n: int
+    constants: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -192,6 +218,29 @@ class Run:
                 raise RunError(f"{self.name}: results cannot be sent ({failure}).") from failure
 
     @cached_property
+    def data(self) -> RecordedData | None:
+        """The samples that the recording kept; None where it kept none.
+
+        Raises:
+            RunError: the file that holds them is damaged.
+        """
+        path, entry = self.root / layout.DATA_FILE, self.info["data"]
+        if not path.exists():
+            return None
+        tensors, _ = read_tensors(path)
+        if entry is None:
+            raise RunError(f"{self.root / layout.RUN_FILE}: names no data, but {layout.DATA_FILE} is there.")
+        train = _read_batch(entry["train"], "train", tensors, path)
+        val = _read_batch(entry["val"], "val", tensors, path) if entry.get("val") is not None else None
+        if len(train) > self.info["n"]:
+            raise RunError(
+                f"{self.root / layout.RUN_FILE}: damaged: n is {self.info['n']}, but {layout.DATA_FILE} holds "
+                f"{len(train)} training samples."
+            )
+        constants = {key[len("constant.") :]: value for key, value in tensors.items() if key.startswith("constant.")}
+        return RecordedData(train, val, self.info["n"], constants)
+
+    @cached_property
     def task(self) -> Task:
         """Loss and data as recorded.
 
@@ -204,29 +253,18 @@ class Run:
         hint = self.info.get("task") or "package.module:factory"
         program_path, data_path = self.root / layout.PROGRAM_FILE, self.root / layout.DATA_FILE
         if not (program_path.exists() and data_path.exists()):
+            data = "" if data_path.exists() else ", train=..."
             raise TaskError(
                 f"{self.root}: the recording holds no model and loss to evaluate; pass --task {hint}, "
-                "a function that returns groktrace.Task.from_model(model, loss=..., train=...)."
+                f"a function that returns groktrace.Task.from_model(model, loss=...{data})."
             )
-        document = read_json(program_path)
-        tensors, _ = read_tensors(data_path)
-        constants = {key[len("constant.") :]: value for key, value in tensors.items() if key.startswith("constant.")}
+        document, data = read_json(program_path), self.data
         if not isinstance(document, dict) or not isinstance(document.get("offset_free"), bool):
             raise RunError(f"{program_path}: not a groktrace program.")
-        program = Program.from_json(document, constants, where=str(program_path))
+        program = Program.from_json(document, data.constants, where=str(program_path))
         if missing := [name for name in program.weights if name not in self.specs]:
             raise RunError(f"{program_path}: uses the weight '{missing[0]}', which {layout.RUN_FILE} does not list.")
-        data = self.info["data"]
-        if data is None:
-            raise RunError(f"{self.root / layout.RUN_FILE}: names no data, but {layout.DATA_FILE} is there.")
-        train = _read_batch(data["train"], "train", tensors, data_path)
-        val = _read_batch(data["val"], "val", tensors, data_path) if data.get("val") is not None else None
-        if len(train) > self.info["n"]:
-            raise RunError(
-                f"{self.root / layout.RUN_FILE}: damaged: n is {self.info['n']}, but {layout.DATA_FILE} holds "
-                f"{len(train)} training samples."
-            )
-        return Task(program.forward, train, val, self.info["n"], document["offset_free"])
+        return Task(program.forward, data.train, data.val, data.n, document["offset_free"])
 
 
 def _read_batch(entry: Any, name: str, tensors: dict[str, Tensor], path: Path) -> Batch:

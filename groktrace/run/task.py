@@ -2,8 +2,11 @@
 
 import contextlib
 import importlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +15,10 @@ from torch.nn import functional
 
 from groktrace.errors import TaskError
 from groktrace.run.attention import for_live_models
-from groktrace.run.batch import Batch, Structure, collect, unflatten
+from groktrace.run.batch import Batch, Structure, unflatten
+from groktrace.run.checks import Probe, check_mean, check_repeatable, sample_axis_note, shared_second_axis
+from groktrace.run.collect import Fits, collect, random_samples_note
+from groktrace.run.untouched import left_untouched, own_randomness
 
 MAX_SAMPLES = 8192
 NAMED_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -71,25 +77,27 @@ class Task:
     Attributes:
         forward: (weights by the model's own names, flat batch tensors) → (mean loss, outputs or None); a function of
             these alone: dropout off, normalisation by the given buffers.
-        train: the training samples that the analysis uses.
+        train: the training samples that the analysis uses; None for those that a run holds.
         val: validation samples, or None.
-        n: number of training samples in truth; `train` may hold a random subset.
+        n: number of training samples in truth; `train` may hold a random subset. None without `train`.
         offset_free: whether the loss ignores a constant added to every sample's outputs, so that predictions have to
             be read after removing their mean offset over the training set.
+        bind: makes the task on data, where it has none of its own; see `with_data`.
     """
 
     forward: ForwardFunction
-    train: Batch
+    train: Batch | None
     val: Batch | None
-    n: int
+    n: int | None
     offset_free: bool
+    bind: Callable[[Batch, Batch | None, int], "Task"] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def from_model(
         cls,
         model: nn.Module,
         *,
-        train: Any,
+        train: Any = None,
         loss: Callable[..., Tensor] | str | None = None,
         batch_loss: Callable[..., Tensor] | None = None,
         val: Any = None,
@@ -99,20 +107,64 @@ class Task:
 
         Args:
             model: the network; it is neither copied nor changed.
-            train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader.
+            train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader. Leave it out to
+                have the run analysed on the samples that it holds, training and validation; data given here are
+                taken in their place, and where they are others, a RuntimeWarning says so.
             loss: loss(outputs, targets) as a mean over the batch, or "cross_entropy" or "mse".
             batch_loss: instead of `loss`, batch_loss(model, batch) for models that compute their own.
             val: validation data in the same form as `train`.
             seed: chooses the subset where there are more than 8192 samples.
 
         Raises:
+            TaskError: data and loss do not fit together, or the loss is no mean or no function of the weights.
+        """
+        if train is None:
+            if val is not None:
+                raise TaskError("val: of no use without train; give the training data too, or neither.")
+            find_loss(loss, batch_loss)
+            return cls(_without_data, None, None, None, False, partial(cls._from_batches, model, loss, batch_loss))
+        with left_untouched(model):
+            fits = takes(model, loss, batch_loss)
+            batch, n = collect(train, "train", MAX_SAMPLES, seed, fits)
+            held_out = None if val is None else collect(val, "val", MAX_SAMPLES, seed, fits)[0]
+            probe = _probe(make_forward(model, loss, batch_loss, batch, held_out), batch, held_out)
+            with evaluation_mode(probe.forward):
+                notes = data_notes(probe, train, val, held_out)
+        for note in notes:
+            warnings.warn(f"groktrace: {note}", RuntimeWarning, stacklevel=2)
+        return cls._of(probe, held_out, n)
+
+    def with_data(self, train: Batch, val: Batch | None, n: int) -> "Task":
+        """This task, on these data if it has none of its own.
+
+        Args:
+            train: training samples.
+            val: validation samples, or None.
+            n: number of training samples in truth.
+
+        Raises:
             TaskError: data and loss do not fit together.
         """
-        batch, n = collect(train, "train", MAX_SAMPLES, seed)
-        held_out = None if val is None else collect(val, "val", MAX_SAMPLES, seed)[0]
-        module = make_forward(model, loss, batch_loss, batch, held_out)
-        with evaluation_mode(module):
-            check_forward(module, batch)
+        return self if self.bind is None else self.bind(train, val, n)
+
+    @classmethod
+    def _from_batches(
+        cls,
+        model: nn.Module,
+        loss: Callable[..., Tensor] | str | None,
+        batch_loss: Callable[..., Tensor] | None,
+        batch: Batch,
+        held_out: Batch | None,
+        n: int,
+    ) -> "Task":
+        with left_untouched(model):
+            probe = _probe(make_forward(model, loss, batch_loss, batch, held_out), batch, held_out)
+        return cls._of(probe, held_out, n)
+
+    @classmethod
+    def _of(cls, probe: Probe, held_out: Batch | None, n: int) -> "Task":
+        module, batch = probe.forward, probe.batch
+        with left_untouched(module), evaluation_mode(module):
             offset_free = is_offset_free(module, batch)
 
         def forward(weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -121,6 +173,11 @@ class Task:
                 return torch.func.functional_call(module, named, tuple(tensors))
 
         return cls(forward, batch, held_out, n, offset_free)
+
+
+def _without_data(weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Stands for the loss of a task that has no data yet: how the samples nest is not known."""
+    raise TaskError("train: the task has no data of its own; analyse a run with it, or give it some.")
 
 
 def make_forward(
@@ -135,15 +192,7 @@ def make_forward(
     Raises:
         TaskError: no loss, two losses, an unknown name, or data that the loss cannot take.
     """
-    if (loss is None) == (batch_loss is None):
-        raise TaskError("loss: give exactly one of loss=f(outputs, targets) and batch_loss=f(model, batch).")
-    if isinstance(loss, str):
-        if loss not in NAMED_LOSSES:
-            raise TaskError(f"loss: expected a function or one of {', '.join(NAMED_LOSSES)}, got '{loss}'.")
-        loss = NAMED_LOSSES[loss]
-    for function in (loss, batch_loss):
-        if function is not None and not callable(function):
-            raise TaskError(f"loss: expected a function, got {type(function).__name__}.")
+    loss = find_loss(loss, batch_loss)
     if val is not None and val.structure != train.structure:
         raise TaskError("val: expected the same nesting of tensors as train.")
     if loss is not None:
@@ -158,28 +207,121 @@ def make_forward(
     return Forward(model, loss, batch_loss, train.structure)
 
 
-def check_forward(forward: Forward, batch: Batch) -> None:
-    """Run the loss once on a few samples.
+def _probe(module: Forward, batch: Batch, held_out: Batch | None) -> Probe:
+    """The loss, tried on a few samples and found to be a function of the weights."""
+    with evaluation_mode(module):
+        probe = check_forward(module, batch, held_out)
+        check_repeatable(probe)
+    return probe
+
+
+def find_loss(
+    loss: Callable[..., Tensor] | str | None, batch_loss: Callable[..., Tensor] | None
+) -> Callable[..., Tensor] | None:
+    """The function that `loss` names, or that it is.
 
     Raises:
-        TaskError: it fails, or does not return one number.
+        TaskError: no loss, two losses, an unknown name, or no function.
     """
-    few = batch.take(slice(0, 2))
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            loss, _ = forward(*_to_device(few, forward).tensors)
-    except Exception as failure:
-        advice = "check that train has the form that the model and the loss take."
-        if forward.loss is functional.cross_entropy and "target size" in str(failure):
-            advice = (
-                "with classes on the last axis give loss=lambda o, t: cross_entropy(o.flatten(0, -2), t.flatten())."
+    if (loss is None) == (batch_loss is None):
+        raise TaskError("loss: give exactly one of loss=f(outputs, targets) and batch_loss=f(model, batch).")
+    if isinstance(loss, str):
+        if loss not in NAMED_LOSSES:
+            raise TaskError(f"loss: expected a function or one of {', '.join(NAMED_LOSSES)}, got '{loss}'.")
+        loss = NAMED_LOSSES[loss]
+    for function in (loss, batch_loss):
+        if function is not None and not callable(function):
+            raise TaskError(f"loss: expected a function, got {type(function).__name__}.")
+    return loss
+
+
+def check_forward(forward: Forward, batch: Batch, held_out: Batch | None = None) -> Probe:
+    """Try the loss on a few samples.
+
+    Args:
+        forward: model and loss, in evaluation mode.
+        batch: training samples.
+        held_out: validation samples, or None.
+
+    Returns:
+        What further checks of the loss on the training samples take.
+
+    Raises:
+        TaskError: it fails, or does not return one number, or not a mean.
+    """
+    for what, samples in (("training", batch), ("validation", held_out)):
+        if samples is None:
+            continue
+        try:
+            loss = _first_loss(forward, samples)
+        except Exception as failure:
+            raise TaskError(
+                f"model and loss fail on the {what} data ({type(failure).__name__}: {failure}); "
+                f"{_advice(forward, samples, failure)}"
+            ) from failure
+        if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TaskError(f"loss: expected one number, the mean over the batch, got {got}.")
+    probe = Probe(forward, batch)
+    check_mean(probe)
+    return probe
+
+
+def _first_loss(forward: Forward, batch: Batch, axis: int = 0) -> Any:
+    """The loss of two samples along an axis."""
+    few = Batch(tuple(tensor.narrow(axis, 0, min(2, tensor.shape[axis])) for tensor in batch.tensors), batch.structure)
+    placed = _to_device(few, forward)
+    with torch.no_grad(), own_randomness(0, placed.tensors[0].device):
+        return forward(*placed.tensors)[0]
+
+
+def _advice(forward: Forward, batch: Batch, failure: Exception) -> str:
+    if forward.loss is functional.cross_entropy and "target size" in str(failure):
+        return (
+            "cross_entropy takes classes on the second axis: for sequences with classes on the last axis give "
+            "loss=lambda o, t: cross_entropy(o.flatten(0, -2), t.flatten())."
+        )
+    if shared_second_axis(batch.tensors) is not None:
+        with contextlib.suppress(Exception):
+            _first_loss(forward, batch, axis=1)
+            return (
+                "the first axis of every tensor is that of the samples, but they take the second as such; give the "
+                "data as x.transpose(0, 1), and transpose them back in batch_loss=lambda model, batch: ..."
             )
-        raise TaskError(
-            f"model and loss fail on the training data ({type(failure).__name__}: {failure}); {advice}"
-        ) from failure
-    if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TaskError(f"loss: expected one number, the mean over the batch, got {got}.")
+    return (
+        "check that train has the form that the model and the loss take; the first axis of every tensor is that of the "
+        "samples, and the entries of a list of such tensors are batches."
+    )
+
+
+def takes(model: nn.Module, loss: Callable[..., Tensor] | str | None, batch_loss: Callable[..., Tensor] | None) -> Fits:
+    """What tells whether the model and the loss take a batch, see `collect`."""
+
+    def fits(batch: Batch) -> bool:
+        try:
+            forward = make_forward(model, loss, batch_loss, batch)
+            with evaluation_mode(forward):
+                float(_first_loss(forward, batch))
+        except Exception:
+            return False
+        return True
+
+    return fits
+
+
+def data_notes(probe: Probe, train: Any, val: Any, held_out: Batch | None) -> tuple[str, ...]:
+    """What the user ought to know of the data that were collected, a sentence each.
+
+    Args:
+        probe: the loss on the training samples.
+        train: the training data as given.
+        val: the validation data as given.
+        held_out: the same as collected, or None.
+    """
+    notes = [random_samples_note(train, "train"), sample_axis_note(probe, "train")]
+    if held_out is not None:
+        notes += [random_samples_note(val, "val"), sample_axis_note(probe.on(held_out), "val")]
+    return tuple(note for note in notes if note is not None)
 
 
 def is_offset_free(forward: Forward, batch: Batch) -> bool:
@@ -240,27 +382,49 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             child.training = flag
 
 
+_loading: ContextVar[str | None] = ContextVar("_loading", default=None)
+
+
+def refuse_while_loading() -> None:
+    """Refuse to record while a factory is loaded: it would train for hours, into the folder of the run itself.
+
+    Raises:
+        TaskError: a factory is being loaded.
+    """
+    if (reference := _loading.get()) is not None:
+        raise TaskError(
+            f"--task {reference}: loading it calls groktrace.watch(), so that it would train anew; put what trains "
+            'under `if __name__ == "__main__":`, or the factory into a module of its own.'
+        )
+
+
 def load_factory(reference: str) -> Task:
     """Import "package.module:factory" and call it; the only way that user code enters an analysis.
 
     Raises:
-        TaskError: it cannot be imported, fails, or returns something else than a Task.
+        TaskError: it cannot be imported, fails, begins to record, or returns something else than a Task.
     """
     module_name, _, function_name = reference.partition(":")
     if not module_name or not function_name:
         raise TaskError(f"--task: expected package.module:factory, got '{reference}'.")
+    token = _loading.set(reference)
     try:
-        factory = getattr(importlib.import_module(module_name), function_name)
-    except Exception as failure:  # a module may fail in any way while it is imported
-        raise TaskError(
-            f"--task {reference}: cannot be imported ({failure}); run from the folder that holds it."
-        ) from failure
-    try:
-        task = factory()
-    except TaskError:
-        raise
-    except Exception as failure:
-        raise TaskError(f"--task {reference}: failed ({type(failure).__name__}: {failure}).") from failure
+        try:
+            factory = getattr(importlib.import_module(module_name), function_name)
+        except TaskError:
+            raise
+        except (Exception, SystemExit) as failure:  # a module may fail in any way while it is imported
+            raise TaskError(
+                f"--task {reference}: cannot be imported ({failure}); run from the folder that holds it."
+            ) from failure
+        try:
+            task = factory()
+        except TaskError:
+            raise
+        except (Exception, SystemExit) as failure:
+            raise TaskError(f"--task {reference}: failed ({type(failure).__name__}: {failure}).") from failure
+    finally:
+        _loading.reset(token)
     if not isinstance(task, Task):
         raise TaskError(
             f"--task {reference}: expected it to return groktrace.Task.from_model(...), got {type(task).__name__}."

@@ -67,7 +67,7 @@ def sample(
     Args:
         loss: of S rows.
         anchors: w* of each snapshot, [S, D].
-        steps: the training step of each, the key of its noise.
+        steps: the key of each one's noise: its training step, or a number of its own.
         settings: chains, batch size, run length.
         nbeta: nβ.
         localization: γ.

@@ -164,9 +164,17 @@ class LangevinState:
             yield columns, LangevinState(w, p, self.fresh[: w.numel()], self.normal, self.generators)
 
 
-def generator_for(seed: int, step: int, chain: int, purpose: str, device: torch.device) -> torch.Generator:
-    """A generator keyed by (seed, training step, chain) and what it is for."""
-    key = hashlib.sha256(f"{purpose}:{seed}:{step}:{chain}".encode()).digest()
+def generator_for(seed: int, snapshot: int, chain: int, purpose: str, device: torch.device) -> torch.Generator:
+    """A generator keyed by (seed, snapshot, chain) and what it is for.
+
+    Args:
+        seed: of all random numbers.
+        snapshot: a number that no other snapshot has, of this run or another; without a run, its step.
+        chain: its number.
+        purpose: what the generator is for.
+        device: where it draws.
+    """
+    key = hashlib.sha256(f"{purpose}:{seed}:{snapshot}:{chain}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(key[:4], "little"))
 
 

@@ -45,7 +45,7 @@ def sample_large(
     Args:
         loss: with its `micro_batch`.
         weights: all tensors of the network by name.
-        step: the training step, the key of its noise.
+        step: the key of its noise: the training step, or a number of its own.
         settings: chains, batch size, run length.
         nbeta: nβ.
         localization: γ.

@@ -68,7 +68,14 @@ class SamplingSettings:
             _positive("nbeta", self.nbeta, " or 'wbic' or 'curvature'")
         for name in ("localization", "locality", "resolution", "step_size", "rtol"):
             _positive(name, getattr(self, name))
-        for name, least in (("chains", 1), ("draws", 2), ("burn_in", 0), ("samples", 2), ("batch_size", 1), ("seed", 0)):
+        for name, least in (
+            ("chains", 1),
+            ("draws", 2),
+            ("burn_in", 0),
+            ("samples", 2),
+            ("batch_size", 1),
+            ("seed", 0),
+        ):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise SettingsError(f"{name}: expected a whole number of at least {least}, got {value!r}.")

@@ -160,6 +160,26 @@ def test_a_loss_that_couples_its_samples_has_no_singular_fluctuation(teacher):
     assert estimate_llc(model, half_square, train, draws=20).diagnostics["singular_fluctuation"] is not None
 
 
+def test_another_seed_repeats_the_measurement_on_the_same_samples():
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(9000, 1, generator=generator), torch.randn(9000, 1, generator=generator)
+    model = nn.Linear(1, 1)
+    estimates = [
+        estimate_llc(model, "mse", (x, noise), chains=2, burn_in=2, draws=4, batch_size=64, seed=seed)
+        for seed in (0, 1)
+    ]
+    assert estimates[0].loss == estimates[1].loss
+    assert estimates[0].llc != estimates[1].llc
+
+
+def test_a_loss_that_is_no_mean_or_no_function_is_refused():
+    x = torch.randn(20, 3)
+    with pytest.raises(TaskError, match="expected a mean over the samples"):
+        estimate_llc(nn.Linear(3, 3), nn.MSELoss(reduction="sum"), (x, x))
+    with pytest.raises(TaskError, match="expected a function of the weights"):
+        estimate_llc(nn.Linear(3, 3), lambda o, t: (o + torch.randn(o.shape) - t).square().mean(), (x, x))
+
+
 def test_small_networks_get_more_chains():
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
     for inputs, chains in ((3, 16), (3000, 5), (20_000, 2)):

@@ -102,6 +102,16 @@ def test_a_recording_that_was_killed_ends_by_the_timeout(recorded, tmp_path, mon
     assert len(end.trajectory.points) == 6
 
 
+def test_a_recording_that_takes_the_place_of_another_is_named(recorded, tmp_path, monkeypatch):
+    run = shutil.copytree(recorded, tmp_path / "run")
+    info = json.loads((run / "run.json").read_text())
+    write_json(run / "run.json", {**info, "closed": None})
+    anew = {**info, "created": "2001-01-01T00:00:00+00:00"}
+    monkeypatch.setattr(following.time, "sleep", lambda seconds: write_json(run / "run.json", anew))
+    with pytest.raises(RunError, match="run: was recorded anew while it was followed; follow it again"):
+        events_of(run, nbeta=100.0, localization=1.0)
+
+
 def test_the_first_snapshot_is_waited_for(recorded, tmp_path, monkeypatch):
     monkeypatch.setattr(following, "POLL_SECONDS", 0.01)
     wait_for_run(recorded, None)

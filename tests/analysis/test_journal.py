@@ -1,5 +1,6 @@
 import errno
 import fcntl
+import io
 import multiprocessing
 
 import pytest
@@ -27,6 +28,28 @@ def test_an_interrupted_line_is_dropped_wherever_it_was_cut(tmp_path):
         assert kept == [{"a": 1}, {"b": "two"}][: whole[:length].count(b"\n")]
         append_lines(path, [{"c": 3}])
         assert read_lines(path) == [*kept, {"c": 3}]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2**16 - 1, 2**16, 2**16 + 1, 200_000])
+def test_only_the_end_of_a_long_journal_is_read(tmp_path, monkeypatch, cut):
+    path = tmp_path / "j.jsonl"
+    append_lines(path, [{"a": i} for i in range(5000)])
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"x" * cut)
+    append_lines(path, [{"a": "last"}])
+    assert path.read_bytes().startswith(whole)
+    assert read_lines(path)[-2:] == [{"a": 4999}, {"a": "last"}]
+    size = path.stat().st_size
+    reads = []
+
+    class Counting(io.FileIO):
+        def read(self, count=-1):
+            reads.append(count)
+            return super().read(count)
+
+    monkeypatch.setattr("builtins.open", lambda place, mode: Counting(place, mode.replace("b", "")))
+    append_lines(path, [{"a": "more"}])
+    assert 0 < sum(reads) <= 2**16 < size
 
 
 def test_damage_in_the_middle_is_refused(tmp_path):

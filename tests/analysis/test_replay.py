@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -9,9 +10,10 @@ from torch import nn
 
 import groktrace
 from groktrace.analysis import evaluator, replay
+from groktrace.analysis.trajectory import Trajectory
 from groktrace.errors import RunError, SettingsError, SnapshotError, TaskError
 from groktrace.run import layout
-from groktrace.run.files import write_json
+from groktrace.run.files import read_tensors, write_json, write_tensors
 from groktrace.sampling import network
 
 FAST = {"draws": 20, "burn_in": 20}
@@ -196,6 +198,216 @@ def test_a_given_task_gives_what_the_recorded_program_gives(small_run):
         assert a.val_accuracy == b.val_accuracy
 
 
+def test_tasks_never_get_each_others_results(small_run):
+    recorded = groktrace.open_run(small_run).task
+    x, y = recorded.train.nested()
+    own = groktrace.analyze(small_run, **FAST)
+
+    def given(loss, **data):
+        return groktrace.Task.from_model(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), loss=loss, **data)
+
+    def smoothed(outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets, label_smoothing=0.2)
+
+    fewer = given("cross_entropy", train=(3 * x[:20], y[:20]))
+    with pytest.warns(
+        RuntimeWarning, match=r"groktrace: the task's data are others .* \(20 training samples, not 60\)"
+    ):
+        found = groktrace.analyze(small_run, task=fewer, task_name="a:b", **FAST)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    model.load_state_dict(groktrace.open_run(small_run).snapshots[-1].load())
+    expected = nn.functional.cross_entropy(model(3 * x[:20]), y[:20]).item()
+    assert (found.n, found.points[-1].train_loss) == (20, pytest.approx(expected, rel=1e-5))
+    with pytest.warns(RuntimeWarning, match="groktrace: the task's loss is another than that recorded"):
+        other = groktrace.analyze(small_run, task=given(smoothed), task_name="a:b", **FAST)
+    expected = smoothed(model(x), y).item()
+    assert other.points[-1].train_loss == pytest.approx(expected, rel=1e-5)
+    # And each its own, when it comes again.
+    assert groktrace.analyze(small_run, **FAST) == own
+    with pytest.warns(RuntimeWarning):
+        assert groktrace.analyze(small_run, task=fewer, **FAST) == found
+
+
+def test_a_task_without_data_is_measured_on_those_recorded(small_run):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    own = groktrace.analyze(small_run, **FAST)
+    given = groktrace.analyze(small_run, task=groktrace.Task.from_model(model, loss="cross_entropy"), **FAST)
+    assert given.n == own.n
+    for a, b in zip(own.points, given.points, strict=True):
+        assert a.llc == pytest.approx(b.llc, rel=1e-3)  # also the noise is that of the run
+        assert (a.val_loss, a.val_accuracy) == (pytest.approx(b.val_loss), b.val_accuracy)
+    # Also where model and loss could not be recorded; where no data were, they are asked for.
+    (small_run / "program.json").unlink()
+    again = groktrace.analyze(small_run, task=groktrace.Task.from_model(model, loss="cross_entropy"), **FAST)
+    assert [point.train_loss for point in again.points] == [point.train_loss for point in given.points]
+    (small_run / "data.safetensors").unlink()
+    with pytest.raises(
+        TaskError, match=r"holds no data; give the task its own: groktrace\.Task\.from_model\(\.\.\., train"
+    ):
+        groktrace.analyze(small_run, task=groktrace.Task.from_model(model, loss="cross_entropy"), **FAST)
+
+
+def test_a_damaged_recording_can_still_be_analysed_with_a_task(small_run):
+    recorded = groktrace.open_run(small_run).task
+    for name in ("program.json", "data.safetensors"):
+        (small_run / name).write_bytes(b"half")
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    task = groktrace.Task.from_model(model, loss="cross_entropy", train=recorded.train.nested())
+    assert groktrace.analyze(small_run, task=task, **FAST).n == 60
+    assert replay.latest_trajectory(small_run).n == 60
+
+
+def record_like(run, out, learning_rate, scale=1.0, seen=None):
+    """A training from the start of a recorded one, on its data, at another rate."""
+    opened = groktrace.open_run(run)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    model.load_state_dict(opened.snapshots[0].load())
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
+    x, y = opened.task.train.nested()
+    x = scale * x
+    with groktrace.watch(
+        model, optimizer, train=(x, y), loss="cross_entropy", val=opened.task.val.nested(), out=out, every=10
+    ) as recorder:
+        for _ in range(50):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            recorder.log(seen=seen or 0.0)
+    return out
+
+
+def seeds_of(monkeypatch, run, **settings):
+    """The seed of every generator that an analysis makes."""
+    from groktrace.sampling import langevin
+
+    seeds = []
+    original = langevin.generator_for
+
+    def noting(*key):
+        generator = original(*key)
+        seeds.append(generator.initial_seed())
+        return generator
+
+    with monkeypatch.context() as patch:
+        for module in ("groktrace.sampling.chains", "groktrace.analysis.evaluation", "groktrace.analysis.sharpness"):
+            patch.setattr(f"{module}.generator_for", noting)
+        groktrace.analyze(run, **FAST, **settings)
+    return seeds
+
+
+def test_runs_share_no_noise_and_copies_all_of_it(small_run, tmp_path, monkeypatch):
+    copy = shutil.copytree(small_run, tmp_path / "copy" / "run")
+    seeds = seeds_of(monkeypatch, small_run, curvature=True)
+    assert len(set(seeds)) == len(seeds) > 18
+    assert seeds_of(monkeypatch, copy, curvature=True) == seeds
+    # From the same start, at the same rate: the same training, whatever was logged.
+    (first, *_), same = groktrace.analyze(copy, **FAST).points, record_like(small_run, tmp_path / "same", 0.1, seen=3.0)
+    assert groktrace.analyze(same, **FAST).points[0].llc == first.llc
+    # At another rate only the start is the same, on other data nothing.
+    other = seeds_of(monkeypatch, record_like(small_run, tmp_path / "faster", 0.2), curvature=True)
+    assert len(set(other) & set(seeds)) * 6 == len(seeds)
+    assert not set(seeds_of(monkeypatch, record_like(small_run, tmp_path / "data", 0.1, 1.5), curvature=True)) & set(
+        seeds
+    )
+
+
+def test_what_was_logged_is_that_of_the_run_that_is_there(small_run, tmp_path):
+    groktrace.analyze(record_like(small_run, tmp_path / "run2", 0.1, seen=1.0), **FAST)
+    other = record_like(small_run, tmp_path / "other", 0.1, seen=2.0)
+    shutil.copytree(tmp_path / "run2" / "analysis", other / "analysis")
+    found = groktrace.analyze(other, **FAST)
+    assert [point.metrics.get("seen") for point in found.points] == [None, *[2.0] * 5]
+
+
+def test_results_of_a_run_that_was_recorded_anew_are_neither_shown_nor_gone_on_from(small_run, tmp_path):
+    place = record_like(small_run, tmp_path / "again", 0.1)
+    groktrace.analyze(place, **FAST)
+    left = shutil.copytree(place / "analysis", tmp_path / "left")
+    shutil.rmtree(place)
+    record_like(small_run, place, 0.3)
+    info = json.loads((place / "run.json").read_text())
+    write_json(place / "run.json", {**info, "created": "2001-01-01T00:00:00+00:00"})  # the clock has gone on
+    fresh = groktrace.analyze(place, **FAST)
+    shutil.rmtree(place / "analysis")
+    shutil.copytree(left, place / "analysis")
+    with pytest.raises(
+        RunError, match=r"its results are of another recording, or of other data, .* 'groktrace analyze"
+    ):
+        replay.latest_trajectory(place)
+    found = groktrace.analyze(place, **FAST)
+    assert found == fresh  # also nβ and γ
+    assert replay.latest_trajectory(place) == found
+
+
+@pytest.mark.parametrize("change", ["data", "snapshot"])
+def test_results_of_other_data_or_snapshots_are_not_shown(small_run, change):
+    found = groktrace.analyze(small_run, **FAST)
+    for name in ("program.json", "data.safetensors"):  # what is gone is no other
+        (small_run / name).rename(small_run / f"{name}.away")
+    assert replay.latest_trajectory(small_run) == found
+    for name in ("program.json", "data.safetensors"):
+        (small_run / f"{name}.away").rename(small_run / name)
+    if change == "data":
+        tensors, _ = read_tensors(small_run / "data.safetensors")
+        tensors["train.0"][0, 0] += 1
+        write_tensors(small_run / "data.safetensors", tensors, {})
+    else:
+        weights = groktrace.open_run(small_run).snapshots[-1].load()
+        weights["0.bias"][0] += 1
+        write_tensors(layout.snapshot_path(small_run, 50), weights, {"step": "50"})
+    with pytest.raises(RunError, match="its results are of another recording, or of other data"):
+        replay.latest_trajectory(small_run)
+
+
+def test_a_copy_shows_what_the_run_shows(small_run, tmp_path):
+    groktrace.analyze(small_run, **FAST, seed=3)
+    latest = groktrace.analyze(small_run, **FAST)
+    earlier = max(path for path in small_run.glob("analysis/*/trajectory.json") if not is_latest(path, latest))
+    copy = shutil.copytree(small_run, tmp_path / "copy")
+    for root in (small_run, copy):
+        (touched,) = root.glob(f"analysis/{earlier.parent.name}/trajectory.json")
+        os.utime(touched)  # as copying may do, in whatever order
+        assert replay.latest_trajectory(root) == latest
+    # A run of before this was noted: by time.
+    (copy / "analysis" / "latest.json").unlink()
+    assert replay.latest_trajectory(copy) != latest
+    # Results that were removed.
+    write_json(copy / "analysis" / "latest.json", {"folder": "../run", "recorded": {}})
+    assert replay.latest_trajectory(copy) != latest
+
+
+def is_latest(path, latest):
+    return Trajectory.load(path) == latest
+
+
+@pytest.mark.parametrize("content", [[], {}, {"folder": 3}, {"recorded": {}}, "named"])
+def test_a_damaged_note_of_the_last_result_is_named(small_run, content):
+    groktrace.analyze(small_run, **FAST)
+    if content == "named":
+        (path,) = small_run.glob("analysis/*/trajectory.json")
+        content = {"folder": path.parent.name, "created": groktrace.open_run(small_run).info["created"], "recorded": []}
+    write_json(small_run / "analysis" / "latest.json", content)
+    if isinstance(content, dict) and content.get("folder") == 3:
+        assert replay.latest_trajectory(small_run)
+    else:
+        with pytest.raises(RunError, match=r"latest\.json: damaged"):
+            replay.latest_trajectory(small_run)
+
+
+def test_a_snapshot_replaced_during_the_analysis_is_named(small_run):
+    path = layout.snapshot_path(small_run, 30)
+    other = groktrace.open_run(small_run).snapshots[3].load()
+    other["0.bias"] = other["0.bias"] + 1
+
+    def replace(phase, done, total):
+        if phase == "sampling" and done == 0:
+            write_tensors(path, other, {"step": "30", "metrics": "{}"})
+
+    with pytest.raises(RunError, match="the snapshot of step 30 is not the one that was there when the analysis began"):
+        groktrace.analyze(small_run, **FAST, progress=replace)
+    assert len(groktrace.analyze(small_run, **FAST).points) == 6
+
+
 def test_paper_settings_run_as_published(small_run):
     settings = {"method": "sgld", "nbeta": 30.0, "localization": 5.0, "step_size": 1e-4, "chains": 3, "batch_size": 16}
     trajectory = groktrace.analyze(small_run, **settings, burn_in=10, draws=30)
@@ -213,7 +425,7 @@ def test_the_last_finished_analysis_is_found(small_run):
 
 def test_damaged_results_are_named(small_run):
     groktrace.analyze(small_run, **FAST)
-    (folder,) = (small_run / layout.ANALYSIS_FOLDER).iterdir()
+    (folder,) = (small_run / layout.ANALYSIS_FOLDER).glob("*/")
     (folder / "settings.json").write_text("{}")
     with pytest.raises(RunError, match=r"settings\.json: damaged .* analyse again"):
         groktrace.analyze(small_run, **FAST)

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 import groktrace
+from groktrace.analysis import evaluator
 from groktrace.analysis.llc import LLCEstimate
-from groktrace.analysis.temperature import find_plateau
+from groktrace.analysis.temperature import find_plateau, temperature_curve_at
 from groktrace.errors import SettingsError
+from groktrace.run.files import read_json, write_json
 
 
 def half_square(outputs, targets):
@@ -42,6 +44,57 @@ def test_default_temperatures_are_those_of_the_resolutions(two_scales):
     curve = groktrace.temperature_curve(model, half_square, train, draws=4, burn_in=4)
     ratios = [found.nbeta * float(spectrum.max()) / found.localization for found in curve.estimates]
     assert ratios == pytest.approx([1, 3, 10, 30, 100, 300], rel=0.05)
+
+
+QUICK = {"chains": 2, "burn_in": 5, "draws": 10}
+
+
+def test_a_snapshots_curve_has_the_trajectorys_localization_and_its_own_temperatures(small_run):
+    run = groktrace.open_run(small_run)
+    before = temperature_curve_at(run, 0, **QUICK)
+    trajectory = groktrace.analyze(run, **QUICK)
+    after = temperature_curve_at(run, 0, **QUICK)
+    assert {found.localization for found in after.estimates} == {trajectory.localization}
+    assert before == after  # of few snapshots all are looked at
+    top = trajectory.points[0].diagnostics["top_curvature"]
+    ratios = [found.nbeta * top / found.localization for found in after.estimates]
+    assert ratios == pytest.approx([1, 3, 10, 30, 100, 300])
+    own = temperature_curve_at(run, 0, localization=7.0, **QUICK)
+    assert {found.localization for found in own.estimates} == {7.0}
+
+
+def test_the_localization_that_an_analysis_has_kept_is_taken(small_run):
+    groktrace.analyze(small_run, **QUICK)
+    (settings,) = small_run.glob("analysis/*/settings.json")
+    kept = read_json(settings)
+    kept["chosen"]["localization"] *= 2
+    write_json(settings, kept)
+    run = groktrace.open_run(small_run)
+    (found,) = temperature_curve_at(run, 50, [100.0], **QUICK).estimates
+    assert found.localization == kept["chosen"]["localization"]
+    (other,) = temperature_curve_at(run, 50, [100.0], **QUICK | {"seed": 1}).estimates
+    assert other.localization == pytest.approx(kept["chosen"]["localization"] / 2)
+
+
+def test_without_an_analysis_a_few_snapshots_tell_the_localization(tmp_path, monkeypatch):
+    model = nn.Linear(3, 2)
+    x = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+    with groktrace.watch(model, train=(x, x[:, :2]), loss="mse", out=tmp_path / "run", every=1) as recorder:
+        for _ in range(99):
+            with torch.no_grad():
+                model.weight.lerp_(torch.eye(2, 3), 0.1)
+            recorder.step()
+    surveyed = []
+    original = evaluator.survey
+    monkeypatch.setattr(
+        evaluator,
+        "survey",
+        lambda task, loss, weights, steps, *rest: surveyed.extend(steps) or original(task, loss, weights, steps, *rest),
+    )
+    run = groktrace.open_run(tmp_path / "run")
+    (found,) = temperature_curve_at(run, 3, [100.0], **QUICK).estimates
+    assert (surveyed[0], surveyed[1], surveyed[-1], len(surveyed)) == (3, 0, 99, 17)
+    assert found.localization == pytest.approx(groktrace.analyze(run, **QUICK).localization, rel=0.1)
 
 
 def estimates(values, error=0.01):

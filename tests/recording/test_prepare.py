@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from groktrace.recording.prepare import left_untouched, prepare_evaluation
+from groktrace.errors import TaskError
+from groktrace.recording.prepare import prepare_evaluation
 from groktrace.recording.watch import watch
 from groktrace.run import files, layout
 from groktrace.run.store import check_info
@@ -118,16 +119,51 @@ def test_buffers_that_a_model_changes_are_put_back():
     assert model.calls == 0
 
 
-def test_left_untouched_on_errors():
-    model = nn.BatchNorm1d(1)
+def test_what_the_user_ought_to_know_of_the_data_is_told(tmp_path):
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
 
-    def fail():
-        with left_untouched(model):
-            model.running_mean.fill_(torch.rand(1).item())
-            raise ZeroDivisionError
+        def __getitem__(self, i):
+            return torch.rand(2), torch.rand(1)
 
-    state = torch.get_rng_state()
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert model.running_mean == 0
-    assert torch.equal(state, torch.get_rng_state())
+    model = nn.Linear(2, 1)
+    with pytest.warns(RuntimeWarning, match="groktrace: train: the samples are drawn at random each time that they"):
+        watch(model, train=Noisy(), loss="mse", out=tmp_path / "run").close()
+    with pytest.warns(RuntimeWarning, match="groktrace: val: the samples are drawn at random"):
+        watch(
+            model, train=(torch.rand(4, 2), torch.rand(4, 1)), val=Noisy(), loss="mse", out=tmp_path / "other"
+        ).close()
+
+
+def test_only_what_the_sampler_draws_is_recorded(tmp_path):
+    x, model = torch.arange(20.0).reshape(20, 1), nn.Linear(1, 1)
+    dataset = torch.utils.data.TensorDataset(x, x)
+    parts = [torch.utils.data.SubsetRandomSampler(part) for part in (range(5, 15), [3])]
+    train, val = (torch.utils.data.DataLoader(dataset, batch_size=4, sampler=part) for part in parts)
+    watch(model, train=train, val=val, loss="mse", out=tmp_path / "run").close()
+    info = read(tmp_path / "run")
+    assert (info["n"], info["data"]["val"]["samples"]) == (10, 1)
+    tensors, _ = files.read_tensors(tmp_path / "run" / layout.DATA_FILE)
+    assert torch.equal(tensors["train.0"], x[5:15])
+    assert torch.equal(tensors["val.0"], x[3:4])
+
+
+def test_a_summed_loss_is_refused():
+    x = torch.randn(6, 2)
+    with pytest.raises(TaskError, match="loss: expected a mean over the samples"):
+        prepare_evaluation(nn.Linear(2, 2), (x, x), None, nn.MSELoss(reduction="sum"), None, 0)
+
+
+def test_validation_data_that_the_model_cannot_take_are_named():
+    x = torch.randn(6, 2)
+    with pytest.raises(TaskError, match="model and loss fail on the validation data"):
+        prepare_evaluation(nn.Linear(2, 2), (x, x), (x[:1, :1], x[:1]), "mse", None, 0)
+
+
+def test_views_are_recorded_as_any_other_data(tmp_path):
+    wide = torch.randn(3, 8)
+    views = wide[:2].T, wide[2:].expand(2, 8).T
+    evaluation = prepare_evaluation(nn.Linear(2, 2), views, views, "mse", None, 0)
+    assert all(tensor.is_contiguous() for tensor in evaluation.tensors.values())
+    assert torch.equal(evaluation.tensors["train.1"], views[1])

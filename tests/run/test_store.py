@@ -11,7 +11,7 @@ from torch import nn
 import groktrace
 from groktrace.errors import RunError, SnapshotError, TaskError
 from groktrace.run import files, layout
-from groktrace.run.batch import collect
+from groktrace.run.collect import collect
 from groktrace.run.program import Program
 from groktrace.run.store import Snapshot, WeightSpec, open_run
 from groktrace.run.task import make_forward
@@ -270,9 +270,8 @@ def test_one_value_anywhere_in_run_json_works_or_is_damage(whole, value):
 )
 def test_snapshots_of_another_network_are_named(root, tensors, message):
     write_snapshot(root, 20, tensors)
-    for read in (Snapshot.load, Snapshot.metrics):
-        with pytest.raises(SnapshotError, match=rf"000000000020\.safetensors: {message}"):
-            read(open_run(root).snapshots[1])
+    with pytest.raises(SnapshotError, match=rf"000000000020\.safetensors: {message}"):
+        open_run(root).snapshots[1].load()
 
 
 def test_tensors_come_in_the_order_of_the_network(root):
@@ -294,8 +293,9 @@ def test_what_a_snapshot_leaves_out_is_in_the_file_of_frozen_tensors(root):
 
 def test_a_snapshot_under_another_steps_name_is_named(root):
     os.replace(layout.snapshot_path(root, 100), layout.snapshot_path(root, 20))
-    with pytest.raises(SnapshotError, match="says it is of step 100, its name says 20"):
-        open_run(root).snapshots[1].load()
+    for read in (Snapshot.load, Snapshot.metrics, Snapshot.fingerprint):
+        with pytest.raises(SnapshotError, match="says it is of step 100, its name says 20"):
+            read(open_run(root).snapshots[1])
     files.write_tensors(layout.snapshot_path(root, 20), WEIGHTS, {})
     with pytest.raises(SnapshotError, match="says it is of step None, its name says 20"):
         open_run(root).snapshots[1].load()
@@ -308,6 +308,21 @@ def test_a_snapshot_under_another_steps_name_is_named(root):
 def test_damaged_metrics_are_named(root, metrics):
     write_snapshot(root, 20, metrics=metrics)
     with pytest.raises(SnapshotError, match=r"000000000020\.safetensors: its logged metrics are damaged \("):
+        open_run(root).snapshots[1].metrics()
+    with pytest.raises(SnapshotError, match="its logged metrics are damaged"):
+        open_run(root).snapshots[1].load()
+
+
+def test_metrics_are_read_without_the_weights_and_are_still_protected(root):
+    path = layout.snapshot_path(root, 20)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # a weight
+    snapshot = open_run(root).snapshots[1]
+    assert snapshot.metrics() == {"loss": 0.5}
+    with pytest.raises(SnapshotError, match="does not match its digest"):
+        snapshot.load()
+    path.write_bytes(whole.replace(b"0.5", b"0.6"))
+    with pytest.raises(SnapshotError, match="it does not match its digest"):
         open_run(root).snapshots[1].metrics()
 
 
@@ -336,6 +351,19 @@ def test_a_fingerprint_tells_weights_and_steps_apart(root):
     assert again[0] == first
     assert again[1] != second
     assert again[2] == third
+
+
+def test_data_are_there_without_a_program(whole):
+    (whole / "program.json").unlink()
+    data = open_run(whole).data
+    assert (data.n, len(data.train), len(data.val), data.constants) == (INFO["n"], 4, 1, {})
+    assert torch.equal(data.train.nested()[0], DATA["train.0"])
+    with pytest.raises(TaskError, match=r"from_model\(model, loss=\.\.\.\)\."):
+        _ = open_run(whole).task
+    (whole / "data.safetensors").unlink()
+    assert open_run(whole).data is None
+    with pytest.raises(TaskError, match=r"from_model\(model, loss=\.\.\., train=\.\.\.\)\."):
+        _ = open_run(whole).task
 
 
 def test_the_task_is_that_of_the_recording(whole):

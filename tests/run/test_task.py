@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import groktrace
 from groktrace.errors import TaskError
+from groktrace.run.batch import Batch
 from groktrace.run.task import Task, load_factory
 
 N = 12
@@ -302,6 +304,36 @@ def factories(tmp_path, monkeypatch):
             return groktrace.Task.from_model(torch.nn.Linear(1, 1), train=torch.ones(2, 1))
         """,
     )
+    module(
+        "factories_in_a_script",
+        """
+        import pathlib
+        import torch
+        import groktrace
+
+        model = torch.nn.Linear(1, 1)
+        x = torch.ones(2, 1)
+
+        def make():
+            return groktrace.Task.from_model(model, loss="mse")
+
+        with groktrace.watch(model, train=(x, x), loss="mse", out="recorded") as recorder:
+            pathlib.Path("trained").touch()
+        """,
+    )
+    module(
+        "factories_that_train",
+        """
+        import torch
+        import groktrace
+
+        def make():
+            model = torch.nn.Linear(1, 1)
+            groktrace.watch(model, out="recorded").close()
+            return groktrace.Task.from_model(model, loss="mse")
+        """,
+    )
+    module("factories_that_end_the_process", "import sys; sys.exit('usage: script')\n")
     module("factories_that_cannot_be_parsed", "def broken(:\n")
     module("factories_that_fail_at_once", "raise ValueError('too early')\n")
     module("factories_that_lack_something", "import a_module_that_is_nowhere\n")
@@ -331,6 +363,7 @@ def test_a_factory_makes_the_task(factories):
         ("factories_that_cannot_be_parsed:good", r"cannot be imported \(invalid syntax"),
         ("factories_that_fail_at_once:good", r"cannot be imported \(too early\)"),
         ("factories_that_lack_something:good", r"cannot be imported \(No module named 'a_module_that_is_nowhere'\)"),
+        ("factories_that_end_the_process:good", r"cannot be imported \(usage: script\)"),
         ("factories_of_a_user:failing", r"failed \(RuntimeError: no weights here\)"),
         ("factories_of_a_user:needing", r"failed \(TypeError: needing\(\) missing 1 required positional argument"),
         ("factories_of_a_user:number", r"failed \(TypeError: 'int' object is not callable\)"),
@@ -341,6 +374,40 @@ def test_a_factory_makes_the_task(factories):
 def test_factories_that_cannot_be_used_are_named(factories, reference, message):
     with pytest.raises(TaskError, match=message):
         load_factory(reference)
+
+
+@pytest.mark.parametrize("name", ["factories_in_a_script", "factories_that_train"])
+def test_loading_a_factory_records_nothing(factories, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        TaskError, match=rf"--task {name}:make: loading it calls groktrace\.watch\(\).* under `if __name__ =="
+    ):
+        load_factory(f"{name}:make")
+    assert not (tmp_path / "recorded").exists()
+    assert not (tmp_path / "trained").exists()
+    # Afterwards recordings are as ever.
+    groktrace.watch(nn.Linear(1, 1), out=tmp_path / "later").close()
+    assert (tmp_path / "later" / "run.json").exists()
+
+
+def test_a_task_without_data_takes_those_it_is_given():
+    model, (x, y) = network(), data()
+    bare = Task.from_model(model, loss="mse")
+    assert (bare.train, bare.val, bare.n) == (None, None, None)
+    own = Task.from_model(model, train=(x, y), loss="mse", val=(x[:3], y[:3]))
+    bound = bare.with_data(own.train, own.val, 1000)
+    assert (bound.n, bound.train, bound.val, bound.offset_free) == (1000, own.train, own.val, own.offset_free)
+    given, wanted = (task.forward(weights_of(model), own.train.tensors)[0] for task in (bound, own))
+    assert torch.equal(given, wanted)
+    assert own.with_data(own.val, None, 3) is own
+    with pytest.raises(TaskError, match="the task has no data of its own"):
+        bare.forward(weights_of(model), (x, y))
+    with pytest.raises(TaskError, match="val: of no use without train"):
+        Task.from_model(model, loss="mse", val=(x, y))
+    with pytest.raises(TaskError, match="expected a function or one of cross_entropy, mse, got 'hinge'"):
+        Task.from_model(model, loss="hinge")
+    with pytest.raises(TaskError, match="model and loss fail on the training data"):
+        bare.with_data(Batch((torch.ones(2, 9), torch.ones(2, 9)), {"tuple": [0, 1]}), None, 2)
 
 
 def test_sequences_of_classes_are_told_their_loss():

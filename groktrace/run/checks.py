@@ -1,0 +1,217 @@
+"""What a loss has to be, tried on a few samples: a mean over them, in any order, and a function of the weights."""
+
+import copy
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from groktrace.errors import TaskError
+from groktrace.run.batch import Batch
+from groktrace.run.operations import draws_numbers
+from groktrace.run.untouched import own_randomness
+
+FEW = 2
+# Networks of at most this many weights are tried in double precision, in which rounding cannot be taken for more.
+MAX_DOUBLED = 1_000_000
+# Evaluations with other random numbers each: a loss that flips a coin would often give the same twice.
+DRAWS = 4
+
+
+class Probe:
+    """A loss on a few samples: without gradients, with fixed random numbers, in double precision where that works.
+
+    Args:
+        forward: model and loss as one module, in evaluation mode.
+        batch: samples, of which a few are used.
+    """
+
+    def __init__(self, forward: nn.Module, batch: Batch) -> None:
+        self.forward = forward
+        self.batch = batch
+        self.few = batch.take(slice(0, FEW)).tensors
+        parameters = list(forward.parameters())
+        self.device = parameters[0].device if parameters else torch.device("cpu")
+        epsilons = [torch.finfo(each.dtype).eps for each in parameters if each.is_floating_point()]
+        self.tolerance, self.floor = max([1e-3, *(8 * each for each in epsilons)]), 1e-6
+        self._doubled: dict[str, Tensor] = {}
+        self._drew = False
+        if sum(each.numel() for each in parameters) <= MAX_DOUBLED:
+            self._doubled = {name: _double(tensor.detach()) for name, tensor in forward.named_parameters()}
+            try:
+                exact = self._run(self.few, 0).dtype == torch.float64
+            except Exception:  # some models, losses and devices take single precision only
+                exact = False
+            if exact:
+                self.tolerance, self.floor = 1e-5, 0.0
+            else:
+                self._doubled = {}
+
+    def on(self, batch: Batch) -> "Probe":
+        """The same on other samples."""
+        other = copy.copy(self)
+        other.batch, other.few = batch, batch.take(slice(0, FEW)).tensors
+        return other
+
+    def loss(self, tensors: Sequence[Tensor], seed: int = 0) -> float:
+        """The loss on samples, its random numbers drawn from `seed`."""
+        return float(self._run(tensors, seed))
+
+    def same(self, *losses: float) -> bool:
+        """Whether losses differ by no more than rounding; what is not finite says nothing."""
+        allowed = self.tolerance * max(map(abs, losses)) + self.floor
+        return not all(map(math.isfinite, losses)) or max(losses) - min(losses) <= allowed
+
+    @cached_property
+    def draws(self) -> tuple[float, float] | None:
+        """Two values of the loss at the same weights and samples where it draws random numbers, else None."""
+        with _RandomCalls() as calls:
+            first = self.loss(self.few)
+        self._drew = calls.seen
+        tolerance = 1e-6 if self.device.type == "cpu" else 1e-3  # elsewhere sums may run in any order
+        for seed in range(1, DRAWS):
+            other = self.loss(self.few, seed)
+            if not (math.isclose(first, other, rel_tol=tolerance) or (math.isnan(first) and math.isnan(other))):
+                return first, other
+        return None
+
+    @property
+    def random(self) -> bool:
+        """Whether it draws random numbers, be it the same each time: then samples that change places get others."""
+        return self.draws is not None or self._drew
+
+    def _run(self, tensors: Sequence[Tensor], seed: int) -> Tensor:
+        placed = [tensor.to(self.device) for tensor in tensors]
+        buffers = {name: buffer.clone() for name, buffer in self.forward.named_buffers()}  # the model may move its own
+        if self._doubled:
+            placed, buffers = [_double(each) for each in placed], {name: _double(b) for name, b in buffers.items()}
+        with torch.no_grad(), own_randomness(seed, self.device), torch.compiler.set_stance("force_eager"):
+            return torch.func.functional_call(self.forward, self._doubled | buffers, tuple(placed))[0]
+
+
+class _RandomCalls(TorchDispatchMode):
+    """Notices operations that draw from a generator of torch."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        passed = kwargs or {}
+        schema = func._schema.arguments
+        given = {argument.name: argument.default_value for argument in schema}
+        given |= dict(zip((argument.name for argument in schema), args, strict=False)) | passed
+        self.seen = self.seen or draws_numbers(func, given)
+        return func(*args, **passed)
+
+
+def check_mean(probe: Probe) -> None:
+    """Refuse a loss that grows with the number of samples: ΔF would be too large by as much.
+
+    Samples that come twice and three times leave a mean as it is. A sum, also with a penalty on the weights beside it,
+    grows by the same amount each time, and a norm by a power; a contrastive loss does neither.
+
+    Raises:
+        TaskError: it does.
+    """
+    try:
+        if probe.random:
+            return
+        once, twice, thrice = (probe.loss([torch.cat([each] * times) for each in probe.few]) for times in (1, 2, 3))
+    except Exception:  # a batch size that the model does not take
+        return
+    if not all(map(math.isfinite, (once, twice, thrice))) or probe.same(once, twice, thrice):
+        return
+    rounding = max(1e-4, probe.tolerance)  # so small that no other loss grows evenly by chance
+    summed = math.isclose(twice - once, thrice - twice, rel_tol=rounding)
+    power = False
+    if once * twice > 0 and once * thrice > 0:
+        exponents = [math.log(twice / once) / math.log(2), math.log(thrice / once) / math.log(3)]
+        power = abs(exponents[0]) > 0.1 and math.isclose(*exponents, rel_tol=rounding)
+    if summed or power:
+        raise TaskError(
+            f"loss: expected a mean over the samples of a batch, got one that changes with their number: {once:.6g}, "
+            f"and {twice:.6g} where each sample comes twice. Use reduction='mean', or divide a sum by the "
+            "batch's length."
+        )
+
+
+def check_repeatable(probe: Probe) -> None:
+    """Refuse a loss that is not the same each time at the same weights and samples.
+
+    Raises:
+        TaskError: it is not.
+    """
+    try:
+        draws = probe.draws
+    except Exception:  # as above
+        return
+    if draws:
+        raise TaskError(
+            "loss: expected a function of the weights, got one that draws random numbers or keeps count: at the same "
+            f"weights and samples it is {draws[0]!r}, then {draws[1]!r}. Draw the numbers once and give them with the "
+            "data, as train=(x, y, noise) with batch_loss=; functional.dropout takes training=self.training."
+        )
+
+
+def sample_axis_note(probe: Probe, what: str) -> str | None:
+    """A sentence where the first axis does not look like that of the samples, whose order must not matter.
+
+    Args:
+        probe: model, loss and data.
+        what: the data's argument, for the sentence.
+    """
+    few = probe.batch.take(slice(0, 2 * FEW)).tensors
+    if len(few[0]) < 2:
+        return None
+    try:
+        if probe.random:
+            return None
+        any_order = probe.same(probe.loss(few), probe.loss([each.flip(0) for each in few]))
+        number = shared_second_axis(few)
+        if any_order and (number is None or _halves_agree(probe, few, 0)):
+            return None
+    except Exception:  # as above
+        return None
+    if number is not None and _second_axis_fits(probe, few):
+        return (
+            f"{what}: the first axis of every tensor is that of the samples, here {len(probe.batch)}, but to the loss "
+            f"the second looks like it, here {number}. Are the data time-first? Then give them as x.transpose(0, 1), "
+            "and transpose them back in batch_loss=lambda model, batch: ..."
+        )
+    if any_order:
+        return None
+    return (
+        f"{what}: the first axis of every tensor is that of the samples, but the loss changes with their order. Where "
+        "it is time, or an entry of a list is one sample, put the samples first by transpose or torch.stack."
+    )
+
+
+def shared_second_axis(tensors: Sequence[Tensor]) -> int | None:
+    """The size of the second axis, where all tensors have one of the same size."""
+    sizes = {tensor.shape[1] if tensor.ndim > 1 else 0 for tensor in tensors}
+    return sizes.pop() if len(sizes) == 1 and min(sizes) > 1 else None
+
+
+def _second_axis_fits(probe: Probe, tensors: Sequence[Tensor]) -> bool:
+    try:
+        return _halves_agree(probe, [tensor[:, : 2 * FEW] for tensor in tensors], 1)
+    except Exception:  # an axis of features, say
+        return False
+
+
+def _halves_agree(probe: Probe, tensors: Sequence[Tensor], axis: int) -> bool:
+    """Whether the loss is the mean of that of two halves along an axis, in either order."""
+    half = tensors[0].shape[axis] // 2
+    left, right = ([each.narrow(axis, start, half) for each in tensors] for start in (0, half))
+    whole, swapped = (
+        probe.loss([torch.cat(pair, axis) for pair in zip(*halves, strict=True)])
+        for halves in ((left, right), (right, left))
+    )
+    return probe.same(whole, swapped, (probe.loss(left) + probe.loss(right)) / 2)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor

@@ -1,0 +1,257 @@
+"""Training data of any common form as one batch.
+
+The first axis of every tensor is that of the samples. In a Python list, each entry is
+
+- a sample, where one of its tensors has no axes or their first sizes differ: as in a Dataset, they are stacked;
+- a batch, where all its tensors are equally long and one has two axes or more: they are concatenated;
+- one or the other, where all its tensors have one axis and the same length: then the model and the loss, which may
+  take only one of the two, decide, and where they do not the list is refused.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+from groktrace.errors import TaskError
+from groktrace.run.batch import Batch, check_lengths, flatten, unflatten
+from groktrace.run.samplers import trained_indices
+from groktrace.run.untouched import own_randomness
+
+# A list of more tensors of one shape than this is no batch's list of inputs and targets.
+MOST_LEAVES = 8
+
+# Whether the model and the loss take a batch.
+Fits = Callable[[Batch], bool]
+
+
+def collect(data: Any, what: str, max_samples: int, seed: int, fits: Fits | None = None) -> tuple[Batch, int]:
+    """Bring training data of any common form into one batch of at most `max_samples`.
+
+    Args:
+        data: a nesting of tensors (inputs, targets) or a dict of tensors; a list of such batches or of samples, see
+            above; a map-style Dataset; or a DataLoader, whose dataset is read where its sampler leads, not its
+            iterator.
+        what: the argument's name, for messages.
+        max_samples: larger sets are represented by a random subset of this size.
+        seed: seed of the subset's choice.
+        fits: tells whether a list's entries can be meant as batches, or as samples.
+
+    Returns:
+        The batch, copied to the CPU, and the true number of samples.
+
+    Raises:
+        TaskError: the data have another form, no samples, or unequal lengths.
+    """
+    if isinstance(data, list) and data:
+        data = _read_list(data, what, fits)
+    if isinstance(data, tuple | list | Mapping | Tensor):
+        tensors, structure = flatten(data)
+        n = check_lengths(tensors, what)
+        index = _choose(n, max_samples, seed)
+        return Batch(tuple(_own(tensor.detach()[index]) for tensor in tensors), structure), n
+    dataset, indices, merge = _source(data, what)
+    n = len(indices)
+    if n == 0:
+        raise TaskError(f"{what}: expected at least one sample, got an empty set.")
+    index = _choose(n, max_samples, seed)
+    wanted = indices if isinstance(index, slice) else [indices[i] for i in index.tolist()]
+    if merge is not default_collate:
+        _check_collation(dataset, wanted[:3], merge, what, seed)
+    with own_randomness(seed):
+        items = _merge([dataset[i] for i in wanted], merge, what)
+    tensors, structure = _flatten_merged(items)
+    found = check_lengths(
+        tensors, what if merge is default_collate else f"{what}, as collate_fn makes it of the samples"
+    )
+    if found != len(wanted):
+        raise TaskError(
+            f"{what}: expected collate_fn to make one entry of each of {len(wanted)} samples, got {found}; give a "
+            "dataset that holds what is trained on, or tensors."
+        )
+    return Batch(tuple(_own(tensor.detach()) for tensor in tensors), structure), n
+
+
+def random_samples_note(data: Any, what: str) -> str | None:
+    """A sentence where the samples are drawn anew each time that they are read; it looks at two of them.
+
+    Args:
+        data: what `collect` has taken.
+        what: the argument's name, for the sentence.
+    """
+    if isinstance(data, tuple | list | Mapping | Tensor):
+        return None
+    reads = []
+    try:
+        dataset, indices, merge = _source(data, what)
+        for seed in (1, 2):
+            with own_randomness(seed):
+                reads.append(_flatten_merged(merge([dataset[i] for i in indices[:2]]))[0])
+        if all(a.shape == b.shape and _equal(a, b) for a, b in zip(*reads, strict=True)):
+            return None
+    except Exception:  # a collate_fn that cannot take two samples, say; then nothing is known
+        return None
+    return (
+        f"{what}: the samples are drawn at random each time that they are read, as by augmentation; the loss that is "
+        "analysed is that of one draw of each."
+    )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def _choose(n: int, max_samples: int, seed: int) -> Tensor | slice:
+    if n <= max_samples:
+        return slice(None)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randperm(n, generator=generator, device="cpu")[:max_samples].sort().values
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, laid out as any other: what is a view of other data would else be traced with its strides."""
+    if tensor.layout != torch.strided:
+        return tensor.cpu().clone()
+    return tensor.cpu().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+def _source(data: Any, what: str) -> tuple[Any, Sequence[Any], Callable[[list[Any]], Any]]:
+    """The dataset, the indices of what is trained on, and what merges samples."""
+    loader = data if isinstance(data, DataLoader) else None
+    if loader is not None and loader.batch_sampler is None:
+        raise TaskError(
+            f"{what}: a DataLoader with batch_size=None says nothing of samples; give its batches as a list, or "
+            "its dataset."
+        )
+    dataset = data if loader is None else loader.dataset
+    streamed = isinstance(dataset, IterableDataset)
+    if streamed or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise TaskError(
+            f"{what}: expected (inputs, targets) tensors, a dict of tensors, a list of batches, a Dataset with "
+            f"a length, or a DataLoader over one, got {type(data).__name__}."
+        )
+    if loader is None:
+        return dataset, range(len(dataset)), default_collate
+    return dataset, trained_indices(loader, what), loader.collate_fn
+
+
+def _merge(samples: list[Any], merge: Callable[[list[Any]], Any], what: str) -> Any:
+    try:
+        return merge(samples)
+    except Exception as failure:
+        raise TaskError(f"{what}: the samples cannot be put into one batch ({failure}).") from failure
+
+
+def _flatten_merged(items: Any) -> tuple[list[Tensor], Any]:
+    return flatten(tuple(items) if isinstance(items, list) else items)
+
+
+def _check_collation(
+    dataset: Any, indices: Sequence[Any], merge: Callable[[list[Any]], Any], what: str, seed: int
+) -> None:
+    """Refuse a collate_fn whose samples are not the first axis: the axis that grows with their number.
+
+    Raises:
+        TaskError: the first axis of a tensor is another one.
+    """
+    shapes = []
+    for count in (len(indices) - 1, len(indices)):
+        if count > 0:
+            with own_randomness(seed):  # read anew: a collate_fn may use its samples up
+                items = _merge([dataset[i] for i in indices[:count]], merge, what)
+            shapes.append((count, [tuple(tensor.shape) for tensor in _flatten_merged(items)[0]]))
+    for leaf, shape in enumerate(shapes[-1][1]):
+        if all(each[leaf][:1] == (count,) for count, each in shapes):
+            continue
+        sizes = [each[leaf] for _, each in shapes]
+        axes = [axis for axis in range(len(shape)) if all(each[leaf][axis] == count for count, each in shapes)]
+        place = f"axis {axes[0]} is that of the samples" if axes else "no axis is that of the samples"
+        raise TaskError(
+            f"{what}: in tensor {leaf} of what collate_fn makes {place}, of shape {' and '.join(map(str, sizes))} for "
+            f"{' and '.join(str(count) for count, _ in shapes)} samples; the first axis has to be. Give a DataLoader "
+            f"whose collate_fn puts the samples first (and transpose in batch_loss), or {what}= as tensors."
+        )
+
+
+def _read_list(data: list[Any], what: str, fits: Fits | None) -> Any:
+    """A list as one nesting of tensors; the rule is this module's docstring."""
+    if isinstance(data[0], Tensor):
+        alike = all(isinstance(t, Tensor) and (t.dtype, t.shape) == (data[0].dtype, data[0].shape) for t in data)
+        if alike and len(data) > MOST_LEAVES:
+            raise TaskError(
+                f"{what}: a list of {len(data)} tensors of shape {tuple(data[0].shape)} may be one of samples or one "
+                "of batches; torch.stack(list) makes one tensor of the first and torch.cat(list) of the second."
+            )
+        return data
+    if not isinstance(data[0], tuple | list | Mapping):
+        return data
+    parts = [flatten(_as_tensors(tuple(entry) if isinstance(entry, list) else entry)) for entry in data]
+    structure = parts[0][1]
+    if any(other != structure for _, other in parts):
+        raise TaskError(f"{what}: the batches of the list are nested differently; give them one form.")
+    entries = [tensors for tensors, _ in parts]
+    return unflatten(structure, _join(entries, _are_samples(entries, structure, what, fits), what))
+
+
+def _are_samples(entries: list[list[Tensor]], structure: Any, what: str, fits: Fits | None) -> bool:
+    """Whether the entries of a list are samples, or else batches."""
+
+    def fit(samples: bool) -> bool:
+        return fits is not None and fits(Batch(tuple(_join(entries, samples, what)), structure))
+
+    first = entries[0]
+    alike = all(a.shape == b.shape for tensors in entries for a, b in zip(tensors, first, strict=True))
+    if any(tensor.ndim == 0 for tensors in entries for tensor in tensors):
+        return True
+    uneven = next((tensors for tensors in entries if len({len(tensor) for tensor in tensors}) > 1), None)
+    if uneven is not None:
+        # Batches whose samples are another axis than the first are uneven too.
+        hidden = any(len(a) > 1 and len(a) in b.shape[1:] for a in first for b in first)
+        if not alike or hidden or (len(entries) == 1 and not fit(samples=True)):
+            check_lengths(uneven, what)
+        return True
+    sizes = [check_lengths(tensors, what) for tensors in entries]
+    if not alike:
+        flat = all(tensor.ndim == 1 for tensor in first)
+        # Equal lengths and a shorter last one come of cutting a set into batches.
+        if flat and not (len(set(sizes[:-1])) == 1 and sizes[-1] < sizes[0]):
+            raise _ambiguous(what, f"{min(sizes)} to {max(sizes)}")
+        return False
+    as_samples, as_batches = fit(samples=True), fit(samples=False)
+    if as_samples == as_batches and len(entries) > 1 and all(tensor.ndim == 1 for tensor in first):
+        raise _ambiguous(what, str(sizes[0]))
+    return as_samples and not as_batches
+
+
+def _ambiguous(what: str, sizes: str) -> TaskError:
+    return TaskError(
+        f"{what}: each entry of the list holds tensors of one axis and one length ({sizes}), which may be a sample or "
+        "a batch. Entries are samples where one tensor has no axes or the lengths differ, and batches where one has "
+        "two axes or more; make one tensor of all inputs and one of all targets, of samples by torch.stack and of "
+        "batches by torch.cat."
+    )
+
+
+def _as_tensors(node: Any) -> Any:
+    """Numbers and arrays in an entry of a list as tensors."""
+    if isinstance(node, np.ndarray | np.number | np.bool_ | bool | int | float):
+        return torch.as_tensor(node)
+    if isinstance(node, Mapping):
+        return {key: _as_tensors(item) for key, item in node.items()}
+    if isinstance(node, tuple | list):
+        items = [_as_tensors(item) for item in node]
+        return items if isinstance(node, list) else tuple(items)
+    return node
+
+
+def _join(entries: list[list[Tensor]], samples: bool, what: str) -> list[Tensor]:
+    """One tensor of each leaf."""
+    join = torch.stack if samples else torch.cat
+    try:
+        return [join(column) for column in zip(*entries, strict=True)]
+    except RuntimeError as failure:
+        kind = "samples" if samples else "batches"
+        raise TaskError(f"{what}: the {kind} of the list cannot be joined ({failure}).") from failure
