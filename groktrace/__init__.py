@@ -1,10 +1,10 @@
 """See grokking as a phase transition: local learning coefficients along any PyTorch training run."""
 
 from groktrace import theory as theory
-from groktrace.analysis.estimate import estimate_llc as estimate_llc
 from groktrace.analysis.grokking import Grokking as Grokking
 from groktrace.analysis.grokking import measure_grokking as measure_grokking
 from groktrace.analysis.llc import LLCEstimate as LLCEstimate
+from groktrace.analysis.point import estimate_llc as estimate_llc
 from groktrace.analysis.replay import analyze as analyze
 from groktrace.analysis.temperature import TemperatureCurve as TemperatureCurve
 from groktrace.analysis.temperature import temperature_curve as temperature_curve

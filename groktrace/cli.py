@@ -78,7 +78,9 @@ def _number_or(*words: str) -> Callable[[click.Context, click.Parameter, str | N
     help="Inverse temperature times sample count; curvature: at each snapshot from --resolution.",
 )
 @click.option("--localization", type=float, help="Strength of the pull towards the snapshot.")
-@click.option("--locality", type=float, help="Wanted distance of the chains, relative to the weights' norm [0.22].")
+@click.option(
+    "--locality", type=float, help="Wanted distance of the chains, relative to the weights' norm [0.22 or less]."
+)
 @click.option(
     "--resolution", type=float, help="Curvatures down to h_max/resolution count [10; 100 where nβ follows h_max]."
 )
@@ -87,10 +89,12 @@ def _number_or(*words: str) -> Callable[[click.Context, click.Parameter, str | N
 @click.option("--draws", type=int, help="Draws a chain; grows until --rtol is met where not given.")
 @click.option("--burn-in", type=int, help="Discarded steps a chain.")
 @click.option("--step-size", type=float, help="Step size; found from the curvature where not given.")
-@click.option("--batch-size", type=int, help="Samples a gradient; all where not given.")
+@click.option("--samples", type=int, help="Samples the posterior is of [all; of large sets as many as needed].")
+@click.option("--batch-size", type=int, help="Samples a gradient [all; of large sets as many as their noise allows].")
 @click.option("--parameters", multiple=True, metavar="PATTERN", help="Let only these weights move (refined LLC).")
 @click.option("--rtol", type=float, help="Wanted relative standard error [0.02].")
 @click.option("--seed", type=int, help="Seed of the sampling [0].")
+@click.option("--time", "minutes", type=float, default=10.0, show_default=True, help="Minutes after which it stops.")
 @click.option(
     "--reference",
     callback=_number_or("jacobian"),
@@ -124,6 +128,7 @@ def _number_or(*words: str) -> Callable[[click.Context, click.Parameter, str | N
 def analyze(
     run: Path | str,
     preset: str,
+    minutes: float,
     task: str | None,
     device: str | None,
     logdir: Path | None,
@@ -157,6 +162,8 @@ def analyze(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    if not minutes > 0:
+        raise click.UsageError(f"--time: expected a positive number of minutes, got {minutes:g}")
     if timeout is not None and not follow:
         raise click.UsageError("--timeout goes with --follow")
     if adaptive and follow:
@@ -185,7 +192,7 @@ def analyze(
                 "--dry-run takes neither --reference nor --curvature nor --follow nor --adaptive nor --jobs nor --dask"
             )
         with console.Progress(1, "trying a few snapshots") as progress:
-            said = forecast(opened, task=loaded, task_name=task, device=device, **settings.to_dict())
+            said = forecast(opened, task=loaded, device=device, **settings.to_dict())
             progress.advance()
         click.echo(json.dumps(said.to_dict()) if as_json else console.forecast_text(said))
         return
@@ -204,6 +211,7 @@ def analyze(
         else:
             report = held.enter_context(_Phases()).report
             more = {"progress": report, "reference": reference, "curvature": curvature, "adaptive": adaptive}
+            more |= {"time_limit": 60 * minutes, "partial": write_logs}
             trajectory = replay.analyze(opened, **where, **more, **settings.to_dict())
     transitions, grokking = write_logs(trajectory)
     _print(as_json, trajectory, transitions, grokking, console.transitions_table)

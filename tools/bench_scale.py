@@ -24,8 +24,8 @@ from bench_common import Bar, Row, Store, command_line, run_parts, spread
 
 import groktrace
 from groktrace.analysis import replay
-from groktrace.analysis.adaptive import sample_adaptively
 from groktrace.analysis.evaluator import Chunk, Recipe, evaluate_elsewhere
+from groktrace.analysis.passes import sample_adaptively
 from groktrace.analysis.replay import prepare
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.analysis.workers import dask_executor, process_pool

@@ -3,19 +3,18 @@
 import fnmatch
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from groktrace.analysis.evaluation import Survey, chance_losses, stack_weights, survey, training_loss
+from groktrace.analysis.evaluation import Survey, stack_weights
 from groktrace.analysis.llc import LLCEstimate, centred_error, off_minimum, summarise, unusable
 from groktrace.errors import SettingsError, TaskError
-from groktrace.run.task import Task
-from groktrace.sampling.calibration import Scale, posterior_scale, settle, step_size
+from groktrace.sampling.calibration import Scale, posterior_scale, step_size
 from groktrace.sampling.chains import MAX_GROWTH, sample
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.large import sample_large
@@ -144,79 +143,6 @@ def estimate_stack(
                 chance=chance,
             )
     return estimates
-
-
-def estimate_llc(
-    model: nn.Module,
-    loss: Callable[..., Tensor] | str | None,
-    train: Any,
-    *,
-    batch_loss: Callable[..., Tensor] | None = None,
-    device: str | torch.device | None = None,
-    **settings: Any,
-) -> LLCEstimate:
-    """Local learning coefficient of a model as it stands, without a recording.
-
-    Args:
-        model: the network at w*; it is not changed.
-        loss: loss(outputs, targets) as a mean over the batch, "cross_entropy", "mse", or None with `batch_loss`.
-        train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader.
-        batch_loss: batch_loss(model, batch) for models that compute their own loss.
-        device: where to compute; a GPU where there is one.
-        **settings: see `groktrace.SamplingSettings`.
-
-    Returns:
-        The estimate, with its diagnostics.
-
-    Raises:
-        SettingsError: a setting is outside what it may be.
-        TaskError: model, loss and data do not fit together, or are not finite.
-    """
-    chosen = make_settings(settings)
-    place = choose_device(device)
-    n, training, weights, surveyed, chance = prepare_point(model, loss, train, batch_loss, chosen, place)
-    chosen = settle(chosen, training.layout.size, training.micro_batch is None)
-    scale = choose_scale(chosen, n, training.layout, [surveyed])
-    return estimate_stack(training, [weights], [surveyed], chosen, scale, n, chance)[0]
-
-
-def prepare_point(
-    model: nn.Module,
-    loss: Callable[..., Tensor] | str | None,
-    train: Any,
-    batch_loss: Callable[..., Tensor] | None,
-    settings: SamplingSettings,
-    device: torch.device,
-) -> tuple[int, StackedLoss, dict[str, Tensor], Survey, tuple[float, ...]]:
-    """What sampling around a live model needs.
-
-    That is n, the training loss, all tensors by name, their survey, and the losses of networks that know nothing.
-
-    Args:
-        model: the network at w*.
-        loss: see `estimate_llc`.
-        train: see `estimate_llc`.
-        batch_loss: see `estimate_llc`.
-        settings: of the sampling.
-        device: where to compute.
-
-    Raises:
-        TaskError: model, loss and data do not fit together, or are not finite.
-        SettingsError: `settings.parameters` fits no weights.
-    """
-    if train is None:
-        raise TaskError("train: expected the training data, got None.")
-    # The seed of the sampling does not choose the samples: with another one, the same loss is measured again.
-    task = Task.from_model(model, loss=loss, batch_loss=batch_loss, train=train)
-    parameters = dict(model.named_parameters())
-    weights = {name: t.detach() for name, t in (parameters | dict(model.named_buffers())).items()}
-    specs = {name: (tuple(t.shape), t.dtype, t.requires_grad) for name, t in parameters.items()}
-    layout = weight_layout(specs, settings.parameters)
-    training = training_loss(task, layout, weights, device)
-    (surveyed,) = survey(task, training, [weights], [0], settings.seed)
-    if not math.isfinite(surveyed.train_loss):
-        raise TaskError(f"loss: expected a finite loss at the weights given, got {surveyed.train_loss}.")
-    return task.n, training, weights, surveyed, chance_losses(task, weights, device, training.micro_batch)
 
 
 def make_settings(settings: dict[str, Any]) -> SamplingSettings:

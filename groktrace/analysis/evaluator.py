@@ -1,8 +1,9 @@
 """What evaluates the snapshots of one run; any process can rebuild it from names and settings."""
 
+import copy
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from groktrace.analysis.estimate import estimate_stack, weight_layout
-from groktrace.analysis.evaluation import Survey, chance_losses, survey, training_loss
+from groktrace.analysis.evaluation import Survey, chance_losses, curvature_samples, survey, training_loss
 from groktrace.analysis.identity import Identity, identify, noise_key, recorded_digest
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.sharpness import Sharpness, measure_sharpness
@@ -108,12 +109,29 @@ class Evaluator:
     @property
     def rows(self) -> int:
         """How many snapshots without chains make a stack."""
-        return rows_per_stack(self.loss)
+        return rows_per_stack(self.loss.subset(curvature_samples(self.loss)))
 
     @property
     def together(self) -> int:
-        """How many snapshots are sampled as one stack."""
+        """How many snapshots are sampled as one stack, before it is known how."""
         return max(1, rows_per_stack(self.loss, self.settings.batch_size) // self.settings.chains)
+
+    def stack(self, scale: Scale) -> int:
+        """How many snapshots are sampled as one stack.
+
+        Args:
+            scale: samples and batches.
+        """
+        if self.loss.sample_bytes is None:
+            return self.together
+        loss = self.loss.subset(scale.samples, scale.batch_size)
+        return max(1, rows_per_stack(loss, scale.batch_size) // self.settings.chains)
+
+    def fork(self) -> "Evaluator":
+        """The same for another thread: recorded gradients have buffers that one thread at a time can use."""
+        twin = copy.copy(self)
+        twin.loss = replace(self.loss, plans={})
+        return twin
 
     def evaluate(self, chunk: Chunk, snapshots: Mapping[int, Snapshot]) -> list[Result | SnapshotError]:
         """A result for each snapshot of a chunk, or what is wrong with its file.

@@ -150,7 +150,7 @@ def _scale(analysis: Analysis, surveys: dict[int, Survey], current: Scale | None
     if _given(analysis):
         return analysis.fix_scale(surveys)
     try:
-        wanted = analysis.choose_scale(surveys)
+        wanted = analysis.choose_scale(surveys, current)
     except SettingsError:  # nothing finite, or no curvature yet
         return current
     if current is None or (wanted.curvature is None) != (current.curvature is None):

@@ -220,6 +220,7 @@ def summarise(
             "distance": relative_distance if norm > 0 else None,
             "halvings": traces.halvings,
             "lost_steps": traces.lost,
+            "steps": traces.burn_in + len(traces.excess),
             "heating": traces.heating,
             "singular_fluctuation": None if traces.fluctuation is None else float(traces.fluctuation.mean()),
             "wbic": n * (loss + llc / nbeta) if settings.nbeta == "wbic" else None,

@@ -1,4 +1,4 @@
-"""What a few fitted snapshots say of how to sample all of a run: how far from w*, on how many samples, in what batches."""
+"""What a few fitted snapshots say of how to sample a run: how far from w*, on how many samples, in what batches."""
 
 import math
 from collections.abc import Callable, Sequence

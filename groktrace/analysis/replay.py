@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import json
+import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -12,19 +14,20 @@ from typing import Any, Literal
 
 import torch
 
-from groktrace.analysis.adaptive import sample_adaptively
 from groktrace.analysis.estimate import choose_device, choose_scale, make_settings
 from groktrace.analysis.evaluation import Survey
 from groktrace.analysis.evaluator import Chunk, Evaluator, Recipe, choose_task
 from groktrace.analysis.journal import append_lines, exclusive
 from groktrace.analysis.latest import TRAJECTORY_FILE, note_latest
 from groktrace.analysis.latest import latest_trajectory as latest_trajectory
+from groktrace.analysis.passes import sample_adaptively, sample_in_passes, spread
+from groktrace.analysis.pilot import choose_sampling
 from groktrace.analysis.reference import Reference, check_reference, jacobian_reference
 from groktrace.analysis.reminders import reminders
 from groktrace.analysis.sharpness import Sharpness
 from groktrace.analysis.snapshots import Snapshots, Workers, read_journal
 from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.analysis.workers import Elsewhere, Here, process_pool
+from groktrace.analysis.workers import Elsewhere, available_threads, process_pool, threads_here
 from groktrace.errors import RunError, SettingsError
 from groktrace.run import layout
 from groktrace.run.files import read_json, write_json
@@ -38,6 +41,10 @@ _SURVEY_FILE = "survey.jsonl"
 POINTS_FILE = "points.jsonl"
 _SHARPNESS_FILE = "sharpness.jsonl"
 _REFERENCE_FILE = "reference.jsonl"
+# Snapshots of the first pass, from which a run's scale is chosen where data are sampled, and of each later pass at
+# least; seconds between two results that show what there is so far.
+COARSE, ROUND = 16, 8
+PARTIAL_SECONDS = 15.0
 # Goes up when the same settings come to give other numbers, which must not end up beside the older ones.
 _ESTIMATOR = 5
 
@@ -56,6 +63,8 @@ def analyze(
     adaptive: bool = False,
     jobs: int = 1,
     executor: Executor | None = None,
+    time_limit: float | None = None,
+    partial: Callable[[Trajectory], None] | None = None,
     **settings: Any,
 ) -> Trajectory:
     """Replay a run's snapshots through the sampler into a trajectory of λ̂.
@@ -78,6 +87,8 @@ def analyze(
             `if __name__ == "__main__":`, as with all of Python's multiprocessing.
         executor: instead of `jobs`, takes the work in pieces of some snapshots; its processes must reach the run
             directory by the same path, or by its URL. Only this process writes there.
+        time_limit: seconds after which no further snapshot is begun; a later call goes on. None for no limit.
+        partial: called with the trajectory so far, every half minute or so.
         **settings: see `groktrace.SamplingSettings`.
 
     Returns:
@@ -93,8 +104,12 @@ def analyze(
     """
     check_reference(reference)
     chosen = make_settings(settings)
+    if time_limit is not None and not time_limit > 0:
+        raise SettingsError(f"time_limit: expected a positive number of seconds, got {time_limit!r}.")
+    began = time.monotonic()
     with open_analysis(run, chosen, task, task_name, device, progress, jobs, executor) as analysis:
-        return analysis.complete(reference, curvature, adaptive)
+        deadline = math.inf if time_limit is None else began + time_limit
+        return analysis.complete(reference, curvature, adaptive, deadline, partial)
 
 
 @contextlib.contextmanager
@@ -116,7 +131,8 @@ def open_analysis(
     # A task of another network is refused here, before anything is written.
     evaluator, snapshots, step = prepare(run, task, settings, place)
     with contextlib.ExitStack() as held:
-        workers: Workers = Here(evaluator)
+        threads = 1 if task is not None else available_threads(place)
+        workers: Workers = held.enter_context(threads_here(evaluator, threads))
         if executor is not None or jobs != 1:
             if task is not None and task_name is None:
                 raise SettingsError("task: other processes need its name; give task_name='package.module:factory'.")
@@ -176,26 +192,80 @@ class Analysis:
         self._workers, self._report = workers, report
 
     def complete(
-        self, reference: float | str | None = None, curvature: bool = False, adaptive: bool = False
+        self,
+        reference: float | str | None = None,
+        curvature: bool = False,
+        adaptive: bool = False,
+        deadline: float = math.inf,
+        partial: Callable[[Trajectory], None] | None = None,
     ) -> Trajectory:
-        """All snapshots, and the trajectory of them; arguments as those of `analyze`."""
-        surveys = self.survey()
+        """All snapshots, and the trajectory of them; arguments as those of `analyze`, and until when to begin any."""
+        steps = list(self.snapshots.prints)
+        dear = self.evaluator.loss.sample_bytes is not None
+        surveys = self.survey([steps[i] for i in spread(steps, COARSE)] if dear else None)
         scale = self.fix_scale(surveys)
         # Before the sampling, so that a network too large for its rank is refused early.
         beside = self.rank() if reference == "jacobian" else None
         if isinstance(reference, float | int):
             beside = Reference(float(reference), "value")
-        points = self._sample_some(surveys, scale) if adaptive else self.sample(surveys, scale)
+        if adaptive:
+            points = self._sample_some(self.survey() if dear else surveys, scale)
+        else:
+            points = self._sample_all(scale, beside, deadline, partial)
         if curvature:
             found = self.sharpen(sorted(points))
             points = {step: replace(points[step], **each.to_dict()) for step, each in found.items()}
-        return self.finish(points, scale, beside)
+        return self.finish(points, scale, beside, 0 if adaptive else len(self.snapshots.prints) - len(points))
 
-    def survey(self, among: Sequence[int] | None = None) -> dict[int, Survey]:
+    def _sample_all(
+        self,
+        scale: Scale,
+        beside: Reference | None,
+        deadline: float,
+        partial: Callable[[Trajectory], None] | None,
+    ) -> dict[int, Point]:
+        """λ̂ of all snapshots, or of those that there is time for, in passes."""
+        known, total = set(self.snapshots.prints) & self.sampled().keys(), len(self.snapshots.prints)
+        done, shown = len(known), time.monotonic()
+
+        def measure(wanted: list[int]) -> dict[int, Point]:
+            nonlocal done
+            fresh = [step for step in wanted if step not in known]
+            surveys = self.survey(wanted, deadline, quiet=True)
+            wanted = [step for step in wanted if step in surveys]
+            before = done
+
+            def report(finished: int, _: int) -> None:
+                nonlocal done
+                done = max(done, before + finished - (len(wanted) - len(fresh)))
+                self._report("sampling", min(done, total), total)
+
+            return self.sample(surveys, scale, wanted, phase=None, deadline=deadline, report=report)
+
+        steps = list(self.snapshots.prints)
+        together = max(ROUND, self.evaluator.together)
+        points: dict[int, Point] = {}
+        self._report("sampling", done, total)
+        passes = sample_in_passes(
+            steps, measure, self.evaluator.task.n, coarse=max(COARSE, together), together=together
+        )
+        for points in passes:
+            if time.monotonic() > deadline:
+                break
+            if time.monotonic() - shown > PARTIAL_SECONDS and len(points) < total and partial is not None:
+                partial(self.finish(points, scale, beside, len(self.snapshots.prints) - len(points)))
+                shown = time.monotonic()
+        return points
+
+    def survey(
+        self, among: Sequence[int] | None = None, deadline: float = math.inf, quiet: bool = False
+    ) -> dict[int, Survey]:
         """Losses and curvature of snapshots, by step.
 
         Args:
             among: the steps wanted; None for all.
+            deadline: until when to begin any.
+            quiet: whether to report nothing.
         """
         return self.snapshots.replay(
             self.folder / _SURVEY_FILE,
@@ -203,8 +273,9 @@ class Analysis:
             self._workers,
             lambda steps: Chunk("survey", steps),
             Survey.from_dict,
-            lambda done, total: self._report("losses, curvature", done, total),
+            lambda done, total: None if quiet else self._report("losses, curvature", done, total),
             among,
+            deadline,
         )
 
     def fix_scale(self, surveys: dict[int, Survey]) -> Scale:
@@ -222,14 +293,24 @@ class Analysis:
         self.snapshots.run.publish(path)
         return scale
 
-    def choose_scale(self, surveys: dict[int, Survey]) -> Scale:
-        """nβ and γ that these snapshots call for.
+    def choose_scale(self, surveys: dict[int, Survey], before: Scale | None = None) -> Scale:
+        """nβ and γ that these snapshots call for, and what few of them say of how to sample all.
 
         Args:
             surveys: by step.
+            before: what was chosen before, whose locality, samples and batches are kept.
         """
         own = self.evaluator
-        return choose_scale(own.settings, own.task.n, own.layout, list(surveys.values()))
+        if before is not None:
+            settings = replace(own.settings, locality=before.locality)
+            scale = choose_scale(settings, own.task.n, own.layout, list(surveys.values()))
+            return scale._replace(samples=before.samples, batch_size=before.batch_size)
+        self._report("locality, samples, batches", 0, 1)
+        chosen = choose_sampling(
+            own.task, own.loss, self.snapshots.load, list(surveys.values()), own.settings, own.chance
+        )
+        self._report("locality, samples, batches", 1, 1)
+        return chosen
 
     def sample(
         self,
@@ -238,6 +319,8 @@ class Analysis:
         among: Sequence[int] | None = None,
         journal: str = POINTS_FILE,
         phase: str | None = "sampling",
+        deadline: float = math.inf,
+        report: Callable[[int, int], None] | None = None,
     ) -> dict[int, Point]:
         """λ̂ by step.
 
@@ -247,15 +330,18 @@ class Analysis:
             among: the steps wanted; None for all.
             journal: the file that keeps the results.
             phase: what to call it in reports; None for no reports.
+            deadline: until when to begin any.
+            report: called with (snapshots done, snapshots in all), in place of reports.
         """
         points = self.snapshots.replay(
             self.folder / journal,
-            self.evaluator.together,
+            self.evaluator.stack(scale),
             self._workers,
             lambda steps: Chunk("sample", steps, tuple(surveys[step] for step in steps), scale),
             Point.from_dict,
-            lambda done, total: self._report(phase, done, total) if phase is not None else None,
+            report or (lambda done, total: self._report(phase, done, total) if phase is not None else None),
             among,
+            deadline,
         )
         return self._with_metrics(points)
 
@@ -316,13 +402,16 @@ class Analysis:
         self._report("Jacobian rank", 1, 1)
         return known[fingerprint]
 
-    def finish(self, points: dict[int, Point], scale: Scale, beside: Reference | None = None) -> Trajectory:
+    def finish(
+        self, points: dict[int, Point], scale: Scale, beside: Reference | None = None, unsampled: int = 0
+    ) -> Trajectory:
         """The trajectory of these points, which becomes the last result of the run.
 
         Args:
             points: by step.
             scale: their nβ and γ.
             beside: the reference to keep with them.
+            unsampled: snapshots that are still to be sampled.
         """
         settings, run = self.evaluator.settings, self.snapshots.run
         trajectory = Trajectory(
@@ -333,12 +422,13 @@ class Analysis:
             resolution=resolution(settings, scale.curvature is not None)
             if settings.nbeta in (None, "curvature")
             else None,
-            locality=settings.locality if settings.localization is None else None,
+            locality=scale.locality,
             method=settings.method,
             run=run.name,
             unreadable=tuple(self.snapshots.unreadable),
             reference=beside,
             weight_decay=run.weight_decay,
+            unsampled=unsampled,
         )
         trajectory.save(self.folder / TRAJECTORY_FILE)
         run.publish(self.folder / TRAJECTORY_FILE)

@@ -1,5 +1,6 @@
 """The snapshots of a run, and results of them that are kept as they come."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,8 @@ from groktrace.run.store import Run, Snapshot
 class Workers(Protocol):
     """Where chunks are evaluated."""
 
-    def evaluate(self, chunks: Sequence[Chunk], snapshots: dict[int, Snapshot]) -> Finished:
-        """Numbers of chunks and their results, as they are finished."""
+    def evaluate(self, chunks: Sequence[Chunk], snapshots: dict[int, Snapshot], deadline: float = math.inf) -> Finished:
+        """Numbers of chunks and their results, as they are finished; none is begun after the deadline."""
 
 
 class Snapshots:
@@ -99,6 +100,7 @@ class Snapshots:
         parse: Callable[[Any], Result],
         report: Callable[[int, int], None],
         among: Sequence[int] | None = None,
+        deadline: float = math.inf,
     ) -> dict[int, Any]:
         """A result for each snapshot, those in the journal as they are, the others computed and added to it.
 
@@ -111,6 +113,7 @@ class Snapshots:
             parse: a result from its journal line.
             report: called with (snapshots done, snapshots in all).
             among: the steps wanted, of snapshots that can be read; None for all.
+            deadline: until when to begin any, of `time.monotonic`.
         """
         known = read_journal(journal, parse)
         for step, fingerprint in self.prints.items():
@@ -122,7 +125,7 @@ class Snapshots:
         done = len(ordered) - sum(len(steps) for steps in missing)
         report(done, len(ordered))
         chunks = [replace(chunk(steps), fingerprints=tuple(self.prints[step] for step in steps)) for steps in missing]
-        for number, results in workers.evaluate(chunks, self._by_step):
+        for number, results in workers.evaluate(chunks, self._by_step, deadline):
             lines = []
             for step, result in zip(missing[number], results, strict=True):
                 if isinstance(result, SnapshotError):
@@ -134,7 +137,7 @@ class Snapshots:
             self.run.publish(journal)
             done += len(missing[number])
             report(done, len(ordered))
-        return {step: known[self.prints[step]] for step in ordered if step in self.prints}
+        return {step: known[self.prints[step]] for step in ordered if self.prints.get(step) in known}
 
 
 def read_journal(path: Path, parse: Callable[[Any], Result]) -> dict[str, Any]:

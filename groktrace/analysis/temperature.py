@@ -8,18 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from groktrace.analysis.estimate import choose_device, choose_scale, estimate_stack, make_settings, prepare_point
+from groktrace.analysis.estimate import choose_device, choose_scale, estimate_stack, make_settings
 from groktrace.analysis.evaluation import Survey
 from groktrace.analysis.evaluator import Chunk, Evaluator
 from groktrace.analysis.identity import noise_key
 from groktrace.analysis.llc import LLCEstimate
+from groktrace.analysis.pilot import choose_sampling
+from groktrace.analysis.point import prepare_point
 from groktrace.analysis.replay import folder_name, kept_scale, prepare
 from groktrace.analysis.snapshots import Snapshots
 from groktrace.errors import SettingsError
 from groktrace.run.layout import ANALYSIS_FOLDER
 from groktrace.run.store import Run
 from groktrace.run.task import Task
-from groktrace.sampling.calibration import RESOLUTION, Scale, settle
+from groktrace.sampling.calibration import RESOLUTION, settle
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
 
@@ -81,8 +83,8 @@ def temperature_curve(
     """
     chosen = _curve_settings(settings)
     place = choose_device(device)
-    n, training, weights, surveyed, chance = prepare_point(model, loss, train, batch_loss, chosen, place)
-    return _measure_curve(n, training, weights, surveyed, chosen, nbetas, chance)
+    task, training, weights, surveyed, chance = prepare_point(model, loss, train, batch_loss, chosen, place)
+    return _measure_curve(task, training, weights, surveyed, chosen, nbetas, chance)
 
 
 def temperature_curve_at(
@@ -123,7 +125,7 @@ def temperature_curve_at(
     surveyed = _survey(evaluator, snapshots, [step])[step]
     chosen = _with_localization(evaluator, snapshots, surveyed)
     key = noise_key(evaluator.identity, snapshots.prints[step])
-    return _measure_curve(evaluator.task.n, evaluator.loss, weights, surveyed, chosen, nbetas, evaluator.chance, [key])
+    return _measure_curve(evaluator.task, evaluator.loss, weights, surveyed, chosen, nbetas, evaluator.chance, [key])
 
 
 def _with_localization(evaluator: Evaluator, snapshots: Snapshots, surveyed: Survey) -> SamplingSettings:
@@ -161,7 +163,7 @@ def _curve_settings(settings: dict[str, Any]) -> SamplingSettings:
 
 
 def _measure_curve(
-    n: int,
+    task: Task,
     training: StackedLoss,
     weights: dict[str, Tensor],
     surveyed: Survey,
@@ -171,14 +173,15 @@ def _measure_curve(
     keys: Sequence[int] | None = None,
 ) -> TemperatureCurve:
     settings = settle(settings, training.layout.size, training.micro_batch is None)
-    middle, localization, _ = choose_scale(settings, n, training.layout, [surveyed])
+    scale = choose_sampling(task, training, lambda step: weights, [surveyed], settings, chance)
+    middle = scale.nbeta
     if nbetas is None:
         nbetas = [middle * resolution / (settings.resolution or RESOLUTION) for resolution in RESOLUTIONS]
     for nbeta in nbetas:
         make_settings({"nbeta": nbeta})
     estimates = tuple(
-        estimate_stack(training, [weights], [surveyed], settings, Scale(float(nbeta), localization), n, chance, keys)[0]
-        for nbeta in sorted(nbetas)
+        estimate_stack(training, [weights], [surveyed], settings, at, task.n, chance, keys)[0]
+        for at in (scale._replace(nbeta=float(nbeta), curvature=None) for nbeta in sorted(nbetas))
     )
     span = find_plateau(estimates)
     if span is None:

@@ -134,6 +134,7 @@ class Trajectory:
         unreadable: snapshots that were left out, each as one line that names the file and the reason.
         reference: a value of λ to hold the trajectory against; None where none was asked for.
         weight_decay: whether training decayed the weights; None if unknown.
+        unsampled: snapshots that are still to be sampled; the trajectory is partial where there are any.
     """
 
     points: tuple[Point, ...]
@@ -147,6 +148,7 @@ class Trajectory:
     unreadable: tuple[str, ...] = ()
     reference: Reference | None = None
     weight_decay: bool | None = None
+    unsampled: int = 0
 
     @property
     def follows_curvature(self) -> bool:

@@ -16,7 +16,6 @@ from groktrace.analysis.trajectory import SYMBOLS, Point, Trajectory
 from groktrace.analysis.transitions import Transition
 from groktrace.reporting.numbers import finite, number
 from groktrace.reporting.remarks import none_found, remarks
-from groktrace.sampling.chains import MAX_GROWTH
 
 MAX_ROWS = 25
 HEARTBEAT_SECONDS = 30.0
@@ -60,15 +59,10 @@ def forecast_text(forecast: Forecast) -> str:
     lines = [
         f"snapshots  {forecast.snapshots}{before}",
         f"chains     {forecast.chains} a snapshot, {forecast.weights:,} weights each",
-        f"steps      {forecast.steps} a chain on average, {forecast.chain_steps:,} in all",
+        f"steps      {forecast.steps} a chain on average, over {forecast.tried} snapshots that were tried",
         f"memory     {forecast.memory_bytes / 2**20:,.0f} MiB",
         f"time       {_duration(forecast.seconds)}",
     ]
-    if forecast.snapshots and not forecast.tried:
-        lines.append(
-            f"One snapshot takes too long to try: where draws are not given, they grow up to {MAX_GROWTH}-fold where "
-            "needed, and the time with them."
-        )
     return "\n".join(lines)
 
 

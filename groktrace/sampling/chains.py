@@ -1,6 +1,7 @@
 """Chains of many snapshots as one stack: burn-in, draws, restarts."""
 
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ _DEAR_LOOKS = 16
 # What the gradients of all minibatches at w* may take, of the snapshots of a stack together.
 CONTROL_BYTES = 2**28
 _CHECK_EVERY = 64
+# Set to have the chains of all threads give up what they are at.
+interruption = threading.Event()
 # A second batch tells at every so many steps how noisy the gradients are.
 _HEATING_EVERY = 16
 # A step is timed in so many at most.
@@ -373,6 +376,8 @@ class _Group:
             seen = _DEAR_LOOKS
         scale = record.new_tensor([[nbeta], [self.config.localization], [0.25 * nbeta]])
         for t in range(count):
+            if interruption.is_set():
+                raise InterruptedError
             self.made += 1
             excess = evaluate()
             if first and t % _HEATING_EVERY == 0 and self._corrected:

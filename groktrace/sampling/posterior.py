@@ -13,8 +13,8 @@ from groktrace.run.attention import twice_differentiable
 from groktrace.sampling.plan import Plan, run
 from groktrace.sampling.record import CannotPlanError
 
-# Of what a gradient keeps between forward and backward. Data that would take more than the first are sampled; rows that
-# take more than the second are evaluated one by one, which is quicker then (an LSTM's twice), and in parts of the third.
+# Of what a gradient keeps between forward and backward. Data that would take more than the first are sampled. Rows that
+# take more than the second are evaluated one by one, quicker then (an LSTM's twice), and in parts of the third.
 WHOLE_BYTES = 2**24
 STACKED_BYTES = 2**21
 PART_BYTES = 2**25
@@ -74,8 +74,8 @@ class StackedLoss:
         fixed: what is not sampled (buffers, frozen weights), [R, ...] each.
         vectorised: False for networks that cannot be stacked: rows are then evaluated one by one.
         row_bytes: memory that one row's gradient takes with all samples; None where it was not measured.
-        sample_bytes: what one sample's gradient keeps between forward and backward, where the data are so many that they
-            are sampled; None where all are used. They are then in a random order, and the first of them are a subset.
+        sample_bytes: what one sample's gradient keeps between forward and backward, where there are so many samples that
+            some are used; None where all are. They lie in a random order, and the first of them are a subset.
         separable: whether it was found to be a mean over samples of losses of single samples.
         micro_batch: samples evaluated at once where networks are large and go alone, in place (`network`, `large`);
             None where they are stacked.

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import groktrace
-from groktrace.analysis import adaptive
-from groktrace.analysis.adaptive import _Date, sample_adaptively
+from groktrace.analysis import passes
+from groktrace.analysis.passes import _Date, sample_adaptively
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.analysis.transitions import find_transitions
 
@@ -76,7 +76,7 @@ def test_a_long_noisy_fall_is_dated_as_by_all_snapshots():
 
 def test_a_flat_curve_is_left_at_the_coarse_subset():
     chosen, rounds = replayed(simulated(2000, {0: 50.0}))
-    assert rounds == [adaptive.COARSE]
+    assert rounds == [passes.COARSE]
     assert min(chosen) == 0
     assert max(chosen) == 1999
 
@@ -108,7 +108,7 @@ def test_short_runs_are_sampled_whole_and_damaged_snapshots_left_out():
 def test_what_is_sampled_is_what_a_full_replay_gives(small_run, tmp_path, monkeypatch):
     other = shutil.copytree(small_run, tmp_path / "other" / "run")
     full = groktrace.analyze(other, draws=20, burn_in=20)
-    monkeypatch.setattr(adaptive, "COARSE", 3)
+    monkeypatch.setattr(passes, "COARSE", 3)
     some = groktrace.analyze(small_run, draws=20, burn_in=20, adaptive=True, curvature=True)
     assert [point.step for point in some.points] == [0, 20, 50]
     assert (some.nbeta, some.localization) == (full.nbeta, full.localization)

@@ -1,10 +1,11 @@
-"""Which snapshots to sample where not all of them are: a coarse subset, then those that date the transitions."""
+"""In which order snapshots are sampled: a coarse subset, then those that date the transitions, then all others."""
 
 import bisect
+import heapq
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from groktrace.analysis.trajectory import Point, Trajectory
@@ -20,6 +21,58 @@ PHASE = 32
 # Outside transitions, neighbours that differ by so many errors, and by this fraction of the largest level, are suspect.
 SUSPICIOUS_ERRORS = 4.0
 SUSPICIOUS_CHANGE = 0.05
+
+
+def spread(steps: Sequence[int], count: int) -> list[int]:
+    """So many indices of the steps, evenly spread; the first and the last are among them."""
+    count = min(len(steps), count)
+    return sorted({round(i * (len(steps) - 1) / max(count - 1, 1)) for i in range(count)})
+
+
+def sample_in_passes(
+    steps: Sequence[int],
+    measure: Callable[[list[int]], dict[int, Point]],
+    n: int | None = None,
+    *,
+    coarse: int,
+    together: int,
+) -> Iterator[dict[int, Point]]:
+    """Sample all snapshots, in an order in which whatever there is so far tells most.
+
+    Args:
+        steps: of all snapshots, ascending.
+        measure: gives the points of snapshots; those that cannot be read, or for which no time is left, are left out.
+        n: number of training samples.
+        coarse: how many are in the first pass.
+        together: how many are in each later one.
+
+    Yields:
+        The points so far, by step, after each pass.
+    """
+    wanted, tried = spread(steps, coarse), set()
+    points: dict[int, Point] = {}
+    while wanted:
+        tried |= set(wanted)
+        points |= measure([steps[i] for i in wanted])
+        yield points
+        wanted = _next(steps, tried, points, n)[:together]
+        wanted = sorted(wanted + _between(len(steps), tried | set(wanted), together - len(wanted)))
+
+
+def _between(count: int, tried: set[int], most: int) -> list[int]:
+    """Indices in the middle of the largest gaps, so many at most."""
+    known = sorted(tried)
+    gaps = [(low - high, low, high) for low, high in itertools.pairwise(known) if high - low > 1]
+    heapq.heapify(gaps)
+    found: list[int] = []
+    while gaps and len(found) < most:
+        _, low, high = heapq.heappop(gaps)
+        middle = (low + high) // 2
+        found.append(middle)
+        for a, b in ((low, middle), (middle, high)):
+            if b - a > 1:
+                heapq.heappush(gaps, (a - b, a, b))
+    return found
 
 
 def sample_adaptively(
@@ -44,10 +97,8 @@ def sample_adaptively(
     Returns:
         The points that were sampled, by step.
     """
-    count = min(len(steps), COARSE)
-    limit = max(2 * COARSE, math.floor(SHARE * len(steps)))
-    wanted = sorted({round(i * (len(steps) - 1) / max(count - 1, 1)) for i in range(count)})
-    limit = min(limit, len(steps))
+    limit = min(max(2 * COARSE, math.floor(SHARE * len(steps))), len(steps))
+    wanted = spread(steps, COARSE)
     tried: set[int] = set()
     points: dict[int, Point] = {}
     while wanted:
