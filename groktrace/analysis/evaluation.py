@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from groktrace.analysis.journal import check_numbers, check_step
+from groktrace.analysis.predictions import evaluate
 from groktrace.run.batch import Batch
 from groktrace.run.task import Task, failures_in_words
 from groktrace.sampling.curvature import top_eigenvalue
@@ -193,9 +194,9 @@ def measure_point(
         hits: list[Tensor | None] = []
         for start in range(0, len(batch), count):
             part = (batch if count >= len(batch) else batch.take(slice(start, start + count))).to(device)
-            loss, outputs = task.forward(weights, part.tensors)
-            total += float(loss) * (len(part) / len(batch))
-            hits.append(right(part, outputs, batch is task.train))
+            loss, outputs, seen = evaluate(task.forward, weights, part.tensors)
+            total += loss * (len(part) / len(batch))
+            hits.append(right(part, outputs, batch is task.train) if seen is None else seen)
         return total, None if any(each is None for each in hits) else _fraction(torch.cat(hits))
 
     def right(batch: Batch, outputs: Tensor | None, training: bool) -> Tensor | None:
@@ -205,7 +206,7 @@ def measure_point(
             return None
         targets = pair[1]
         if targets.dtype == torch.long and isinstance(pair[0], Tensor) and torch.equal(targets, pair[0]):
-            return None  # next-token targets that the loss shifts itself: where each belongs is not known
+            return None  # the loss shifts its targets itself, and where each belongs is not known
         if task.offset_free and training:
             # The loss cannot see this mean, so neither may the predictions (Gromov 2023's network has it at 30-50 %).
             offset = (outputs - targets).mean(0) if targets.shape == outputs.shape else None

@@ -75,17 +75,22 @@ def test_surveys_survive_being_written_down():
     assert broken.val_loss is None
 
 
-def test_no_accuracy_where_the_loss_shifts_the_targets_itself():
+def test_where_the_loss_shifts_the_targets_itself_its_own_comparison_counts():
     tokens = torch.randint(5, (6, 8), generator=torch.Generator().manual_seed(0))
     model = nn.Embedding.from_pretrained(torch.eye(5), freeze=False)  # says each token again
+    weights = {"weight": model.weight.detach()}
 
     def shifted(outputs, targets):
         return nn.functional.cross_entropy(outputs[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
 
-    task = Task.from_model(model, loss=shifted, train=(tokens, tokens))
-    weights = {"weight": model.weight.detach()}
-    loss = training_loss(task, WeightLayout(("weight",), ((5, 5),)), weights, torch.device("cpu"))
-    (found,) = survey(task, loss, [weights], [0], seed=0)
-    # Compared where they stand, all would be right, though no next token is known.
-    assert found.train_accuracy is None
-    assert found.train_loss > 1
+    def by_hand(outputs, targets):
+        return -outputs[:, :-1].log_softmax(-1).gather(-1, targets[:, 1:, None]).mean()
+
+    # Compared where they stand, all would be right.
+    same = float((tokens[:, :-1] == tokens[:, 1:]).float().mean())
+    for loss, expected in ((shifted, pytest.approx(same)), (by_hand, None)):
+        task = Task.from_model(model, loss=loss, train=(tokens, tokens))
+        training = training_loss(task, WeightLayout(("weight",), ((5, 5),)), weights, torch.device("cpu"))
+        (found,) = survey(task, training, [weights], [0], seed=0)
+        assert found.train_accuracy == expected
+        assert found.train_loss > 1
