@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groktrace.analysis.evaluation import Survey, stack_weights, survey, training_loss
+from groktrace.analysis.evaluation import Survey, chance_losses, stack_weights, survey, training_loss
 from groktrace.analysis.llc import LLCEstimate, centred_error, off_minimum, summarise, unusable
 from groktrace.errors import SettingsError, TaskError
 from groktrace.run.task import Task
@@ -77,6 +77,7 @@ def estimate_stack(
     scale: Scale,
     n: int,
     keys: Sequence[int] | None = None,
+    chance: Sequence[float] = (),
 ) -> list[LLCEstimate]:
     """λ̂ of several snapshots at once.
 
@@ -88,6 +89,7 @@ def estimate_stack(
         scale: nβ and γ.
         n: number of training samples.
         keys: what the noise of each is keyed by beside the seed; by default its step.
+        chance: training losses of networks that know nothing, see `chance_losses`.
     """
     nbeta, localization, curvature = scale
     estimates: list[LLCEstimate | None] = [None] * len(weights)
@@ -136,6 +138,7 @@ def estimate_stack(
                 dimension=loss.layout.size,
                 nbeta=nbeta * factor,
                 localization=localization,
+                chance=chance,
             )
     return estimates
 
@@ -168,10 +171,10 @@ def estimate_llc(
     """
     chosen = make_settings(settings)
     place = choose_device(device)
-    n, training, weights, surveyed = prepare_point(model, loss, train, batch_loss, chosen, place)
+    n, training, weights, surveyed, chance = prepare_point(model, loss, train, batch_loss, chosen, place)
     chosen = settle(chosen, training.layout.size, training.micro_batch is None)
     scale = choose_scale(chosen, n, training.layout, [surveyed])
-    return estimate_stack(training, [weights], [surveyed], chosen, scale, n)[0]
+    return estimate_stack(training, [weights], [surveyed], chosen, scale, n, chance=chance)[0]
 
 
 def prepare_point(
@@ -181,8 +184,10 @@ def prepare_point(
     batch_loss: Callable[..., Tensor] | None,
     settings: SamplingSettings,
     device: torch.device,
-) -> tuple[int, StackedLoss, dict[str, Tensor], Survey]:
-    """What sampling around a live model needs: n, the training loss, all tensors by name, and their survey.
+) -> tuple[int, StackedLoss, dict[str, Tensor], Survey, tuple[float, ...]]:
+    """What sampling around a live model needs.
+
+    That is n, the training loss, all tensors by name, their survey, and the losses of networks that know nothing.
 
     Args:
         model: the network at w*.
@@ -208,7 +213,7 @@ def prepare_point(
     (surveyed,) = survey(task, training, [weights], [0], settings.seed)
     if not math.isfinite(surveyed.train_loss):
         raise TaskError(f"loss: expected a finite loss at the weights given, got {surveyed.train_loss}.")
-    return task.n, training, weights, surveyed
+    return task.n, training, weights, surveyed, chance_losses(task, weights, device, training.micro_batch)
 
 
 def make_settings(settings: dict[str, Any]) -> SamplingSettings:

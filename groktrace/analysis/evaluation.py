@@ -1,5 +1,6 @@
 """Loss, accuracy, size and curvature of snapshots: what can be said of them without sampling."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,9 @@ from groktrace.sampling.large import top_eigenvalue_large
 from groktrace.sampling.network import Network, as_float, with_micro_batch
 from groktrace.sampling.noise import normal_like
 from groktrace.sampling.posterior import StackedLoss, WeightLayout
+
+# What a network loses that knows nothing is the same on so many samples, spread evenly, as on all.
+CHANCE_SAMPLES = 256
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,34 @@ def survey(
         Survey(step, *measure, norm_squared=norm, top_curvature=top)
         for step, measure, norm, top in zip(steps, measured, norms, curvature, strict=True)
     ]
+
+
+def chance_losses(
+    task: Task, weights: dict[str, Tensor], device: torch.device, together: int | None = None
+) -> tuple[float, ...]:
+    """Training losses of networks that know nothing, the better one first; those that are not finite are left out.
+
+    They are that of a network whose weights are all zero, so that it says the same of every sample, and that of the
+    weights given.
+
+    Args:
+        task: loss and data.
+        weights: tensors by name, of the first snapshot.
+        device: where to compute.
+        together: samples that may be evaluated at once; None for all.
+    """
+    count = min(CHANCE_SAMPLES, together or CHANCE_SAMPLES)
+    some = task.train.take(torch.arange(0, len(task.train), math.ceil(len(task.train) / count), device="cpu"))
+    own = {name: as_float(tensor).to(device) for name, tensor in weights.items()}
+    # A single zero that is seen as many takes no memory.
+    none = {name: t.new_zeros(()).expand(t.shape) if t.is_floating_point() else t for name, t in own.items()}
+    losses = []
+    for each in (none, own):
+        for batch in (some, task.train) if together is None else (some,):  # some programs take one batch size only
+            with contextlib.suppress(Exception), torch.no_grad():
+                losses.append(float(task.forward(each, batch.to(device).tensors)[0]))
+                break
+    return tuple(loss for loss in losses if math.isfinite(loss))
 
 
 def accuracy(outputs: Tensor, targets: Tensor, offset: Tensor | None = None) -> float | None:

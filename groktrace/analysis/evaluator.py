@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from groktrace.analysis.estimate import estimate_stack, weight_layout
-from groktrace.analysis.evaluation import Survey, survey, training_loss
+from groktrace.analysis.evaluation import Survey, chance_losses, survey, training_loss
 from groktrace.analysis.identity import Identity, identify, noise_key, recorded_digest
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.sharpness import Sharpness, measure_sharpness
@@ -102,6 +102,8 @@ class Evaluator:
         self.loss = training_loss(task, layout, first, device)
         self.settings = settle(settings, layout.size, self.loss.micro_batch is None)
         self.identity = identify(run, given, task, layout, first)
+        # At the first snapshot, the same whichever process evaluates and whatever it is asked first.
+        self.chance = chance_losses(task, first, device, self.loss.micro_batch)
 
     @property
     def rows(self) -> int:
@@ -154,7 +156,9 @@ class Evaluator:
         about = [known[snapshot.step] for snapshot, _ in group]
         weights = [weights for _, weights in group]
         keys = self._keys(group, chunk)
-        estimates = estimate_stack(self.loss, weights, about, self.settings, chunk.scale, self.task.n, keys)
+        estimates = estimate_stack(
+            self.loss, weights, about, self.settings, chunk.scale, self.task.n, keys, self.chance
+        )
         return [
             _point(snapshot, each, estimate)
             for (snapshot, _), each, estimate in zip(group, about, estimates, strict=True)

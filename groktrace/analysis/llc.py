@@ -1,6 +1,7 @@
 """One snapshot's local learning coefficient, with its uncertainty and what speaks against it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,8 +17,17 @@ MAX_ANHARMONICITY = 0.05
 MAX_RHAT = 1.1
 MAX_DISTANCE = 0.5
 MAX_HEATING = 0.03
+# Of the way from the snapshot's loss to that of chance; but a loss that is quadratic to within so much at each draw, as
+# that of a linear model, is a bowl all the way up.
+MAX_CLIMB = 0.5
+MAX_BENDING = 0.02
+# Below 1 by so much, the loss flattens out: no basin does, while a singular loss, of higher degree, is above 1.
+MAX_FLATTENING = 0.2
+# With a single chain, λ̂ below ½E[(w − w*)·nβ∇L] by so much may be a slope's.
+MAX_UNTOLD = 0.1
 
 OFF_MINIMUM = "not at a minimum: the loss falls on moving away from the snapshot"
+PERHAPS_OFF = "perhaps not at a minimum: a single chain cannot tell a slope from a loss of higher degree"
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,7 @@ def summarise(
     dimension: int,
     nbeta: float,
     localization: float,
+    chance: Sequence[float] = (),
 ) -> LLCEstimate:
     """Turn one snapshot's traces into an estimate and judge it.
 
@@ -124,6 +135,7 @@ def summarise(
         dimension: D.
         nbeta: nβ.
         localization: γ.
+        chance: training losses of networks that know nothing; the first above `loss` counts.
     """
     if traces.diverged(dimension):
         reason = f"diverging: chains left the snapshot at every step size down to {traces.step_size:.3g}"
@@ -145,15 +157,30 @@ def summarise(
     # Where all weights are zero there is no length to compare with.
     far = norm > 0 and relative_distance > MAX_DISTANCE
     bent = abs(anharmonicity - 1) > MAX_ANHARMONICITY + 3 * ratio_error
-    # Neither alone does harm: in a quadratic bowl the estimate is exact however wide it is, and a singular loss is of
-    # higher degree however close one looks.
-    if far and llc > 0 and (bent or off):
+    guess = next((each for each in chance if each > loss), math.inf)
+    climb = llc / nbeta / (guess - loss)
+    bowl = float((0.5 * traces.pull - traces.excess).abs().mean()) <= MAX_BENDING * llc
+    # Neither of `far` and `bent` alone does harm: in a quadratic bowl the estimate is exact however wide it is, and a
+    # singular loss is of higher degree however close one looks.
+    if climb > MAX_CLIMB and not bowl:
+        reasons.append(
+            f"left the basin: the chains' loss has climbed {100 * climb:.0f} % of the way from {loss:.3g} at the "
+            f"snapshot to {guess:.3g}, that of chance; use a smaller locality"
+        )
+    elif llc > 0 and anharmonicity < 1 - MAX_FLATTENING - 3 * ratio_error:
+        reasons.append(
+            f"leaving the basin: the loss flattens out where the chains are, {relative_distance:.2f}‖w*‖ away "
+            f"(anharmonicity {anharmonicity:.2f}, expected 1); use a smaller locality"
+        )
+    elif far and llc > 0 and (bent or off):
         reasons.append(
             f"not local: the chains are {relative_distance:.2f}‖w*‖ away, where the loss is no longer quadratic "
             f"(anharmonicity {anharmonicity:.2f}, expected 1); use a larger localization"
         )
     elif off:
         reasons.append(OFF_MINIMUM)
+    elif centred is None and anharmonicity > 1 + MAX_UNTOLD + 3 * ratio_error:
+        reasons.append(PERHAPS_OFF)
     if abs(virial - 1) > MAX_VIRIAL_GAP + 3 * virial_error:
         reasons.append(f"not equilibrated (virial ratio {virial:.3f}, expected 1); needs a longer burn-in")
     elif traces.hot(settings.method, localization, dimension):

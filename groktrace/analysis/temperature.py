@@ -81,8 +81,8 @@ def temperature_curve(
     """
     chosen = _curve_settings(settings)
     place = choose_device(device)
-    n, training, weights, surveyed = prepare_point(model, loss, train, batch_loss, chosen, place)
-    return _measure_curve(n, training, weights, surveyed, chosen, nbetas)
+    n, training, weights, surveyed, chance = prepare_point(model, loss, train, batch_loss, chosen, place)
+    return _measure_curve(n, training, weights, surveyed, chosen, nbetas, chance=chance)
 
 
 def temperature_curve_at(
@@ -123,7 +123,8 @@ def temperature_curve_at(
     surveyed = _survey(evaluator, snapshots, [step])[step]
     chosen = _with_localization(evaluator, snapshots, surveyed)
     key = noise_key(evaluator.identity, snapshots.prints[step])
-    return _measure_curve(evaluator.task.n, evaluator.loss, weights, surveyed, chosen, nbetas, [key])
+    own = evaluator
+    return _measure_curve(own.task.n, own.loss, weights, surveyed, chosen, nbetas, [key], own.chance)
 
 
 def _with_localization(evaluator: Evaluator, snapshots: Snapshots, surveyed: Survey) -> SamplingSettings:
@@ -168,6 +169,7 @@ def _measure_curve(
     settings: SamplingSettings,
     nbetas: Sequence[float] | None,
     keys: Sequence[int] | None = None,
+    chance: Sequence[float] = (),
 ) -> TemperatureCurve:
     settings = settle(settings, training.layout.size, training.micro_batch is None)
     middle, localization, _ = choose_scale(settings, n, training.layout, [surveyed])
@@ -176,7 +178,7 @@ def _measure_curve(
     for nbeta in nbetas:
         make_settings({"nbeta": nbeta})
     estimates = tuple(
-        estimate_stack(training, [weights], [surveyed], settings, Scale(float(nbeta), localization), n, keys)[0]
+        estimate_stack(training, [weights], [surveyed], settings, Scale(float(nbeta), localization), n, keys, chance)[0]
         for nbeta in sorted(nbetas)
     )
     span = find_plateau(estimates)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from groktrace.analysis.llc import OFF_MINIMUM, off_minimum, summarise
+from groktrace.analysis.llc import OFF_MINIMUM, PERHAPS_OFF, off_minimum, summarise
 from groktrace.sampling.settings import SamplingSettings
 from groktrace.sampling.traces import Traces
 
@@ -90,3 +90,56 @@ def test_energy_that_the_step_fed_in_is_named_even_where_it_is_little_beside_all
     assert reasons(0.0) == ()
     (reason,) = reasons(250.0)
     assert reason.startswith("heated by the sampler's step (virial ratio 1.018, expected 1)")
+
+
+def climbed(excess, half_pull, seed=0, chains=2, **more):
+    """What is said of chains with these means, each draw off by a tenth, at nβ = 100 and a snapshot's loss of 1."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(3, 500, chains, generator=generator, dtype=torch.float64)
+    pull, spread = 2 * half_pull * (1 + 0.1 * noise[1]), 4000 - 2 * half_pull * (1 + 0.1 * noise[2])
+    paired = half_pull + 0.1 * noise[0][:, : chains - 1]
+    traces = Traces(excess * (1 + 0.1 * noise[0]), pull, spread, paired, step_size=0.1, burn_in=0)
+    settings, scale = SamplingSettings(chains=chains), {"nbeta": 100.0, "localization": 1.0, "dimension": 4000}
+    return summarise(traces, settings, n=10, loss=1.0, norm=1e3, **scale, **more)
+
+
+@pytest.mark.parametrize(
+    ("excess", "chance", "expected"),
+    [
+        (100.0, (4.0,), None),  # from 1 to 2, a third of the way
+        (190.0, (4.0,), "63 % of the way from 1 at the snapshot to 4, that of chance"),
+        (190.0, (), None),
+        (190.0, (0.5, 4.0), "63 % of the way"),  # zero weights would do better, and so are not chance
+        (190.0, (0.5,), None),
+        (330.0, (4.0, 1.5), "110 % of the way"),
+    ],
+)
+def test_chains_near_the_loss_of_chance_have_left_the_basin(excess, chance, expected):
+    reasons = climbed(excess, excess, chance=chance).reasons
+    if expected is None:
+        assert reasons == ()
+    else:
+        (reason,) = reasons
+        assert reason.startswith("left the basin: the chains' loss has climbed ")
+        assert expected in reason
+
+
+def test_a_bowl_as_high_as_chance_is_a_bowl():
+    assert judged(bowl_traces(4, 0), 4, chance=(1.0,)).reasons == ()
+
+
+def test_where_the_loss_flattens_out_the_chains_are_leaving_however_near():
+    (reason,) = climbed(146.0, 54.0).reasons
+    assert reason.startswith("leaving the basin: the loss flattens out where the chains are, 0.0")
+    assert "(anharmonicity 0.37, expected 1)" in reason
+    # A singular loss, of higher degree, is what it is at any distance, and a tenth is no plateau.
+    assert climbed(50.0, 100.0).reasons == ()
+    assert climbed(110.0, 100.0).reasons == ()
+
+
+def test_a_single_chain_cannot_tell_a_slope():
+    sloped = bowl_traces(1, 0, draws=2000, slope=0.2)
+    found = judged(sloped, 1)
+    assert found.llc == pytest.approx(32.3, rel=0.05)  # for 40
+    assert found.reasons == (PERHAPS_OFF,)
+    assert judged(bowl_traces(1, 0, draws=2000), 1).reasons == ()
