@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,8 +17,6 @@ from groktrace.theory_commands import theory
 
 INCOMPLETE = 3
 INTERRUPTED = 130
-# Snapshots that share a reason are named up to this many.
-MAX_NAMED = 3
 
 
 class _Group(click.Group):
@@ -248,7 +245,7 @@ def show(run: Path | str, as_json: bool) -> None:
     trajectory = latest_trajectory(run)
     transitions = find_transitions(trajectory)
     if not as_json and (curve := small_curve(trajectory, transitions)):
-        click.echo(f"λ against the step:\n{curve}\n")
+        click.echo(f"{trajectory.curve.symbol} against the step:\n{curve}\n")
     _print(as_json, trajectory, transitions, measure_grokking(trajectory), console.summary)
     _exit_incomplete(trajectory)
 
@@ -366,24 +363,17 @@ def _print_curve(curve: Any, as_json: bool) -> None:
 
 
 def _exit_incomplete(trajectory: Any) -> None:
-    """Name unreadable and untrustworthy snapshots on stderr and leave with exit code 3, if there are any.
+    """Name unreadable and untrustworthy snapshots on stderr and leave with exit code 3, if there are any."""
+    from groktrace.reporting.remarks import single_chain, untrusted
 
-    Being off a minimum is no failure: every snapshot early in training is.
-    """
-    from groktrace.analysis.llc import OFF_MINIMUM
-
-    doubtful: dict[str, list[str]] = {}
-    for point in trajectory.points:
-        for reason in set(point.reasons) - {OFF_MINIMUM}:
-            doubtful.setdefault(re.split("[(:]", reason)[0], []).append(f"step {point.step}: {reason}")
+    if lost := single_chain(trajectory):
+        click.echo(lost, err=True)
     for line in trajectory.unreadable:
         click.echo(f"unreadable: {line}", err=True)
-    for lines in doubtful.values():
-        for line in lines[:MAX_NAMED]:
-            click.echo(f"unreliable: {line}", err=True)
-        if len(lines) > MAX_NAMED:
-            click.echo(f"unreliable: and {len(lines) - MAX_NAMED} more snapshots likewise; --json has all", err=True)
-    if doubtful or trajectory.unreadable:
+    lines = untrusted(trajectory)
+    for line in lines:
+        click.echo(f"unreliable: {line}", err=True)
+    if lines or trajectory.unreadable:
         sys.exit(INCOMPLETE)
 
 

@@ -23,7 +23,7 @@ def reference_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("reference") / "run"
     subprocess.run([sys.executable, str(EXAMPLES / "modular_addition.py"), "--out", str(out)], check=True)
     result = CliRunner().invoke(main, ["analyze", str(out), "--json"])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 3, result.output  # its first snapshots are not at a minimum
     return out, json.loads(result.stdout)
 
 

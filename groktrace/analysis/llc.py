@@ -28,6 +28,8 @@ MAX_UNTOLD = 0.1
 
 OFF_MINIMUM = "not at a minimum: the loss falls on moving away from the snapshot"
 PERHAPS_OFF = "perhaps not at a minimum: a single chain cannot tell a slope from a loss of higher degree"
+# Beginnings of the reasons after which neither λ̂ nor λ_c is the basin's.
+NOT_THE_BASIN = ("left the basin", "leaving the basin", "not local", "not equilibrated", "diverging")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from groktrace.analysis.journal import check_numbers, check_step
+from groktrace.analysis.llc import NOT_THE_BASIN, OFF_MINIMUM, PERHAPS_OFF
 from groktrace.analysis.reference import Reference
 from groktrace.errors import RunError, SettingsError, printable
 from groktrace.run.files import read_json, write_json
@@ -74,6 +75,7 @@ class Point:
         return cls(**{**value, **parsed})
 
 
+_ERROR_OF = {"llc": "stderr", "llc_centred": "stderr_centred"}
 _ERRORS = ("stderr", "stderr_centred", "hessian_trace_stderr")
 _NUMBERS = (
     "llc",
@@ -88,6 +90,33 @@ _NUMBERS = (
     "hessian_trace_stderr",
     "hessian_top",
 )
+
+
+# What the curves are called in text.
+SYMBOLS = {"llc": "λ̂", "llc_centred": "λ_c"}
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """λ against the step: what transitions are looked for on, and what is shown.
+
+    Attributes:
+        name: "llc_centred" where every point has λ_c, which holds off a minimum too; else "llc".
+        value, error: λ and its standard error, [T]; NaN at points that are not used.
+        doubtful: where something speaks against λ, [T]; being off a minimum does not speak against λ_c.
+        sound: where λ is measured in the snapshot's own basin, [T], if not as well as was asked for.
+    """
+
+    name: str
+    value: np.ndarray
+    error: np.ndarray
+    doubtful: np.ndarray
+    sound: np.ndarray
+
+    @property
+    def symbol(self) -> str:
+        """What λ is called."""
+        return SYMBOLS[self.name]
 
 
 @dataclass(frozen=True)
@@ -123,6 +152,25 @@ class Trajectory:
     def follows_curvature(self) -> bool:
         """Whether each point was measured at an nβ of its own, so that resolution is the same at all."""
         return self.nbeta is None and self.resolution is not None
+
+    @property
+    def curve(self) -> Curve:
+        """The curve that says where the network changes phase."""
+        own = [frozenset(point.reasons) for point in self.points]
+        doubtful = np.array([bool(reasons - {OFF_MINIMUM}) for reasons in own], dtype=bool)
+        elsewhere = np.array([any(reason.startswith(NOT_THE_BASIN) for reason in each) for each in own], dtype=bool)
+        reliable = self.column("reliable") > 0
+        usable = np.isfinite(self.column("llc"))
+        name = "llc_centred"
+        if not usable.any() or not np.isfinite(self.column(name)[usable]).all():
+            name = "llc"
+            # λ̂ off a minimum measures the slope, not the basin, whatever else is wrong with it.
+            off = np.array([bool(reasons & {OFF_MINIMUM, PERHAPS_OFF}) for reasons in own], dtype=bool)
+            usable &= reliable | (doubtful & ~off)
+        value, error = self.column(name), self.column(_ERROR_OF[name])
+        usable &= np.isfinite(value) & np.isfinite(error)
+        value, error = (np.where(usable, column, np.nan) for column in (value, error))
+        return Curve(name, value, error, doubtful, usable & ~elsewhere)
 
     @classmethod
     def from_arrays(

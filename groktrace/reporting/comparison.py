@@ -7,9 +7,9 @@ import numpy as np
 
 from groktrace.analysis.grokking import Grokking
 from groktrace.analysis.trajectory import Trajectory
-from groktrace.analysis.transitions import Transition
-from groktrace.reporting.console import aligned, none_found, number
-from groktrace.reporting.figures import SMALL, check_suffix, empty_figure, log_spaced, shown_curve
+from groktrace.analysis.transitions import MIN_POINTS, Transition, usable_points
+from groktrace.reporting.console import aligned, number
+from groktrace.reporting.figures import SMALL, check_suffix, curve_label, empty_figure, log_spaced, shown_curve
 
 # Name, curve, transitions and accuracies' story of a run.
 Result = tuple[str, Trajectory, Sequence[Transition], Grokking]
@@ -25,11 +25,13 @@ def comparison_table(results: Sequence[Result]) -> str:
     Args:
         results: of the runs.
     """
-    rows = [("run", "transition", "label", "step", "90 % interval", "λ before", "after", "change", "generalised at")]
+    curves = {trajectory.curve.symbol for _, trajectory, *_ in results}
+    level = f"{curves.pop()} before" if len(curves) == 1 else "λ before"
+    rows = [("run", "transition", "label", "step", "90 % interval", level, "after", "change", "generalised at")]
     for name, (_, trajectory, transitions, grokking) in zip(_short_names(results), results, strict=True):
         at = "-" if grokking.generalised_at is None else str(grokking.generalised_at)
         if not transitions:
-            why = "none" if none_found(trajectory).startswith("No ") else "too few snapshots"
+            why = "none" if usable_points(trajectory) >= MIN_POINTS else "too few snapshots"
             rows.append((name, why, "-", "-", "-", "-", "-", "-", at))
         for each in transitions:
             interval = f"{each.step_low} - {each.step_high}"
@@ -48,6 +50,8 @@ def comparison_table(results: Sequence[Result]) -> str:
             f"These runs were measured at different nβ and γ ({listed}): steps compare, λ does not. "
             "Analyse them with the same --nbeta and --localization to compare it.",
         ]
+    if curves:
+        lines += ["", "λ is λ_c in the runs that have it at each snapshot, else λ̂."]
     return "\n".join(lines)
 
 
@@ -91,7 +95,7 @@ def save_comparison(results: Sequence[Result], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="0.92", lw=0.6)
         panel.set_axisbelow(True)
-    panels[0].set_ylabel(r"local learning coefficient $\lambda$")
+    panels[0].set_ylabel(curve_label({trajectory.curve.name for _, trajectory, *_ in results}))
     panels[-1].set_xlabel("training step")
     if accuracies:
         panels[1].set_ylabel("validation accuracy")

@@ -1,7 +1,6 @@
 """Text for people and JSON for programs; progress that suits a terminal and a log file alike."""
 
 import json
-import math
 import os
 import sys
 import threading
@@ -13,8 +12,10 @@ from groktrace.analysis.forecast import Forecast
 from groktrace.analysis.grokking import Grokking
 from groktrace.analysis.reference import Reference
 from groktrace.analysis.temperature import TemperatureCurve
-from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.analysis.transitions import MIN_POINTS, Transition, usable_points
+from groktrace.analysis.trajectory import SYMBOLS, Point, Trajectory
+from groktrace.analysis.transitions import Transition
+from groktrace.reporting.numbers import finite, number
+from groktrace.reporting.remarks import none_found, remarks
 from groktrace.sampling.chains import MAX_GROWTH
 
 MAX_ROWS = 25
@@ -39,8 +40,10 @@ def as_json(trajectory: Trajectory, transitions: Sequence[Transition], grokking:
         "resolution": plain["resolution"],
         "locality": plain["locality"],
         "method": plain["method"],
+        "curve": trajectory.curve.name,
         "reference": plain["reference"],
         "trajectory": plain["points"],
+        "remarks": [*([] if transitions else [none_found(trajectory)]), *remarks(trajectory)],
         "transitions": [finite_values(each.to_dict()) for each in transitions],
         "grokking": finite_values(grokking.to_dict()),
         "unreadable": plain["unreadable"],
@@ -69,18 +72,6 @@ def forecast_text(forecast: Forecast) -> str:
     return "\n".join(lines)
 
 
-def none_found(trajectory: Trajectory) -> str:
-    """What to say where there is no transition: that there is none, or that there are too few snapshots to tell.
-
-    Args:
-        trajectory: λ̂ along the run.
-    """
-    usable = usable_points(trajectory)
-    if usable < MIN_POINTS:
-        return f"Too few usable snapshots to look for transitions: {usable}, and it takes {MIN_POINTS}."
-    return f"No transition found in {usable} snapshots."
-
-
 def transitions_table(trajectory: Trajectory, transitions: Sequence[Transition], grokking: Grokking) -> str:
     """The transitions as an aligned table, one a line, with what each label rests on below.
 
@@ -94,6 +85,8 @@ def transitions_table(trajectory: Trajectory, transitions: Sequence[Transition],
         lines += ["", *(f"step {each.step}: {each.evidence}" for each in transitions if each.evidence)]
     else:
         lines = [none_found(trajectory)]
+    for each in remarks(trajectory):
+        lines += ["", each]
     if by_accuracy(grokking):
         lines += ["", by_accuracy(grokking)]
     return "\n".join(lines)
@@ -105,7 +98,18 @@ def transition_rows(transitions: Sequence[Transition]) -> list[tuple[str, ...]]:
     Args:
         transitions: in step order.
     """
-    heading = ("transition", "label", "step", "90 % interval", "onset - end", "λ before", "after", "change", "ΔF")
+    symbol = SYMBOLS[transitions[0].curve] if transitions else "λ"
+    heading = (
+        "transition",
+        "label",
+        "step",
+        "90 % interval",
+        "onset - end",
+        f"{symbol} before",
+        "after",
+        "change",
+        "ΔF",
+    )
     return [heading] + [
         (
             each.kind,
@@ -132,7 +136,7 @@ def by_accuracy(grokking: Grokking) -> str:
         f"memorised at step {grokking.memorised_at}" if grokking.memorised_at is not None else None,
         f"generalised at step {grokking.generalised_at}" if grokking.generalised_at is not None else None,
         f"{grokking.delay} steps later" if grokking.delay is not None else None,
-        f"grokking severity {number(grokking.severity)}" if _finite(grokking.severity) is not None else None,
+        f"grokking severity {number(grokking.severity)}" if finite(grokking.severity) is not None else None,
     ]
     return "By accuracy: " + ", ".join(part for part in known if part) + "." if any(known) else ""
 
@@ -184,18 +188,6 @@ def temperature_table(curve: TemperatureCurve) -> str:
     return "\n".join([*aligned(rows), "", last])
 
 
-def number(value: float | None, sign: str = "") -> str:
-    """Three digits, or all before the point; a dash for what is not known.
-
-    Args:
-        value: the number.
-        sign: "+" to write the sign of positive numbers too.
-    """
-    if _finite(value) is None:
-        return "-"
-    return f"{value:{sign}.0f}" if 99.95 <= abs(value) < 1e7 else f"{value:{sign}.3g}"
-
-
 def settings_line(trajectory: Trajectory) -> str:
     """What the trajectory was measured with, in one line."""
     parts = [
@@ -207,6 +199,7 @@ def settings_line(trajectory: Trajectory) -> str:
         f"γ = {number(trajectory.localization)}" if trajectory.localization is not None else None,
         f"resolution {trajectory.resolution:g}" if trajectory.resolution is not None else None,
         f"locality {trajectory.locality:g}" if trajectory.locality is not None else None,
+        f"transitions on {trajectory.curve.symbol}",
     ]
     where = f"{trajectory.run}: " if trajectory.run else ""
     return where + ", ".join(part for part in parts if part)
@@ -335,17 +328,13 @@ def _why(point: Point) -> str:
     return point.reasons[0].split(":")[0].split(" (")[0] if point.reasons else "unreliable"
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def finite_values(plain: dict[str, Any]) -> dict[str, Any]:
     """Numbers that are not finite become None, as JSON has none.
 
     Args:
         plain: by name.
     """
-    return {name: _finite(value) for name, value in plain.items()}
+    return {name: finite(value) for name, value in plain.items()}
 
 
 def _duration(seconds: float) -> str:

@@ -25,20 +25,23 @@ SMALL = 8.5  # size of legend and labels, in points
 
 
 def shown_curve(trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
-    """The curve that charts show: λ̂ where it is reliable, else the centred λ_c where it is known.
-
-    Where nβ follows the curvature snapshots are hardly ever at a minimum, and it is λ_c throughout, for a curve that
-    does not go back and forth between the two.
+    """The curve that charts show: that on which transitions are found, see `Trajectory.curve`.
 
     Returns:
-        Values and standard errors, [T] each; NaN where there is neither.
+        Values and standard errors, [T] each; NaN at points that are not used.
     """
-    reliable = trajectory.column("reliable") > 0
-    if trajectory.follows_curvature and np.isfinite(trajectory.column("llc_centred")).any():
-        reliable[:] = False
-    value = np.where(reliable, trajectory.column("llc"), trajectory.column("llc_centred"))
-    error = np.where(reliable, trajectory.column("stderr"), trajectory.column("stderr_centred"))
-    return np.where(np.isfinite(value), value, np.nan), np.where(np.isfinite(error), error, np.nan)
+    return trajectory.curve.value, trajectory.curve.error
+
+
+def curve_label(names: set[str]) -> str:
+    """What the axis of λ is called.
+
+    Args:
+        names: of the curves along it.
+    """
+    if names == {"llc_centred"}:
+        return r"centred learning coefficient $\lambda_c$"
+    return r"local learning coefficient $\hat\lambda$" if names == {"llc"} else r"learning coefficient $\lambda$"
 
 
 def check_suffix(path: Path) -> None:
@@ -125,10 +128,11 @@ def trajectory_figure(trajectory: Trajectory, transitions: Sequence[Transition],
 
 
 def _draw_llc(axes: "Axes", trajectory: Trajectory, steps: np.ndarray) -> list[Any]:
-    value, error = shown_curve(trajectory)
+    curve = trajectory.curve
+    value, error, known = curve.value, curve.error, np.isfinite(curve.value)
     raw = trajectory.column("llc")
     reliable = trajectory.column("reliable") > 0
-    known = np.isfinite(value)
+    symbol = r"$\lambda_c$" if curve.name == "llc_centred" else r"$\hat\lambda$"
     low, high = value - 1.96 * error, value + 1.96 * error
     axes.fill_between(steps, low, high, where=known, color=LLC, alpha=0.25, lw=0)
     many = len(steps) > 200
@@ -138,21 +142,22 @@ def _draw_llc(axes: "Axes", trajectory: Trajectory, steps: np.ndarray) -> list[A
     axes.plot(steps[known], value[known], color=LLC, lw=1.0 if many else 1.5)
     hollow = {"color": LLC, "mfc": "white", "ls": "", "ms": 2.5 if many else 4.5}
     handles = []
-    if (known & reliable).any():
-        label = r"$\hat\lambda$ with 95 % band"
-        shown = steps[known & reliable], value[known & reliable]
-        handles += axes.plot(*shown, "o", color=LLC, ms=1.5 if many else 3.5, label=label)
-    if (known & ~reliable).any():
-        label = r"$\lambda_c$, where $\hat\lambda$ is unreliable"
-        handles += axes.plot(steps[known & ~reliable], value[known & ~reliable], marker="o", **hollow, label=label)
-    axes.set_ylabel(r"local learning coefficient $\lambda$")
+    for chosen, look, label in (
+        (reliable, {"marker": "o", "ls": "", "color": LLC, "ms": 1.5 if many else 3.5}, f"{symbol} with 95 % band"),
+        (~reliable & ~curve.doubtful, {"marker": "o", **hollow}, f"{symbol}, not at a minimum"),
+        (~reliable & curve.doubtful, {"marker": "s", **hollow}, f"{symbol}, unreliable"),
+    ):
+        if (known & chosen).any():
+            handles += axes.plot(steps[known & chosen], value[known & chosen], **look, label=label)
+    axes.set_ylabel(curve_label({curve.name}))
     left_over = np.isfinite(raw) & ~known
     reference = trajectory.reference
     if reference is not None:
         label = rf"reference $\lambda$ = {number(reference.llc)}"
         label += f" (rank {reference.rank} / 2)" if reference.source == "jacobian" else ""
         handles.append(axes.axhline(reference.llc, color="0.35", ls="-.", lw=1.2, label=label))
-    frame = np.concatenate([value[known], low[reliable & known], high[reliable & known]])
+    trusted = known & ~curve.doubtful if (known & ~curve.doubtful).any() else known
+    frame = np.concatenate([value[trusted], low[reliable & trusted], high[reliable & trusted]])
     frame = frame[np.isfinite(frame)] if known.any() else raw[left_over]
     if left_over.any():
         handles += axes.plot(steps[left_over], raw[left_over], marker="D", **hollow, label=r"$\hat\lambda$, unreliable")

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any, TextIO
 
 from groktrace.analysis.follow import Announcement, Ended, Event, Scaled
-from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.trajectory import SYMBOLS, Point, Trajectory
 from groktrace.reporting.console import finite_values, number
 
 # TensorBoard's files are written anew as a whole, so not after every snapshot.
@@ -76,7 +76,8 @@ def as_text(event: Scaled | Point | Announcement | Ended) -> str:
     if event.news == "withdrawn":
         return f"transition {event.number} at step {each.step}: withdrawn, the curve no longer shows it"
     news = "" if event.news == "transition" else "revised: "
+    levels = f"{SYMBOLS[each.curve]} {number(each.llc_before)} → {number(each.llc_after)}"
     return (
         f"transition {event.number}: {news}{each.label or each.kind} at step {each.step} "
-        f"[{each.step_low}, {each.step_high}], λ {number(each.llc_before)} → {number(each.llc_after)}"
+        f"[{each.step_low}, {each.step_high}], {levels}"
     )

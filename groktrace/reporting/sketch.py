@@ -11,7 +11,7 @@ from groktrace.reporting.figures import shown_curve
 
 
 def small_curve(trajectory: Trajectory, transitions: Sequence[Transition], width: int = 64, height: int = 8) -> str:
-    """λ (λ_c where λ̂ is unreliable) against the step as lines of text, with the transitions' numbers below.
+    """The curve on which transitions are found against the step as lines of text, with their numbers below.
 
     Args:
         trajectory: λ̂ along the run.

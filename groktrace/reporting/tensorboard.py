@@ -11,14 +11,16 @@ from groktrace.analysis.grokking import Grokking
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.analysis.transitions import Transition
 from groktrace.errors import GroktraceError
-from groktrace.reporting.console import by_accuracy, none_found, number, settings_json, settings_line, transition_rows
+from groktrace.reporting.console import by_accuracy, number, settings_json, settings_line, transition_rows
 from groktrace.reporting.figures import shown_curve, trajectory_figure
+from groktrace.reporting.remarks import none_found, remarks
 
 CURVE = "llc/mean"
 CURVE_RUN = "trajectory"
 # The ending of the event files that are ours to replace.
 SUFFIX = ".groktrace"
-_LAYOUT = {"LLC": {"local learning coefficient, 95 %": ["Margin", [CURVE, "llc/lower", "llc/upper"]]}}
+_BAND = ["Margin", [CURVE, "llc/lower", "llc/upper"]]
+_TITLES = {"llc": "local learning coefficient λ̂, 95 %", "llc_centred": "centred learning coefficient λ_c, 95 %"}
 # A line needs its points at steps of their own: those sharing one collapse. Several at the top, so that smoothing does
 # not shorten it; in short runs fewer, so that it stays upright.
 _LINE_POINTS = range(4, 13)
@@ -33,7 +35,8 @@ _LARGEST = float(np.finfo(np.float32).max)
 def write_events(trajectory: Trajectory, transitions: Sequence[Transition], grokking: Grokking, logdir: Path) -> None:
     """Write the result for TensorBoard, in place of what an earlier call wrote to the same folder.
 
-    `llc/mean` is λ̂ where it is reliable and the centred λ_c elsewhere; `llc/raw` and `llc/centred` hold both in full.
+    `llc/mean` is the curve on which transitions are found: λ_c, or λ̂ where there is no λ_c; `llc/raw` (λ̂) and
+    `llc/centred` (λ_c) hold both in full.
     The figure is left out where matplotlib is not installed.
 
     Args:
@@ -45,7 +48,7 @@ def write_events(trajectory: Trajectory, transitions: Sequence[Transition], grok
     _remove_own(logdir)
     value, error = shown_curve(trajectory)
     with _writer(logdir / CURVE_RUN) as writer:
-        writer.add_custom_scalars(_LAYOUT)
+        writer.add_custom_scalars({"LLC": {_TITLES[trajectory.curve.name]: _BAND}})
         steps = [point.step for point in trajectory.points]
         columns = {
             CURVE: value,
@@ -122,12 +125,12 @@ def _remove_own(logdir: Path) -> None:
 
 def _table(trajectory: Trajectory, transitions: Sequence[Transition], grokking: Grokking) -> str:
     """The transitions as a Markdown table, with what each label rests on below."""
-    parts = [none_found(trajectory)]
+    parts = [] if transitions else [none_found(trajectory)]
     if transitions:
         heading, *rows = transition_rows(transitions)
         parts = ["\n".join("| " + " | ".join(row) + " |" for row in [heading, ["---"] * len(heading), *rows])]
         parts += [f"Step {each.step}: {each.evidence}." for each in transitions if each.evidence]
-    return "\n\n".join([*parts, by_accuracy(grokking)])
+    return "\n\n".join([*parts, *remarks(trajectory), by_accuracy(grokking)])
 
 
 def _pixels(figure: object) -> np.ndarray:

@@ -118,9 +118,10 @@ def test_the_centred_estimate_is_used_where_every_point_has_it():
 
 
 def test_unreliable_points_are_passed_over_where_there_is_no_centred_estimate():
-    values = np.where(STEPS < 150, -3000.0, 800.0)
+    values = np.where(STEPS < 150, 100.0, 800.0)
     assert find_transitions(curve(values, reliable=STEPS >= 150)) == []
     assert len(find_transitions(curve(values))) == 1
+    values = np.where(STEPS < 150, -3000.0, 800.0)
     # Off a minimum λ̂ measures a slope, also where something else speaks against it as well.
     reasons = (OFF_MINIMUM, "too few draws (standard error 9 %)")
     points = tuple(

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.text import Text
 
 from groktrace.analysis.grokking import measure_grokking
+from groktrace.analysis.llc import OFF_MINIMUM
 from groktrace.analysis.reference import Reference
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.errors import GroktraceError, SettingsError
@@ -39,7 +40,7 @@ def test_odd_trajectories_can_be_drawn(odd, tmp_path):
 def test_unreliable_points_neither_set_the_axis_nor_look_reliable(grokked):
     value, _ = shown_curve(grokked[0])
     assert value[0] == 139  # λ_c, not λ̂ = −3125
-    assert value[-1] == 836
+    assert value[-1] == 844  # λ_c again, on which the transitions were found, not λ̂ = 836
     upper = trajectory_figure(*grokked).axes[0]
     assert upper.get_ylim()[0] > -100
     assert upper.get_ylim()[1] < 1500
@@ -49,16 +50,36 @@ def test_unreliable_points_neither_set_the_axis_nor_look_reliable(grokked):
     assert len(filled.get_xdata()) == 9
 
 
-def test_where_nbeta_follows_the_curvature_the_curve_is_the_centred_estimate_throughout():
+def test_the_curve_is_the_centred_estimate_throughout_or_nowhere():
     points = tuple(
         Point(step, llc, 0.1, 130.0, 0.2, reliable=step % 200 == 0)
         for step, llc in ((0, 60.0), (100, 70.0), (200, 80.0))
     )
     following = Trajectory(points, localization=1.0, resolution=100.0)
     assert shown_curve(following)[0].tolist() == [130] * 3
-    assert shown_curve(replace(following, nbeta=1.0))[0].tolist() == [60, 130, 80]
+    assert shown_curve(replace(following, nbeta=1.0))[0].tolist() == [130] * 3
     single = replace(following, points=tuple(replace(each, llc_centred=None, stderr_centred=None) for each in points))
     assert shown_curve(single)[0][[0, 2]].tolist() == [60, 80]
+    axes = [trajectory_figure(each, [], measure_grokking(each)).axes[0] for each in (following, single)]
+    assert [each.get_ylabel() for each in axes] == [
+        r"centred learning coefficient $\lambda_c$",
+        r"local learning coefficient $\hat\lambda$",
+    ]
+
+
+def test_points_that_were_not_measured_in_their_basin_do_not_set_the_axis():
+    points = [Point(step, 5.0, 0.1, 5.0, 0.1) for step in range(0, 900, 100)]
+    left = Point(900, 5.0, 0.1, 4000.0, 30.0, False, ("left the basin: the chains' loss has climbed",))
+    off = Point(1000, -9.0, 0.1, 5.0, 0.1, False, (OFF_MINIMUM,))
+    trajectory = Trajectory((*points, left, off))
+    upper = trajectory_figure(trajectory, [], measure_grokking(trajectory)).axes[0]
+    assert upper.get_ylim()[1] < 6
+    marks = {line.get_label(): line.get_ydata().tolist() for line in upper.lines if line.get_marker() != "None"}
+    assert marks == {
+        r"$\lambda_c$ with 95 % band": [5.0] * 9,
+        r"$\lambda_c$, not at a minimum": [5.0],
+        r"$\lambda_c$, unreliable": [4000.0],
+    }
 
 
 def test_values_without_a_stand_in_are_hollow_and_do_not_set_the_axis():

@@ -1,0 +1,192 @@
+"""What a change of phase is called, and what it rests on."""
+
+import math
+
+import numpy as np
+
+from groktrace.analysis.dating import Measured
+from groktrace.analysis.trajectory import Trajectory
+
+# A fall, with those before it since λ rose and the drift of the phases between, is read as generalisation from this
+# fraction of the highest level: networks that merely lose weight norm after memorising fall by up to an eighth.
+MIN_GENERALISATION = 0.15
+# Where nβ follows the curvature, perceptrons with too few pairs fell by up to 17 %, those that grokked by 22 % or more.
+MIN_FOLLOWING = 0.2
+# The training loss is low once it has fallen to this fraction of the run's range.
+LOW = 0.1
+# Of the snapshots after it, so many at most are at a minimum where targets move.
+MAX_AT_MINIMUM = 0.25
+# Within these factors the largest curvature stays what it was.
+MIN_CURVATURE = 0.5
+MAX_CURVATURE = 3.0
+# Where nβ follows the curvature, so many errors tell a fall from noise: memorising transformers fell by up to 5.8.
+CLEAR = 6.0
+
+
+def doubt_of(trajectory: Trajectory, onset: int, end: int, fall: Measured, after: Measured | None) -> str | None:
+    """Why a fall of λ is no evidence of generalisation; None where nothing speaks against it.
+
+    Under cross-entropy all curvatures shrink as margins grow, and λ at one nβ falls whether or not the network
+    generalises.
+
+    Args:
+        trajectory: of the run.
+        onset: point at which the fall begins.
+        end: point at which it is over.
+        fall: the change.
+        after: the next change.
+    """
+    errors = abs(fall.after - fall.before) / max(fall.error, 1e-300)
+    if trajectory.follows_curvature and errors < CLEAR:
+        return f"that is {errors:.1f} standard errors; where nβ follows the curvature fewer than {CLEAR:g} tell nothing"
+    if trajectory.follows_curvature and trajectory.weight_decay is False:
+        return "without weight decay margins grow without end, and λ may fall for that alone"
+    if after is not None and after.after > after.before and after.first <= fall.last:
+        return "it lasts for one snapshot"
+    curvature = [point.diagnostics.get("top_curvature") for point in trajectory.points]
+    begun, ended = curvature[onset], curvature[end]
+    if not begun or ended is None:
+        return None
+    if ended > MAX_CURVATURE * begun:
+        return f"the largest curvature grows {ended / begun:.3g}-fold, and λ counts what is stiff beside it"
+    if ended >= MIN_CURVATURE * begun or trajectory.follows_curvature:
+        return None
+    if ended <= 0:
+        return "the curvature vanishes with it"
+    return (
+        f"the largest curvature falls too, {begun / ended:.3g}-fold, as it does under cross-entropy whether or not the "
+        "network generalises; analyse at --nbeta curvature"
+    )
+
+
+def peak_level(
+    loss: np.ndarray, high: np.ndarray, fitted: np.ndarray, value: np.ndarray, since: int, fall: Measured
+) -> float | None:
+    """The highest level before a fall while the training loss is low; None where it is not low in time.
+
+    Args:
+        loss: at the usable points, as the other three.
+        high: whether it is known not to be low.
+        fitted: λ of the fit.
+        value: λ as measured.
+        since: index of the point from which on to look.
+        fall: the change.
+    """
+    if not np.isfinite(loss[[fall.first, fall.last]]).all():
+        return None
+    while_high = np.flatnonzero(high[since : fall.last + 1])
+    start = since + int(while_high[-1]) + 1 if len(while_high) else since
+    if start <= fall.first:
+        return max(fall.before, float(fitted[start : fall.first + 1].max()))
+    # Of a fall that begins before, what is left of it counts.
+    return min(fall.before, float(value[start])) if start < fall.last else None
+
+
+def high_loss(loss: np.ndarray) -> np.ndarray:
+    """Whether the training loss is known not to be low, at each point.
+
+    It is low once it has fallen to a tenth of the way from where it was to its lowest; a loss that only rises is low at
+    its first point alone.
+
+    Args:
+        loss: at each point of a run, [T].
+    """
+    known = loss[np.isfinite(loss)]
+    if not len(known):
+        return np.isinf(loss)
+    least = known.min()
+    most = np.fmax.accumulate(np.where(np.isfinite(loss), loss, least))
+    return loss > least + LOW * (most - least)
+
+
+def since_risen(trajectory: Trajectory) -> int | None:
+    """The point of the lowest training loss where it rises from there and stays high, off any minimum; else None.
+
+    That is what targets do that move, as in reinforcement learning, and trainings that diverge: there is no one loss
+    that λ could be of. A last quarter (three points at least) that is high by its median stays so.
+
+    Args:
+        trajectory: of the run.
+    """
+    loss = trajectory.column("train_loss")
+    position = np.flatnonzero(np.isfinite(loss))
+    if not len(position):
+        return None
+    lowest = int(position[np.argmin(loss[position])])
+    after = position[position > lowest]
+    last = after[-max(3, len(position) // 4) :]
+    if len(last) < 3:
+        return None
+    end, fallen = float(np.median(loss[last])), float(loss[position[position <= lowest]].max() - loss[lowest])
+    if end <= max(loss[lowest] + LOW * fallen, 2 * loss[lowest]):
+        return None
+    at_minimum = trajectory.column("reliable")[after].mean()
+    return lowest if at_minimum <= MAX_AT_MINIMUM else None
+
+
+def risen_in_words(trajectory: Trajectory) -> str:
+    """One sentence on a training loss that rises and stays high; empty where it does not.
+
+    Args:
+        trajectory: of the run.
+    """
+    lowest = since_risen(trajectory)
+    if lowest is None:
+        return ""
+    points = [point for point in trajectory.points[lowest:] if point.train_loss is not None]
+    begun, ended = points[0], points[-1]
+    return (
+        f"The training loss rises from {begun.train_loss:.3g} at step {begun.step} to {ended.train_loss:.3g} at step "
+        f"{ended.step}: targets that move, or training that diverges. λ is then not that of one loss, and nothing is "
+        "called a transition there."
+    )
+
+
+def label_of(
+    trajectory: Trajectory,
+    onset: int,
+    end: int,
+    measured: Measured,
+    peak: float | None,
+    lowest: float,
+    doubt: str | None,
+) -> tuple[str | None, str]:
+    """What the training loss allows to say of a change, and whether validation data agree.
+
+    Args:
+        trajectory: of the run.
+        onset: point at which the change begins.
+        end: point at which it is over.
+        measured: the change.
+        peak: the highest level since the last rise or label while the training loss is low; None where it is not low.
+        lowest: the level that is reached until the next change.
+        doubt: what speaks against reading a fall as generalisation.
+    """
+    before, after = measured.before, measured.after
+    loss = trajectory.column("train_loss")
+    if not np.isfinite(loss[[onset, end]]).all():
+        return None, "no label: the training loss is not known"
+    if after > before:
+        if loss[end] < 0.5 * loss[onset]:
+            return "memorisation", f"λ rises while the training loss falls from {loss[onset]:.3g} to {loss[end]:.3g}"
+        return None, "no label: λ rises, but the training loss does not fall with it"
+    if peak is None:
+        if np.nanargmin(loss) < onset:
+            return (
+                None,
+                f"no label: λ falls while the training loss, {loss[onset]:.3g}, has risen from {np.nanmin(loss):.3g}",
+            )
+        return None, "no label: λ falls while the training loss is not yet low"
+    share = 1 - lowest / peak if peak > 0 else 0.0
+    if share < (MIN_FOLLOWING if trajectory.follows_curvature else MIN_GENERALISATION):
+        return None, f"no label: λ falls by only {100 * share:.0f} % while the training loss stays low"
+    if doubt is not None:
+        return None, f"no label: λ falls by {100 * share:.0f} %, but {doubt}"
+    more = " in all" if peak > before or lowest < after else ""
+    evidence = f"λ falls by {100 * share:.0f} %{more} while the training loss stays low"
+    accuracy = trajectory.column("val_accuracy")
+    if np.isfinite(accuracy[end]) and np.isfinite(accuracy).any():
+        start = np.nanmin(accuracy[: onset + 1]) if np.isfinite(accuracy[: onset + 1]).any() else math.nan
+        verb = "confirms" if accuracy[end] >= start + 0.2 else "contradicts"
+        evidence += f"; validation {verb}: accuracy {start:.2f} before, {accuracy[end]:.2f} at its end"
+    return "generalisation", evidence

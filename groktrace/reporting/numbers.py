@@ -1,0 +1,21 @@
+"""Numbers as text."""
+
+import math
+from typing import Any
+
+
+def number(value: float | None, sign: str = "") -> str:
+    """Three digits, or all before the point; a dash for what is not known.
+
+    Args:
+        value: the number.
+        sign: "+" to write the sign of positive numbers too.
+    """
+    if finite(value) is None:
+        return "-"
+    return f"{value:{sign}.0f}" if 99.95 <= abs(value) < 1e7 else f"{value:{sign}.3g}"
+
+
+def finite(value: Any) -> Any:
+    """The value, but None for a number that is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,171 @@
+"""What has to be said beside the transitions of a trajectory, or in their place; one sentence each."""
+
+import itertools
+import math
+import statistics
+from collections import Counter
+
+import numpy as np
+
+from groktrace.analysis.changes import MIN_CHANGE, SIGNIFICANCE
+from groktrace.analysis.labels import risen_in_words
+from groktrace.analysis.llc import OFF_MINIMUM, PERHAPS_OFF
+from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.transitions import MIN_POINTS, Fitted, find_changes_of_phase, fit_curve
+from groktrace.reporting.numbers import number
+
+# From this fraction of the level on, the points' errors are named with the curve.
+NOISY = 0.05
+# More rises and falls than these are counted, not told.
+MAX_TOLD = 3
+
+
+def none_found(trajectory: Trajectory) -> str:
+    """What to say where there is no transition: that there is none and what the curve does, or that it cannot be told.
+
+    Args:
+        trajectory: λ̂ along the run.
+    """
+    fitted = fit_curve(trajectory)
+    if fitted is None:
+        usable = int(np.isfinite(trajectory.curve.value).sum())
+        text = f"Too few usable snapshots to look for transitions: {usable} of {len(trajectory.points)}, and it takes "
+        reasons = Counter(_kind(each.reasons) for each in trajectory.points if not each.reliable)
+        (why, count), *_ = reasons.most_common(1) or [("", 0)]
+        return f"{text}{MIN_POINTS}" + (f"; {count} are unreliable ({why})." if count else ".")
+    shape = describe_curve(trajectory, fitted)
+    objections = [each for each in find_changes_of_phase(trajectory) if each[1] is not None]
+    more = ""
+    if objections:
+        (change, why), *others = objections
+        kind = "rise" if change.delta_llc > 0 else "fall"
+        more = f" The {kind} at step {change.step} does not count: {why}."
+        more += f" Nor do {len(others)} others." if others else ""
+    return f"No transition found in {len(fitted.x)} snapshots: {shape}.{more}"
+
+
+def describe_curve(trajectory: Trajectory, fitted: Fitted) -> str:
+    """What the fit of a curve does, in words.
+
+    Args:
+        trajectory: λ̂ along the run.
+        fitted: its curve.
+    """
+    symbol, value, steps = trajectory.curve.symbol, fitted.fit.value, trajectory.column("step")[fitted.position]
+    level = max(float(np.abs(value).max()), 1e-300)
+    scatter = float(np.median(np.sqrt(fitted.variance)))
+    quantile = statistics.NormalDist().inv_cdf(1 - SIGNIFICANCE / (2 * len(value)))
+    error = quantile * math.sqrt(2 * float(np.median(fitted.fit.variance)))
+    noise = f", though the points scatter by {100 * scatter / level:.0f} %" if scatter > NOISY * level else ""
+    turns = _turns(value, max(MIN_CHANGE * level, error))
+    if len(turns) < 2:
+        mean, span = float(np.average(fitted.value, weights=1 / fitted.variance)), float(np.ptp(value))
+        within = (
+            f"within its errors of {100 * scatter / level:.2g} %"
+            if span <= error
+            else f"within {100 * span / level:.2g} %"
+        )
+        return f"{symbol} stays at {number(mean)}, {within}"
+    if len(turns) > MAX_TOLD + 1:
+        between = f"between {number(value.min())} and {number(value.max())}"
+        return f"{symbol} goes up and down {len(turns) - 1} times {between}{noise}"
+    parts = []
+    for i, j in itertools.pairwise(turns):
+        a, b = float(value[i]), float(value[j])
+        share = f" by {100 * (1 - b / a):.0f} %" if b < a and a > 0 and b > 0 else ""
+        verb, when = "rises" if b > a else "falls", f"over steps {steps[i]:.0f}-{steps[j]:.0f}"
+        parts.append(f"{verb}{share} from {number(a)} to {number(b)} {when}")
+    drift = ", too steadily to part one phase from another" if fitted.drifts and len(parts) == 1 else ""
+    return f"{symbol} {', then '.join(parts)}{drift}{noise}"
+
+
+def remarks(trajectory: Trajectory) -> list[str]:
+    """What speaks against drawing conclusions from this trajectory, one sentence each.
+
+    Args:
+        trajectory: λ̂ along the run.
+    """
+    return [each for each in (risen_in_words(trajectory), single_chain(trajectory)) if each]
+
+
+def single_chain(trajectory: Trajectory) -> str:
+    """What is lost without λ_c, where that decides; empty where nothing is.
+
+    Args:
+        trajectory: λ̂ along the run.
+    """
+    points = [point for point in trajectory.points if point.llc is not None]
+    if trajectory.method is None or not points or any(point.llc_centred is not None for point in points):
+        return ""
+    off = sum(bool({OFF_MINIMUM, PERHAPS_OFF} & set(point.reasons)) for point in points)
+    if trajectory.follows_curvature:
+        why = "where nβ follows the curvature, transitions are found on it, as λ̂ may be a slope's"
+    elif off:
+        why = f"{off} of {len(points)} snapshots are not, or perhaps not, at a minimum, where λ̂ measures the slope"
+    else:
+        return ""
+    return f"A single chain gives no λ_c: {why}. Analyse with 2 chains or more."
+
+
+def untrusted(trajectory: Trajectory) -> list[str]:
+    """A line for each reason for which snapshots are unreliable: how many of how many, which, and why.
+
+    Args:
+        trajectory: λ̂ along the run.
+    """
+    points, by_kind = trajectory.points, {}
+    for i, point in enumerate(points):
+        if not point.reliable:
+            for reason in point.reasons or ("no reason given",):
+                by_kind.setdefault(_kind((reason,)), {}).setdefault(i, reason)
+    lines = []
+    for found in by_kind.values():
+        first, reason = next(iter(found.items()))
+        alike = len(set(found.values())) == 1
+        where = "" if alike else f" (at step {points[first].step})"
+        lines.append(f"{len(found)} of {len(points)} snapshots, {_steps(trajectory, list(found))}: {reason}{where}")
+    if len(lines) > 1:
+        lines.append(f"{sum(not point.reliable for point in points)} of {len(points)} snapshots in all")
+    return lines
+
+
+def _steps(trajectory: Trajectory, chosen: list[int]) -> str:
+    """All steps of some points, neighbours as ranges: "steps 0-300, 500".
+
+    Args:
+        trajectory: whose points they are.
+        chosen: their indices, ascending.
+    """
+    ranges: list[list[int]] = []
+    for i in chosen:
+        if ranges and ranges[-1][1] == i - 1:
+            ranges[-1][1] = i
+        else:
+            ranges.append([i, i])
+    steps = [point.step for point in trajectory.points]
+    words = [f"{steps[a]}" if a == b else f"{steps[a]}-{steps[b]}" for a, b in ranges]
+    return f"step{'' if len(chosen) == 1 else 's'} {', '.join(words)}"
+
+
+def _turns(value: np.ndarray, least: float) -> list[int]:
+    """Indices between which the curve rises and falls by turns, each time by `least` or more, if it does."""
+    turns: list[int] = []
+    low = high = direction = 0
+    levels = value.tolist()
+    for i, level in enumerate(levels):
+        if direction >= 0 and level > levels[high]:
+            high = i
+        if direction <= 0 and level < levels[low]:
+            low = i
+        if direction <= 0 and level - levels[low] >= least:
+            turns.append(low)
+            direction, high = 1, i
+        elif direction >= 0 and levels[high] - level >= least:
+            turns.append(high)
+            direction, low = -1, i
+    return [*turns, high if direction > 0 else low] if turns else []
+
+
+def _kind(reasons: tuple[str, ...]) -> str:
+    """The first words of the first reason."""
+    return reasons[0].split(":")[0].split(" (")[0] if reasons else "without a reason"
