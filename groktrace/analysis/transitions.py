@@ -158,7 +158,7 @@ def find_changes_of_phase(trajectory: Trajectory) -> list[tuple[Transition, str 
             sound[min(before, measured.first) : middle].any() and sound[middle : after and after.first + 1].any()
         ):
             objection = "no snapshot on one side of it was measured in its own basin"
-        elif risen is not None and max(end, onset) > risen and high[[onset, end]].any():
+        elif risen is not None and end > risen and (measured.after < measured.before or high[end]):
             objection = "the training loss has risen"
         described = _describe(trajectory, steps.astype(int), position, measured, fitted.axis, label, evidence)
         found.append((described, objection))

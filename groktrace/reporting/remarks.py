@@ -153,9 +153,10 @@ def _turns(value: np.ndarray, least: float) -> list[int]:
     low = high = direction = 0
     levels = value.tolist()
     for i, level in enumerate(levels):
-        if direction >= 0 and level > levels[high]:
+        # The first swing begins where a level that stays ends.
+        if level > levels[high] or (level == levels[high] and not direction):
             high = i
-        if direction <= 0 and level < levels[low]:
+        if level < levels[low] or (level == levels[low] and not direction):
             low = i
         if direction <= 0 and level - levels[low] >= least:
             turns.append(low)

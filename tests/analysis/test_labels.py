@@ -1,0 +1,131 @@
+"""What is concluded where the training loss, the sign of λ or the chains speak against it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from groktrace.analysis.labels import high_loss, risen_in_words, since_risen
+from groktrace.analysis.llc import OFF_MINIMUM
+from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.transitions import find_changes_of_phase, find_transitions
+
+STEPS = np.arange(0, 3050, 50)
+HUMP = np.interp(STEPS, [0, 200, 1200, 3000], [100.0, 1000.0, 600.0, 600.0])
+FALLING = np.interp(STEPS, [0, 150, 3000], [1.0, 0.01, 0.001])
+LEFT = "left the basin: the chains' loss has climbed 97 % of the way"
+COLD = "not equilibrated (virial ratio 0.9, expected 1); needs a longer burn-in"
+
+
+def measured(centred, loss=FALLING, reasons=lambda step: (), plain=None):
+    noise = 3.0 * np.random.default_rng(0).standard_normal(len(STEPS))
+    plain = centred if plain is None else plain
+    points = tuple(
+        Point(int(step), float(p + e), 3.0, float(c + e), 3.0, not reasons(step), reasons(step), float(lost))
+        for step, p, c, e, lost in zip(STEPS, plain, centred, noise, loss, strict=True)
+    )
+    return Trajectory(points, nbeta=1.0)
+
+
+def found(trajectory):
+    return [(each.kind, each.label) for each in find_transitions(trajectory)]
+
+
+RISE, FALL = ("complexification", "memorisation"), ("simplification", "generalisation")
+
+
+def test_a_run_that_groks_off_any_minimum_has_its_transitions():
+    off = measured(HUMP, reasons=lambda step: (OFF_MINIMUM,), plain=HUMP - 5000)
+    assert found(off) == found(measured(HUMP)) == [RISE, FALL]
+    assert {each.curve for each in find_transitions(off)} == {"llc_centred"}
+
+
+def test_what_is_negative_is_no_level():
+    deep = np.where(STEPS < 150, -800.0, HUMP)
+    assert found(measured(deep)) == [FALL]
+    ends = find_changes_of_phase(measured(np.where(STEPS > 2000, -300.0, HUMP)))
+    assert [objection for _, objection in ends] == [None, None, "λ_c is negative on one side of it"][: len(ends)]
+    assert all(min(each.llc_before, each.llc_after) > 0 for each in find_transitions(measured(HUMP - 700)))
+    # Nothing at all, measured to within its error, is a level.
+    assert found(measured(np.where(STEPS < 150, 0.0, 900.0)))[0] == RISE
+
+
+@pytest.mark.parametrize(
+    "reason", [LEFT, COLD, "not local: the chains are", "leaving the basin: the loss flattens out"]
+)
+def test_a_level_that_no_chain_has_measured_in_its_basin_is_none(reason):
+    assert found(measured(HUMP, reasons=lambda step: (reason,))) == []
+    assert found(measured(HUMP, reasons=lambda step: (reason,) if step > 600 else ())) == [RISE]
+    # One snapshot of the last phase that is sound tells its level, with what the others add.
+    assert found(measured(HUMP, reasons=lambda step: (reason,) if step > 600 and step != 2000 else ())) == [RISE, FALL]
+    assert found(measured(HUMP, reasons=lambda step: ("too few draws (standard error 9 %)",))) == [RISE, FALL]
+
+
+def test_a_loss_is_low_beside_where_it_came_from():
+    falls = np.array([4.0, 1.0, 0.3, 0.2, 0.1])
+    assert high_loss(falls).tolist() == [True, True, False, False, False]
+    assert high_loss(falls[::-1]).tolist() == [False, True, True, True, True]
+    # A spike that is still to come lifts nothing before it.
+    assert high_loss(np.array([1.0, 0.3, 0.0, 50.0, 4.0, 0.05])).tolist() == [True, True, False, True, False, False]
+    assert high_loss(np.array([np.nan, 1.0, np.inf, 0.0])).tolist() == [False, True, True, False]
+    assert high_loss(np.full(4, 0.7)).tolist() == [False] * 4
+    assert not high_loss(np.full(3, np.nan)).any()
+
+
+RISING = {
+    "from the first step": 0.03 + (STEPS / 300) ** 2,
+    "after it has fallen": np.interp(STEPS, [0, 150, 300, 3000], [4.0, 0.1, 0.1, 9.0]),
+    "to a fifth of where it was": np.interp(STEPS, [0, 150, 300, 900], [4.0, 0.1, 0.1, 0.9]),
+    "with jumps": np.where(STEPS < 300, 0.05, 1.5 + np.sin(STEPS / 40)),
+}
+
+
+@pytest.mark.parametrize("loss", RISING.values(), ids=RISING)
+def test_where_targets_move_there_is_no_transition(loss):
+    trajectory = measured(HUMP, loss, lambda step: (OFF_MINIMUM,) if step else ())
+    assert FALL not in found(trajectory)
+    assert found(trajectory) in ([], [RISE], [(RISE[0], None)])
+    sentence = risen_in_words(trajectory)
+    assert sentence.startswith(f"The training loss rises from {loss.min():.3g} at step {STEPS[np.argmin(loss)]} to ")
+    assert "targets that move, or training that diverges" in sentence
+
+
+@pytest.mark.parametrize("loss", RISING.values(), ids=RISING)
+def test_a_loss_that_has_risen_gives_no_label_at_minima_either(loss):
+    trajectory = measured(HUMP, loss)
+    assert risen_in_words(trajectory) == ""
+    assert FALL not in found(trajectory)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        FALLING,
+        np.where(STEPS == 1500, 2.0, FALLING),  # a spike
+        np.where(STEPS > 1500, 30 * FALLING, FALLING),  # still low
+        np.where(STEPS > 2950, 0.9, FALLING),  # it may come down again
+        np.full(61, 0.5),
+        np.full(61, np.nan),
+    ],
+)
+def test_other_losses_do_not_rise(loss):
+    assert since_risen(measured(HUMP, loss, lambda step: (OFF_MINIMUM,))) is None
+
+
+def test_of_a_risen_loss_the_evidence_says_so():
+    loss = np.interp(STEPS, [0, 150, 300, 3000], [4.0, 0.1, 0.1, 9.0])
+    fall = find_transitions(measured(np.interp(STEPS, [0, 200, 2000, 2500], [100, 1000, 1000, 600]), loss))[-1]
+    assert fall.label is None
+    assert fall.evidence.startswith("no label: λ falls while the training loss, 5.")
+    assert fall.evidence.endswith(", has risen from 0.1")
+
+
+def test_which_curve_decides():
+    whole = measured(HUMP, plain=HUMP + 50)
+    assert (whole.curve.name, whole.curve.symbol) == ("llc_centred", "λ_c")
+    some = replace(whole, points=(replace(whole.points[0], llc_centred=None), *whole.points[1:]))
+    assert (some.curve.name, some.curve.symbol) == ("llc", "λ̂")
+    lost = replace(whole, points=(replace(whole.points[0], llc=None, llc_centred=None), *whole.points[1:]))
+    assert lost.curve.name == "llc_centred"
+    assert np.isnan(lost.curve.value[0])
+    assert Trajectory(()).curve.name == "llc"

@@ -1,0 +1,101 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from groktrace.analysis.llc import OFF_MINIMUM, PERHAPS_OFF
+from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.transitions import find_transitions
+from groktrace.reporting.remarks import none_found, remarks, single_chain, untrusted
+
+STEPS = np.arange(0, 3050, 50)
+
+
+def measured(values, error=3.0, seed=0, **more):
+    values = values + error * np.random.default_rng(seed).standard_normal(len(values))
+    points = [
+        Point(50 * i, float(v) - 2, error, float(v), error, **{name: each[i] for name, each in more.items()})
+        for i, v in enumerate(values)
+    ]
+    return Trajectory(tuple(points))
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "said"),
+    [
+        (np.full(61, 900.0), 3.0, "λ_c stays at 900, within its errors of 0.3"),
+        (np.full(61, 900.0), 200.0, ", within its errors of 2"),
+        (np.linspace(1000, 600, 61), 0.1, "λ_c falls by 40 % from 1000 to 600 over steps 0-3000, too steadily to part"),
+        (
+            np.linspace(200, 600, 61),
+            90.0,
+            ", too steadily to part one phase from another, though the points scatter by 1",
+        ),
+        (np.full(4, 900.0), 3.0, "Too few usable snapshots to look for transitions: 4 of 4, and it takes 5."),
+    ],
+)
+def test_where_there_is_no_transition_the_curve_is_told(values, error, said):
+    trajectory = measured(values, error)
+    assert find_transitions(trajectory) == []
+    text = none_found(trajectory)
+    assert said in text
+    assert text.startswith("Too few" if len(values) < 5 else "No transition found in 61 snapshots: λ_c ")
+    assert text.endswith(".")
+
+
+def test_a_change_that_does_not_count_is_named_with_the_reason():
+    text = none_found(measured(np.where(STEPS < 1500, -300.0, 500.0), 0.1))
+    assert "λ_c rises from -300 to 500 over steps 1450-1500. The rise at step 14" in text
+    assert text.endswith("does not count: λ_c is negative on one side of it.")
+
+
+def test_of_too_few_usable_snapshots_the_others_are_explained():
+    points = tuple(
+        Point(step, -5.0, 1.0, reliable=step > 7, reasons=(OFF_MINIMUM,) * (step <= 7)) for step in range(10)
+    )
+    text = none_found(Trajectory(points))
+    assert text.startswith(
+        "Too few usable snapshots to look for transitions: 2 of 10, and it takes 5; 8 are unreliable"
+    )
+    assert text.endswith("(not at a minimum).")
+
+
+def test_targets_that_move_are_told_once():
+    loss = (0.01 + (STEPS / 300) ** 2).tolist()
+    off = {"reliable": [False] * 61, "reasons": [(OFF_MINIMUM,)] * 61}
+    (sentence,) = remarks(measured(np.linspace(900, 300, 61), train_loss=loss, **off))
+    assert sentence.startswith("The training loss rises from 0.01 at step 0 to 100 at step 3000: targets that move")
+    assert remarks(measured(np.full(61, 900.0), train_loss=loss[::-1], **off)) == []
+
+
+def alone(reasons, **more):
+    reasons = [reasons if step < 5 else () for step in range(61)]
+    points = tuple(Point(50 * i, 50.0, 1.0, None, None, not why, why, diagnostics={}) for i, why in enumerate(reasons))
+    return Trajectory(points, **{"method": "kinetic", "nbeta": 1.0, **more})
+
+
+def test_what_a_single_chain_loses_is_told_where_it_matters():
+    assert single_chain(alone(())) == ""
+    for reason in (OFF_MINIMUM, PERHAPS_OFF):
+        text = single_chain(alone((reason,)))
+        assert text.startswith("A single chain gives no λ_c: 5 of 61 snapshots are not, or perhaps not, at a minimum")
+        assert text.endswith("Analyse with 2 chains or more.")
+    assert "where nβ follows the curvature" in single_chain(alone((), nbeta=None, resolution=100.0))
+    # Curves measured elsewhere have no chains to speak of; two have λ_c.
+    assert single_chain(alone((OFF_MINIMUM,), method=None)) == ""
+    assert single_chain(replace(measured(np.full(9, 5.0)), method="kinetic", resolution=100.0)) == ""
+
+
+def test_every_snapshot_that_is_not_to_be_trusted_is_named_one_line_a_reason():
+    cold = [f"not equilibrated (virial ratio 0.{i}, expected 1); needs a longer burn-in" for i in range(9)]
+    reasons = {0: (OFF_MINIMUM,), 50: (OFF_MINIMUM,), 100: (OFF_MINIMUM, cold[1]), 200: (cold[2],), 350: (OFF_MINIMUM,)}
+    points = tuple(
+        Point(step, 1.0, 0.1, 1.0, 0.1, step not in reasons, reasons.get(step, ())) for step in range(0, 500, 50)
+    )
+    assert untrusted(Trajectory(points)) == [
+        f"4 of 10 snapshots, steps 0-100, 350: {OFF_MINIMUM}",
+        f"2 of 10 snapshots, steps 100, 200: {cold[1]} (at step 100)",
+        "5 of 10 snapshots in all",
+    ]
+    assert untrusted(Trajectory((Point(7, 1.0, 0.1, reliable=False),))) == ["1 of 1 snapshots, step 7: no reason given"]
+    assert untrusted(Trajectory((Point(7, 1.0, 0.1),))) == []
