@@ -232,9 +232,9 @@ def _overlap(a: Transition, b: Transition) -> bool:
 
 def _transition(value: dict[str, Any]) -> Transition:
     """A transition that was announced, as it was written; TypeError or ValueError where it was not."""
-    texts = ("kind", "label", "evidence")
+    texts = ("kind", "label", "evidence", "curve")
     numbers = value.keys() - set(texts)
     check_numbers(value, numbers)
     if any(value[name] is None for name in numbers - {"delta_free_energy"}):
         raise ValueError("a number is missing")
-    return Transition(**{**value, **{name: printable(value[name]) for name in texts if value[name] is not None}})
+    return Transition(**{**value, **{name: printable(value[name]) for name in texts if value.get(name) is not None}})

@@ -37,7 +37,7 @@ class Transition:
         delta_free_energy: ΔF = n·ΔL + Δλ·log n, L the training loss at onset and end (negative favours what comes
             after); None where n or L is not known.
         evidence: one sentence on what the label rests on.
-        curve: "llc_centred" where the levels are those of λ_c, "llc" where they are those of λ̂.
+        curve: "llc_centred" where the levels are those of λ_c, "llc" where they are those of λ̂; None if unknown.
     """
 
     kind: str
@@ -53,7 +53,7 @@ class Transition:
     stderr: float
     delta_free_energy: float | None = None
     evidence: str = ""
-    curve: str = "llc"
+    curve: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

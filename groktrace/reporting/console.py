@@ -98,7 +98,7 @@ def transition_rows(transitions: Sequence[Transition]) -> list[tuple[str, ...]]:
     Args:
         transitions: in step order.
     """
-    symbol = SYMBOLS[transitions[0].curve] if transitions else "λ"
+    symbol = SYMBOLS.get(transitions[0].curve, "λ") if transitions else "λ"
     heading = (
         "transition",
         "label",

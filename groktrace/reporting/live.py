@@ -76,7 +76,7 @@ def as_text(event: Scaled | Point | Announcement | Ended) -> str:
     if event.news == "withdrawn":
         return f"transition {event.number} at step {each.step}: withdrawn, the curve no longer shows it"
     news = "" if event.news == "transition" else "revised: "
-    levels = f"{SYMBOLS[each.curve]} {number(each.llc_before)} → {number(each.llc_after)}"
+    levels = f"{SYMBOLS.get(each.curve, 'λ')} {number(each.llc_before)} → {number(each.llc_after)}"
     return (
         f"transition {event.number}: {news}{each.label or each.kind} at step {each.step} "
         f"[{each.step_low}, {each.step_high}], {levels}"
