@@ -381,3 +381,25 @@ def test_following_prints_one_object_a_line_and_the_result_last(small_run, monke
     assert found == json.loads(invoke("show", small_run, "--json").stdout)
     assert list((small_run / "tensorboard").rglob("*.groktrace"))
     assert "--timeout goes with --follow" in invoke("analyze", small_run, "--timeout", "3").stderr
+
+
+def test_what_is_concluded_is_in_the_json_too(small_run):
+    found = json.loads(invoke("analyze", small_run, "--json", *FAST).stdout)
+    assert found["curve"] == "llc_centred"
+    assert found["transitions"] == []
+    assert found["remarks"][0].startswith("No transition found in 6 snapshots: λ_c ")
+    shown = invoke("show", small_run).stdout
+    assert shown.startswith("λ_c against the step:\n")
+    assert ", transitions on λ_c\n" in shown
+    assert found["remarks"][0] in shown
+
+
+def test_a_single_chain_says_what_is_lost_and_nothing_is_found_on_a_slope(small_run):
+    result = invoke("analyze", small_run, "--chains", "1", "--json", *FAST)
+    assert result.exit_code == 3
+    assert re.search("^A single chain gives no λ_c: .* Analyse with 2 chains or more.$", result.stderr, re.MULTILINE)
+    found = json.loads(result.stdout)
+    assert (found["curve"], found["transitions"]) == ("llc", [])
+    assert result.stderr.strip().splitlines()[-2].split(":")[0] == "A single chain gives no λ_c"
+    assert re.match(r"unreliable: \d of 6 snapshots, steps 0-\d+: not at a min", result.stderr.strip().splitlines()[-1])
+    assert "A single chain gives no λ_c" not in invoke("analyze", small_run, "--json", *FAST).stderr

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from groktrace.analysis.labels import high_loss, risen_in_words, since_risen
-from groktrace.analysis.llc import OFF_MINIMUM
+from groktrace.analysis.llc import OFF_MINIMUM, PERHAPS_OFF
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.analysis.transitions import find_changes_of_phase, find_transitions
 
@@ -129,3 +129,12 @@ def test_which_curve_decides():
     assert lost.curve.name == "llc_centred"
     assert np.isnan(lost.curve.value[0])
     assert Trajectory(()).curve.name == "llc"
+
+
+def test_a_slope_that_a_single_chain_may_have_measured_is_no_change():
+    """λ̂ rises to the basin's as the slope goes away; with a single chain there is no λ_c to tell so."""
+    values = np.where(STEPS < 300, 20.0 + STEPS, 900.0)
+    for reason, expected in ((PERHAPS_OFF, []), (OFF_MINIMUM, []), ("too few draws (standard error 9 %)", [RISE[0]])):
+        trajectory = measured(values, reasons=lambda step, why=reason: (why,) if step < 300 else ())
+        single = [replace(each, llc_centred=None, stderr_centred=None) for each in trajectory.points]
+        assert [kind for kind, _ in found(replace(trajectory, points=tuple(single)))] == expected
