@@ -10,7 +10,7 @@ from groktrace.analysis.changes import find_changes
 from groktrace.analysis.dating import Measured, measure_changes
 from groktrace.analysis.labels import doubt_of, high_loss, label_of, peak_level, since_risen
 from groktrace.analysis.segmentation import Fit, segment, straight_cost
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.trajectory import Curve, Trajectory
 
 MIN_POINTS = 5
 # A curve that one straight line describes nearly as well, in units of log(T), drifts and has no transition.
@@ -133,8 +133,7 @@ def find_changes_of_phase(trajectory: Trajectory) -> list[tuple[Transition, str 
         return []
     position, x, value, fit = fitted.position, fitted.x, fitted.value, fitted.fit
     steps, loss = trajectory.column("step")[position], trajectory.column("train_loss")
-    sound, high = trajectory.curve.sound[position], high_loss(loss)
-    risen = since_risen(trajectory)
+    curve, high, risen = trajectory.curve, high_loss(loss), since_risen(trajectory)
     since = 0
     found: list[tuple[Transition, str | None]] = []
     dated = measure_changes(x, value, fitted.variance, fit, find_changes(x, value, fitted.variance, fit))
@@ -149,14 +148,10 @@ def find_changes_of_phase(trajectory: Trajectory) -> list[tuple[Transition, str 
             peak = peak_level(loss[position], high[position], fit.value, value, since, measured)
         doubt = doubt_of(trajectory, onset, end, measured, after)
         label, evidence = label_of(trajectory, onset, end, measured, peak, lowest, doubt)
-        middle = int(np.searchsorted(x, measured.middle))
         objection = None
-        slack = ZERO * np.sqrt(fit.variance[[measured.first, measured.last]])
-        if measured.before + slack[0] <= 0 or measured.after + slack[1] <= 0:
-            objection = f"{trajectory.curve.symbol} is negative on one side of it"
-        elif not (
-            sound[min(before, measured.first) : middle].any() and sound[middle : after and after.first + 1].any()
-        ):
+        if not _positive(curve, fit, measured):
+            objection = f"{curve.symbol} is not positive on one side of it"
+        elif not _sound(curve.sound[position], x, measured, before, len(x) - 1 if after is None else after.first):
             objection = "no snapshot on one side of it was measured in its own basin"
         elif risen is not None and end > risen and (measured.after < measured.before or high[end]):
             objection = "the training loss has risen"
@@ -186,6 +181,29 @@ def fit_curve(trajectory: Trajectory) -> Fitted | None:
     straight = min(straight_cost(axis.of(steps), value, variance) for axis in axes)
     drifts = straight <= fit.cost + DRIFT_FAVOUR * math.log(len(position))
     return Fitted(position, axis, axis.of(steps), value, variance, fit, drifts)
+
+
+def _positive(curve: Curve, fit: Fit, change: Measured) -> bool:
+    """Whether λ is positive before and after a change, as that of a basin is.
+
+    Curves that were measured elsewhere may fall short of zero by their errors.
+    """
+    slack = np.sqrt(fit.variance[[change.first, change.last]]) * (ZERO if curve.name == "llc" else 0.0)
+    return change.before + slack[0] > 0 and change.after + slack[1] > 0
+
+
+def _sound(sound: np.ndarray, x: np.ndarray, change: Measured, before: int, after: int) -> bool:
+    """Whether some snapshot on either side of a change's middle was measured in its own basin.
+
+    Args:
+        sound: whether a point was, [T].
+        x: abscissa, [T].
+        change: dated.
+        before: index of the last point of the change before, or the first point.
+        after: index of the first point of the change after, or the last point.
+    """
+    middle = min(max(int(np.searchsorted(x, change.middle)), change.first + 1), change.last)
+    return bool(sound[min(before, change.first) : middle].any() and sound[middle : max(after, change.last) + 1].any())
 
 
 def _describe(

@@ -44,10 +44,13 @@ def test_what_is_negative_is_no_level():
     deep = np.where(STEPS < 150, -800.0, HUMP)
     assert found(measured(deep)) == [FALL]
     ends = find_changes_of_phase(measured(np.where(STEPS > 2000, -300.0, HUMP)))
-    assert [objection for _, objection in ends] == [None, None, "λ_c is negative on one side of it"][: len(ends)]
+    assert [objection for _, objection in ends] == [None, None, "λ_c is not positive on one side of it"][: len(ends)]
     assert all(min(each.llc_before, each.llc_after) > 0 for each in find_transitions(measured(HUMP - 700)))
-    # Nothing at all, measured to within its error, is a level.
-    assert found(measured(np.where(STEPS < 150, 0.0, 900.0)))[0] == RISE
+    # Zero to within the errors is one in curves that were measured elsewhere; λ_c of a basin is positive.
+    nothing = measured(np.where(STEPS < 150, -1.0, 900.0))
+    assert found(nothing) == []
+    elsewhere = Trajectory.from_arrays(STEPS, nothing.column("llc"), nothing.column("stderr"))
+    assert [kind for kind, _ in found(elsewhere)] == [RISE[0]]
 
 
 @pytest.mark.parametrize(

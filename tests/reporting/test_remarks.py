@@ -46,7 +46,7 @@ def test_where_there_is_no_transition_the_curve_is_told(values, error, said):
 def test_a_change_that_does_not_count_is_named_with_the_reason():
     text = none_found(measured(np.where(STEPS < 1500, -300.0, 500.0), 0.1))
     assert "λ_c rises from -300 to 500 over steps 1450-1500. The rise at step 14" in text
-    assert text.endswith("does not count: λ_c is negative on one side of it.")
+    assert text.endswith("does not count: λ_c is not positive on one side of it.")
 
 
 def test_of_too_few_usable_snapshots_the_others_are_explained():
