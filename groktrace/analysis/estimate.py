@@ -75,8 +75,8 @@ def estimate_stack(
     settings: SamplingSettings,
     scale: Scale,
     n: int,
-    chance: Sequence[float] = (),
     keys: Sequence[int] | None = None,
+    chance: Sequence[float] = (),
 ) -> list[LLCEstimate]:
     """λ̂ of several snapshots at once.
 

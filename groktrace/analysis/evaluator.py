@@ -102,9 +102,9 @@ class Evaluator:
         self.layout = layout = run_layout(run, settings.parameters)
         self.loss = training_loss(task, layout, first, device)
         self.settings = settle(settings, layout.size, self.loss.micro_batch is None)
+        self.identity = identify(run, given, task, layout, first)
         # At the first snapshot, the same whichever process evaluates and whatever it is asked first.
         self.chance = chance_losses(task, first, device, self.loss.micro_batch)
-        self.identity = identify(run, given, task, layout, first)
 
     @property
     def rows(self) -> int:
@@ -175,7 +175,7 @@ class Evaluator:
         weights = [weights for _, weights in group]
         keys = self._keys(group, chunk)
         estimates = estimate_stack(
-            self.loss, weights, about, self.settings, chunk.scale, self.task.n, self.chance, keys
+            self.loss, weights, about, self.settings, chunk.scale, self.task.n, keys, self.chance
         )
         return [
             _point(snapshot, each, estimate)

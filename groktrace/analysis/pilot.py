@@ -113,7 +113,8 @@ class _Trial:
         short = self._settings
         if self._loss.sample_bytes is not None:
             short = replace(short, step_size=size, burn_in=BURN_IN, draws=DRAWS)
-        (estimate,) = estimate_stack(self._loss, [weights], [about], short, scale, self._task.n, self._chance)
+        n = self._task.n
+        (estimate,) = estimate_stack(self._loss, [weights], [about], short, scale, n, chance=self._chance)
         return estimate
 
     def left(self, about: Survey, estimate: LLCEstimate) -> bool:

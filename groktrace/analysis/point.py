@@ -49,7 +49,7 @@ def estimate_llc(
     task, training, weights, surveyed, chance = prepare_point(model, loss, train, batch_loss, chosen, place)
     chosen = settle(chosen, training.layout.size, training.micro_batch is None)
     scale = choose_sampling(task, training, lambda step: weights, [surveyed], chosen, chance)
-    return estimate_stack(training, [weights], [surveyed], chosen, scale, task.n, chance)[0]
+    return estimate_stack(training, [weights], [surveyed], chosen, scale, task.n, chance=chance)[0]
 
 
 def prepare_point(

@@ -84,7 +84,7 @@ def temperature_curve(
     chosen = _curve_settings(settings)
     place = choose_device(device)
     task, training, weights, surveyed, chance = prepare_point(model, loss, train, batch_loss, chosen, place)
-    return _measure_curve(task, training, weights, surveyed, chosen, nbetas, chance)
+    return _measure_curve(task, training, weights, surveyed, chosen, nbetas, chance=chance)
 
 
 def temperature_curve_at(
@@ -125,7 +125,7 @@ def temperature_curve_at(
     surveyed = _survey(evaluator, snapshots, [step])[step]
     chosen = _with_localization(evaluator, snapshots, surveyed)
     key = noise_key(evaluator.identity, snapshots.prints[step])
-    return _measure_curve(evaluator.task, evaluator.loss, weights, surveyed, chosen, nbetas, evaluator.chance, [key])
+    return _measure_curve(evaluator.task, evaluator.loss, weights, surveyed, chosen, nbetas, [key], evaluator.chance)
 
 
 def _with_localization(evaluator: Evaluator, snapshots: Snapshots, surveyed: Survey) -> SamplingSettings:
@@ -169,8 +169,8 @@ def _measure_curve(
     surveyed: Survey,
     settings: SamplingSettings,
     nbetas: Sequence[float] | None,
-    chance: Sequence[float],
     keys: Sequence[int] | None = None,
+    chance: Sequence[float] = (),
 ) -> TemperatureCurve:
     settings = settle(settings, training.layout.size, training.micro_batch is None)
     scale = choose_sampling(task, training, lambda step: weights, [surveyed], settings, chance)
@@ -180,7 +180,7 @@ def _measure_curve(
     for nbeta in nbetas:
         make_settings({"nbeta": nbeta})
     estimates = tuple(
-        estimate_stack(training, [weights], [surveyed], settings, at, task.n, chance, keys)[0]
+        estimate_stack(training, [weights], [surveyed], settings, at, task.n, keys, chance)[0]
         for at in (scale._replace(nbeta=float(nbeta), curvature=None) for nbeta in sorted(nbetas))
     )
     span = find_plateau(estimates)
