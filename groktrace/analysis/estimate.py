@@ -117,7 +117,9 @@ def estimate_stack(
             tops = [curvature] * len(usable)
         sizes = [settings.step_size or step_size(nbeta, localization, top) for top in tops]
 
-        known = _precise if curvature is None or settings.chains == 1 else _precise_centred
+        # Off a minimum, where snapshots of large sets trained on minibatches nearly always are, λ_c is the measure too.
+        centred = curvature is not None or loss.sample_bytes is not None
+        known = _precise_centred if centred and settings.chains > 1 else _precise
         enough = partial(known, rtol=settings.rtol)
         if loss.micro_batch is None:
             stacked, anchors = stack_weights(loss, weights)

@@ -118,7 +118,7 @@ def follow(
                 if scale != live.scale:
                     live.rescale(scale)
                     points = {}
-                    yield Scaled(*scale)
+                    yield Scaled(*scale[:3])
                 if not points:  # those of before an interruption
                     points = analysis.sampled(journal)
                 missing = [step for step in surveys if step not in points and step in analysis.snapshots.prints]

@@ -15,7 +15,7 @@ from groktrace.sampling.calibration import Scale, step_size
 from groktrace.sampling.network import as_float
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import LOCALITY, SamplingSettings
-from groktrace.sampling.traces import WANTED_HEATING
+from groktrace.sampling.traces import WANTED_BY_TURNS
 
 # ρ, the widest first. A basin is left where the loss climbs by this share of the way to that of chance.
 LOCALITIES = (LOCALITY, 0.1, 0.05, 0.022, 0.01)
@@ -99,7 +99,7 @@ class _Trial:
             if scale.batch_size is None or self._settings.batch_size is not None:
                 return estimate, scale
             heating = estimate.diagnostics.get("heating")
-            needed = math.inf if heating is None else scale.batch_size * heating / WANTED_HEATING
+            needed = math.inf if heating is None else scale.batch_size * heating / WANTED_BY_TURNS
             if needed <= scale.batch_size:
                 return estimate, scale
             batch = FIRST_BATCH

@@ -62,7 +62,8 @@ def prepare_point(
 ) -> tuple[Task, StackedLoss, dict[str, Tensor], Survey, tuple[float, ...]]:
     """What sampling around a live model needs.
 
-    That is the task, the training loss, all tensors by name, their survey, and the losses of networks that know nothing.
+    That is the task, its training loss, all tensors by name, their survey, and the losses of networks that know
+    nothing.
 
     Args:
         model: the network at w*.

@@ -17,7 +17,16 @@ from groktrace.sampling.langevin import LangevinConfig, LangevinState, generator
 from groktrace.sampling.noise import normal_like
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
-from groktrace.sampling.traces import SLACK, Looks, Traces, cooled, inner_products, most_virial
+from groktrace.sampling.traces import (
+    SLACK,
+    WANTED_BY_TURNS,
+    WANTED_HEATING,
+    Looks,
+    Traces,
+    cooled,
+    inner_products,
+    most_virial,
+)
 
 MAX_RESTARTS = 16
 # Chains that fall by so many nats for each weight at once are not in a basin: training has hardly begun. They would be
@@ -113,7 +122,8 @@ def sample(
             elif group.is_too_large(traces):
                 epsilon[s] = step_size(nbeta, localization, traces.curvature)
             else:
-                epsilon[s] = cooled(traces, settings.method, localization)
+                wanted = WANTED_HEATING if group.control is None else WANTED_BY_TURNS
+                epsilon[s] = cooled(traces, settings.method, localization, wanted)
         pending = [s for s in pending if epsilon[s] != results[s].step_size]
         if not pending or settings.step_size is not None:
             break

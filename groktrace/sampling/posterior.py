@@ -74,8 +74,8 @@ class StackedLoss:
         fixed: what is not sampled (buffers, frozen weights), [R, ...] each.
         vectorised: False for networks that cannot be stacked: rows are then evaluated one by one.
         row_bytes: memory that one row's gradient takes with all samples; None where it was not measured.
-        sample_bytes: what one sample's gradient keeps between forward and backward, where there are so many samples that
-            some are used; None where all are. They lie in a random order, and the first of them are a subset.
+        sample_bytes: what one sample's gradient keeps between forward and backward, where only some of the samples are
+            used at a time; None where all are. They lie in a random order, and the first of them are a subset.
         separable: whether it was found to be a mean over samples of losses of single samples.
         micro_batch: samples evaluated at once where networks are large and go alone, in place (`network`, `large`);
             None where they are stacked.

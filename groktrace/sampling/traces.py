@@ -11,8 +11,9 @@ from torch import Tensor
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.langevin import Method, noise_gain, relaxation_steps
 
-# Minibatch noise may raise λ̂ by this fraction.
-WANTED_HEATING = 0.02
+# Minibatch noise may raise λ̂ by this fraction at most. What was measured is about half of what is the most for batches
+# that take turns, as those of large sets do, so that there the second is the same.
+WANTED_HEATING, WANTED_BY_TURNS = 0.02, 0.03
 MIN_COOLING = 1 / 32
 # Chains whose pull and spread come to so many times D in the mean have left; so has one whose spread was once so many
 # times D and that of most draws, though some come back, to another place. Few draws of a few weights scatter by SLACK.
@@ -183,18 +184,19 @@ def most_virial(dimension: int) -> float:
     return MAX_VIRIAL * dimension + SLACK
 
 
-def cooled(traces: Traces, method: Method, localization: float) -> float:
+def cooled(traces: Traces, method: Method, localization: float, wanted: float = WANTED_HEATING) -> float:
     """The step at which the noise of minibatches heats the chains no more than is wanted.
 
     Args:
         traces: of the last attempt.
         method: of the dynamics.
         localization: γ.
+        wanted: heating.
     """
     smaller = traces.step_size
-    if traces.heating > WANTED_HEATING:
+    if traces.heating > wanted:
         gain = partial(noise_gain, method, localization=localization, halvings=traces.halvings)
-        most = 0.8 * WANTED_HEATING / traces.heating * gain(smaller)
+        most = 0.8 * wanted / traces.heating * gain(smaller)
         while smaller > MIN_COOLING * traces.step_size and gain(smaller) > most:
             smaller *= 0.95
     return smaller

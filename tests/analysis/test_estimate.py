@@ -8,8 +8,8 @@ from torch import nn
 
 from groktrace import theory
 from groktrace.analysis import estimate
-from groktrace.analysis.estimate import estimate_llc
 from groktrace.analysis.llc import OFF_MINIMUM
+from groktrace.analysis.point import estimate_llc
 from groktrace.errors import SettingsError, TaskError
 from groktrace.sampling.traces import Traces
 
