@@ -23,6 +23,7 @@ MOST_CLIMB = 0.2
 # Snapshots that are tried, and steps of each trial; minibatch noise is looked at every 16 steps.
 TRIED = 2
 BURN_IN, DRAWS = 12, 10
+FEW_DRAWS = 32
 # A posterior of S samples with m targets each has λ_c lower by about λ_c/(S·m) of it (measured on four networks).
 MOST_MISSED = 0.03
 LEAST_SAMPLES = 512
@@ -38,6 +39,7 @@ def choose_sampling(
     surveys: Sequence[Survey],
     settings: SamplingSettings,
     chance: Sequence[float],
+    key: Callable[[int], int] | None = None,
 ) -> Scale:
     """nβ, γ and, of large sets, samples and batch size, for all snapshots of a run.
 
@@ -48,6 +50,7 @@ def choose_sampling(
         surveys: of the snapshots from which the choice is made.
         settings: what was asked for.
         chance: training losses of networks that know nothing.
+        key: gives what the noise of a snapshot is keyed by beside the seed, by its step; by default the step.
 
     Raises:
         SettingsError: nβ or γ have to be derived and cannot be.
@@ -59,7 +62,7 @@ def choose_sampling(
     free = settings.localization is None and settings.locality is None
     if not snapshots or (loss.sample_bytes is None and not free):
         return scale
-    trial = _Trial(task, loss, settings, chance)
+    trial = _Trial(task, loss, settings, chance, key or (lambda step: step))
     if loss.sample_bytes is not None:
         scale = trial.sized(scale)
     for locality in LOCALITIES if free else (scale.locality,):
@@ -82,8 +85,15 @@ def choose_sampling(
 class _Trial:
     """Short chains at a few snapshots."""
 
-    def __init__(self, task: Task, loss: StackedLoss, settings: SamplingSettings, chance: Sequence[float]) -> None:
-        self._task, self._loss, self._settings, self._chance = task, loss, settings, chance
+    def __init__(
+        self,
+        task: Task,
+        loss: StackedLoss,
+        settings: SamplingSettings,
+        chance: Sequence[float],
+        key: Callable[[int], int],
+    ) -> None:
+        self._task, self._loss, self._settings, self._chance, self._key = task, loss, settings, chance, key
 
     def sized(self, scale: Scale) -> Scale:
         """The scale with samples and batches to begin with."""
@@ -110,11 +120,11 @@ class _Trial:
     def _estimate(self, about: Survey, weights: dict[str, Tensor], scale: Scale) -> LLCEstimate:
         top = about.top_curvature if scale.curvature is None else scale.curvature
         size = self._settings.step_size or step_size(scale.nbeta, scale.localization, top)
-        short = self._settings
+        short = replace(self._settings, draws=self._settings.draws or FEW_DRAWS)
         if self._loss.sample_bytes is not None:
             short = replace(short, step_size=size, burn_in=BURN_IN, draws=DRAWS)
-        n = self._task.n
-        (estimate,) = estimate_stack(self._loss, [weights], [about], short, scale, n, chance=self._chance)
+        keys = [self._key(about.step)]
+        (estimate,) = estimate_stack(self._loss, [weights], [about], short, scale, self._task.n, keys, self._chance)
         return estimate
 
     def left(self, about: Survey, estimate: LLCEstimate) -> bool:

@@ -307,7 +307,13 @@ class Analysis:
             return scale._replace(samples=before.samples, batch_size=before.batch_size)
         self._report("locality, samples, batches", 0, 1)
         chosen = choose_sampling(
-            own.task, own.loss, self.snapshots.load, list(surveys.values()), own.settings, own.chance
+            own.task,
+            own.loss,
+            self.snapshots.load,
+            list(surveys.values()),
+            own.settings,
+            own.chance,
+            lambda step: noise_key(own.identity, self.snapshots.prints[step]),
         )
         self._report("locality, samples, batches", 1, 1)
         return chosen

@@ -173,7 +173,15 @@ def _measure_curve(
     chance: Sequence[float] = (),
 ) -> TemperatureCurve:
     settings = settle(settings, training.layout.size, training.micro_batch is None)
-    scale = choose_sampling(task, training, lambda step: weights, [surveyed], settings, chance)
+    scale = choose_sampling(
+        task,
+        training,
+        lambda step: weights,
+        [surveyed],
+        settings,
+        chance,
+        None if keys is None else lambda step: keys[0],
+    )
     middle = scale.nbeta
     if nbetas is None:
         nbetas = [middle * resolution / (settings.resolution or RESOLUTION) for resolution in RESOLUTIONS]
