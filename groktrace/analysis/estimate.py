@@ -121,6 +121,8 @@ def estimate_stack(
         centred = curvature is not None or loss.sample_bytes is not None
         known = _precise_centred if centred and settings.chains > 1 else _precise
         enough = partial(known, rtol=settings.rtol)
+        if loss.sample_bytes is not None:
+            enough = partial(_enough_for_the_dear, known=enough)
         if loss.micro_batch is None:
             stacked, anchors = stack_weights(loss, weights)
             traces = sample(stacked, anchors, keys, settings, nbeta, localization, sizes, enough)
@@ -195,6 +197,11 @@ def fitted(surveys: Sequence[Survey]) -> list[Survey]:
     finite = [each for each in surveys if math.isfinite(each.train_loss) and math.isfinite(each.top_curvature)]
     losses = [each.train_loss for each in finite]
     return [each for each in finite if each.train_loss <= min(losses) + FITTED * (max(losses) - min(losses))]
+
+
+def _enough_for_the_dear(traces: Traces, known: Callable[[Traces], bool]) -> bool:
+    """Whether no more draws are worth their price: what is off a minimum cannot become reliable."""
+    return off_minimum(traces) or known(traces)
 
 
 def _precise(traces: Traces, rtol: float) -> bool:

@@ -28,7 +28,7 @@ FEW_DRAWS = 32
 MOST_MISSED = 0.03
 LEAST_SAMPLES = 512
 # Batches that are tried first; below some eight of them to a set, the whole set is as cheap.
-FIRST_BATCH = 64
+FIRST_BATCH, STEP = 64, 16
 LEAST_BATCHES = 4
 
 
@@ -112,9 +112,7 @@ class _Trial:
             needed = math.inf if heating is None else scale.batch_size * heating / WANTED_BY_TURNS
             if needed <= scale.batch_size:
                 return estimate, scale
-            batch = FIRST_BATCH
-            while batch < min(needed, scale.samples):
-                batch *= 2
+            batch = STEP * math.ceil(1.1 * min(needed, scale.samples) / STEP)
             scale = _in_batches(scale, scale.samples, batch, False)
 
     def _estimate(self, about: Survey, weights: dict[str, Tensor], scale: Scale) -> LLCEstimate:

@@ -17,6 +17,7 @@ import torch
 from groktrace.analysis.estimate import choose_device, choose_scale, make_settings
 from groktrace.analysis.evaluation import Survey
 from groktrace.analysis.evaluator import Chunk, Evaluator, Recipe, choose_task
+from groktrace.analysis.identity import noise_key
 from groktrace.analysis.journal import append_lines, exclusive
 from groktrace.analysis.latest import TRAJECTORY_FILE, note_latest
 from groktrace.analysis.latest import latest_trajectory as latest_trajectory
