@@ -28,7 +28,7 @@ from groktrace.sampling.traces import (
     most_virial,
 )
 
-MAX_RESTARTS = 16
+MAX_RESTARTS, DEAR_RESTARTS = 16, 2
 # Chains that fall by so many nats for each weight at once are not in a basin: training has hardly begun. They would be
 # followed through ever steeper walls for as long as all other snapshots take together.
 MAX_FALL = 0.1
@@ -97,7 +97,8 @@ def sample(
     epsilon, halvings, falls, lost = list(step_sizes), [0] * len(steps), [0] * len(steps), [0] * len(steps)
     dimension = anchors.shape[1]
     most_fall = MAX_FALL * dimension + SLACK
-    for attempt in range(MAX_RESTARTS + 1):
+    dear = loss.sample_bytes is not None
+    for attempt in range((DEAR_RESTARTS if dear else MAX_RESTARTS) + 1):
         rows = torch.tensor(pending, device=anchors.device)
         epsilons = [epsilon[s] for s in pending]
         group = _Group(
