@@ -38,8 +38,9 @@ MAX_GROWTH, DEAR_GROWTH = 16, 4
 WORKING_SET_BYTES = {"cpu": 12 * 2**20}
 WORKING_SET_BYTES_ELSEWHERE = 2**31
 _STATE_VECTORS = 8
-# Where data are sampled: products with the Hessian where chains have gone, and single samples that are looked at.
-_DEAR_ITERATIONS = 3
+# Where data are sampled: products with the Hessian where chains have gone, steps between two looks at whether they are
+# still there, and single samples that are looked at.
+_DEAR_ITERATIONS, _DEAR_CHECK = 3, 8
 _DEAR_LOOKS = 16
 # What the gradients of all minibatches at w* may take, of the snapshots of a stack together.
 CONTROL_BYTES = 2**28
@@ -365,7 +366,7 @@ class _Group:
         """
         rows, dimension = self.anchors.shape
         chains, nbeta = self.settings.chains, self.config.nbeta
-        count = max(counts)
+        count, check = max(counts), _CHECK_EVERY if self.loss.sample_bytes is None else _DEAR_CHECK
         record = torch.full((count, 5, rows), torch.nan, dtype=torch.float64, device=self.anchors.device)
         state: LangevinState = self.state
         weights, gradients = self.anchors + state.displacement, torch.empty_like(self.anchors)
@@ -403,7 +404,7 @@ class _Group:
                 langevin.step(self.config, block, slopes)
                 torch.add(anchors, block.displacement, out=positions)
             torch.mul(sum(products[1:], products[0]), scale, out=record[t, 1:4])
-            if t % _CHECK_EVERY == _CHECK_EVERY - 1:
+            if t % check == check - 1:
                 gone |= (t < own) & ~(record[t, 1] + record[t, 2] <= most)
                 if ((t >= own) | gone).view(-1, chains).any(1).all():
                     break
