@@ -15,14 +15,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from groktrace.recording.capture import Capture
-from groktrace.recording.hooks import UpdateHooks
+from groktrace.recording.guard import Guard
+from groktrace.recording.hooks import Streak, UpdateHooks
+from groktrace.recording.probe import Between, Probe, Reading, Watchdog, differ
 from groktrace.recording.writer import Writer
-from groktrace.run import layout
+from groktrace.run import layout, pending
 from groktrace.run.remote import Remote
 
 # Waiting for the disk is told from this many seconds on.
 SILENT_WAIT = 1.0
 HOW_TO_COUNT = "give watch() the optimizer that trains, or call recorder.step() once per update."
+# Of the largest of some weights, what a perturbation that was taken back may leave.
+SAME = 1e-5
 open_recorders: list["Recorder"] = []
 
 
@@ -46,6 +50,7 @@ class Recorder:
         writes: bool,
         deferred: bool = False,
         remote: Remote | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.out = out
         self._root = Path(out) if remote is None else remote.folder
@@ -56,6 +61,7 @@ class Recorder:
         self._keep = keep
         self._capture: Capture | None = capture
         self._writer = Writer(self._root, remote) if writes else None
+        self._guard = guard if writes else None
         self._first = self._steps = start
         self._skipped: Tensor | None = None
         self._copied: int | None = None
@@ -65,9 +71,21 @@ class Recorder:
         self._closed = self._within = False
         self._warned: set[str] = set()
         self._hooks: UpdateHooks | None = None
+        # An average follows the weights by rules of its own, and of a sharded model a process sees a part.
+        self._probed = writes and not deferred and not capture.sharded
+        self._between = Between(Probe(_trained(model, optimizer)) if self._probed else None)
+        self._since: Reading | None = None  # the weights after another optimizer's step
+        self._streak: Streak | None = None  # what was pending at the end
+        self._spare: tuple[int, dict[str, Tensor]] | None = None  # what is due if the step turns out to be an update
         self._guarded(lambda: self._snapshot(start))
         if optimizer is not None:
-            self._hooks = UpdateHooks(optimizer, self._update, self._begin)
+            among = frozenset(map(id, model.parameters()))
+            self._hooks = UpdateHooks(optimizer, self._update, self._begin, self._other, self._again, among)
+        if self._writer is not None:
+            if not capture.sharded:
+                probe = Probe(_trained(model, optimizer))
+                self._writer.idle = Watchdog(probe, self._moment, start, self._uncounted, optimizer is None).look
+            pending.register(out, self.flush)
         open_recorders.append(self)
         _catch_termination()
 
@@ -93,7 +111,12 @@ class Recorder:
             metrics: names and values; one-element tensors are fine too.
         """
         if not self._inert():
-            self._guarded(lambda: self._metrics.update({name: float(value) for name, value in metrics.items()}))
+            for name, value in metrics.items():
+                try:
+                    self._metrics[name] = float(value)
+                except Exception as failure:  # that of any type
+                    reason = " ".join(str(failure).split())[:120]
+                    self._warn(f"metric {name}", f"log: '{name}' is left out, as it is no number ({reason}).")
 
     @property
     def due(self) -> bool:
@@ -125,6 +148,7 @@ class Recorder:
         """Close from within a signal handler, whatever it interrupted."""
         if self._closed and self._writer is not None and os.getpid() == self._pid:
             self._writer.close()  # it was being closed
+        self._guard = None  # no place to run a network
         self._within |= self._hooks is None  # whether weights and count belong together is then not known
         self.leave()
 
@@ -134,6 +158,7 @@ class Recorder:
         self._closed = True
         try:
             if self._hooks is not None:
+                self._streak = self._hooks.streak or self._streak
                 self._hooks.remove()
             self._guarded(self._finish if not alone else self._finish_alone)
             if self._writer is not None:
@@ -144,7 +169,9 @@ class Recorder:
         except BaseException:  # Ctrl-C while waiting; the end of the process tries again
             self._closed = False
             raise
-        self._model = self._optimizer = self._capture = self._hooks = None
+        self._model = self._optimizer = self._capture = self._hooks = self._guard = None
+        self._between, self._spare = Between(None), None
+        pending.forget(self.out, self.flush)
         if self in open_recorders:
             open_recorders.remove(self)
             _leave_termination()
@@ -156,6 +183,7 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._within |= error is not None and self._hooks is None
+        self._guard = self._guard if error is None else None
         self._close(alone=error is not None)
 
     def __repr__(self) -> str:
@@ -174,27 +202,91 @@ class Recorder:
     def _begin(self) -> None:
         """An update begins; until it is counted, the weights belong to no step."""
         self.settle()
-        self._within = True
+        self._within, self._spare = True, None
+        if not self._inert():
+            self._guarded(self._between.begin)
 
     def _update(self, found_inf: Tensor | None) -> None:
         if self._inert():
             return
         try:
-            if found_inf is not None:
-                # Reading the flag would wait for the GPU at every step, so updates are counted as if none were
-                # skipped and the count is set right when it says that a snapshot is due, which is never too late.
-                flag = (found_inf > 0).sum()
-                self._skipped = flag if self._skipped is None else self._skipped + flag
-            self._steps += 1
+            # Reading the flag would wait for the GPU at every step, so updates are counted as if none were skipped and
+            # the count is set right when it says that a snapshot is due, which is never too late.
+            self._count(1, None if found_inf is None else (found_inf > 0).sum())
             self._within = False
-            if self._keep(self._steps):
-                counted = self._steps
-                if self.steps == counted:
-                    self._due = counted
-                    if not self.deferred or self._hooks is None:
-                        self._settle()
+            self._between.end()
+            if self._is_due() and (not self.deferred or self._hooks is None):
+                self._settle()
         except Exception as failure:
             self._warn_failure(failure)
+
+    def _count(self, updates: int, skipped: Tensor | None) -> None:
+        self._steps += updates
+        if skipped is not None:
+            self._skipped = skipped if self._skipped is None else self._skipped + skipped
+
+    def _is_due(self) -> bool:
+        """Whether the step counted last is to be kept; then it is noted."""
+        if self._keep(self._steps):
+            counted = self._steps
+            if self.steps == counted:
+                self._due = counted
+        return self._due is not None
+
+    def _other(self, streak: Streak) -> None:
+        """Another optimizer has moved the weights; whether that was an update shows when it is about to do so again."""
+        self._spare, self._since = None, None
+        if self._inert() or self._writer is None or self._capture is None or self._capture.sharded:
+            return
+        try:
+            self._since = self._between.reading
+            if self.deferred or streak.longest:
+                return
+            step = self.steps + streak.updates - int(streak.skipped or 0)
+            if step > self.steps and self._keep(step):
+                self._writer.make_room()
+                self._spare = step, self._capture.copy()
+        except Exception as failure:
+            self._warn_failure(failure)
+
+    def _again(self, streak: Streak) -> bool:
+        """Whether others have taken the optimizer's place; then their steps so far are counted."""
+        if self._inert() or self._capture is None:
+            return False
+        try:
+            own = any(each is streak.last for each in vars(self._optimizer).values())  # SAM steps the one that it holds
+            still = own or not differ(self._since, self._between.reading, SAME)
+            if _ascends(streak.last) != _ascends(self._optimizer) or not (
+                streak.is_long or (still and not streak.longest)
+            ):
+                return False
+            self._replace(streak, own)
+        except Exception as failure:
+            self._warn_failure(failure)
+        return True
+
+    def _replace(self, streak: Streak, own: bool) -> None:
+        """Count what others have done in the optimizer's place."""
+        spare, self._spare = self._spare, None
+        self._count(streak.updates, streak.skipped)
+        self._between.end_at(self._since)
+        if not own:
+            names = type(self._optimizer).__name__, type(streak.last).__name__
+            other = f"another {names[1]}" if names[0] == names[1] else names[1]
+            self._warn(
+                "replaced",
+                f"{other} steps the weights of the {names[0]} that watch() was given, and none of that one's lies "
+                f"between: from step {self.steps} on its steps count too. If they are no updates, but an inner loop, "
+                "leave optimizer out and call recorder.step() once per update.",
+            )
+        if self._is_due():
+            if spare is not None and spare[0] == self._due:
+                self._snapshot(spare[0], spare[1])
+                self._due = None
+            elif self.deferred or (self._capture is not None and self._capture.sharded):
+                self._settle()
+            else:
+                self._due = None  # what the weights were then is not known any more
 
     def _settle(self) -> None:
         """Take the snapshot that is due, if one is."""
@@ -202,8 +294,8 @@ class Recorder:
         if step is not None:
             self._snapshot(step)
 
-    def _snapshot(self, step: int) -> None:
-        """Copy the weights and hand them to the writer, unless the step is there already."""
+    def _snapshot(self, step: int, tensors: dict[str, Tensor] | None = None) -> None:
+        """Hand the weights to the writer, those given or a copy of them now, unless the step is there already."""
         capture, writer = self._capture, self._writer
         if capture is None or step > layout.MAX_STEP or (writer is None and not capture.sharded):
             return
@@ -221,10 +313,12 @@ class Recorder:
             raise
         else:
             if writer is not None and wanted:
-                tensors = capture.copy()
+                tensors = capture.copy() if tensors is None else tensors
                 metrics, self._metrics = self._metrics, {}
                 writer.submit(step, tensors, metrics)
                 self._copied = step
+                if self._guard is not None and step != self._first and self._guard.due():
+                    self._check(step, tensors)
             elif capture.sharded:
                 capture.take_part()
         finally:
@@ -243,11 +337,36 @@ class Recorder:
         self._report()
         return not layout.snapshot_path(self._root, step).exists()
 
+    def _check(self, step: int, tensors: dict[str, Tensor], gradient: bool = False) -> None:
+        """Hold the program against the live loss; what differs is told, and kept with the run."""
+        guard, writer = self._guard, self._writer
+        if guard is None or writer is None:
+            return
+        try:
+            doubts = guard.check(step, tensors, gradient)
+        except Exception as failure:
+            self._guard = None
+            reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+            self._warn(
+                "guard",
+                f"whether the recorded program still gives the loss that trains cannot be checked from step {step} on, "
+                f"as the loss, which was fine at watch(), fails on the same samples ({reason}).",
+            )
+            return
+        for text in doubts:
+            writer.mark(step, text)
+            tell(text)
+
     def _finish(self) -> None:
-        self._settle()
-        steps, capture = self.steps, self._capture
+        capture = self._capture
         if capture is None:
             return
+        self._end_streak()
+        moved = self._between.moved
+        if moved:
+            self._due = None
+        self._settle()
+        steps = self.steps
         if self._within:
             self._warn(
                 "within", f"the end came within an update, or may have: the weights after step {steps} are not kept."
@@ -258,8 +377,28 @@ class Recorder:
         idle = self._writer is not None and not capture.sharded and steps == self._first == self._copied
         if idle and capture.moved():
             self._warn("idle", f"the weights changed, but no update was seen; {HOW_TO_COUNT}")
+        elif moved:
+            if not layout.snapshot_path(self._root, steps).exists():
+                self._warn(
+                    "moved",
+                    f"after step {steps} the weights changed without an update that was seen, as when the best or "
+                    "averaged ones take the place of the last: they are not kept as those of that step. Close the "
+                    f"recorder before; or, where these were updates, {HOW_TO_COUNT}",
+                )
         else:
             self._snapshot(steps)  # where the last write failed, this tries once more
+            if self._guard is not None and self._guard.usable and steps != self._first:
+                self._writer.wait()
+                self._check(steps, capture.copy(), gradient=True)
+
+    def _end_streak(self) -> None:
+        """Count a last step of other optimizers, which nothing but the end follows, if it was an update."""
+        streak, self._streak = self._streak, None
+        if streak is None or streak.longest or self._within or not streak.round or self._since is None:
+            return
+        if _ascends(streak.last) == _ascends(self._optimizer) and not differ(self._since, self._between.reading):
+            own = any(each is streak.last for each in vars(self._optimizer).values())
+            self._replace(streak, own)
 
     def _finish_alone(self) -> None:
         """The same where the other processes may be elsewhere, so that their pieces cannot be had."""
@@ -267,6 +406,22 @@ class Recorder:
             self._finish()
         elif self._writer is not None and self.steps != self._copied:
             self._warn("last", "the last step of a sharded model is kept only where every process calls close().")
+
+    def _moment(self) -> tuple[int, bool]:
+        """The updates so far, and whether one is being made."""
+        return self._steps, self._within or self._closed
+
+    def _uncounted(self, never: bool) -> None:
+        """The weights keep changing while no update is counted; told from the thread that writes."""
+        if self._inert():
+            return
+        if never:
+            self._warn("idle", f"the weights change, but no update is seen; {HOW_TO_COUNT}")
+        else:
+            advice = f"if this is training, {HOW_TO_COUNT}"
+            self._warn(
+                "uncounted", f"the weights keep changing, but no update is seen since step {self._steps}; {advice}"
+            )
 
     def _guarded(self, action: Callable[[], None]) -> None:
         """Run `action`; what goes wrong in it is told, once, and never reaches the training."""
@@ -287,6 +442,17 @@ class Recorder:
         if kind not in self._warned:
             self._warned.add(kind)
             tell(message)
+
+
+def _trained(model: nn.Module, optimizer: Any) -> list[Tensor]:
+    """The weights that train: those of the optimizer, if there is one."""
+    held = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [p for p in model.parameters() if p.requires_grad and (held is None or id(p) in held)]
+
+
+def _ascends(optimizer: Any) -> bool:
+    """Whether it goes up the gradient, as the one that perturbs the weights does in sharpness-aware training."""
+    return any(group.get("maximize") for group in optimizer.param_groups)
 
 
 def tell(message: str) -> None:

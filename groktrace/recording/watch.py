@@ -150,7 +150,10 @@ def watch(
                 hint = task or "package.module:factory"
                 tell(f"model and loss cannot be kept as a program, so analysis will need `--task {hint}` ({reason}).")
     capture = Capture(source, specs, once)
-    return Recorder(model, optimizer, plan.keep, capture, place, start, writes, weights is not None, remote)
+    guard = None if sharded else evaluation.guard
+    if guard is not None:
+        guard.frozen, guard.average = root / layout.FROZEN_FILE, weights is not None
+    return Recorder(model, optimizer, plan.keep, capture, place, start, writes, weights is not None, remote, guard)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,11 @@ class Program:
     where: str | None = None
 
     @property
+    def static_batch(self) -> int | None:
+        """The only size of batches that it takes; None where that is free."""
+        return self.graph.document["static_batch"]
+
+    @property
     def constants(self) -> dict[str, Tensor]:
         """Tensors that the program needs and that are neither weights nor data."""
         return self.graph.constants
@@ -109,7 +114,7 @@ class Program:
         device = next(model.parameters(), batch.tensors[0]).device
         # Sizes of one are burnt into a trace, so a single sample is doubled.
         few = batch.take(slice(0, EXAMPLE_SAMPLES) if len(batch) > 1 else torch.tensor([0, 0], device="cpu"))
-        with _undisturbed(device), _quiet(), evaluation_mode(plain):
+        with undisturbed(device), _quiet(), evaluation_mode(plain):
             try:
                 try:
                     return cls(_trace(plain, few.to(device), dynamic=True))
@@ -276,10 +281,17 @@ def _verify(graph: Graph, plain: Forward, example: Batch) -> None:
         )
     except RuntimeError as failure:
         raise RefusedError(f"its gradient with respect to the weights fails ({_line(failure)})") from failure
-    error = math.hypot(*(float((a - b).float().norm()) for a, b in zip(wanted, got, strict=True)))
+    error = math.hypot(*(_distance(a, b) for a, b in zip(wanted, got, strict=True)))
+    size = math.hypot(*(float(a.abs().float().nan_to_num(0, 0, 0).norm()) for a in wanted))
     # A custom autograd.Function, such as a straight-through estimator, is traced without its own backward.
-    if error > 1e-3 * math.hypot(*(float(a.float().norm()) for a in wanted)):
+    if not error <= 1e-3 * size:
         raise RefusedError("traced, the loss has another gradient than live; does it hold a custom autograd.Function?")
+
+
+def _distance(wanted: Tensor, got: Tensor) -> float:
+    """Norm of the difference; what is not finite in the same way in both is the user's own, and does not count."""
+    same = (wanted == got) | (wanted.isnan() & got.isnan())
+    return float(torch.where(same, torch.zeros_like(got), wanted - got).abs().float().norm())
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
@@ -288,7 +300,7 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
+def undisturbed(device: torch.device) -> Iterator[None]:
     """Put every random generator back, run compiled parts as plain Python, and keep attention unfused."""
     python, legacy, fast = random.getstate(), numpy.random.get_state(), torch.backends.mha.get_fastpath_enabled()
     try:

@@ -1,0 +1,176 @@
+"""A few of the weights, read in about a microsecond: enough to see that training, or something else, moved them."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+RUN = 8  # neighbouring elements of one tensor
+TENSORS = 3
+# Readings, a second apart, that all differ while no update is counted. Few of them can be an average that is swapped in
+# for validation, or weights that are clamped; many can be a landscape of the loss, or a strategy of many perturbations.
+SOON, LATE = 4, 60
+# Begins of updates that are looked at one by one, and of how many at most one has to differ for that to be a habit.
+LOOKS, HABIT = 32, 20
+
+Reading = tuple[list[float] | Tensor, ...]
+
+
+class Probe:
+    """Reads a few elements of a few tensors.
+
+    Args:
+        tensors: those that train; the first, the last and one between are read.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        able = [tensor for tensor in tensors if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.numel()]
+        chosen = {round(i * (len(able) - 1) / (TENSORS - 1)) for i in range(TENSORS)} if able else set()
+        self._tensors = [able[i] for i in sorted(chosen)]
+        self._places = [0] * len(self._tensors)
+        self._views: list[Tensor] = []
+
+    def read(self) -> Reading | None:
+        """The elements as they are; None where they cannot be read."""
+        tensors, places = self._tensors, self._places
+        for i in range(len(tensors)):
+            if tensors[i].data_ptr() != places[i]:  # moved elsewhere, or given other memory
+                if not self._look_up():
+                    return None
+                break
+        return tuple([view.tolist() if view.is_cpu else view.clone() for view in self._views]) or None
+
+    def read_here(self) -> Reading | None:
+        """The same for another thread, from which a GPU must not be asked: there versions stand for the elements."""
+        if all(tensor.is_cpu for tensor in self._tensors):
+            return self.read()
+        return tuple([[float(tensor._version)] for tensor in self._tensors])
+
+    def _look_up(self) -> bool:
+        self._views, views = [], []
+        with torch.inference_mode(False), torch.no_grad():
+            for i, tensor in enumerate(self._tensors):
+                here = tensor.is_cpu or (tensor.is_cuda and not torch.cuda.is_current_stream_capturing())
+                size = tensor.untyped_storage().nbytes() if here and tensor.layout == torch.strided else 0
+                if not size or not tensor.is_contiguous() or size < tensor.nbytes:
+                    return False
+                start = max(0, (tensor.numel() - RUN) // 2)
+                views.append(tensor.detach().view(-1)[start : start + RUN])
+                self._places[i] = tensor.data_ptr()
+        self._views = views
+        return True
+
+
+def differ(before: Reading | None, after: Reading | None, rtol: float = 0.0) -> bool:
+    """Whether two readings are of other weights; not where one is missing.
+
+    Args:
+        before: one.
+        after: the other.
+        rtol: of the largest element of a tensor, what counts as the same.
+    """
+    if before is None or after is None:
+        return False
+    if rtol == 0 and all(type(each) is list for each in before) and before == after:
+        return False
+    for one, other in zip(before, after, strict=True):
+        a, b = (torch.as_tensor(each).detach().cpu() for each in (one, other))
+        if a.shape != b.shape:
+            return False
+        if a.is_complex():
+            a, b = torch.view_as_real(a), torch.view_as_real(b)
+        limit = rtol * float(a.abs().nan_to_num().amax())
+        if not torch.allclose(a.double(), b.double(), rtol=0, atol=limit, equal_nan=True):
+            return True
+    return False
+
+
+class Watchdog:
+    """Notices that weights keep changing while no update is counted.
+
+    Args:
+        probe: of the weights.
+        moment: the updates counted so far, and whether one is being made.
+        begun: the updates counted when the recording began.
+        alarm: called once, with whether none was ever counted.
+        patient: whether even from the start many readings have to differ.
+    """
+
+    def __init__(
+        self,
+        probe: Probe,
+        moment: Callable[[], tuple[int, bool]],
+        begun: int,
+        alarm: Callable[[bool], None],
+        patient: bool,
+    ) -> None:
+        self._probe, self._moment, self._alarm = probe, moment, alarm
+        self._begun, self._patient = begun, patient
+        self._step = -1
+        self._seen: list[Reading] = []
+        self._done = False
+
+    def look(self) -> None:
+        """Take one more reading; called about once a second from the thread that writes."""
+        if self._done:
+            return
+        step, within = self._moment()
+        reading = None if within else self._probe.read_here()
+        if reading is None or self._moment() != (step, False):
+            return
+        if step != self._step:
+            self._step, self._seen = step, [reading]
+        elif differ(self._seen[-1], reading):
+            # Training does not come back to where it was.
+            returned = any(not differ(each, reading) for each in self._seen)
+            self._seen = [reading] if returned else [*self._seen, reading]
+            never = step == self._begun
+            if len(self._seen) >= (SOON if never and not self._patient else LATE):
+                self._done, self._seen = True, []
+                self._alarm(never)
+
+
+class Between:
+    """What becomes of the weights between one update and the next.
+
+    Args:
+        probe: of the weights; None to know nothing.
+    """
+
+    def __init__(self, probe: Probe | None) -> None:
+        self._probe = probe
+        self._after: Reading | None = None
+        self._looks = self._moves = 0
+        self._ended = 0
+
+    def end(self) -> None:
+        """An update has ended."""
+        if self._probe is not None:
+            self.end_at(self._probe.read())
+
+    def end_at(self, reading: Reading | None) -> None:
+        """An update ended when the weights were read so."""
+        self._after = reading
+        self._ended += 1
+
+    def begin(self) -> None:
+        """The next one begins."""
+        # At first always, then at powers of two: enough to know the script's habits.
+        if self._probe is not None and (self._ended <= LOOKS or not self._ended & (self._ended - 1)):
+            self._looks += 1
+            self._moves += differ(self._after, self._probe.read())
+
+    @property
+    def moved(self) -> bool:
+        """Whether the weights have changed since the last update, where scripts leave them alone as a rule.
+
+        One that clamps its weights, say, does so after every update or after every tenth; then that belongs to it.
+        """
+        if self._probe is None or (self._moves > 1 and HABIT * self._moves >= self._looks):
+            return False
+        return differ(self._after, self._probe.read())
+
+    @property
+    def reading(self) -> Reading | None:
+        """The weights as they are."""
+        return None if self._probe is None else self._probe.read()
