@@ -42,6 +42,7 @@ class Guard:
     Attributes:
         frozen: the file of weights that snapshots may leave out, if there is one.
         average: whether the weights that are recorded are not the model's own, but an average of them.
+        failure: why the last check could not be made, if so.
     """
 
     def __init__(self, forward: Forward, program: Any, batch: Batch, fixed: bool) -> None:
@@ -51,6 +52,7 @@ class Guard:
         self._count, self._next = 0, 1
         self.frozen: Path | None = None
         self.average = False
+        self.failure: str | None = None
         self._found: set[str] = set()
         some = [batch] if fixed else [_first(batch, SAMPLES), _first(batch, 2 * SAMPLES)]
         self._device = next(forward.model.parameters()).device
@@ -64,16 +66,11 @@ class Guard:
                 with self._unseen():
                     live, gradient = self._live(None, not self._large(tensors))
                 self._scale = (abs(live), _norm(gradient))
-                if not self.check(0, tensors):
+                if not self._compare(tensors, gradient=False):
                     self._usable = True
                     break
         self._found.clear()
         self._spent = 0.0
-
-    @property
-    def usable(self) -> bool:
-        """Whether model and loss could be evaluated once more at the start, and gave what the program gives."""
-        return self._usable
 
     def due(self) -> bool:
         """Whether the snapshot just taken is to be checked: the first, and later ones ever more rarely."""
@@ -84,17 +81,22 @@ class Guard:
         self._next = 2 * self._count
         return True
 
-    def check(self, step: int, tensors: Mapping[str, Tensor], gradient: bool = False) -> list[str]:
+    def check(self, tensors: Mapping[str, Tensor], gradient: bool = False) -> list[str]:
         """What differs between the live loss and the program at a snapshot; each thing once.
 
         Args:
-            step: of the snapshot.
             tensors: as recorded; what was frozen may be missing.
             gradient: whether to compare the gradients too.
-
-        Raises:
-            Exception: whatever the live model and loss, or the program, come to raise.
         """
+        if not self._usable:
+            return []
+        try:
+            return self._compare(tensors, gradient)
+        except Exception as failure:  # that of the user's code, or of too little memory
+            self.failure = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+            return []
+
+    def _compare(self, tensors: Mapping[str, Tensor], gradient: bool) -> list[str]:
         began = time.perf_counter()
         with self._unseen():
             weights = self._complete(tensors)
@@ -105,7 +107,7 @@ class Guard:
         self._spent += self._last
         if not _close(live, recorded, self._tolerances[0], FLOOR[0] * self._scale[0]):
             text = (
-                f"at step {step} the loss on {len(self._samples)} training samples is {live:.6g}, but the recorded "
+                f"the loss on {len(self._samples)} training samples is {live:.6g}, but the recorded "
                 f"program, with which the analysis measures, gives {recorded:.6g}. {CAUSES}"
             )
             return self._once("loss", text)
@@ -114,7 +116,7 @@ class Guard:
             if not error <= self._tolerances[1] * norm + FLOOR[1] * self._scale[1]:
                 share = f"by {error / norm:.2g} of its norm" if 0 < norm < math.inf and error < math.inf else "wholly"
                 text = (
-                    f"at step {step} the loss's gradient differs {share} from that of the recorded program, with which "
+                    f"the loss's gradient differs {share} from that of the recorded program, with which "
                     f"the analysis measures. {CAUSES}"
                 )
                 return self._once("gradient", text)
@@ -170,7 +172,7 @@ class Guard:
             held.enter_context(torch.inference_mode(False))
             for kind in kinds:
                 held.enter_context(torch.autocast(kind, enabled=False))
-            held.enter_context(_put_back(self._forward))
+            held.enter_context(put_back(self._forward))
             held.enter_context(evaluation_mode(self._forward))
             yield
 
@@ -222,7 +224,7 @@ def _distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 
 
 @contextlib.contextmanager
-def _put_back(forward: Forward) -> Iterator[None]:
+def put_back(forward: Forward) -> Iterator[None]:
     """Attributes of the modules, and variables that the loss function assigns to, as they were before.
 
     A loss may count its calls, or keep what it saw: calls that are not the training's must leave no trace.

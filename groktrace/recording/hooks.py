@@ -108,6 +108,8 @@ class UpdateHooks:
             this one lies within. It must not raise.
         on_again: called before one of those steps once more, with no update since: whether their steps, those of the
             streak included, are to be counted as updates. It must not raise.
+        on_return: called before the first step of the optimizer itself where others' were counted already: whether
+            that was a mistake, and they are not to be counted any more. It must not raise.
         among: ids of the parameters that matter; None for all of the optimizer's.
     """
 
@@ -118,16 +120,18 @@ class UpdateHooks:
         on_begin: Callable[[], None],
         on_other: Callable[[Streak], None] | None = None,
         on_again: Callable[[Streak], bool] | None = None,
+        on_return: Callable[[], bool] | None = None,
         among: frozenset[int] | None = None,
     ) -> None:
         self._on_update, self._on_begin, self._on_other, self._on_again = on_update, on_begin, on_other, on_again
-        self._among = among
+        self._on_return, self._among = on_return, among
+        self._early = False  # whether others were counted before the optimizer's own first step
         self._counted: list[Any] = []  # the optimizers whose steps are updates
         self._depth = self._updates = 0
         # Of the others: how deep in their steps we are, and the updates that there were when the outermost began.
         self._other_depth = self._other_updates = 0
         self._sharing: weakref.WeakKeyDictionary[Any, tuple[int, bool]] = weakref.WeakKeyDictionary()
-        self._longest: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._longest: dict[type, int] = {}  # streak that an update followed, by type: inner loops make theirs anew
         self.streak: Streak | None = None
         self._handles: list[Any] = []
         self._count(optimizer)
@@ -150,6 +154,13 @@ class UpdateHooks:
             optimizer.register_step_post_hook(self._after),
         ]
 
+    def _drop_others(self) -> None:
+        for handle in self._handles[4:]:  # after the optimizer's own and the global ones
+            handle.remove()
+        for other in self._counted[1:]:
+            self._longest[type(other)] = self._updates
+        del self._handles[4:], self._counted[1:]
+
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         # A subclass whose step() calls super().step() comes here twice per update, the second time from within the
         # first. A step that raised never reaches `_after`, and looks the same but for the call stack.
@@ -157,9 +168,13 @@ class UpdateHooks:
             self._depth = 0
         self._depth += 1
         if self._depth == 1:
+            if self._early and optimizer is self._counted[0]:
+                self._early = False
+                if self._on_return():
+                    self._drop_others()
             if self.streak is not None:  # they make one update together
                 for other in self.streak.round:
-                    self._longest[other] = max(self.streak.updates, self.streak.longest)
+                    self._longest[type(other)] = max(self.streak.updates, self.streak.longest)
                 self.streak = None
             self._on_begin()
 
@@ -170,12 +185,7 @@ class UpdateHooks:
             self._updates += 1
             self._on_update(getattr(optimizer, "found_inf", None))
 
-    # For scripts that compile optimizer.step: the compiler calls these as they are instead of tracing them. This is
-    # the mark that torch.compiler.disable sets; that function itself would put a frame between hook and step.
-    _before._torchdynamo_disable = _after._torchdynamo_disable = True
-
-    # Not so the next two, which every optimizer of the process calls: a compiled step of another one stays whole, and
-    # is not seen.
+    # These two every optimizer of the process calls: a compiled step of another one stays whole, and is not seen.
     def _before_other(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if optimizer is self._counted[0] or torch.compiler.is_compiling() or not self._is_other(optimizer):
             return
@@ -190,6 +200,7 @@ class UpdateHooks:
         if self.streak is not None and any(optimizer is each for each in self.streak.round):
             if self._on_again(self.streak):
                 last, self.streak = self.streak.last, None
+                self._early |= not self._updates
                 self._updates += 1
                 self._count(last)
                 if last is optimizer:  # its own hooks, which come after the global ones, are in time for this step
@@ -211,7 +222,7 @@ class UpdateHooks:
         if self.streak is None:
             self.streak = Streak()
         self.streak.round.append(optimizer)
-        self.streak.longest = max(self.streak.longest, self._longest.get(optimizer, 0))
+        self.streak.longest = max(self.streak.longest, self._longest.get(type(optimizer), 0))
         self.streak.skip = getattr(optimizer, "found_inf", None)
         self._on_other(self.streak)
 
@@ -251,3 +262,18 @@ def _within_step_of(optimizers: list[Any] | None) -> bool:
                     return True
             frame = frame.f_back
     return False
+
+
+def _spare_compiler() -> None:
+    """For scripts that compile optimizer.step: the compiler calls the hooks as they are instead of tracing them."""
+    # The mark that torch.compiler.disable sets; that function itself would put a frame between hook and step.
+    UpdateHooks._before._torchdynamo_disable = UpdateHooks._after._torchdynamo_disable = True
+    with contextlib.suppress(ImportError, AttributeError, TypeError):  # not public; without it, it compiles them apart
+        from torch._C._dynamo import eval_frame
+
+        leave = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
+        for hook in (UpdateHooks._before, UpdateHooks._after, UpdateHooks._before_other, UpdateHooks._after_other):
+            eval_frame.set_code_exec_strategy(hook.__code__, leave)
+
+
+_spare_compiler()

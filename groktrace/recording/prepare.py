@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from groktrace.errors import SettingsError
 from groktrace.recording.capture import STORABLE, find_aliases
-from groktrace.recording.guard import Guard
+from groktrace.recording.guard import Guard, put_back
 from groktrace.recording.schedule import Schedule
 from groktrace.recording.writer import now
 from groktrace.run import files, layout
@@ -81,7 +81,7 @@ def prepare_evaluation(model: nn.Module, train: Any, val: Any, loss: Any, batch_
             data["val"] = _describe_batch(held_out, n_val)
             tensors |= _name_tensors("val", held_out)
         forward = make_forward(model, loss, batch_loss, batch, held_out)
-        with evaluation_mode(forward):
+        with put_back(forward), evaluation_mode(forward):
             notes = data_notes(check_forward(forward, batch, held_out), train, val, held_out)
             offset_free = _offset_free(forward, batch)
             try:

@@ -1,10 +1,12 @@
 """A few of the weights, read in about a microsecond: enough to see that training, or something else, moved them."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+HOW_TO_COUNT = "give watch() the optimizer that trains, or call recorder.step() once per update."
 RUN = 8  # neighbouring elements of one tensor
 TENSORS = 3
 # Readings, a second apart, that all differ while no update is counted. Few of them can be an average that is swapped in
@@ -24,7 +26,7 @@ class Probe:
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        able = [tensor for tensor in tensors if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.numel()]
+        able = [tensor for tensor in tensors if type(tensor) in (Tensor, nn.Parameter) and tensor.numel()]
         chosen = {round(i * (len(able) - 1) / (TENSORS - 1)) for i in range(TENSORS)} if able else set()
         self._tensors = [able[i] for i in sorted(chosen)]
         self._places = [0] * len(self._tensors)
@@ -92,7 +94,7 @@ class Watchdog:
         probe: of the weights.
         moment: the updates counted so far, and whether one is being made.
         begun: the updates counted when the recording began.
-        alarm: called once, with whether none was ever counted.
+        warn: called once, with a word for the kind and what to tell.
         patient: whether even from the start many readings have to differ.
     """
 
@@ -101,10 +103,10 @@ class Watchdog:
         probe: Probe,
         moment: Callable[[], tuple[int, bool]],
         begun: int,
-        alarm: Callable[[bool], None],
+        warn: Callable[[str, str], None],
         patient: bool,
     ) -> None:
-        self._probe, self._moment, self._alarm = probe, moment, alarm
+        self._probe, self._moment, self._warn = probe, moment, warn
         self._begun, self._patient = begun, patient
         self._step = -1
         self._seen: list[Reading] = []
@@ -112,8 +114,13 @@ class Watchdog:
 
     def look(self) -> None:
         """Take one more reading; called about once a second from the thread that writes."""
-        if self._done:
-            return
+        try:
+            if not self._done:
+                self._look()
+        except Exception:  # it is not worth more than not being there
+            self._done = True
+
+    def _look(self) -> None:
         step, within = self._moment()
         reading = None if within else self._probe.read_here()
         if reading is None or self._moment() != (step, False):
@@ -127,7 +134,13 @@ class Watchdog:
             never = step == self._begun
             if len(self._seen) >= (SOON if never and not self._patient else LATE):
                 self._done, self._seen = True, []
-                self._alarm(never)
+                if never:
+                    self._warn("idle", f"the weights change, but no update is seen; {HOW_TO_COUNT}")
+                else:
+                    advice = f"if this is training, {HOW_TO_COUNT}"
+                    self._warn(
+                        "uncounted", f"the weights keep changing, but no update is seen since step {step}; {advice}"
+                    )
 
 
 class Between:
@@ -170,7 +183,17 @@ class Between:
             return False
         return differ(self._after, self._probe.read())
 
-    @property
-    def reading(self) -> Reading | None:
+    def read(self) -> Reading | None:
         """The weights as they are."""
         return None if self._probe is None else self._probe.read()
+
+
+def trained(model: nn.Module, optimizer: Any) -> list[Tensor]:
+    """The weights that train.
+
+    Args:
+        model: the network.
+        optimizer: only those that it holds; None for all.
+    """
+    held = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [p for p in model.parameters() if p.requires_grad and (held is None or id(p) in held)]

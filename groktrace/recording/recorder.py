@@ -2,14 +2,11 @@
 
 import atexit
 import os
-import signal
-import sys
-import threading
 import time
-import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,17 +14,16 @@ from torch import Tensor, nn
 from groktrace.recording.capture import Capture
 from groktrace.recording.guard import Guard
 from groktrace.recording.hooks import Streak, UpdateHooks
-from groktrace.recording.probe import Between, Probe, Reading, Watchdog, differ
+from groktrace.recording.others import Others
+from groktrace.recording.probe import HOW_TO_COUNT, Between, Probe, Reading, Watchdog, trained
+from groktrace.recording.tell import tell
+from groktrace.recording.termination import catch_termination, leave_termination, open_recorders
 from groktrace.recording.writer import Writer
 from groktrace.run import layout, pending
 from groktrace.run.remote import Remote
 
 # Waiting for the disk is told from this many seconds on.
 SILENT_WAIT = 1.0
-HOW_TO_COUNT = "give watch() the optimizer that trains, or call recorder.step() once per update."
-# Of the largest of some weights, what a perturbation that was taken back may leave.
-SAME = 1e-5
-open_recorders: list["Recorder"] = []
 
 
 class Recorder:
@@ -72,22 +68,24 @@ class Recorder:
         self._warned: set[str] = set()
         self._hooks: UpdateHooks | None = None
         # An average follows the weights by rules of its own, and of a sharded model a process sees a part.
-        self._probed = writes and not deferred and not capture.sharded
-        self._between = Between(Probe(_trained(model, optimizer)) if self._probed else None)
-        self._since: Reading | None = None  # the weights after another optimizer's step
+        probed = writes and not deferred and not capture.sharded
+        self._between = Between(Probe(trained(model, optimizer)) if probed else None)
+        self._others: Others | None = None
         self._streak: Streak | None = None  # what was pending at the end
-        self._spare: tuple[int, dict[str, Tensor]] | None = None  # what is due if the step turns out to be an update
         self._guarded(lambda: self._snapshot(start))
         if optimizer is not None:
             among = frozenset(map(id, model.parameters()))
-            self._hooks = UpdateHooks(optimizer, self._update, self._begin, self._other, self._again, among)
+            warn = partial(self._warn, "replaced")
+            self._others = Others(optimizer, self._between.read, self._copy_for, self._replace, warn)
+            calls = (self._update, self._begin, self._stepped, self._again, self._return)
+            self._hooks = UpdateHooks(optimizer, *calls, among)
         if self._writer is not None:
             if not capture.sharded:
-                probe = Probe(_trained(model, optimizer))
-                self._writer.idle = Watchdog(probe, self._moment, start, self._uncounted, optimizer is None).look
+                probe = Probe(trained(model, optimizer))
+                self._writer.idle = Watchdog(probe, self._moment, start, self._warn, optimizer is None).look
             pending.register(out, self.flush)
         open_recorders.append(self)
-        _catch_termination()
+        catch_termination()
 
     @property
     def steps(self) -> int:
@@ -170,11 +168,11 @@ class Recorder:
             self._closed = False
             raise
         self._model = self._optimizer = self._capture = self._hooks = self._guard = None
-        self._between, self._spare = Between(None), None
+        self._between, self._others = Between(None), None
         pending.forget(self.out, self.flush)
         if self in open_recorders:
             open_recorders.remove(self)
-            _leave_termination()
+            leave_termination()
 
     def __enter__(self) -> "Recorder":
         return self
@@ -202,7 +200,7 @@ class Recorder:
     def _begin(self) -> None:
         """An update begins; until it is counted, the weights belong to no step."""
         self.settle()
-        self._within, self._spare = True, None
+        self._within = True
         if not self._inert():
             self._guarded(self._between.begin)
 
@@ -233,60 +231,51 @@ class Recorder:
                 self._due = counted
         return self._due is not None
 
-    def _other(self, streak: Streak) -> None:
+    def _stepped(self, streak: Streak) -> None:
         """Another optimizer has moved the weights; whether that was an update shows when it is about to do so again."""
-        self._spare, self._since = None, None
-        if self._inert() or self._writer is None or self._capture is None or self._capture.sharded:
-            return
-        try:
-            self._since = self._between.reading
-            if self.deferred or streak.longest:
-                return
-            step = self.steps + streak.updates - int(streak.skipped or 0)
-            if step > self.steps and self._keep(step):
-                self._writer.make_room()
-                self._spare = step, self._capture.copy()
-        except Exception as failure:
-            self._warn_failure(failure)
+        others, apart = self._others, self._capture is None or self._capture.sharded
+        if others is not None and not (apart or self._writer is None or self._inert()):
+            self._guarded(lambda: others.stepped(streak))
 
     def _again(self, streak: Streak) -> bool:
-        """Whether others have taken the optimizer's place; then their steps so far are counted."""
-        if self._inert() or self._capture is None:
-            return False
+        """Whether others have taken the optimizer's place."""
         try:
-            own = any(each is streak.last for each in vars(self._optimizer).values())  # SAM steps the one that it holds
-            still = own or not differ(self._since, self._between.reading, SAME)
-            if _ascends(streak.last) != _ascends(self._optimizer) or not (
-                streak.is_long or (still and not streak.longest)
-            ):
-                return False
-            self._replace(streak, own)
+            return self._others is not None and not self._inert() and self._others.again(streak)
         except Exception as failure:
             self._warn_failure(failure)
-        return True
+            return False
 
-    def _replace(self, streak: Streak, own: bool) -> None:
+    def _copy_for(self, streak: Streak) -> tuple[int, dict[str, Tensor]] | None:
+        """The weights as others have left them, where the step that this may prove to be is due."""
+        step = self.steps + streak.updates - int(streak.skipped or 0)
+        if self._capture is None or self._writer is None or self.deferred or step == self.steps or not self._keep(step):
+            return None
+        self._writer.make_room()
+        return step, self._capture.copy()
+
+    def _replace(self, streak: Streak, after: Reading | None, copy: tuple[int, dict[str, Tensor]] | None) -> None:
         """Count what others have done in the optimizer's place."""
-        spare, self._spare = self._spare, None
         self._count(streak.updates, streak.skipped)
-        self._between.end_at(self._since)
-        if not own:
-            names = type(self._optimizer).__name__, type(streak.last).__name__
-            other = f"another {names[1]}" if names[0] == names[1] else names[1]
-            self._warn(
-                "replaced",
-                f"{other} steps the weights of the {names[0]} that watch() was given, and none of that one's lies "
-                f"between: from step {self.steps} on its steps count too. If they are no updates, but an inner loop, "
-                "leave optimizer out and call recorder.step() once per update.",
-            )
+        self._between.end_at(after)
         if self._is_due():
-            if spare is not None and spare[0] == self._due:
-                self._snapshot(spare[0], spare[1])
+            if copy is not None and copy[0] == self._due:
                 self._due = None
+                self._snapshot(*copy)
             elif self.deferred or (self._capture is not None and self._capture.sharded):
                 self._settle()
             else:
                 self._due = None  # what the weights were then is not known any more
+
+    def _return(self) -> bool:
+        """The optimizer begins its first step after others' were counted: forget those, if none was written."""
+        first = self._first
+        if self._inert() or self._copied != first or self.due:
+            return False
+        self._steps, self._skipped = first, None
+        self._warn(
+            "returned", f"the watched optimizer steps after all: the count is {first} again, and only its steps count."
+        )
+        return True
 
     def _settle(self) -> None:
         """Take the snapshot that is due, if one is."""
@@ -339,29 +328,25 @@ class Recorder:
 
     def _check(self, step: int, tensors: dict[str, Tensor], gradient: bool = False) -> None:
         """Hold the program against the live loss; what differs is told, and kept with the run."""
-        guard, writer = self._guard, self._writer
-        if guard is None or writer is None:
+        if (guard := self._guard) is None or (writer := self._writer) is None:
             return
-        try:
-            doubts = guard.check(step, tensors, gradient)
-        except Exception as failure:
-            self._guard = None
-            reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
-            self._warn(
-                "guard",
-                f"whether the recorded program still gives the loss that trains cannot be checked from step {step} on, "
-                f"as the loss, which was fine at watch(), fails on the same samples ({reason}).",
-            )
-            return
-        for text in doubts:
+        for text in guard.check(tensors, gradient):
             writer.mark(step, text)
-            tell(text)
+            tell(f"at step {step} {text}")
+        if guard.failure is not None:
+            self._guard = None
+            tell(
+                f"whether the recorded program still gives the loss that trains cannot be checked from step {step} on, "
+                f"as the loss, which was fine at watch(), fails on the same samples ({guard.failure})."
+            )
 
     def _finish(self) -> None:
         capture = self._capture
         if capture is None:
             return
-        self._end_streak()
+        if self._streak is not None and self._others is not None and not self._within and not capture.sharded:
+            self._others.ended(self._streak)
+        self._streak = None
         moved = self._between.moved
         if moved:
             self._due = None
@@ -387,18 +372,9 @@ class Recorder:
                 )
         else:
             self._snapshot(steps)  # where the last write failed, this tries once more
-            if self._guard is not None and self._guard.usable and steps != self._first:
+            if self._guard is not None and self._writer is not None and steps != self._first:
                 self._writer.wait()
                 self._check(steps, capture.copy(), gradient=True)
-
-    def _end_streak(self) -> None:
-        """Count a last step of other optimizers, which nothing but the end follows, if it was an update."""
-        streak, self._streak = self._streak, None
-        if streak is None or streak.longest or self._within or not streak.round or self._since is None:
-            return
-        if _ascends(streak.last) == _ascends(self._optimizer) and not differ(self._since, self._between.reading):
-            own = any(each is streak.last for each in vars(self._optimizer).values())
-            self._replace(streak, own)
 
     def _finish_alone(self) -> None:
         """The same where the other processes may be elsewhere, so that their pieces cannot be had."""
@@ -410,18 +386,6 @@ class Recorder:
     def _moment(self) -> tuple[int, bool]:
         """The updates so far, and whether one is being made."""
         return self._steps, self._within or self._closed
-
-    def _uncounted(self, never: bool) -> None:
-        """The weights keep changing while no update is counted; told from the thread that writes."""
-        if self._inert():
-            return
-        if never:
-            self._warn("idle", f"the weights change, but no update is seen; {HOW_TO_COUNT}")
-        else:
-            advice = f"if this is training, {HOW_TO_COUNT}"
-            self._warn(
-                "uncounted", f"the weights keep changing, but no update is seen since step {self._steps}; {advice}"
-            )
 
     def _guarded(self, action: Callable[[], None]) -> None:
         """Run `action`; what goes wrong in it is told, once, and never reaches the training."""
@@ -442,51 +406,6 @@ class Recorder:
         if kind not in self._warned:
             self._warned.add(kind)
             tell(message)
-
-
-def _trained(model: nn.Module, optimizer: Any) -> list[Tensor]:
-    """The weights that train: those of the optimizer, if there is one."""
-    held = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [p for p in model.parameters() if p.requires_grad and (held is None or id(p) in held)]
-
-
-def _ascends(optimizer: Any) -> bool:
-    """Whether it goes up the gradient, as the one that perturbs the weights does in sharpness-aware training."""
-    return any(group.get("maximize") for group in optimizer.param_groups)
-
-
-def tell(message: str) -> None:
-    """Warn, and never raise."""
-    try:
-        warnings.warn(f"groktrace: {message}", RuntimeWarning, stacklevel=2)
-    except RuntimeWarning:  # warnings are errors in this process, but recording must not stop a training
-        print(f"groktrace: {message}", file=sys.stderr)
-
-
-def _catch_termination() -> None:
-    """Have SIGTERM, with which schedulers end a job, close recordings first; a handler of the script's own stays."""
-    if _is_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminate)
-
-
-def _leave_termination() -> None:
-    """Put SIGTERM back once no recording is open."""
-    if _is_main_thread() and not open_recorders and signal.getsignal(signal.SIGTERM) is _terminate:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _is_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()  # no other may set handlers
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """Close what is open, then end the process as the signal alone would have; a second one does so at once."""
-    signal.signal(number, signal.SIG_DFL)
-    try:
-        for recorder in list(open_recorders):
-            recorder.end()
-    finally:
-        os.kill(os.getpid(), number)
 
 
 @atexit.register

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from groktrace.errors import TaskError
-from groktrace.recording.recorder import Recorder, tell
+from groktrace.recording.recorder import Recorder
+from groktrace.recording.tell import tell
 from groktrace.recording.watch import watch
 
 

@@ -14,8 +14,9 @@ from groktrace.errors import GroktraceError, SettingsError
 from groktrace.recording.capture import Capture, describe_weights, gathered, is_sharded, named_tensors, plain_model
 from groktrace.recording.hooks import hookable
 from groktrace.recording.prepare import Evaluation, describe_run, prepare_evaluation, write_frozen, write_start
-from groktrace.recording.recorder import Recorder, open_recorders, tell
+from groktrace.recording.recorder import Recorder, open_recorders
 from groktrace.recording.schedule import check_count, make_schedule
+from groktrace.recording.tell import tell
 from groktrace.recording.writer import remove_leftovers
 from groktrace.run import files, layout
 from groktrace.run.remote import Remote, is_url
