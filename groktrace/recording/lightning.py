@@ -22,8 +22,9 @@ except ImportError as failure:
 class GroktraceCallback(TrainerRecording, pl.Callback):
     """Snapshots of a LightningModule's training, with what it logs.
 
-    Data and loss are the trainer's own: the training DataLoader, and `training_step` with its logging and metrics left
-    out. Modules that step their optimizers by hand need `train` and `loss`, or the analysis needs `--task`.
+    Data and loss are the trainer's own: the DataLoader of training and, where there is one, that of validation, and
+    `training_step` with its logging and metrics left out. Modules that step their optimizers by hand need `train` and
+    `loss`, or the analysis needs `--task`.
 
     Args:
         optimizer: which of the module's optimizers counts, in the order of `configure_optimizers`.
@@ -47,7 +48,7 @@ class GroktraceCallback(TrainerRecording, pl.Callback):
         given = dict(self._given)
         if given["out"] is None:
             given["out"] = os.path.join(trainer.default_root_dir, "snapshots")
-        found: dict[str, Any] = {"train": trainer.train_dataloader}
+        found: dict[str, Any] = {"train": trainer.train_dataloader, "val": _one_loader(trainer.val_dataloaders)}
         if pl_module.automatic_optimization:
             found["batch_loss"] = _training_step
         if pl_module.automatic_optimization or len(optimizers) == 1:
@@ -74,6 +75,13 @@ class GroktraceCallback(TrainerRecording, pl.Callback):
     def _log(self, trainer: pl.Trainer) -> None:
         rates = {"lr": trainer.optimizers[self._optimizer].param_groups[0]["lr"]}
         self.recorder.log(**(rates | dict(trainer.callback_metrics)))
+
+
+def _one_loader(loaders: Any) -> Any:
+    """The only one, or None: several have no one loss."""
+    if isinstance(loaders, list | tuple) and len(loaders) == 1:
+        return loaders[0]
+    return loaders if isinstance(loaders, torch.utils.data.DataLoader) else None
 
 
 def _training_step(module: pl.LightningModule, batch: Any) -> Tensor:

@@ -8,59 +8,55 @@ from torch import Tensor, nn
 
 HOW_TO_COUNT = "give watch() the optimizer that trains, or call recorder.step() once per update."
 RUN = 8  # neighbouring elements of one tensor
-TENSORS = 3
 # Readings, a second apart, that all differ while no update is counted. Few of them can be an average that is swapped in
 # for validation, or weights that are clamped; many can be a landscape of the loss, or a strategy of many perturbations.
 SOON, LATE = 4, 60
 # Begins of updates that are looked at one by one, and of how many at most one has to differ for that to be a habit.
 LOOKS, HABIT = 32, 20
 
-Reading = tuple[list[float] | Tensor, ...]
+Reading = list[list[float] | Tensor]
 
 
 class Probe:
-    """Reads a few elements of a few tensors.
+    """Reads a few elements of two tensors.
 
     Args:
-        tensors: those that train; the first, the last and one between are read.
+        tensors: those that train; the first and the last are read.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         able = [tensor for tensor in tensors if type(tensor) in (Tensor, nn.Parameter) and tensor.numel()]
-        chosen = {round(i * (len(able) - 1) / (TENSORS - 1)) for i in range(TENSORS)} if able else set()
-        self._tensors = [able[i] for i in sorted(chosen)]
-        self._places = [0] * len(self._tensors)
-        self._views: list[Tensor] = []
+        self._tensors = able[:1] + able[1:][-1:]
+        self._pointers = [tensor.data_ptr for tensor in self._tensors]
+        self._places: list[int] = []
+        self._readers: list[Callable[[], Any]] = []
 
     def read(self) -> Reading | None:
         """The elements as they are; None where they cannot be read."""
-        tensors, places = self._tensors, self._places
-        for i in range(len(tensors)):
-            if tensors[i].data_ptr() != places[i]:  # moved elsewhere, or given other memory
-                if not self._look_up():
-                    return None
-                break
-        return tuple([view.tolist() if view.is_cpu else view.clone() for view in self._views]) or None
+        if [pointer() for pointer in self._pointers] != self._places and not self._look_up():
+            return None  # moved elsewhere, or given other memory
+        return [reader() for reader in self._readers]
 
     def read_here(self) -> Reading | None:
         """The same for another thread, from which a GPU must not be asked: there versions stand for the elements."""
         if all(tensor.is_cpu for tensor in self._tensors):
             return self.read()
-        return tuple([[float(tensor._version)] for tensor in self._tensors])
+        return [[float(tensor._version)] for tensor in self._tensors]
 
     def _look_up(self) -> bool:
-        self._views, views = [], []
+        readers: list[Callable[[], Any]] = []
+        self._places, self._readers = [], []
         with torch.inference_mode(False), torch.no_grad():
-            for i, tensor in enumerate(self._tensors):
+            for tensor in self._tensors:
                 here = tensor.is_cpu or (tensor.is_cuda and not torch.cuda.is_current_stream_capturing())
                 size = tensor.untyped_storage().nbytes() if here and tensor.layout == torch.strided else 0
                 if not size or not tensor.is_contiguous() or size < tensor.nbytes:
                     return False
                 start = max(0, (tensor.numel() - RUN) // 2)
-                views.append(tensor.detach().view(-1)[start : start + RUN])
-                self._places[i] = tensor.data_ptr()
-        self._views = views
-        return True
+                view = tensor.detach().view(-1)[start : start + RUN]
+                readers.append(view.tolist if view.is_cpu else view.clone)
+        self._places, self._readers = [pointer() for pointer in self._pointers], readers
+        return bool(readers)
 
 
 def differ(before: Reading | None, after: Reading | None, rtol: float = 0.0) -> bool:
@@ -169,9 +165,12 @@ class Between:
     def begin(self) -> None:
         """The next one begins."""
         # At first always, then at powers of two: enough to know the script's habits.
-        if self._probe is not None and (self._ended <= LOOKS or not self._ended & (self._ended - 1)):
+        if self._ended <= LOOKS or not self._ended & (self._ended - 1):
             self._looks += 1
-            self._moves += differ(self._after, self._probe.read())
+            try:
+                self._moves += differ(self._after, self.read())
+            except Exception:  # then nothing is known of it
+                self._probe = None
 
     @property
     def moved(self) -> bool:

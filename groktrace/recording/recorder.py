@@ -199,10 +199,10 @@ class Recorder:
 
     def _begin(self) -> None:
         """An update begins; until it is counted, the weights belong to no step."""
-        self.settle()
+        if self._due is not None:
+            self.settle()
         self._within = True
-        if not self._inert():
-            self._guarded(self._between.begin)
+        self._between.begin()
 
     def _update(self, found_inf: Tensor | None) -> None:
         if self._inert():

@@ -18,7 +18,7 @@ from groktrace.run.files import parse_json, read_json, read_metadata, read_tenso
 from groktrace.run.remote import Remote, is_url
 from groktrace.run.task import Task
 
-MAX_DOUBT = 2000  # characters of one mark
+MAX_DOUBTS, MAX_DOUBT = 1000, 2000  # marks, and characters of one
 LINK_ADVICE = "out of the run directory, outside of which nothing is read or written; copy the run with cp -rL."
 
 
@@ -365,7 +365,10 @@ def check_info(info: Any, path: Path) -> dict[str, WeightSpec]:
             raise ValueError("n")
         if data is not None and not (isinstance(data, dict) and "train" in data):
             raise ValueError("data")
-        for mark in info.get("doubts") or ():
+        doubts = info.get("doubts") or []
+        if not isinstance(doubts, list) or len(doubts) > MAX_DOUBTS:
+            raise ValueError("doubts")
+        for mark in doubts:
             if type(mark["step"]) is not int or not (isinstance(mark["text"], str) and len(mark["text"]) <= MAX_DOUBT):
                 raise ValueError("doubts")
     except (KeyError, TypeError, ValueError, AttributeError) as failure:
