@@ -79,7 +79,7 @@ class GroktraceCallback(TrainerRecording, TrainerCallback):
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     """The loss that the model computes."""
     outputs = model(**batch)
-    return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+    return outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
 
 
 def _trainers_loss(trainer: Trainer) -> Callable[[nn.Module, Any], Tensor]:

@@ -151,8 +151,8 @@ def _trace_with_numbers(plain: Forward, few: Batch, batch: Batch, failure: Excep
         Exception: `failure`, where there is no such graph.
     """
     for example, dynamic in ((few, True), (batch, False)):
-        state = {name: buffer.clone() for name, buffer in plain.named_buffers()}
-        with numbers.noted() as values, torch.no_grad():
+        state = {name: t.clone() for name, t in (*plain.named_parameters(), *plain.named_buffers())}  # it may move them
+        with torch.no_grad(), numbers.noted() as values:
             torch.func.functional_call(plain, state, example.tensors)
         if not values:
             break
