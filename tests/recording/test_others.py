@@ -99,9 +99,11 @@ def test_one_last_step_of_another_optimizer_counts(loop):
 def test_optimizers_by_turns_all_count(loop):
     first, second = sgd(loop.parameters), torch.optim.Adam(loop.parameters)
     loop.watch(first)
+    loop.run(first, updates=3)
     with pytest.warns(RuntimeWarning, match="Adam steps the weights of the SGD") as caught:
-        for optimizer in (first, second, first, second):
-            loop.run(optimizer, updates=3)
+        loop.run(second, updates=3)
+    loop.run(first, updates=3)
+    loop.run(second, updates=3)
     assert len(caught) == 1
     assert loop.kept() == list(range(13))
 
@@ -163,7 +165,7 @@ def test_an_inner_loop_is_told_and_not_counted(loop):
 
 
 class Sharpness(torch.optim.Optimizer):
-    """Perturbs the weights, and takes that back exactly or but for rounding before the optimizer that it holds steps."""
+    """Perturbs the weights, and takes that back, exactly or but for rounding, before the one that it holds steps."""
 
     def __init__(self, parameters, exact, **settings):
         super().__init__(parameters, settings)
