@@ -172,7 +172,7 @@ class Guard:
             held.enter_context(torch.inference_mode(False))
             for kind in kinds:
                 held.enter_context(torch.autocast(kind, enabled=False))
-            held.enter_context(put_back(self._forward))
+            held.enter_context(put_back(self._forward.model, self._forward.loss, self._forward.batch_loss))
             held.enter_context(evaluation_mode(self._forward))
             yield
 
@@ -224,14 +224,20 @@ def _distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 
 
 @contextlib.contextmanager
-def put_back(forward: Forward) -> Iterator[None]:
-    """Attributes of the modules, and variables that the loss function assigns to, as they were before.
+def put_back(model: nn.Module, *losses: Any) -> Iterator[None]:
+    """Attributes of the modules, and variables that a loss function assigns to, as they were before.
 
     A loss may count its calls, or keep what it saw: calls that are not the training's must leave no trace.
+
+    Args:
+        model: the network.
+        losses: functions or modules; anything else is left alone.
     """
-    places: list[tuple[dict[str, Any], Iterable[str] | None]] = [(vars(module), None) for module in forward.modules()]
+    modules = [each for root in (model, *losses) if isinstance(root, nn.Module) for each in root.modules()]
+    places: list[tuple[dict[str, Any], Iterable[str] | None]] = [(vars(module), None) for module in modules]
+    places += [(module._buffers, None) for root in losses if isinstance(root, nn.Module) for module in root.modules()]
     cells: list[tuple[types.CellType, Any]] = []
-    for function in (forward.loss, forward.batch_loss):
+    for function in losses:
         while isinstance(function, types.MethodType):
             if hasattr(function.__self__, "__dict__") and not isinstance(function.__self__, type):
                 places.append((vars(function.__self__), None))
@@ -247,7 +253,7 @@ def put_back(forward: Forward) -> Iterator[None]:
     ]
     values = [value for _, _, known in before for value in known.values()] + [value for _, value in cells]
     lists = [(value, len(value)) for value in values if type(value) is list]
-    registered = {id(tensor) for tensor in _state(forward).values()}
+    registered = {id(tensor) for tensor in _state(model).values()}
     tensors = [
         (value, value._version, value.detach().clone())
         for value in values

@@ -70,7 +70,7 @@ def prepare_evaluation(model: nn.Module, train: Any, val: Any, loss: Any, batch_
         TaskError: data, loss and model do not fit together.
         SettingsError: the data cannot be stored.
     """
-    with left_untouched(model):
+    with left_untouched(model), put_back(model, loss, batch_loss):
         fits = takes(model, loss, batch_loss)
         batch, n = collect(train, "train", MAX_SAMPLES, seed, fits)
         data = {"train": _describe_batch(batch, n), "val": None}
@@ -81,7 +81,7 @@ def prepare_evaluation(model: nn.Module, train: Any, val: Any, loss: Any, batch_
             data["val"] = _describe_batch(held_out, n_val)
             tensors |= _name_tensors("val", held_out)
         forward = make_forward(model, loss, batch_loss, batch, held_out)
-        with put_back(forward), evaluation_mode(forward):
+        with evaluation_mode(forward):
             notes = data_notes(check_forward(forward, batch, held_out), train, val, held_out)
             offset_free = _offset_free(forward, batch)
             try:
