@@ -22,7 +22,7 @@ from groktrace.run.batch import Batch
 from groktrace.run.graph import FORMAT, Graph, build
 from groktrace.run.operations import ARITHMETIC_NAMES, RandomError, RefusedError
 from groktrace.run.task import Forward, evaluation_mode
-from groktrace.run.verify import explain, verify
+from groktrace.run.verify import explain, perturbed, verify
 
 EXAMPLE_SAMPLES = 32
 
@@ -171,7 +171,7 @@ def _trace_with_numbers(plain: Forward, few: Batch, batch: Batch, failure: Excep
             for part in _parts(example, dynamic):
                 verify(graph, plain, part)
                 for scale in (0.1, 1.0):
-                    verify(graph, plain, part, _perturbed(plain, scale))
+                    verify(graph, plain, part, perturbed(plain, scale))
             return graph
         except RandomError:
             raise
@@ -188,20 +188,6 @@ def _parts(example: Batch, dynamic: bool) -> list[Batch]:
         if not dynamic or half < 2
         else [example, example.take(slice(0, half)), example.take(slice(half, None))]
     )
-
-
-def _perturbed(plain: Forward, scale: float) -> dict[str, Tensor]:
-    """Other weights, by the model's own names."""
-    generator = torch.Generator("cpu").manual_seed(0)
-
-    def other(tensor: Tensor) -> Tensor:
-        noise = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor.device, tensor.dtype)
-        size = tensor.detach().abs().mean()
-        return (tensor.detach() + scale * size * noise).requires_grad_(tensor.requires_grad)
-
-    return {
-        name: other(tensor) if tensor.is_floating_point() else tensor for name, tensor in plain.model.named_parameters()
-    }
 
 
 def _trace(plain: Forward, example: Batch, dynamic: bool) -> Graph:

@@ -68,14 +68,35 @@ def verify(graph: Graph, plain: Forward, example: Batch, weights: Mapping[str, T
     if own_backward:
         with torch.enable_grad():
             curved = _curvature(live(), moving), _curvature(recorded(), moving)
-        if curved[1] is None:  # differences of gradients serve instead
-            return
-        # One that is written by hand to be free of NaN may be that only as it stands.
-        finite = all(bool(each.isfinite().all()) for each in curved[1])
-        if not (finite if curved[0] is None else _distance(*curved) <= 1e-2 * _size(curved[0])):
-            raise RefusedError(
-                f"traced, the loss's gradient changes with the weights as it does not live; {_OWN_BACKWARD}"
-            )
+        # One that is written by hand to be free of NaN may be that only as it stands. Where the live one is finite, it
+        # need not be right: that of a function that is once differentiable leaves out what it does not know.
+        if curved[1] is not None and not _finite(curved[1]) and (curved[0] is None or _finite(curved[0])):
+            raise RefusedError(f"traced, the loss's gradient has a derivative that is not finite; {_OWN_BACKWARD}")
+        if weights is None:  # it may be that of the forward pass only here
+            verify(graph, plain, example, perturbed(plain, 1.0))
+
+
+def perturbed(plain: Forward, scale: float) -> dict[str, Tensor]:
+    """Other weights, by the model's own names.
+
+    Args:
+        plain: model and loss.
+        scale: of the change, relative to the mean size of a tensor's elements.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def other(tensor: Tensor) -> Tensor:
+        noise = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor.device, tensor.dtype)
+        size = tensor.detach().abs().mean()
+        return (tensor.detach() + scale * size * noise).requires_grad_(tensor.requires_grad)
+
+    return {
+        name: other(tensor) if tensor.is_floating_point() else tensor for name, tensor in plain.model.named_parameters()
+    }
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(each.isfinite().all()) for each in tensors)
 
 
 def _curvature(loss: Tensor, moving: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
