@@ -72,8 +72,8 @@ def verify(graph: Graph, plain: Forward, example: Batch, weights: Mapping[str, T
         # need not be right: that of a function that is once differentiable leaves out what it does not know.
         if curved[1] is not None and not _finite(curved[1]) and (curved[0] is None or _finite(curved[0])):
             raise RefusedError(f"traced, the loss's gradient has a derivative that is not finite; {_OWN_BACKWARD}")
-        if weights is None:  # it may be that of the forward pass only here
-            verify(graph, plain, example, perturbed(plain, 1.0))
+        for scale in (1.0, 3.0) if weights is None else ():  # it may be that of the forward pass only here
+            verify(graph, plain, example, perturbed(plain, scale))
 
 
 def perturbed(plain: Forward, scale: float) -> dict[str, Tensor]:
