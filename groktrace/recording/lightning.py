@@ -35,6 +35,9 @@ class GroktraceCallback(TrainerRecording, pl.Callback):
     def __init__(self, *, optimizer: int = -1, **watching: Any) -> None:
         super().__init__(**watching)
         self._optimizer = optimizer
+        self._before: dict[str, Any] = {}
+        self._validated: set[str] = set()
+        self._validation: tuple[int, dict[str, Any]] = -1, {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the recording.
@@ -55,10 +58,31 @@ class GroktraceCallback(TrainerRecording, pl.Callback):
             given["start_step"] = trainer.global_step
         self.recorder = watch_trainer(pl_module, optimizers[self._optimizer], given, found)
 
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Take the snapshot that is due: validation, if it followed the last batch, is over."""
+        if self.recorder is not None:
+            self.recorder.settle()
+
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Take the snapshot that is due, with what was logged for it."""
+        """Note what was logged for the snapshot that is due."""
         if self.recorder is not None and self.recorder.due:
             self._log(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Note what was logged before."""
+        self._before = dict(trainer.callback_metrics)
+
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Tell what is logged in validation from the rest, which the trainer keeps in one place until it is renewed."""
+        found = {name: value for name, value in trainer.callback_metrics.items() if self._before.get(name) is not value}
+        self._validated |= found.keys()
+        self._validation = trainer.global_step, found
+        if self.recorder is not None and self.recorder.due:
+            self._log(trainer)
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        """Take the snapshot that is due before others put other weights in."""
+        if self.recorder is not None:
             self.recorder.settle()
 
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -73,8 +97,11 @@ class GroktraceCallback(TrainerRecording, pl.Callback):
             self.recorder.leave()
 
     def _log(self, trainer: pl.Trainer) -> None:
-        rates = {"lr": trainer.optimizers[self._optimizer].param_groups[0]["lr"]}
-        self.recorder.log(**(rates | dict(trainer.callback_metrics)))
+        metrics = {name: value for name, value in trainer.callback_metrics.items() if name not in self._validated}
+        step, found = self._validation
+        if step == trainer.global_step:
+            metrics |= found
+        self.recorder.log(**({"lr": trainer.optimizers[self._optimizer].param_groups[0]["lr"]} | metrics))
 
 
 def _one_loader(loaders: Any) -> Any:
