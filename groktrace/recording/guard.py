@@ -93,7 +93,11 @@ class Guard:
         try:
             return self._compare(tensors, gradient)
         except Exception as failure:  # that of the user's code, or of too little memory
-            self.failure = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+            reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+            self.failure = (
+                "it cannot be checked whether the recorded program still gives the loss that trains: on samples on "
+                f"which it could be evaluated at watch(), it now fails ({reason})."
+            )
             return []
 
     def _compare(self, tensors: Mapping[str, Tensor], gradient: bool) -> list[str]:

@@ -1,6 +1,5 @@
 """A recording in progress."""
 
-import atexit
 import os
 import time
 from collections.abc import Callable
@@ -268,13 +267,10 @@ class Recorder:
 
     def _return(self) -> bool:
         """The optimizer begins its first step after others' were counted: forget those, if none was written."""
-        first = self._first
-        if self._inert() or self._copied != first or self.due:
+        if self._inert() or self._copied != self._first or self.due:
             return False
-        self._steps, self._skipped = first, None
-        self._warn(
-            "returned", f"the watched optimizer steps after all: the count is {first} again, and only its steps count."
-        )
+        self._steps, self._skipped = self._first, None
+        self._warn("returned", "the watched optimizer steps after all: only its steps count, from the first one on.")
         return True
 
     def _settle(self) -> None:
@@ -302,11 +298,12 @@ class Recorder:
             raise
         else:
             if writer is not None and wanted:
+                current = tensors is None
                 tensors = capture.copy() if tensors is None else tensors
                 metrics, self._metrics = self._metrics, {}
                 writer.submit(step, tensors, metrics)
                 self._copied = step
-                if self._guard is not None and step != self._first and self._guard.due():
+                if self._guard is not None and current and step != self._first and self._guard.due():
                     self._check(step, tensors)
             elif capture.sharded:
                 capture.take_part()
@@ -335,14 +332,10 @@ class Recorder:
             tell(f"at step {step} {text}")
         if guard.failure is not None:
             self._guard = None
-            tell(
-                f"whether the recorded program still gives the loss that trains cannot be checked from step {step} on, "
-                f"as the loss, which was fine at watch(), fails on the same samples ({guard.failure})."
-            )
+            tell(f"from step {step} on {guard.failure}")
 
     def _finish(self) -> None:
-        capture = self._capture
-        if capture is None:
+        if (capture := self._capture) is None:
             return
         if self._streak is not None and self._others is not None and not self._within and not capture.sharded:
             self._others.ended(self._streak)
@@ -353,9 +346,8 @@ class Recorder:
         self._settle()
         steps = self.steps
         if self._within:
-            self._warn(
-                "within", f"the end came within an update, or may have: the weights after step {steps} are not kept."
-            )
+            after = f"the weights after step {steps} are not kept."
+            self._warn("within", f"the end came within an update, or may have: {after}")
             return
         if self._writer is not None and not capture.sharded:
             self._writer.wait()  # so that what is there can be seen
@@ -406,9 +398,3 @@ class Recorder:
         if kind not in self._warned:
             self._warned.add(kind)
             tell(message)
-
-
-@atexit.register
-def _close_all() -> None:
-    for recorder in list(open_recorders):
-        recorder._close(alone=True)

@@ -1,5 +1,6 @@
-"""SIGTERM, with which schedulers end a job: recordings are closed first."""
+"""The end of the process, by itself or by SIGTERM, with which schedulers end a job: recordings are closed first."""
 
+import atexit
 import os
 import signal
 import threading
@@ -33,3 +34,10 @@ def _terminate(number: int, frame: FrameType | None) -> None:
             recorder.end()
     finally:
         os.kill(os.getpid(), number)
+
+
+@atexit.register
+def close_all() -> None:
+    """Close what the script has not closed."""
+    for recorder in list(open_recorders):
+        recorder.leave()

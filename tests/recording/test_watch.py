@@ -18,7 +18,7 @@ from torch import nn
 from groktrace.errors import GroktraceError
 from groktrace.recording import recorder as recorder_module
 from groktrace.recording import writer as writer_module
-from groktrace.recording.recorder import _close_all, open_recorders
+from groktrace.recording.termination import close_all, open_recorders
 from groktrace.recording.watch import watch
 from groktrace.run import files, layout
 from groktrace.run.store import open_run
@@ -212,7 +212,7 @@ def test_an_interrupted_close_is_made_up_for_at_exit(training, tmp_path, monkeyp
         with pytest.raises(KeyboardInterrupt):
             recorder.close()
     assert recorder in open_recorders
-    _close_all()
+    close_all()
     assert steps_of(recorder) == [0, 3]
     assert recorder not in open_recorders
     assert not recorder._writer._thread.is_alive()
