@@ -16,7 +16,7 @@ from groktrace.run.graph import Graph
 from groktrace.run.operations import RandomError, RefusedError
 from groktrace.run.task import Forward
 
-_SYMBOL = re.compile(r"\b(?:[us]|zuf|zf)\d+\b")  # of torch.export, for numbers and sizes that it does not know
+_SYMBOL = re.compile(r"\b(?:[us]|zuf|zf)\d+\b")  # of the tracer, for numbers and sizes that it does not know
 _OWN_BACKWARD = "does it hold a custom autograd.Function?"
 
 
@@ -152,7 +152,7 @@ def explain(failure: Exception) -> str:
     """Why tracing failed, with the line of the user's code where it did.
 
     Args:
-        failure: what torch.export raised.
+        failure: what the tracer raised.
     """
     reason = first_line(failure)
     if _SYMBOL.search(reason):
