@@ -219,7 +219,7 @@ def analyze(
         from groktrace.reporting.tensorboard import COLOURS
 
         click.echo(f"\nSee it:  tensorboard --logdir {logdir or run}\nthen:    http://localhost:6006/{COLOURS}")
-    _exit_incomplete(trajectory)
+    _exit_incomplete(trajectory, opened.refreshed() if follow else opened)
 
 
 def _write_logs(trajectory: Any, opened: Any, logdir: Path | None) -> tuple[Any, Any]:
@@ -249,13 +249,15 @@ def show(run: Path | str, as_json: bool) -> None:
     from groktrace.analysis.transitions import find_transitions
     from groktrace.reporting import console
     from groktrace.reporting.sketch import small_curve
+    from groktrace.run.store import open_run
 
+    opened = open_run(run)
     trajectory = latest_trajectory(run)
     transitions = find_transitions(trajectory)
     if not as_json and (curve := small_curve(trajectory, transitions)):
         click.echo(f"{trajectory.curve.symbol} against the step:\n{curve}\n")
     _print(as_json, trajectory, transitions, measure_grokking(trajectory), console.summary)
-    _exit_incomplete(trajectory)
+    _exit_incomplete(trajectory, opened)
 
 
 @main.command()
@@ -370,18 +372,23 @@ def _print_curve(curve: Any, as_json: bool) -> None:
     click.echo(json.dumps(curve.to_dict(), allow_nan=False) if as_json else console.temperature_table(curve))
 
 
-def _exit_incomplete(trajectory: Any) -> None:
-    """Name unreadable and untrustworthy snapshots on stderr and leave with exit code 3, if there are any."""
+def _exit_incomplete(trajectory: Any, opened: Any) -> None:
+    """Name unreadable and untrustworthy snapshots on stderr, and what the recording came to doubt of its program.
+
+    Leaves with exit code 3, if there is anything of these.
+    """
     from groktrace.reporting.remarks import single_chain, untrusted
 
     if lost := single_chain(trajectory):
         click.echo(lost, err=True)
+    for line in opened.doubts:
+        click.echo(f"doubtful: {line}", err=True)
     for line in trajectory.unreadable:
         click.echo(f"unreadable: {line}", err=True)
     lines = untrusted(trajectory)
     for line in lines:
         click.echo(f"unreliable: {line}", err=True)
-    if lines or trajectory.unreadable:
+    if lines or opened.doubts or trajectory.unreadable:
         sys.exit(INCOMPLETE)
 
 

@@ -73,6 +73,17 @@ def test_the_reference_run_reads_well(reference_run, tmp_path):
     assert (out / "tensorboard").is_dir()
 
 
+def test_doubts_of_the_recording_are_repeated(small_run):
+    assert invoke("analyze", small_run, *FAST).exit_code in (0, 3)
+    path = small_run / layout.RUN_FILE
+    write_json(path, {**json.loads(path.read_text()), "doubts": [{"step": 20, "text": "the loss is another one"}]})
+    for arguments in (["analyze", small_run, *FAST], ["show", small_run], ["show", small_run, "--json"]):
+        result = invoke(*arguments)
+        assert result.exit_code == 3
+        assert "doubtful: step 20: the loss is another one" in result.stderr
+        assert "doubtful" not in result.stdout
+
+
 def test_check_counts_what_is_whole(small_run):
     assert "6 of 6 snapshots whole" in invoke("check", small_run).stdout
     path = layout.snapshot_path(small_run, 30)

@@ -171,6 +171,7 @@ def check(out, model, steps, loss):
         recorder.close()
     run = groktrace.open_run(out)
     assert [snapshot.step for snapshot in run.snapshots] == steps
+    assert run.doubts == ()
     assert (out / layout.PROGRAM_FILE).exists()
     last, state = run.snapshots[-1].load(), model.state_dict()
     assert last.keys() == state.keys()
@@ -224,6 +225,8 @@ def test_adversaries_are_two_recordings(tmp_path):
     check(tmp_path / "critic", critic, [0, 4, 8], lambda model: F.softplus(-model(real)).mean())
     assert layout.snapshot_steps(tmp_path / "maker") == [0, 2, 4]
     assert len(groktrace.analyze(tmp_path / "maker", **FEW).points) == 3
+    (doubt,) = groktrace.open_run(tmp_path / "maker").doubts  # the critic, by which its loss goes, has moved
+    assert "the recorded program" in doubt
 
 
 def test_the_average_of_the_weights(tmp_path):

@@ -27,7 +27,7 @@ from groktrace.analysis.reference import Reference, check_reference, jacobian_re
 from groktrace.analysis.reminders import reminders
 from groktrace.analysis.sharpness import Sharpness
 from groktrace.analysis.snapshots import Snapshots, Workers, read_journal
-from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.trajectory import Point, Trajectory, with_logged
 from groktrace.analysis.workers import Elsewhere, available_threads, process_pool, threads_here
 from groktrace.errors import RunError, SettingsError
 from groktrace.run import layout
@@ -356,8 +356,7 @@ class Analysis:
         """Points with what was logged for the snapshots that are there: a journal knows them by their weights alone."""
         found = {step: self.snapshots.metrics(step) for step in points}
         return {
-            step: point if found[step] is None else replace(point, metrics=found[step])
-            for step, point in points.items()
+            step: point if found[step] is None else with_logged(point, found[step]) for step, point in points.items()
         }
 
     def _sample_some(self, surveys: dict[int, Survey], scale: Scale) -> dict[int, Point]:

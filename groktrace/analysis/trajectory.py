@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ class Point:
         step: optimizer updates before the snapshot.
         llc, stderr, llc_centred, stderr_centred, reliable, reasons: see `LLCEstimate`.
         train_loss, val_loss: mean loss over the stored training and validation samples.
-        train_accuracy, val_accuracy: fraction of right predictions there.
+        train_accuracy, val_accuracy: fraction of right predictions there. Where there are no validation samples, both
+            are what the training script logged, if it did.
         metrics: what the training script logged.
         diagnostics: see `LLCEstimate`.
         hessian_trace, hessian_trace_stderr, hessian_top: see `groktrace.analysis.sharpness`; where they were asked for.
@@ -73,6 +74,29 @@ class Point:
             check_numbers(value[name], value[name])
             parsed[name] = {printable(key): number for key, number in value[name].items()}
         return cls(**{**value, **parsed})
+
+
+def with_logged(point: Point, metrics: dict[str, float]) -> Point:
+    """A point with what the training script logged for it; validation that was not measured is taken from there.
+
+    Args:
+        point: measured.
+        metrics: logged for the same snapshot.
+    """
+
+    def logged(*names: str) -> float | None:
+        for name, value in metrics.items():
+            first, _, rest = name.lower().replace("/", "_").partition("_")
+            if first in ("val", "valid", "validation", "eval") and rest in names and math.isfinite(value):
+                return value
+        return None
+
+    loss, accuracy = point.val_loss, point.val_accuracy
+    if loss is None and accuracy is None:  # of the same samples, or none
+        loss, accuracy = logged("loss"), logged("accuracy", "acc")
+        if accuracy is not None and not 0 <= accuracy <= 1:  # in percent, or something else
+            accuracy = None
+    return replace(point, metrics=metrics, val_loss=loss, val_accuracy=accuracy)
 
 
 _ERROR_OF = {"llc": "stderr", "llc_centred": "stderr_centred"}

@@ -2,10 +2,14 @@
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from groktrace.errors import SettingsError
 
@@ -40,60 +44,236 @@ def _nothing(*_: Any) -> None:
     """A hook that does nothing."""
 
 
+# Rounds of other optimizers' steps until the counted one must be taken to be replaced: where the weights change between
+# these rounds too, and where one of them was seen to make updates together with the counted one.
+CHANGED_BETWEEN, COMPANION = 4, 50
+
+
+@dataclass
+class Streak:
+    """Steps of other optimizers that no update has followed yet.
+
+    Attributes:
+        round: those that stepped since the first of them did so last.
+        before: the rounds before this one.
+        longest: the most rounds that an update did follow; 0 where all are new.
+        skip: the last step's `found_inf`.
+        skips: how many rounds before this one a gradient scaler made them skip; None without one.
+    """
+
+    round: list[Any] = field(default_factory=list)
+    before: int = 0
+    longest: int = 0
+    skip: Tensor | None = None
+    skips: Tensor | None = None
+
+    @property
+    def last(self) -> Any:
+        """The optimizer that stepped last: where several make one update together, it ends there."""
+        return self.round[-1]
+
+    @property
+    def updates(self) -> int:
+        """How many updates the steps are, those that were skipped included."""
+        return self.before + bool(self.round)
+
+    @property
+    def skipped(self) -> Tensor | None:
+        """How many of them were skipped."""
+        if self.skip is None:
+            return self.skips
+        flag = (self.skip > 0).sum()
+        return flag if self.skips is None else self.skips + flag
+
+    @property
+    def is_long(self) -> bool:
+        """Whether an update can hardly be still to come."""
+        return self.updates >= (4 * self.longest + COMPANION if self.longest else CHANGED_BETWEEN)
+
+    def end_round(self) -> None:
+        """The first of them steps again."""
+        self.skips, self.before = self.skipped, self.updates
+        self.round, self.skip = [], None
+
+
 class UpdateHooks:
-    """Hooks on an optimizer that call back once per update.
+    """Hooks on an optimizer that call back once per update, and on others that may take its place.
 
     Args:
         optimizer: what `hookable` returned.
         on_update: called after each outermost step with the optimizer's `found_inf`: above zero where a gradient
             scaler made a fused optimizer skip the update, None without such a scaler. It must not raise.
         on_begin: called before each outermost step; it must not raise either.
+        on_other: called after a step of another optimizer that holds some of the same parameters, where no update of
+            this one lies within. It must not raise.
+        on_again: called before one of those steps once more, with no update since: whether their steps, those of the
+            streak included, are to be counted as updates. It must not raise.
+        on_return: called before the first step of the optimizer itself where others' were counted already: whether
+            that was a mistake, and they are not to be counted any more. It must not raise.
+        among: ids of the parameters that matter; None for all of the optimizer's.
     """
 
     def __init__(
-        self, optimizer: Any, on_update: Callable[[Tensor | None], None], on_begin: Callable[[], None]
+        self,
+        optimizer: Any,
+        on_update: Callable[[Tensor | None], None],
+        on_begin: Callable[[], None],
+        on_other: Callable[[Streak], None] | None = None,
+        on_again: Callable[[Streak], bool] | None = None,
+        on_return: Callable[[], bool] | None = None,
+        among: frozenset[int] | None = None,
     ) -> None:
-        self._on_update = on_update
-        self._on_begin = on_begin
-        self._depth = 0
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        ]
+        self._on_update, self._on_begin, self._on_other, self._on_again = on_update, on_begin, on_other, on_again
+        self._on_return, self._among = on_return, among
+        self._early = False  # whether others were counted before the optimizer's own first step
+        self._counted: list[Any] = []  # the optimizers whose steps are updates
+        self._depth = self._updates = 0
+        # Of the others: how deep in their steps we are, and the updates that there were when the outermost began.
+        self._other_depth = self._other_updates = 0
+        self._sharing: weakref.WeakKeyDictionary[Any, tuple[int, bool]] = weakref.WeakKeyDictionary()
+        self._longest: dict[type, int] = {}  # streak that an update followed, by type: inner loops make theirs anew
+        self.streak: Streak | None = None
+        self._handles: list[Any] = []
+        self._count(optimizer)
+        if on_other is not None:  # global ones, since the script may make its next optimizer at any time
+            self._handles += [
+                register_optimizer_step_pre_hook(self._before_other),
+                register_optimizer_step_post_hook(self._after_other),
+            ]
 
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self.streak = [], None
+
+    def _count(self, optimizer: Any) -> None:
+        self._counted.append(optimizer)
+        self._handles += [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def _drop_others(self) -> None:
+        for handle in self._handles[4:]:  # after the optimizer's own and the global ones
+            handle.remove()
+        for other in self._counted[1:]:
+            self._longest[type(other)] = self._updates
+        del self._handles[4:], self._counted[1:]
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         # A subclass whose step() calls super().step() comes here twice per update, the second time from within the
         # first. A step that raised never reaches `_after`, and looks the same but for the call stack.
-        if self._depth and not _within_step_of(optimizer):
+        if self._depth and not _within_step_of(self._counted):
             self._depth = 0
         self._depth += 1
         if self._depth == 1:
+            if self._early and optimizer is self._counted[0]:
+                self._early = False
+                if self._on_return():
+                    self._drop_others()
+            if self.streak is not None:  # they make one update together
+                for other in self.streak.round:
+                    self._longest[type(other)] = max(self.streak.updates, self.streak.longest)
+                self.streak = None
             self._on_begin()
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._depth -= 1
         if self._depth <= 0:
             self._depth = 0
+            self._updates += 1
             self._on_update(getattr(optimizer, "found_inf", None))
 
-    # For scripts that compile optimizer.step: the compiler calls these as they are instead of tracing them. This is
-    # the mark that torch.compiler.disable sets; that function itself would put a frame between hook and step.
-    _before._torchdynamo_disable = _after._torchdynamo_disable = True
+    # These two every optimizer of the process calls: a compiled step of another one stays whole, and is not seen.
+    def _before_other(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if optimizer is self._counted[0] or torch.compiler.is_compiling() or not self._is_other(optimizer):
+            return
+        if self._depth and _within_step_of(self._counted):
+            return
+        if self._other_depth and not _within_step_of(None):
+            self._other_depth = 0
+        self._other_depth += 1
+        if self._other_depth > 1:
+            return
+        self._other_updates = self._updates
+        if self.streak is not None and any(optimizer is each for each in self.streak.round):
+            if self._on_again(self.streak):
+                last, self.streak = self.streak.last, None
+                self._early |= not self._updates
+                self._updates += 1
+                self._count(last)
+                if last is optimizer:  # its own hooks, which come after the global ones, are in time for this step
+                    self._other_depth = 0
+            else:
+                self.streak.end_round()
+
+    def _after_other(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if optimizer is self._counted[0] or torch.compiler.is_compiling() or not self._is_other(optimizer):
+            return
+        if not self._other_depth or (self._depth and _within_step_of(self._counted)):
+            return
+        self._other_depth -= 1
+        if self._other_depth:
+            return
+        if self._updates != self._other_updates:  # it holds the counted one and steps it
+            self.streak = None
+            return
+        if self.streak is None:
+            self.streak = Streak()
+        self.streak.round.append(optimizer)
+        self.streak.longest = max(self.streak.longest, self._longest.get(type(optimizer), 0))
+        self.streak.skip = getattr(optimizer, "found_inf", None)
+        self._on_other(self.streak)
+
+    def _is_other(self, optimizer: Any) -> bool:
+        """Whether this optimizer holds some of the counted one's parameters, and is not counted itself."""
+        if any(optimizer is each for each in self._counted):
+            return False
+        try:
+            size = _size(optimizer) + _size(self._counted[0])
+            known = self._sharing.get(optimizer)
+            if known is None or known[0] != size:
+                common = _parameters(self._counted[0]) & _parameters(optimizer)
+                known = (size, bool(common if self._among is None else common & self._among))
+                self._sharing[optimizer] = known
+            return known[1]
+        except (AttributeError, KeyError, TypeError):  # some wrapper that is no whole optimizer
+            return False
 
 
-def _within_step_of(optimizer: Any) -> bool:
-    """Whether the step that calls this hook runs inside another step of the same optimizer."""
+def _size(optimizer: Any) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def _parameters(optimizer: Any) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _within_step_of(optimizers: list[Any] | None) -> bool:
+    """Whether the step that calls this hook runs inside another step of these optimizers; None for any."""
     with contextlib.suppress(ValueError):
         wrapper = sys._getframe(2)  # torch's wrapper around step(), of which this hook's caller is one
         frame = wrapper.f_back
         while frame is not None:
-            if frame.f_code is wrapper.f_code and frame.f_locals.get("self", optimizer) is optimizer:
-                return True
+            if frame.f_code is wrapper.f_code:
+                owner = frame.f_locals.get("self")
+                if owner is None or optimizers is None or any(owner is each for each in optimizers):
+                    return True
             frame = frame.f_back
     return False
+
+
+def _spare_compiler() -> None:
+    """For scripts that compile optimizer.step: the compiler calls the hooks as they are instead of tracing them."""
+    # The mark that torch.compiler.disable sets; that function itself would put a frame between hook and step.
+    UpdateHooks._before._torchdynamo_disable = UpdateHooks._after._torchdynamo_disable = True
+    with contextlib.suppress(ImportError, AttributeError, TypeError):  # not public; without it, it compiles them apart
+        from torch._C._dynamo import eval_frame
+
+        leave = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
+        for hook in (UpdateHooks._before, UpdateHooks._after, UpdateHooks._before_other, UpdateHooks._after_other):
+            eval_frame.set_code_exec_strategy(hook.__code__, leave)
+
+
+_spare_compiler()

@@ -22,8 +22,9 @@ except ImportError as failure:
 class GroktraceCallback(TrainerRecording, pl.Callback):
     """Snapshots of a LightningModule's training, with what it logs.
 
-    Data and loss are the trainer's own: the training DataLoader, and `training_step` with its logging and metrics left
-    out. Modules that step their optimizers by hand need `train` and `loss`, or the analysis needs `--task`.
+    Data and loss are the trainer's own: the DataLoader of training and, where there is one, that of validation, and
+    `training_step` with its logging and metrics left out. Modules that step their optimizers by hand need `train` and
+    `loss`, or the analysis needs `--task`.
 
     Args:
         optimizer: which of the module's optimizers counts, in the order of `configure_optimizers`.
@@ -34,6 +35,9 @@ class GroktraceCallback(TrainerRecording, pl.Callback):
     def __init__(self, *, optimizer: int = -1, **watching: Any) -> None:
         super().__init__(**watching)
         self._optimizer = optimizer
+        self._before: dict[str, Any] = {}
+        self._validated: set[str] = set()
+        self._validation: tuple[int, dict[str, Any]] = -1, {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the recording.
@@ -47,17 +51,38 @@ class GroktraceCallback(TrainerRecording, pl.Callback):
         given = dict(self._given)
         if given["out"] is None:
             given["out"] = os.path.join(trainer.default_root_dir, "snapshots")
-        found: dict[str, Any] = {"train": trainer.train_dataloader}
+        found: dict[str, Any] = {"train": trainer.train_dataloader, "val": _one_loader(trainer.val_dataloaders)}
         if pl_module.automatic_optimization:
             found["batch_loss"] = _training_step
         if pl_module.automatic_optimization or len(optimizers) == 1:
             given["start_step"] = trainer.global_step
         self.recorder = watch_trainer(pl_module, optimizers[self._optimizer], given, found)
 
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Take the snapshot that is due: validation, if it followed the last batch, is over."""
+        if self.recorder is not None:
+            self.recorder.settle()
+
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Take the snapshot that is due, with what was logged for it."""
+        """Note what was logged for the snapshot that is due."""
         if self.recorder is not None and self.recorder.due:
             self._log(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Note what was logged before."""
+        self._before = dict(trainer.callback_metrics)
+
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Tell what is logged in validation from the rest, which the trainer keeps in one place until it is renewed."""
+        found = {name: value for name, value in trainer.callback_metrics.items() if self._before.get(name) is not value}
+        self._validated |= found.keys()
+        self._validation = trainer.global_step, found
+        if self.recorder is not None and self.recorder.due:
+            self._log(trainer)
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        """Take the snapshot that is due before others put other weights in."""
+        if self.recorder is not None:
             self.recorder.settle()
 
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -72,8 +97,18 @@ class GroktraceCallback(TrainerRecording, pl.Callback):
             self.recorder.leave()
 
     def _log(self, trainer: pl.Trainer) -> None:
-        rates = {"lr": trainer.optimizers[self._optimizer].param_groups[0]["lr"]}
-        self.recorder.log(**(rates | dict(trainer.callback_metrics)))
+        metrics = {name: value for name, value in trainer.callback_metrics.items() if name not in self._validated}
+        step, found = self._validation
+        if step == trainer.global_step:
+            metrics |= found
+        self.recorder.log(**({"lr": trainer.optimizers[self._optimizer].param_groups[0]["lr"]} | metrics))
+
+
+def _one_loader(loaders: Any) -> Any:
+    """The only one, or None: several have no one loss."""
+    if isinstance(loaders, list | tuple) and len(loaders) == 1:
+        return loaders[0]
+    return loaders if isinstance(loaders, torch.utils.data.DataLoader) else None
 
 
 def _training_step(module: pl.LightningModule, batch: Any) -> Tensor:

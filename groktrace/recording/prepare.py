@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from groktrace.errors import SettingsError
 from groktrace.recording.capture import STORABLE, find_aliases
+from groktrace.recording.guard import Guard, put_back
 from groktrace.recording.schedule import Schedule
 from groktrace.recording.writer import now
 from groktrace.run import files, layout
@@ -42,6 +43,7 @@ class Evaluation:
         program: contents of program.json, or None where the model could not be traced.
         problem: why it could not.
         notes: what the user ought to know of the data, a sentence each.
+        guard: checks while training that the program still gives the live loss; None without a program.
     """
 
     n: int | None = None
@@ -50,6 +52,7 @@ class Evaluation:
     program: dict[str, Any] | None = None
     problem: Exception | None = None
     notes: tuple[str, ...] = ()
+    guard: Guard | None = None
 
 
 def prepare_evaluation(model: nn.Module, train: Any, val: Any, loss: Any, batch_loss: Any, seed: int) -> Evaluation:
@@ -67,7 +70,7 @@ def prepare_evaluation(model: nn.Module, train: Any, val: Any, loss: Any, batch_
         TaskError: data, loss and model do not fit together.
         SettingsError: the data cannot be stored.
     """
-    with left_untouched(model):
+    with left_untouched(model), put_back(model, loss, batch_loss):
         fits = takes(model, loss, batch_loss)
         batch, n = collect(train, "train", MAX_SAMPLES, seed, fits)
         data = {"train": _describe_batch(batch, n), "val": None}
@@ -82,11 +85,12 @@ def prepare_evaluation(model: nn.Module, train: Any, val: Any, loss: Any, batch_
             notes = data_notes(check_forward(forward, batch, held_out), train, val, held_out)
             offset_free = _offset_free(forward, batch)
             try:
-                program, constants = _trace(forward, batch)
+                program, constants, guard = _trace(forward, batch)
             except Exception as failure:  # whatever tracing trips over, the weights can still be recorded
                 return Evaluation(n, data, tensors, None, failure, notes)
     tensors |= {f"constant.{name}": value.detach().cpu().contiguous().clone() for name, value in constants.items()}
-    return Evaluation(n, data, tensors, {**program, "offset_free": offset_free}, notes=notes)
+    program = {**program, "offset_free": offset_free}
+    return Evaluation(n, data, tensors, program, notes=notes, guard=guard)
 
 
 def _offset_free(forward: Forward, batch: Batch) -> bool:
@@ -96,14 +100,15 @@ def _offset_free(forward: Forward, batch: Batch) -> bool:
         return False
 
 
-def _trace(forward: Forward, batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Model and loss as JSON, and the constant tensors it refers to."""
+def _trace(forward: Forward, batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor], Guard]:
+    """Model and loss as JSON, the constant tensors it refers to, and what checks them later."""
     from groktrace.run.program import Program
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's own remarks mean nothing to who trains
         program = Program.trace(forward, batch)
-        return program.to_json(), program.constants
+        guard = Guard(forward, program, batch, program.static_batch is not None)
+        return program.to_json(), program.constants, guard
 
 
 def _describe_batch(batch: Batch, samples: int) -> dict[str, Any]:
@@ -158,6 +163,7 @@ def describe_run(
         "optimizer": None if optimizer is None else _describe_optimizer(optimizer),
         "data": evaluation.data,
         "task": task,
+        "doubts": [],
     }
 
 
@@ -210,6 +216,7 @@ def write_start(root: Path, info: dict[str, Any], evaluation: Evaluation) -> boo
     changed = False
     if before is not None:
         info = {**info, "created": before.get("created", info["created"]), "task": info["task"] or before.get("task")}
+        info["doubts"] = before.get("doubts") or []
     if evaluation.data is not None:
         changed = before is not None and data_path.exists() and _samples_differ(data_path, evaluation.tensors)
         metadata = {"groktrace": str(layout.FORMAT_VERSION), "time": now()}

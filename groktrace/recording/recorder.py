@@ -1,29 +1,28 @@
 """A recording in progress."""
 
-import atexit
 import os
-import signal
-import sys
-import threading
 import time
-import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
 from groktrace.recording.capture import Capture
-from groktrace.recording.hooks import UpdateHooks
+from groktrace.recording.guard import Guard
+from groktrace.recording.hooks import Streak, UpdateHooks
+from groktrace.recording.others import Others
+from groktrace.recording.probe import HOW_TO_COUNT, Between, Probe, Reading, Watchdog, trained
+from groktrace.recording.tell import tell
+from groktrace.recording.termination import catch_termination, leave_termination, open_recorders
 from groktrace.recording.writer import Writer
-from groktrace.run import layout
+from groktrace.run import layout, pending
 from groktrace.run.remote import Remote
 
 # Waiting for the disk is told from this many seconds on.
 SILENT_WAIT = 1.0
-HOW_TO_COUNT = "give watch() the optimizer that trains, or call recorder.step() once per update."
-open_recorders: list["Recorder"] = []
 
 
 class Recorder:
@@ -46,6 +45,7 @@ class Recorder:
         writes: bool,
         deferred: bool = False,
         remote: Remote | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.out = out
         self._root = Path(out) if remote is None else remote.folder
@@ -56,6 +56,7 @@ class Recorder:
         self._keep = keep
         self._capture: Capture | None = capture
         self._writer = Writer(self._root, remote) if writes else None
+        self._guard = guard if writes else None
         self._first = self._steps = start
         self._skipped: Tensor | None = None
         self._copied: int | None = None
@@ -65,11 +66,25 @@ class Recorder:
         self._closed = self._within = False
         self._warned: set[str] = set()
         self._hooks: UpdateHooks | None = None
+        # An average follows the weights by rules of its own, and of a sharded model a process sees a part.
+        probed = writes and not deferred and not capture.sharded
+        self._between = Between(Probe(trained(model, optimizer)) if probed else None)
+        self._others: Others | None = None
+        self._streak: Streak | None = None  # what was pending at the end
         self._guarded(lambda: self._snapshot(start))
         if optimizer is not None:
-            self._hooks = UpdateHooks(optimizer, self._update, self._begin)
+            among = frozenset(map(id, model.parameters()))
+            warn = partial(self._warn, "replaced")
+            self._others = Others(optimizer, self._between.read, self._copy_for, self._replace, warn)
+            calls = (self._update, self._begin, self._stepped, self._again, self._return)
+            self._hooks = UpdateHooks(optimizer, *calls, among)
+        if self._writer is not None:
+            if not capture.sharded:
+                probe = Probe(trained(model, optimizer))
+                self._writer.idle = Watchdog(probe, self._moment, start, self._warn, optimizer is None).look
+            pending.register(out, self.flush)
         open_recorders.append(self)
-        _catch_termination()
+        catch_termination()
 
     @property
     def steps(self) -> int:
@@ -93,7 +108,12 @@ class Recorder:
             metrics: names and values; one-element tensors are fine too.
         """
         if not self._inert():
-            self._guarded(lambda: self._metrics.update({name: float(value) for name, value in metrics.items()}))
+            for name, value in metrics.items():
+                try:
+                    self._metrics[name] = float(value)
+                except Exception as failure:  # that of any type
+                    reason = " ".join(str(failure).split())[:120]
+                    self._warn(f"metric {name}", f"log: '{name}' is left out, as it is no number ({reason}).")
 
     @property
     def due(self) -> bool:
@@ -125,6 +145,7 @@ class Recorder:
         """Close from within a signal handler, whatever it interrupted."""
         if self._closed and self._writer is not None and os.getpid() == self._pid:
             self._writer.close()  # it was being closed
+        self._guard = None  # no place to run a network
         self._within |= self._hooks is None  # whether weights and count belong together is then not known
         self.leave()
 
@@ -134,6 +155,7 @@ class Recorder:
         self._closed = True
         try:
             if self._hooks is not None:
+                self._streak = self._hooks.streak or self._streak
                 self._hooks.remove()
             self._guarded(self._finish if not alone else self._finish_alone)
             if self._writer is not None:
@@ -144,10 +166,12 @@ class Recorder:
         except BaseException:  # Ctrl-C while waiting; the end of the process tries again
             self._closed = False
             raise
-        self._model = self._optimizer = self._capture = self._hooks = None
+        self._model = self._optimizer = self._capture = self._hooks = self._guard = None
+        self._between, self._others = Between(None), None
+        pending.forget(self.out, self.flush)
         if self in open_recorders:
             open_recorders.remove(self)
-            _leave_termination()
+            leave_termination()
 
     def __enter__(self) -> "Recorder":
         return self
@@ -156,6 +180,7 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._within |= error is not None and self._hooks is None
+        self._guard = self._guard if error is None else None
         self._close(alone=error is not None)
 
     def __repr__(self) -> str:
@@ -173,28 +198,80 @@ class Recorder:
 
     def _begin(self) -> None:
         """An update begins; until it is counted, the weights belong to no step."""
-        self.settle()
+        if self._due is not None:
+            self.settle()
         self._within = True
+        self._between.begin()
 
     def _update(self, found_inf: Tensor | None) -> None:
         if self._inert():
             return
         try:
-            if found_inf is not None:
-                # Reading the flag would wait for the GPU at every step, so updates are counted as if none were
-                # skipped and the count is set right when it says that a snapshot is due, which is never too late.
-                flag = (found_inf > 0).sum()
-                self._skipped = flag if self._skipped is None else self._skipped + flag
-            self._steps += 1
+            # Reading the flag would wait for the GPU at every step, so updates are counted as if none were skipped and
+            # the count is set right when it says that a snapshot is due, which is never too late.
+            self._count(1, None if found_inf is None else (found_inf > 0).sum())
             self._within = False
-            if self._keep(self._steps):
-                counted = self._steps
-                if self.steps == counted:
-                    self._due = counted
-                    if not self.deferred or self._hooks is None:
-                        self._settle()
+            self._between.end()
+            if self._is_due() and (not self.deferred or self._hooks is None):
+                self._settle()
         except Exception as failure:
             self._warn_failure(failure)
+
+    def _count(self, updates: int, skipped: Tensor | None) -> None:
+        self._steps += updates
+        if skipped is not None:
+            self._skipped = skipped if self._skipped is None else self._skipped + skipped
+
+    def _is_due(self) -> bool:
+        """Whether the step counted last is to be kept; then it is noted."""
+        if self._keep(self._steps):
+            counted = self._steps
+            if self.steps == counted:
+                self._due = counted
+        return self._due is not None
+
+    def _stepped(self, streak: Streak) -> None:
+        """Another optimizer has moved the weights; whether that was an update shows when it is about to do so again."""
+        others, apart = self._others, self._capture is None or self._capture.sharded
+        if others is not None and not (apart or self._writer is None or self._inert()):
+            self._guarded(lambda: others.stepped(streak))
+
+    def _again(self, streak: Streak) -> bool:
+        """Whether others have taken the optimizer's place."""
+        try:
+            return self._others is not None and not self._inert() and self._others.again(streak)
+        except Exception as failure:
+            self._warn_failure(failure)
+            return False
+
+    def _copy_for(self, streak: Streak) -> tuple[int, dict[str, Tensor]] | None:
+        """The weights as others have left them, where the step that this may prove to be is due."""
+        step = self.steps + streak.updates - int(streak.skipped or 0)
+        if self._capture is None or self._writer is None or self.deferred or step == self.steps or not self._keep(step):
+            return None
+        self._writer.make_room()
+        return step, self._capture.copy()
+
+    def _replace(self, streak: Streak, after: Reading | None, copy: tuple[int, dict[str, Tensor]] | None) -> None:
+        """Count what others have done in the optimizer's place."""
+        self._count(streak.updates, streak.skipped)
+        self._between.end_at(after)
+        if self._is_due():
+            if copy is not None and copy[0] == self._due:
+                self._due = None
+                self._snapshot(*copy)
+            elif self.deferred or (self._capture is not None and self._capture.sharded):
+                self._settle()
+            else:
+                self._due = None  # what the weights were then is not known any more
+
+    def _return(self) -> bool:
+        """The optimizer begins its first step after others' were counted: forget those, if none was written."""
+        if self._inert() or self._copied != self._first or self.due:
+            return False
+        self._steps, self._skipped = self._first, None
+        self._warn("returned", "the watched optimizer steps after all: only its steps count, from the first one on.")
+        return True
 
     def _settle(self) -> None:
         """Take the snapshot that is due, if one is."""
@@ -202,8 +279,8 @@ class Recorder:
         if step is not None:
             self._snapshot(step)
 
-    def _snapshot(self, step: int) -> None:
-        """Copy the weights and hand them to the writer, unless the step is there already."""
+    def _snapshot(self, step: int, tensors: dict[str, Tensor] | None = None) -> None:
+        """Hand the weights to the writer, those given or a copy of them now, unless the step is there already."""
         capture, writer = self._capture, self._writer
         if capture is None or step > layout.MAX_STEP or (writer is None and not capture.sharded):
             return
@@ -221,10 +298,13 @@ class Recorder:
             raise
         else:
             if writer is not None and wanted:
-                tensors = capture.copy()
+                current = tensors is None
+                tensors = capture.copy() if tensors is None else tensors
                 metrics, self._metrics = self._metrics, {}
                 writer.submit(step, tensors, metrics)
                 self._copied = step
+                if self._guard is not None and current and step != self._first and self._guard.due():
+                    self._check(step, tensors)
             elif capture.sharded:
                 capture.take_part()
         finally:
@@ -243,23 +323,50 @@ class Recorder:
         self._report()
         return not layout.snapshot_path(self._root, step).exists()
 
-    def _finish(self) -> None:
-        self._settle()
-        steps, capture = self.steps, self._capture
-        if capture is None:
+    def _check(self, step: int, tensors: dict[str, Tensor], gradient: bool = False) -> None:
+        """Hold the program against the live loss; what differs is told, and kept with the run."""
+        if (guard := self._guard) is None or (writer := self._writer) is None:
             return
+        for text in guard.check(tensors, gradient):
+            writer.mark(step, text)
+            tell(f"at step {step} {text}")
+        if guard.failure is not None:
+            self._guard = None
+            tell(f"from step {step} on {guard.failure}")
+
+    def _finish(self) -> None:
+        if (capture := self._capture) is None:
+            return
+        if self._streak is not None and self._others is not None and not self._within and not capture.sharded:
+            self._others.ended(self._streak)
+        self._streak = None
+        moved = self._between.moved
+        if moved:
+            self._due = None
+        self._settle()
+        steps = self.steps
         if self._within:
-            self._warn(
-                "within", f"the end came within an update, or may have: the weights after step {steps} are not kept."
-            )
+            after = f"the weights after step {steps} are not kept."
+            self._warn("within", f"the end came within an update, or may have: {after}")
             return
         if self._writer is not None and not capture.sharded:
             self._writer.wait()  # so that what is there can be seen
         idle = self._writer is not None and not capture.sharded and steps == self._first == self._copied
         if idle and capture.moved():
             self._warn("idle", f"the weights changed, but no update was seen; {HOW_TO_COUNT}")
+        elif moved:
+            if not layout.snapshot_path(self._root, steps).exists():
+                self._warn(
+                    "moved",
+                    f"after step {steps} the weights changed without an update that was seen, as when the best or "
+                    "averaged ones take the place of the last: they are not kept as those of that step. Close the "
+                    f"recorder before; or, where these were updates, {HOW_TO_COUNT}",
+                )
         else:
             self._snapshot(steps)  # where the last write failed, this tries once more
+            if self._guard is not None and self._writer is not None and steps != self._first:
+                self._writer.wait()
+                self._check(steps, capture.copy(), gradient=True)
 
     def _finish_alone(self) -> None:
         """The same where the other processes may be elsewhere, so that their pieces cannot be had."""
@@ -267,6 +374,10 @@ class Recorder:
             self._finish()
         elif self._writer is not None and self.steps != self._copied:
             self._warn("last", "the last step of a sharded model is kept only where every process calls close().")
+
+    def _moment(self) -> tuple[int, bool]:
+        """The updates so far, and whether one is being made."""
+        return self._steps, self._within or self._closed
 
     def _guarded(self, action: Callable[[], None]) -> None:
         """Run `action`; what goes wrong in it is told, once, and never reaches the training."""
@@ -287,43 +398,3 @@ class Recorder:
         if kind not in self._warned:
             self._warned.add(kind)
             tell(message)
-
-
-def tell(message: str) -> None:
-    """Warn, and never raise."""
-    try:
-        warnings.warn(f"groktrace: {message}", RuntimeWarning, stacklevel=2)
-    except RuntimeWarning:  # warnings are errors in this process, but recording must not stop a training
-        print(f"groktrace: {message}", file=sys.stderr)
-
-
-def _catch_termination() -> None:
-    """Have SIGTERM, with which schedulers end a job, close recordings first; a handler of the script's own stays."""
-    if _is_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminate)
-
-
-def _leave_termination() -> None:
-    """Put SIGTERM back once no recording is open."""
-    if _is_main_thread() and not open_recorders and signal.getsignal(signal.SIGTERM) is _terminate:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _is_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()  # no other may set handlers
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """Close what is open, then end the process as the signal alone would have; a second one does so at once."""
-    signal.signal(number, signal.SIG_DFL)
-    try:
-        for recorder in list(open_recorders):
-            recorder.end()
-    finally:
-        os.kill(os.getpid(), number)
-
-
-@atexit.register
-def _close_all() -> None:
-    for recorder in list(open_recorders):
-        recorder._close(alone=True)

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from groktrace.errors import TaskError
-from groktrace.recording.recorder import Recorder, tell
+from groktrace.errors import GroktraceError, TaskError
+from groktrace.recording.recorder import Recorder
+from groktrace.recording.tell import tell
 from groktrace.recording.watch import watch
 
 
@@ -16,7 +17,7 @@ class TrainerRecording:
 
     Args:
         train: see `groktrace.watch`; by default what the trainer trains on.
-        val: see `groktrace.watch`.
+        val: see `groktrace.watch`; by default what the trainer validates on, where its batches are those of `train`.
         loss: see `groktrace.watch`.
         batch_loss: see `groktrace.watch`; by default the loss that the trainer minimises.
         task: see `groktrace.watch`.
@@ -61,10 +62,12 @@ def watch_trainer(model: nn.Module, optimizer: Any, given: dict[str, Any], found
         SettingsError, TaskError, RunError: as `watch` does.
     """
     data = {name: given[name] if given[name] is not None else found.get(name) for name in ("train", "val")}
+    if given["train"] is not None and given["val"] is None:
+        data["val"] = None  # the trainer's may have another form
     if given["loss"] is None and given["batch_loss"] is None:
         data["batch_loss"] = found.get("batch_loss")
     try:
-        recorder = watch(model, optimizer, **(given | data))
+        recorder = _watch_with_val(model, optimizer, given, given | data)
     except TaskError as failure:
         if any(given[name] is not None for name in ("train", "val", "loss", "batch_loss")):
             raise
@@ -76,3 +79,16 @@ def watch_trainer(model: nn.Module, optimizer: Any, given: dict[str, Any], found
         recorder = watch(model, optimizer, **(given | nothing))
     recorder.deferred = True
     return recorder
+
+
+def _watch_with_val(model: nn.Module, optimizer: Any, given: dict[str, Any], chosen: dict[str, Any]) -> Recorder:
+    """Watch, without the trainer's own validation set where that does not fit."""
+    if given["val"] is not None or chosen["val"] is None:
+        return watch(model, optimizer, **chosen)
+    try:
+        return watch(model, optimizer, **chosen)
+    except GroktraceError as failure:
+        recorder = watch(model, optimizer, **(chosen | {"val": None}))
+        reason = " ".join(str(failure).split())[:200]
+        tell(f"the trainer's own validation data are left out, as they cannot be used ({reason}); val= takes others.")
+        return recorder

@@ -1,14 +1,17 @@
 """Recording under transformers: Trainer(..., callbacks=[GroktraceCallback(every=100)])."""
 
 import os
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from groktrace.recording.tell import tell
 from groktrace.recording.trainers import TrainerRecording, watch_trainer
 
 try:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as failure:
     raise ImportError("this needs transformers: pip install 'groktrace[transformers]'") from failure
 
@@ -16,8 +19,8 @@ except ImportError as failure:
 class GroktraceCallback(TrainerRecording, TrainerCallback):
     """Snapshots of a Trainer's training, with what it logs.
 
-    Data and loss are the trainer's own: the training DataLoader, and the loss that the model computes. Where the
-    trainer computes another (compute_loss_func, label smoothing), give that one as `loss` or `batch_loss`.
+    Data and loss are the trainer's own: the DataLoaders of training and validation, and the loss that the model
+    computes, or the trainer (label smoothing, compute_loss_func, a compute_loss of its own).
 
     Takes the arguments of `TrainerRecording`; the run directory is "snapshots" in the trainer's output_dir by default.
     """
@@ -40,7 +43,16 @@ class GroktraceCallback(TrainerRecording, TrainerCallback):
         given = self._given | {"start_step": state.global_step}
         if given["out"] is None:
             given["out"] = os.path.join(args.output_dir, "snapshots")
-        found = {"train": train_dataloader, "batch_loss": _own_loss}
+        trainer = _find_trainer(self)
+        found = {"train": train_dataloader, "val": _validation(trainer), "batch_loss": _own_loss}
+        if trainer is None:
+            if args.label_smoothing_factor:
+                tell(
+                    "the loss is recorded without label smoothing, as the Trainer was not found; give the callback "
+                    "batch_loss=."
+                )
+        elif trainer.label_smoother or trainer.compute_loss_func or type(trainer).compute_loss != Trainer.compute_loss:
+            found["batch_loss"] = _trainers_loss(trainer)
         self.recorder = watch_trainer(model, optimizer, given, found)
 
     def on_log(
@@ -66,4 +78,46 @@ class GroktraceCallback(TrainerRecording, TrainerCallback):
 
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     """The loss that the model computes."""
-    return model(**batch).loss
+    outputs = model(**batch)
+    return outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+
+
+def _trainers_loss(trainer: Trainer) -> Callable[[nn.Module, Any], Tensor]:
+    """The loss that the trainer computes."""
+
+    def batch_loss(model: nn.Module, batch: Any) -> Tensor:
+        before = dict(vars(trainer))
+        trainer.log = lambda *_, **__: None  # this is not one of the trainer's batches
+        try:
+            loss = trainer.compute_loss(model, dict(batch))
+        finally:
+            for name in vars(trainer).keys() - before.keys():
+                del vars(trainer)[name]
+            vars(trainer).update(before)
+        return loss[0] if isinstance(loss, tuple) else loss
+
+    return batch_loss
+
+
+def _find_trainer(callback: TrainerCallback) -> Trainer | None:
+    """The trainer that calls: callbacks are not told of it, but its methods are on the stack."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer) and callback in owner.callback_handler.callbacks:
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def _validation(trainer: Trainer | None) -> Any:
+    """What the trainer validates on, as one DataLoader."""
+    if trainer is None or trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
+        return None
+    kept = len(trainer.accelerator._dataloaders)
+    try:
+        return trainer.get_eval_dataloader()
+    except Exception:  # then it has none for the evaluation either
+        return None
+    finally:
+        del trainer.accelerator._dataloaders[kept:]  # the trainer will make its own

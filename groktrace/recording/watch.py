@@ -14,8 +14,9 @@ from groktrace.errors import GroktraceError, SettingsError
 from groktrace.recording.capture import Capture, describe_weights, gathered, is_sharded, named_tensors, plain_model
 from groktrace.recording.hooks import hookable
 from groktrace.recording.prepare import Evaluation, describe_run, prepare_evaluation, write_frozen, write_start
-from groktrace.recording.recorder import Recorder, open_recorders, tell
+from groktrace.recording.recorder import Recorder, open_recorders
 from groktrace.recording.schedule import check_count, make_schedule
+from groktrace.recording.tell import tell
 from groktrace.recording.writer import remove_leftovers
 from groktrace.run import files, layout
 from groktrace.run.remote import Remote, is_url
@@ -150,7 +151,10 @@ def watch(
                 hint = task or "package.module:factory"
                 tell(f"model and loss cannot be kept as a program, so analysis will need `--task {hint}` ({reason}).")
     capture = Capture(source, specs, once)
-    return Recorder(model, optimizer, plan.keep, capture, place, start, writes, weights is not None, remote)
+    guard = None if sharded else evaluation.guard
+    if guard is not None:
+        guard.frozen, guard.average = root / layout.FROZEN_FILE, weights is not None
+    return Recorder(model, optimizer, plan.keep, capture, place, start, writes, weights is not None, remote, guard)
 
 
 @contextlib.contextmanager

@@ -6,13 +6,16 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from groktrace.run import files, layout
 from groktrace.run.remote import Remote
+from groktrace.run.store import MAX_DOUBT
 
 QUEUE_BYTES = 2**20
 QUEUE_SECONDS = 1.0
@@ -52,6 +55,7 @@ class Writer:
         last_step: the newest step that lies on disk whole, or None.
         error: why the newest write that failed did, or None.
         unsent: after `close`, the folder with what could not be uploaded, or None.
+        idle: called about once a second while nothing is to be written; it must not raise.
     """
 
     def __init__(self, root: Path, remote: Remote | None = None) -> None:
@@ -61,7 +65,9 @@ class Writer:
         self.last_step: int | None = None
         self.error: Exception | None = None
         self.unsent: Path | None = None
+        self.idle: Callable[[], None] | None = None
         self._root = root
+        self._marks: list[dict[str, Any]] = []  # doubts that are still to be written
         self._jobs: deque[tuple[int, dict[str, Tensor], dict[str, float]]] = deque()
         self._queued = 0  # bytes of the jobs that wait, QUEUE_BYTES and more where one is not small
         self._hurry = self._stopping = self._ended = False
@@ -89,8 +95,20 @@ class Writer:
         with self._changed:
             self._drain()
 
+    def mark(self, step: int, text: str) -> None:
+        """Have a doubt kept in run.json.
+
+        Args:
+            step: at which it arose.
+            text: what it is.
+        """
+        with self._changed:
+            self._marks.append({"step": step, "text": text[:MAX_DOUBT]})
+            self._hurry = True
+            self._changed.notify_all()
+
     def _drain(self) -> None:
-        while self._jobs:
+        while self._jobs or self._marks:
             if not self._thread.is_alive():
                 raise RuntimeError("the thread that writes snapshots has ended")
             self._hurry = True
@@ -125,11 +143,8 @@ class Writer:
                 self._changed.wait(1.0)
         self._thread.join()
         try:
-            path = self._root / layout.RUN_FILE
             # Who follows the recording learns from this, written last, that nothing more will come.
-            files.write_json(path, {**files.read_json(path), "closed": now()})
-            if self._remote is not None:
-                self._remote.send(path, forget=True)
+            self._describe(closed=now())
         except Exception as failure:
             self.error = failure
         if self._remote is not None:
@@ -137,33 +152,65 @@ class Writer:
 
     def _work(self) -> None:
         while True:
+            look = False
             with self._changed:
                 while not self._hurry and not self._stopping:
-                    if not self._changed.wait(QUEUE_SECONDS) and self._jobs:
+                    if not self._changed.wait(QUEUE_SECONDS):
+                        look = not self._jobs
                         break
-                if not self._jobs:
+                marks = list(self._marks)
+                if not self._jobs and not marks and not look:
                     self._hurry = False
                     if self._stopping:
                         self._ended = True
                         self._changed.notify_all()
                         return
                     continue
-                step, tensors, metrics = self._jobs[0]
-                last = len(self._jobs) == 1
-            try:
-                size = self._write(step, tensors, metrics)
-                self.written, self.bytes, self.last_step = self.written + 1, self.bytes + size, step
-            except Exception as failure:  # the training thread reports it; later snapshots are still tried
-                self.error = failure
-            del tensors
-            if last:  # once for all that came together
-                files.sync_folder(self._root / layout.WEIGHTS_FOLDER)
-            with self._changed:
-                self._jobs.popleft()
-                self._hurry = bool(self._jobs)  # those that came meanwhile go with this batch
-                if not self._jobs:
-                    self._queued = 0
-                    self._changed.notify_all()
+                jobs = bool(self._jobs)
+            if look and self.idle is not None:
+                self.idle()
+            if marks:
+                self._keep(marks)
+            if jobs:
+                self._write_first()
+
+    def _keep(self, marks: list[dict[str, Any]]) -> None:
+        """Write doubts into run.json."""
+        try:
+            known = files.read_json(self._root / layout.RUN_FILE).get("doubts") or []
+            self._describe(doubts=[*known, *marks])
+        except Exception as failure:
+            self.error = failure
+        with self._changed:
+            del self._marks[: len(marks)]
+            self._changed.notify_all()
+
+    def _describe(self, **entries: Any) -> None:
+        """Change entries of run.json."""
+        path = self._root / layout.RUN_FILE
+        files.write_json(path, {**files.read_json(path), **entries})
+        if self._remote is not None:
+            self._remote.send(path, forget=True)
+
+    def _write_first(self) -> None:
+        """Write the job that waits longest."""
+        with self._changed:
+            step, tensors, metrics = self._jobs[0]
+            last = len(self._jobs) == 1
+        try:
+            size = self._write(step, tensors, metrics)
+            self.written, self.bytes, self.last_step = self.written + 1, self.bytes + size, step
+        except Exception as failure:  # the training thread reports it; later snapshots are still tried
+            self.error = failure
+        del tensors
+        if last:  # once for all that came together
+            files.sync_folder(self._root / layout.WEIGHTS_FOLDER)
+        with self._changed:
+            self._jobs.popleft()
+            self._hurry = bool(self._jobs)  # those that came meanwhile go with this batch
+            if not self._jobs:
+                self._queued = 0
+                self._changed.notify_all()
 
     def _write(self, step: int, tensors: dict[str, Tensor], metrics: dict[str, float]) -> int:
         metadata = {

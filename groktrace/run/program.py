@@ -15,14 +15,14 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from groktrace.errors import RunError, TaskError
-from groktrace.run.attention import twice_differentiable
+from groktrace.run import numbers
 from groktrace.run.batch import Batch
 from groktrace.run.graph import FORMAT, Graph, build
 from groktrace.run.operations import ARITHMETIC_NAMES, RandomError, RefusedError
 from groktrace.run.task import Forward, evaluation_mode
+from groktrace.run.verify import explain, perturbed, verify
 
 EXAMPLE_SAMPLES = 32
 
@@ -38,6 +38,11 @@ class Program:
 
     graph: Graph
     where: str | None = None
+
+    @property
+    def static_batch(self) -> int | None:
+        """The only size of batches that it takes; None where that is free."""
+        return self.graph.document["static_batch"]
 
     @property
     def constants(self) -> dict[str, Tensor]:
@@ -110,37 +115,89 @@ class Program:
         device = next(model.parameters(), batch.tensors[0]).device
         # Sizes of one are burnt into a trace, so a single sample is doubled.
         few = batch.take(slice(0, EXAMPLE_SAMPLES) if len(batch) > 1 else torch.tensor([0, 0], device="cpu"))
-        with _undisturbed(device), _quiet(), evaluation_mode(plain):
+        with undisturbed(device), _quiet(), evaluation_mode(plain):
             try:
                 try:
-                    return cls(_trace(plain, few.to(device), dynamic=True))
+                    return cls(_trace_somehow(plain, few.to(device), batch.to(device)))
                 except RandomError:
                     raise
-                except Exception:
-                    return cls(_trace(plain, batch.to(device), dynamic=False))
+                except Exception as failure:
+                    return cls(_trace_with_numbers(plain, few.to(device), batch.to(device), failure))
             except RandomError as failure:
                 raise TaskError(f"the loss is not a function of the weights alone: {failure}.") from failure
             except RefusedError as failure:
                 raise TaskError(f"the model and loss cannot be recorded as a program: {failure}.") from failure
             except Exception as failure:
-                reason = f"{type(failure).__name__}: {_line(failure)}"
+                reason = explain(failure)
                 raise TaskError(f"the model and loss cannot be traced by torch.export ({reason}).") from failure
+
+
+def _trace_somehow(plain: Forward, few: Batch, batch: Batch) -> Graph:
+    """The graph, for batches of any size if that can be had."""
+    try:
+        return _trace(plain, few, dynamic=True)
+    except RandomError:
+        raise
+    except Exception:
+        return _trace(plain, batch, dynamic=False)
+
+
+def _trace_with_numbers(plain: Forward, few: Batch, batch: Batch, failure: Exception) -> Graph:
+    """The graph of a loss that reads numbers off its tensors which it has no use for itself, as for a log.
+
+    Whatever the numbers, the graph must be the same one, and give the live loss on other samples and at other weights.
+
+    Raises:
+        Exception: `failure`, where there is no such graph.
+    """
+    for example, dynamic in ((few, True), (batch, False)):
+        state = {name: t.clone() for name, t in (*plain.named_parameters(), *plain.named_buffers())}  # it may move them
+        with torch.no_grad(), numbers.noted() as values:
+            torch.func.functional_call(plain, state, example.tensors)
+        if not values:
+            break
+        try:
+            with numbers.given(values):
+                document, constants = _export(plain, example, dynamic)
+            same = 0
+            for variant in numbers.variants(values):
+                with contextlib.suppress(ArithmeticError, ValueError), numbers.given(variant):  # a logarithm, say
+                    if json.dumps(_export(plain, example, dynamic)[0]) != json.dumps(document):
+                        raise failure
+                    same += 1
+            if not same:
+                raise failure
+            graph = build(json.loads(json.dumps(document)), constants)
+            for part in _parts(example, dynamic):
+                verify(graph, plain, part)
+                for scale in (0.1, 1.0):
+                    verify(graph, plain, part, perturbed(plain, scale))
+            return graph
+        except RandomError:
+            raise
+        except Exception:
+            continue
+    raise failure
+
+
+def _parts(example: Batch, dynamic: bool) -> list[Batch]:
+    """The whole, and where that is possible each half."""
+    half = len(example) // 2
+    return (
+        [example]
+        if not dynamic or half < 2
+        else [example, example.take(slice(0, half)), example.take(slice(half, None))]
+    )
 
 
 def _trace(plain: Forward, example: Batch, dynamic: bool) -> Graph:
     """The graph, rebuilt from its own JSON and compared with the live model on all and on half of the example."""
     document, constants = _export(plain, example, dynamic)
     graph = build(json.loads(json.dumps(document)), constants)
-    _verify(graph, plain, example)
+    verify(graph, plain, example)
     if dynamic and len(example) >= 4:
-        _verify(graph, plain, example.take(slice(0, len(example) // 2)))
+        verify(graph, plain, example.take(slice(0, len(example) // 2)))
     return graph
-
-
-def _line(failure: Exception) -> str:
-    """The first line of a message, shortened."""
-    line = next((line.strip() for line in str(failure).splitlines() if line.strip()), "no message")
-    return line if len(line) <= 160 else line[:157] + "..."
 
 
 def _export(plain: Forward, example: Batch, dynamic: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -246,51 +303,8 @@ def _encode(value: Any, index: Mapping[torch.fx.Node, int]) -> Any:
     raise RefusedError(f"it passes a {type(value).__name__} to an operation")
 
 
-def _verify(graph: Graph, plain: Forward, example: Batch) -> None:
-    """Compare loss and gradient with those of the live model.
-
-    Raises:
-        RandomError: the live loss differs from one evaluation to the next.
-        RefusedError: the program's loss or gradient is another one.
-    """
-
-    def buffers() -> dict[str, Tensor]:
-        return {name: buffer.clone() for name, buffer in plain.model.named_buffers()}  # the model may move its own
-
-    def live() -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
-            moved = {f"model.{name}": buffer for name, buffer in buffers().items()}
-            return torch.func.functional_call(plain, moved, example.tensors)[0]
-
-    weights = dict(plain.model.named_parameters()) | buffers()
-    with torch.enable_grad():
-        expected, again = live(), live()
-        with twice_differentiable():
-            loss, _ = graph.run(weights, example.tensors)
-    if not _same(expected, again):
-        raise RandomError("two evaluations of it differ")
-    if not _same(expected, loss):
-        raise RefusedError(f"traced, the loss is {loss.item()!r}; live, it is {expected.item()!r}")
-    moving = [parameter for parameter in plain.model.parameters() if parameter.requires_grad]
-    try:
-        wanted, got = (
-            torch.autograd.grad(value, moving, allow_unused=True, materialize_grads=True) for value in (expected, loss)
-        )
-    except RuntimeError as failure:
-        raise RefusedError(f"its gradient with respect to the weights fails ({_line(failure)})") from failure
-    error = math.hypot(*(float((a - b).float().norm()) for a, b in zip(wanted, got, strict=True)))
-    # A custom autograd.Function, such as a straight-through estimator, is traced without its own backward.
-    if error > 1e-3 * math.hypot(*(float(a.float().norm()) for a in wanted)):
-        raise RefusedError("traced, the loss has another gradient than live; does it hold a custom autograd.Function?")
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    """Bitwise on the CPU; sums on other devices may run in any order."""
-    return torch.allclose(left, right, rtol=0 if left.device.type == "cpu" else 1e-4, atol=0, equal_nan=True)
-
-
 @contextlib.contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
+def undisturbed(device: torch.device) -> Iterator[None]:
     """Put every random generator back, run compiled parts as plain Python, and keep attention unfused."""
     python, legacy, fast = random.getstate(), numpy.random.get_state(), torch.backends.mha.get_fastpath_enabled()
     try:

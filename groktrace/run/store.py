@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from groktrace.errors import RunError, SnapshotError, TaskError, printable
-from groktrace.run import layout
+from groktrace.run import layout, pending
 from groktrace.run.batch import Batch, check_lengths, unflatten
 from groktrace.run.files import parse_json, read_json, read_metadata, read_tensors, read_unverified
 from groktrace.run.remote import Remote, is_url
 from groktrace.run.task import Task
 
+MAX_DOUBTS, MAX_DOUBT = 1000, 2000  # marks, and characters of one
 LINK_ADVICE = "out of the run directory, outside of which nothing is read or written; copy the run with cp -rL."
 
 
@@ -172,6 +173,11 @@ class Run:
         return self.info.get("closed") is not None
 
     @property
+    def doubts(self) -> tuple[str, ...]:
+        """What the recording found that its program, with which the analysis measures, no longer gives as trained."""
+        return tuple(f"step {mark['step']}: {printable(mark['text'])}" for mark in self.info.get("doubts") or ())
+
+    @property
     def weight_decay(self) -> bool | None:
         """Whether any of the optimizer's groups decays its weights; None where that is not known."""
         try:
@@ -186,6 +192,7 @@ class Run:
         Raises:
             RunError: as `open_run`.
         """
+        pending.flush(self.name)
         try:
             if self.remote is not None:
                 self.remote.refresh()
@@ -292,6 +299,7 @@ def open_run(path: str | Path) -> Run:
         RunError: it is missing, not groktrace's, of a newer format, damaged, or without snapshots.
     """
     remote = None
+    pending.flush(path)
     try:
         if is_url(path):
             remote = Remote(str(path))
@@ -357,6 +365,12 @@ def check_info(info: Any, path: Path) -> dict[str, WeightSpec]:
             raise ValueError("n")
         if data is not None and not (isinstance(data, dict) and "train" in data):
             raise ValueError("data")
+        doubts = info.get("doubts") or []
+        if not isinstance(doubts, list) or len(doubts) > MAX_DOUBTS:
+            raise ValueError("doubts")
+        for mark in doubts:
+            if type(mark["step"]) is not int or not (isinstance(mark["text"], str) and len(mark["text"]) <= MAX_DOUBT):
+                raise ValueError("doubts")
     except (KeyError, TypeError, ValueError, AttributeError) as failure:
         raise RunError(f"{path}: damaged: {failure} is missing or not what it should be.") from failure
     return specs

@@ -7,21 +7,30 @@ import pytest
 import torch
 from torch import nn
 
+from groktrace.run.program import undisturbed
+
 
 class FakeProgram:
     """What recording needs of groktrace.run.program.Program."""
 
     failure = None
+    static_batch = None
 
-    def __init__(self):
+    def __init__(self, live=None):
         self.constants = {"offset": torch.arange(3.0)}
+        self.live = live
 
     @classmethod
     def trace(cls, forward, batch):
         torch.rand(3)  # a tracer may draw numbers; the training must not notice
         if cls.failure is not None:
             raise cls.failure
-        return cls()
+        return cls(forward)
+
+    def forward(self, weights, tensors):
+        return torch.func.functional_call(
+            self.live, {f"model.{name}": value for name, value in weights.items()}, tensors
+        )
 
     def to_json(self):
         return {"nodes": []}
@@ -32,6 +41,7 @@ def program(monkeypatch):
     """The class that recording gets for Program; set `failure` to make tracing fail."""
     module = types.ModuleType("groktrace.run.program")
     module.Program = type("Program", (FakeProgram,), {})
+    module.undisturbed = undisturbed
     monkeypatch.setitem(sys.modules, "groktrace.run.program", module)
     return module.Program
 

@@ -127,3 +127,32 @@ def test_skipped_updates_of_a_fused_optimizer_are_marked(count):
     seen, truth = scaled_loop(count, fused=True)
     assert [float(flag) for flag in seen] == [0.0, 1.0, 0.0]
     assert truth == 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on importing its compiler
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_step_of_another_optimizer_stays_as_it_is(whole):
+    watched, other = make_optimizer(), make_optimizer()
+    hooks = UpdateHooks(watched, lambda _: None, lambda: None, lambda _: None, lambda _: False)
+    weight = other.param_groups[0]["params"][0]
+    compiled = torch.compile(lambda: other.step(), backend="eager", fullgraph=whole)
+    for _ in range(3):
+        compiled()
+    assert torch.allclose(weight, torch.full((2,), 0.7))
+    hooks.remove()
+    compiled()
+    assert torch.allclose(weight, torch.full((2,), 0.6))
+
+
+def test_nothing_is_left_of_the_hooks():
+    before = dict(torch.optim.optimizer._global_optimizer_pre_hooks)
+    optimizer = make_optimizer()
+    hooks = UpdateHooks(optimizer, lambda _: None, lambda: None, lambda _: None, lambda _: True)
+    successor = torch.optim.SGD(optimizer.param_groups[0]["params"], lr=0.1)
+    successor.step()
+    successor.step()
+    hooks.remove()
+    assert dict(torch.optim.optimizer._global_optimizer_pre_hooks) == before
+    for each in (optimizer, successor):
+        assert not each._optimizer_step_pre_hooks
+        assert not each._optimizer_step_post_hooks

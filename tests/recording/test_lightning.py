@@ -92,6 +92,38 @@ def test_the_trainers_own_data_and_loss(tmp_path):
     assert trajectory.points[-1].train_loss == pytest.approx(expected, rel=1e-5)
 
 
+class Validated(Module):
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+
+def fit_validated(folder, *sets):
+    torch.manual_seed(0)
+    module = make(Validated)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    callback = GroktraceCallback(every=4, out=folder)
+    trainer = pl.Trainer(callbacks=[callback], max_steps=8, enable_checkpointing=False, **quiet)
+    trainer.fit(module, loader(), [DataLoader(TensorDataset(*each), batch_size=5) for each in sets])
+    return module, groktrace.analyze(folder, **FEW).points
+
+
+def test_the_trainers_own_validation_set(tmp_path):
+    x, y = (tensor.flip(0)[:10] for tensor in data())
+    module, points = fit_validated(tmp_path / "one", (x, y))
+    expected = F.cross_entropy(module.eval().net(x), y).item()
+    assert points[-1].val_loss == pytest.approx(expected, rel=1e-5)
+    assert points[-1].val_loss != pytest.approx(points[-1].train_loss, rel=1e-3)
+
+
+def test_a_validation_set_of_another_form_is_left_out_and_its_logged_loss_taken(tmp_path):
+    x, y = (tensor.flip(0)[:10] for tensor in data())
+    with pytest.warns(RuntimeWarning, match="trainer's own validation data are left out"):
+        module, points = fit_validated(tmp_path / "run", (x, y, y))
+    assert groktrace.open_run(tmp_path / "run").info["data"]["val"] is None
+    expected = F.cross_entropy(module.eval().net(x), y).item()
+    assert points[-1].val_loss == pytest.approx(expected, rel=1e-5)
+
+
 def test_what_is_logged_is_of_the_snapshots_own_step(tmp_path):
     class Counting(Module):
         def training_step(self, batch, batch_idx):

@@ -34,7 +34,7 @@ class Sentences(Dataset):
         return {"input_ids": self.tokens[i], "labels": self.tokens[i]}
 
 
-def train(folder, *callbacks, resume=False, **settings):
+def train(folder, *callbacks, resume=False, kind=transformers.Trainer, **settings):
     """Seven updates of a small GPT-2; returns the trainer."""
     transformers.set_seed(0)
     size = {"vocab_size": 9, "n_positions": 6, "n_embd": 8, "n_layer": 1, "n_head": 2}
@@ -43,9 +43,7 @@ def train(folder, *callbacks, resume=False, **settings):
     arguments = transformers.TrainingArguments(
         str(folder), report_to="none", use_cpu=True, disable_tqdm=True, learning_rate=0.01, **settings
     )
-    trainer = transformers.Trainer(
-        model, arguments, train_dataset=Sentences(), eval_dataset=Sentences(), callbacks=list(callbacks)
-    )
+    trainer = kind(model, arguments, train_dataset=Sentences(), eval_dataset=Sentences(), callbacks=list(callbacks))
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -122,6 +120,51 @@ def test_a_loss_that_the_model_does_not_compute(tmp_path):
     model = train(tmp_path / "b", GroktraceCallback(batch_loss=loss, every=7, **given)).model
     trajectory = groktrace.analyze(tmp_path / "b" / "snapshots", **FEW)
     assert trajectory.points[-1].train_loss == pytest.approx(own_loss(model), rel=1e-5)
+
+
+def analysed_loss(folder, trainer):
+    """The last loss on training and validation data as analysed, and live."""
+    point = groktrace.analyze(folder / "snapshots", **FEW).points[-1]
+    tokens = Sentences().tokens
+    trainer.model.eval()
+    with torch.no_grad():
+        live = trainer.compute_loss(trainer.model, {"input_ids": tokens, "labels": tokens})
+    return point.train_loss, point.val_loss, float(live)
+
+
+def tripled(outputs, labels, num_items_in_batch=None):
+    return 3 * F.cross_entropy(outputs["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+class OwnLoss(transformers.Trainer):
+    calls = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.calls = self.calls + 1
+        outputs = model(**inputs)
+        self.log({"size": 1.0})
+        loss = outputs.loss + 0.1 * outputs.logits.square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        {"label_smoothing_factor": 0.2},
+        {"kind": lambda *given, **named: transformers.Trainer(*given, compute_loss_func=tripled, **named)},
+        {"kind": OwnLoss},
+    ],
+    ids=["label smoothing", "compute_loss_func", "compute_loss"],
+)
+def test_the_loss_that_the_trainer_computes(tmp_path, trained):
+    trainer = train(tmp_path, GroktraceCallback(every=4), **trained)
+    if isinstance(trainer, OwnLoss):
+        assert trainer.calls == 7
+        assert sum("size" in each for each in trainer.state.log_history) == 7
+    on_train, on_val, live = analysed_loss(tmp_path, trainer)
+    assert on_train == pytest.approx(live, rel=1e-5)
+    assert on_val == pytest.approx(live, rel=1e-5)
+    assert live != pytest.approx(own_loss(trainer.model), rel=1e-4)
 
 
 def test_without_transformers_it_is_said_what_to_install(monkeypatch):

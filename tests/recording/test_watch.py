@@ -18,7 +18,7 @@ from torch import nn
 from groktrace.errors import GroktraceError
 from groktrace.recording import recorder as recorder_module
 from groktrace.recording import writer as writer_module
-from groktrace.recording.recorder import _close_all, open_recorders
+from groktrace.recording.termination import close_all, open_recorders
 from groktrace.recording.watch import watch
 from groktrace.run import files, layout
 from groktrace.run.store import open_run
@@ -96,7 +96,8 @@ def test_step_besides_an_optimizer_is_told_and_not_counted(training, tmp_path):
 def test_an_optimizer_that_does_not_train_is_told(training, tmp_path):
     idle = torch.optim.SGD(training.model.parameters(), lr=1.0)
     recorder = watch(training.model, idle, out=tmp_path / "run")
-    training.update(3)
+    with torch.no_grad():
+        training.model[2].bias.add_(1.0)
     with pytest.warns(RuntimeWarning, match="the weights changed, but no update was seen"):
         recorder.close()
     assert steps_of(recorder) == [0]
@@ -107,10 +108,16 @@ def test_logged_metrics_go_with_the_next_snapshot(training, tmp_path):
         training.update()
         recorder.log(loss=torch.tensor(0.5), rate=1)
         recorder.log(rate=2)
-        training.update(2)
-        with pytest.warns(RuntimeWarning, match="could not convert string"):
-            recorder.log(name="x")
-    assert [snapshot.metrics() for snapshot in open_run(recorder.out).snapshots] == [{}, {"loss": 0.5, "rate": 2.0}, {}]
+        training.update()
+        with pytest.warns(RuntimeWarning, match="log: 'phase' is left out.*could not convert string"):
+            recorder.log(phase="warm-up", rate=3, worst=float("nan"))
+        recorder.log(phase="later", many=torch.zeros(1))
+        training.update()
+        recorder.log(phase=None)
+    first, second, third = (snapshot.metrics() for snapshot in open_run(recorder.out).snapshots)
+    assert (first, second) == ({}, {"loss": 0.5, "rate": 2.0})
+    assert third.keys() == {"rate", "worst", "many"}
+    assert third["rate"] == 3.0
 
 
 def test_a_snapshot_is_of_one_moment(training, tmp_path, monkeypatch):
@@ -205,7 +212,7 @@ def test_an_interrupted_close_is_made_up_for_at_exit(training, tmp_path, monkeyp
         with pytest.raises(KeyboardInterrupt):
             recorder.close()
     assert recorder in open_recorders
-    _close_all()
+    close_all()
     assert steps_of(recorder) == [0, 3]
     assert recorder not in open_recorders
     assert not recorder._writer._thread.is_alive()

@@ -179,6 +179,13 @@ def spec(**entries):
         ({"n": True}, "n is missing"),
         ({"n": None}, "n is missing"),
         ({"data": []}, "data is missing"),
+        ({"doubts": 3}, "doubts is missing"),
+        ({"doubts": {"step": 1, "text": "a"}}, "doubts is missing"),
+        ({"doubts": [3]}, "not subscriptable"),
+        ({"doubts": [{"step": 1}]}, "'text' is missing"),
+        ({"doubts": [{"step": 1.0, "text": "a"}]}, "doubts is missing"),
+        ({"doubts": [{"step": 1, "text": "a" * 2001}]}, "doubts is missing"),
+        ({"doubts": [{"step": 1, "text": "a"}] * 1001}, "doubts is missing"),
         ({"data": {}}, "data is missing"),
     ],
 )
@@ -193,6 +200,15 @@ def test_missing_entries_are_named(root, key):
     files.write_json(root / "run.json", {name: value for name, value in INFO.items() if name != key})
     with pytest.raises(RunError, match=rf"run\.json: damaged: '{key}' is missing"):
         open_run(root)
+
+
+def test_doubts_are_read_and_printable(root):
+    assert open_run(change(root, doubts=None)).doubts == ()
+    doubts = [{"step": 7, "text": "the loss is another\x1b[2J"}, {"step": 9, "text": "so is its gradient"}]
+    first, second = open_run(change(root, doubts=doubts)).doubts
+    assert first.startswith("step 7: the loss is another")
+    assert "\x1b" not in first
+    assert second == "step 9: so is its gradient"
 
 
 def test_a_recording_without_data_opens(root):

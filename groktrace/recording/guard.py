@@ -1,0 +1,282 @@
+"""What the recorded program gives, held against the loss and gradient that train, now and then."""
+
+import contextlib
+import math
+import time
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from groktrace.run import files
+from groktrace.run.batch import Batch
+from groktrace.run.task import Forward, evaluation_mode
+
+SAMPLES = 8
+SHARE = 0.005  # of the time since the start, for all checks but the first and the last
+# Relative differences beyond rounding, of the loss and of the gradient: on a processor, and elsewhere or in half
+# precision.
+EXACT, ROUGH = (1e-4, 1e-3), (1e-2, 1e-1)
+# What rounding leaves of a loss or a gradient that has all but vanished, relative to those at the start.
+FLOOR = (1e-7, 1e-5)
+LARGE = 2**26  # bytes of weights that are not copied, read or differentiated again for a check
+CAUSES = (
+    "Does the loss read a number that changes while training, or weights that are not the model's own? In a buffer of "
+    "the model (register_buffer) each snapshot keeps them."
+)
+
+
+class Guard:
+    """Compares the live model and loss with their program on a few samples.
+
+    Args:
+        forward: model and loss.
+        program: traced from them, with their `forward` as a function of weights and samples.
+        batch: training samples.
+        fixed: whether the program takes batches of that size only.
+
+    Attributes:
+        frozen: the file of weights that snapshots may leave out, if there is one.
+        average: whether the weights that are recorded are not the model's own, but an average of them.
+        failure: why the last check could not be made, if so.
+    """
+
+    def __init__(self, forward: Forward, program: Any, batch: Batch, fixed: bool) -> None:
+        self._forward, self._program = forward, program
+        self._began = time.perf_counter()
+        self._spent = self._last = 0.0
+        self._count, self._next = 0, 1
+        self.frozen: Path | None = None
+        self.average = False
+        self.failure: str | None = None
+        self._found: set[str] = set()
+        some = [batch] if fixed else [_first(batch, SAMPLES), _first(batch, 2 * SAMPLES)]
+        self._device = next(forward.model.parameters()).device
+        rough = self._device.type != "cpu" or any(p.element_size() < 4 for p in forward.model.parameters())
+        self._tolerances = ROUGH if rough else EXACT
+        self._scale = (0.0, 0.0)
+        self._samples, self._usable = batch, False
+        tensors = {name: tensor.detach() for name, tensor in _state(forward.model).items()}
+        for self._samples in some:  # the program may have been traced for sizes that a few samples do not have
+            with contextlib.suppress(Exception):
+                with self._unseen():
+                    live, gradient = self._live(None, not self._large(tensors))
+                self._scale = (abs(live), _norm(gradient))
+                if not self._compare(tensors, gradient=False):
+                    self._usable = True
+                    break
+        self._found.clear()
+        self._spent = 0.0
+
+    def due(self) -> bool:
+        """Whether the snapshot just taken is to be checked: the first, and later ones ever more rarely."""
+        self._count += 1
+        cheap = self._spent + self._last <= SHARE * (time.perf_counter() - self._began)
+        if not self._usable or self._count < self._next or not (self._count == 1 or cheap):
+            return False
+        self._next = 2 * self._count
+        return True
+
+    def check(self, tensors: Mapping[str, Tensor], gradient: bool = False) -> list[str]:
+        """What differs between the live loss and the program at a snapshot; each thing once.
+
+        Args:
+            tensors: as recorded; what was frozen may be missing.
+            gradient: whether to compare the gradients too.
+        """
+        if not self._usable:
+            return []
+        try:
+            return self._compare(tensors, gradient)
+        except Exception as failure:  # that of the user's code, or of too little memory
+            reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+            self.failure = (
+                "it cannot be checked whether the recorded program still gives the loss that trains: on samples on "
+                f"which it could be evaluated at watch(), it now fails ({reason})."
+            )
+            return []
+
+    def _compare(self, tensors: Mapping[str, Tensor], gradient: bool) -> list[str]:
+        began = time.perf_counter()
+        with self._unseen():
+            weights = self._complete(tensors)
+            gradient = gradient and not self._large(weights)
+            live, wanted = self._live(weights if self.average else None, gradient)
+            recorded, got = self._recorded(weights, gradient)
+        self._last = time.perf_counter() - began
+        self._spent += self._last
+        if not _close(live, recorded, self._tolerances[0], FLOOR[0] * self._scale[0]):
+            text = (
+                f"the loss on {len(self._samples)} training samples is {live:.6g}, but the recorded "
+                f"program, with which the analysis measures, gives {recorded:.6g}. {CAUSES}"
+            )
+            return self._once("loss", text)
+        if gradient:
+            error, norm = _distance(wanted, got), _norm(wanted)
+            if not error <= self._tolerances[1] * norm + FLOOR[1] * self._scale[1]:
+                share = f"by {error / norm:.2g} of its norm" if 0 < norm < math.inf and error < math.inf else "wholly"
+                text = (
+                    f"the loss's gradient differs {share} from that of the recorded program, with which "
+                    f"the analysis measures. {CAUSES}"
+                )
+                return self._once("gradient", text)
+        return []
+
+    def _once(self, kind: str, text: str) -> list[str]:
+        new = kind not in self._found
+        self._found.add(kind)
+        return [text] if new else []
+
+    def _complete(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors of a snapshot, where the live ones are."""
+        weights = {name: tensor.detach() for name, tensor in _state(self._forward.model).items()}
+        if self._device.type != "cpu" and self._large(weights):
+            return weights
+        frozen = self.frozen if len(tensors) < len(weights) else None
+        if frozen is not None and frozen.exists() and frozen.stat().st_size <= LARGE:
+            weights |= files.read_tensors(frozen)[0]
+        weights |= tensors
+        return {name: tensor.to(self._device) for name, tensor in weights.items()}
+
+    def _large(self, weights: Mapping[str, Tensor]) -> bool:
+        return sum(tensor.nbytes for tensor in weights.values()) > LARGE
+
+    def _live(self, weights: Mapping[str, Tensor] | None, gradient: bool) -> tuple[float, dict[str, Tensor]]:
+        """Loss and gradient of the model as it trains, or of its code at other weights."""
+        # Whatever the forward pass does to buffers, it does to copies.
+        state = {name: buffer.clone() for name, buffer in self._forward.named_buffers()}
+        known = dict(self._forward.model.named_parameters())
+        if weights is not None:
+            known = _differentiable(weights, known)
+            state |= {f"model.{name}": tensor for name, tensor in {**weights, **known}.items()}
+        wanted = {name: tensor for name, tensor in known.items() if tensor.requires_grad} if gradient else {}
+        with torch.set_grad_enabled(bool(wanted)), sdpa_kernel(SDPBackend.MATH):
+            loss, _ = torch.func.functional_call(self._forward, state, self._samples.to(self._device).tensors)
+        return float(loss.detach()), _gradient(loss, wanted)
+
+    def _recorded(self, weights: Mapping[str, Tensor], gradient: bool) -> tuple[float, dict[str, Tensor]]:
+        """Loss and gradient of the program."""
+        wanted = _differentiable(weights, dict(self._forward.model.named_parameters())) if gradient else {}
+        with torch.set_grad_enabled(bool(wanted)):
+            loss, _ = self._program.forward({**weights, **wanted}, self._samples.to(self._device).tensors)
+        return float(loss.detach()), _gradient(loss, wanted)
+
+    @contextlib.contextmanager
+    def _unseen(self) -> Iterator[None]:
+        """Nothing of the training changes: generators, flags, buffers, and what else model and loss count with."""
+        from groktrace.run.program import undisturbed
+
+        kinds = {"cpu", self._device.type}
+        with contextlib.ExitStack() as held:
+            held.enter_context(undisturbed(self._device))
+            held.enter_context(torch.inference_mode(False))
+            for kind in kinds:
+                held.enter_context(torch.autocast(kind, enabled=False))
+            held.enter_context(put_back(self._forward.model, self._forward.loss, self._forward.batch_loss))
+            held.enter_context(evaluation_mode(self._forward))
+            yield
+
+
+def _first(batch: Batch, count: int) -> Batch:
+    """The first samples; a single one twice, as a size of one is never free in a trace."""
+    return batch.take(slice(0, count) if len(batch) > 1 else torch.tensor([0, 0], device="cpu"))
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _differentiable(weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the weights that train, apart from the live ones."""
+    return {
+        name: weights[name].detach().requires_grad_()
+        for name, parameter in parameters.items()
+        if parameter.requires_grad and name in weights
+    }
+
+
+def _gradient(loss: Tensor, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not wanted:
+        return {}
+    found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(wanted, found, strict=True))
+
+
+def _close(live: float, recorded: float, rtol: float, floor: float) -> bool:
+    if live == recorded or (math.isnan(live) and math.isnan(recorded)):
+        return True
+    return abs(live - recorded) <= rtol * max(abs(live), abs(recorded)) + floor
+
+
+def _norm(gradient: Mapping[str, Tensor]) -> float:
+    """Of what is finite."""
+    return math.hypot(*(float(each.abs().float().nan_to_num(0, 0, 0).norm()) for each in gradient.values()))
+
+
+def _distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Norm of the difference, where what is not finite in the same way in both does not count."""
+
+    def apart(a: Tensor, b: Tensor) -> float:
+        same = (a == b) | (a.isnan() & b.isnan())
+        return float(torch.where(same, torch.zeros_like(a), a - b).abs().float().norm())
+
+    return math.hypot(*(apart(one[name], other[name]) for name in one))
+
+
+@contextlib.contextmanager
+def put_back(model: nn.Module, *losses: Any) -> Iterator[None]:
+    """Attributes of the modules, and variables that a loss function assigns to, as they were before.
+
+    A loss may count its calls, or keep what it saw: calls that are not the training's must leave no trace.
+
+    Args:
+        model: the network.
+        losses: functions or modules; anything else is left alone.
+    """
+    modules = [each for root in (model, *losses) if isinstance(root, nn.Module) for each in root.modules()]
+    places: list[tuple[dict[str, Any], Iterable[str] | None]] = [(vars(module), None) for module in modules]
+    places += [(module._buffers, None) for root in losses if isinstance(root, nn.Module) for module in root.modules()]
+    cells: list[tuple[types.CellType, Any]] = []
+    for function in losses:
+        while isinstance(function, types.MethodType):
+            if hasattr(function.__self__, "__dict__") and not isinstance(function.__self__, type):
+                places.append((vars(function.__self__), None))
+            function = function.__func__
+        if isinstance(function, types.FunctionType):
+            for cell in function.__closure__ or ():
+                with contextlib.suppress(ValueError):  # empty
+                    cells.append((cell, cell.cell_contents))
+            places.append((function.__globals__, function.__code__.co_names))
+    before = [
+        (place, names is None, {name: place[name] for name in (place if names is None else names) if name in place})
+        for place, names in places
+    ]
+    values = [value for _, _, known in before for value in known.values()] + [value for _, value in cells]
+    lists = [(value, len(value)) for value in values if type(value) is list]
+    registered = {id(tensor) for tensor in _state(model).values()}
+    tensors = [
+        (value, value._version, value.detach().clone())
+        for value in values
+        if type(value) is Tensor and id(value) not in registered and value.nbytes <= 2**20 and not value.is_inference()
+    ]
+    try:
+        yield
+    finally:
+        for place, whole, known in before:
+            for name in place.keys() - known.keys() if whole else ():
+                del place[name]
+            for name, value in known.items():
+                if place.get(name, cells) is not value:
+                    place[name] = value
+        for cell, value in cells:
+            cell.cell_contents = value
+        for value, length in lists:
+            del value[length:]
+        with torch.no_grad():
+            for value, version, copy in tensors:
+                if value._version != version:
+                    value.copy_(copy)

@@ -1,0 +1,48 @@
+"""What this process is still recording: who reads a run here sees every snapshot that is due."""
+
+import contextlib
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+from groktrace.run.remote import is_url
+
+_flushes: dict[str, "weakref.WeakMethod[Callable[[], None]]"] = {}
+
+
+def register(place: Path | str, flush: Callable[[], None]) -> None:
+    """Have `flush` called before the run is read.
+
+    Args:
+        place: the run directory or its URL.
+        flush: a method; its object is not kept alive by this.
+    """
+    _flushes[_key(place)] = weakref.WeakMethod(flush)
+
+
+def forget(place: Path | str, flush: Callable[[], None]) -> None:
+    """Undo `register`; another one's stays."""
+    known = _flushes.get(_key(place))
+    if known is not None and known() in (None, flush):
+        del _flushes[_key(place)]
+
+
+def flush(place: Path | str) -> None:
+    """Wait until what is being recorded at `place` is written.
+
+    Args:
+        place: a directory or a URL.
+    """
+    known = _flushes.get(_key(place))
+    method = None if known is None else known()
+    if method is not None:
+        method()
+
+
+def _key(place: Path | str) -> str:
+    if is_url(place):
+        return str(place).rstrip("/")
+    with contextlib.suppress(OSError, ValueError):
+        return os.path.realpath(Path(place).expanduser())
+    return str(place)

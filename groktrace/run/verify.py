@@ -1,0 +1,188 @@
+"""Whether a traced program is the live model and loss, and in which line of the user's code tracing failed."""
+
+import linecache
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from groktrace.run.attention import twice_differentiable
+from groktrace.run.batch import Batch
+from groktrace.run.graph import Graph
+from groktrace.run.operations import RandomError, RefusedError
+from groktrace.run.task import Forward
+
+_SYMBOL = re.compile(r"\b(?:[us]|zuf|zf)\d+\b")  # of the tracer, for numbers and sizes that it does not know
+_OWN_BACKWARD = "does it hold a custom autograd.Function?"
+
+
+def verify(graph: Graph, plain: Forward, example: Batch, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Compare loss and gradient with those of the live model.
+
+    Args:
+        graph: traced.
+        plain: model and loss, live.
+        example: samples.
+        weights: instead of the model's own, by its names.
+
+    Raises:
+        RandomError: the live loss differs from one evaluation to the next.
+        RefusedError: the program's loss or gradient is another one.
+    """
+
+    def buffers() -> dict[str, Tensor]:
+        return {name: buffer.clone() for name, buffer in plain.model.named_buffers()}  # the model may move its own
+
+    parameters = dict(plain.model.named_parameters()) | dict(weights or {})
+
+    def live() -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            moved = {f"model.{name}": tensor for name, tensor in {**buffers(), **(weights or {})}.items()}
+            return torch.func.functional_call(plain, moved, example.tensors)[0]
+
+    def recorded() -> Tensor:
+        with twice_differentiable():
+            return graph.run(parameters | buffers(), example.tensors)[0]
+
+    with torch.enable_grad():
+        expected, again = live(), live()
+        loss = recorded()
+    if not _same(expected, again):
+        raise RandomError("two evaluations of it differ")
+    if not _same(expected, loss):
+        raise RefusedError(f"traced, the loss is {loss.item()!r}; live, it is {expected.item()!r}")
+    moving = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    own_backward = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in _nodes(expected))
+    try:
+        wanted, got = (
+            torch.autograd.grad(value, moving, allow_unused=True, materialize_grads=True) for value in (expected, loss)
+        )
+    except RuntimeError as failure:
+        raise RefusedError(f"its gradient with respect to the weights fails ({first_line(failure)})") from failure
+    # A custom autograd.Function, such as a straight-through estimator, is traced without its own backward.
+    if not _distance(wanted, got) <= 1e-3 * _size(wanted):
+        raise RefusedError(f"traced, the loss has another gradient than live; {_OWN_BACKWARD}")
+    if own_backward:
+        with torch.enable_grad():
+            curved = _curvature(live(), moving), _curvature(recorded(), moving)
+        # One that is written by hand to be free of NaN may be that only as it stands. Where the live one is finite, it
+        # need not be right: that of a function that is once differentiable leaves out what it does not know.
+        if curved[1] is not None and not _finite(curved[1]) and (curved[0] is None or _finite(curved[0])):
+            raise RefusedError(f"traced, the loss's gradient has a derivative that is not finite; {_OWN_BACKWARD}")
+        for scale in (1.0, 3.0) if weights is None else ():  # it may be that of the forward pass only here
+            verify(graph, plain, example, perturbed(plain, scale))
+
+
+def perturbed(plain: Forward, scale: float) -> dict[str, Tensor]:
+    """Other weights, by the model's own names.
+
+    Args:
+        plain: model and loss.
+        scale: of the change, relative to the mean size of a tensor's elements.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def other(tensor: Tensor) -> Tensor:
+        noise = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor.device, tensor.dtype)
+        size = tensor.detach().abs().mean()
+        return (tensor.detach() + scale * size * noise).requires_grad_(tensor.requires_grad)
+
+    return {
+        name: other(tensor) if tensor.is_floating_point() else tensor for name, tensor in plain.model.named_parameters()
+    }
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(each.isfinite().all()) for each in tensors)
+
+
+def _curvature(loss: Tensor, moving: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    """The Hessian times one direction; None where it cannot be had."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    try:
+        slopes = torch.autograd.grad(loss, moving, create_graph=True, allow_unused=True, materialize_grads=True)
+        along = [torch.randn(w.shape, generator=generator, device="cpu", dtype=w.dtype).to(w.device) for w in moving]
+        slope = sum((a * b).sum() for a, b in zip(slopes, along, strict=True))
+        return torch.autograd.grad(slope, moving, allow_unused=True, materialize_grads=True)
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def _nodes(loss: Tensor) -> Iterator[object]:
+    """The nodes of autograd's graph."""
+    left, seen = [loss.grad_fn], set()
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [following for following, _ in node.next_functions]
+            yield node
+
+
+def _distance(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    """Norm of the difference; what is not finite in the same way in both is the user's own, and does not count."""
+
+    def apart(a: Tensor, b: Tensor) -> float:
+        same = (a == b) | (a.isnan() & b.isnan())
+        return float(torch.where(same, torch.zeros_like(b), a - b).abs().float().norm())
+
+    return math.hypot(*(apart(a, b) for a, b in zip(wanted, got, strict=True)))
+
+
+def _size(wanted: Sequence[Tensor]) -> float:
+    """Norm of what is finite."""
+    return math.hypot(*(float(each.abs().float().nan_to_num(0, 0, 0).norm()) for each in wanted))
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    """Bitwise on the CPU; sums on other devices may run in any order."""
+    return torch.allclose(left, right, rtol=0 if left.device.type == "cpu" else 1e-4, atol=0, equal_nan=True)
+
+
+def first_line(failure: Exception) -> str:
+    """The first line of a message, shortened."""
+    line = next((line.strip() for line in str(failure).splitlines() if line.strip()), "no message")
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
+def explain(failure: Exception) -> str:
+    """Why tracing failed, with the line of the user's code where it did.
+
+    Args:
+        failure: what the tracer raised.
+    """
+    reason = first_line(failure)
+    if _SYMBOL.search(reason):
+        reason = "it depends on what a tensor holds, which a graph cannot follow"
+    return f"{type(failure).__name__}: {reason}{_place(failure)}"
+
+
+def _place(failure: BaseException) -> str:
+    """The innermost line of code that is neither PyTorch's nor Python's own, the user's before a library's."""
+    found = []
+    left: list[BaseException | None] = [failure]
+    seen: set[int] = set()
+    while left:
+        error = left.pop(0)
+        if error is None or id(error) in seen:
+            continue
+        seen.add(id(error))
+        trace, lines = error.__traceback__, []
+        while trace is not None:
+            code, name = trace.tb_frame.f_code, str(trace.tb_frame.f_globals.get("__name__", "")).split(".")[0]
+            if name not in ("torch", "groktrace") and name not in sys.stdlib_module_names - {"__main__"}:
+                lines.append((code.co_filename, trace.tb_lineno))
+            trace = trace.tb_next
+        found += lines[::-1]
+        left += [error.__cause__, error.__context__]
+    if not found:
+        return ""
+    own = [place for place in found if "site-packages" not in place[0] and "dist-packages" not in place[0]]
+    file, number = (own or found)[0]
+    line = linecache.getline(file, number).strip()
+    return f"; at {os.path.basename(file)}:{number}" + (f": `{line[:100]}`" if line else "")
