@@ -34,11 +34,14 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, unfused where the fused kernels fail."""
-    arguments = (query, key, value, attn_mask, dropout_p, is_causal)
     if _unfused():
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
         # By name: a backend is chosen for the whole process, and other threads may want another.
         math = torch.ops.aten._scaled_dot_product_attention_math.default
-        return math(*arguments, None, scale=scale, enable_gqa=enable_gqa)[0]
+        arguments = (query, key, value, attn_mask, dropout_p, is_causal, None)
+        return math(*arguments, scale=scale, enable_gqa=enable_gqa)[0]
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal)
     return torch.ops.aten.scaled_dot_product_attention.default(*arguments, scale=scale, enable_gqa=enable_gqa)
 
 

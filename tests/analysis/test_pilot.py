@@ -1,0 +1,141 @@
+"""Large sets are sampled: λ is that of all samples, the chains stay in the basin, and batches fit their noise."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import groktrace
+from groktrace.analysis import pilot
+from groktrace.analysis.estimate import choose_scale, weight_layout
+from groktrace.analysis.evaluation import survey, training_loss
+from groktrace.analysis.pilot import choose_sampling
+from groktrace.run.task import Task
+from groktrace.sampling import network
+from groktrace.sampling.settings import SamplingSettings
+
+CPU = torch.device("cpu")
+TALL = 2048
+
+
+@pytest.fixture
+def dear(monkeypatch):
+    """Every set counts as large."""
+    monkeypatch.setattr(network, "WHOLE_BYTES", 0)
+
+
+def prepared(model, loss, data, **settings):
+    task = Task.from_model(model, loss=loss, train=data)
+    weights = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    layout = weight_layout({name: (tuple(t.shape), t.dtype, True) for name, t in weights.items()})
+    training = training_loss(task, layout, weights, CPU)
+    (about,) = survey(task, training, [weights], [0], 0)
+    chosen = replace(SamplingSettings(chains=2, method="kinetic"), **settings)
+    return task, training, weights, about, chosen
+
+
+def line(noise=0.1, inputs=20):
+    """Linear regression at its minimum, and the eigenvalues of its Hessian."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(TALL, inputs, generator=generator) * torch.linspace(0.1, 1.5, inputs)
+    y = x @ torch.randn(inputs, 1, generator=generator) + noise * torch.randn(TALL, 1, generator=generator)
+    model = nn.Linear(inputs, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.linalg.lstsq(x, y).solution.T)
+    return model, (x, y), torch.linalg.eigvalsh(2 * x.double().T @ x.double() / TALL)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_lambda_of_a_sampled_set_is_the_soft_rank_of_all_of_it(dear, noise):
+    model, data, spectrum = line(noise)
+    found = groktrace.estimate_llc(model, "mse", data, nbeta=3000.0, localization=300.0, draws=600, seed=1)
+    exact = float(0.5 * (3000 * spectrum / (3000 * spectrum + 300)).sum())
+    # The minimum of all samples is that of some of them only where the fit is perfect.
+    assert (found.llc == pytest.approx(exact, abs=4 * found.stderr + 0.03 * exact)) == (noise == 0)
+    assert found.llc_centred == pytest.approx(exact, abs=4 * found.stderr_centred + 0.03 * exact)
+    assert found.stderr < 0.05 * exact
+
+
+def test_the_same_with_batches_that_take_turns(dear):
+    model, data, spectrum = line(noise=0.0)
+    found = groktrace.estimate_llc(model, "mse", data, nbeta=3000.0, localization=300.0, draws=600, batch_size=128)
+    exact = float(0.5 * (3000 * spectrum / (3000 * spectrum + 300)).sum())
+    assert found.diagnostics["heating"] > 0
+    assert found.llc == pytest.approx(exact, abs=4 * found.stderr + 0.05 * exact)
+
+
+def test_losses_of_a_sampled_set_come_with_their_errors(dear):
+    model, data, _ = line(noise=1.0)
+    _, training, _, about, _ = prepared(model, "mse", data)
+    exact = float(nn.functional.mse_loss(model(data[0]), data[1]).detach())
+    assert training.sample_bytes > 0
+    assert about.train_loss == pytest.approx(exact, abs=5 * about.train_loss_stderr)
+    assert 0 < about.train_loss_stderr < 0.2 * exact
+
+
+def test_small_sets_are_used_whole():
+    model, data, _ = line()
+    task, training, weights, about, chosen = prepared(model, "mse", data)
+    assert training.sample_bytes is None
+    assert about.train_loss_stderr is None
+    scale = choose_sampling(task, training, lambda step: weights, [about], chosen, (10.0,))
+    assert (scale.samples, scale.batch_size, scale.locality) == (None, None, 0.22)
+
+
+def test_noise_calls_for_larger_batches(dear):
+    """Where a few samples carry all of the curvature, small batches would heat the chains."""
+    model, (x, y), _ = line(inputs=2)
+    even = choose_sampling(*arguments(model, (x, y)), (1e9,))
+    heavy = x.clone()
+    heavy[::64] *= 30
+    with torch.no_grad():
+        model.weight.copy_(torch.linalg.lstsq(heavy, y).solution.T)
+    uneven = choose_sampling(*arguments(model, (heavy, y)), (1e9,))
+    assert even.batch_size is not None
+    assert uneven.batch_size is None or uneven.batch_size > even.batch_size
+
+
+def arguments(model, data):
+    task, training, weights, about, chosen = prepared(model, "mse", data, localization=300.0)
+    return task, training, lambda step: weights, [about], chosen
+
+
+class Well(nn.Module):
+    """A loss that is flat beyond a short distance from the minimum: 1 − exp(−‖w − a‖²/2s²) in the mean over weights."""
+
+    def __init__(self, width, reach):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(width))
+        self.reach = reach
+
+    def forward(self, x):
+        return (1 - torch.exp(-0.5 * ((self.w - 1) / self.reach).square())).mean() + 0 * x
+
+
+@pytest.mark.parametrize(("reach", "wide"), [(10.0, True), (0.05, False)])
+def test_a_basin_that_the_chains_would_leave_gets_a_smaller_locality(reach, wide):
+    model = Well(400, reach)
+    task, training, weights, about, chosen = prepared(
+        model, lambda out, y: (out - y).abs().mean(), (torch.zeros(8, 1), torch.zeros(8, 1))
+    )
+    scale = choose_sampling(task, training, lambda step: weights, [about], chosen, (1.0,))
+    assert (scale.locality == 0.22) == wide
+    # What is chosen is what the scale is of.
+    expected = choose_scale(replace(chosen, locality=scale.locality), task.n, training.layout, [about])
+    assert (scale.nbeta, scale.localization) == (expected.nbeta, expected.localization)
+    given = choose_sampling(task, training, lambda step: weights, [about], replace(chosen, locality=0.22), (1.0,))
+    assert given.locality == 0.22
+
+
+def test_samples_grow_with_what_they_would_miss(dear, monkeypatch):
+    """λ of few samples is too small by about λ over how many targets they have."""
+    model, data, _ = line()
+    task, training, weights, about, chosen = prepared(model, "mse", data, localization=300.0)
+    monkeypatch.setattr(pilot, "LEAST_SAMPLES", 64)
+    few = choose_sampling(task, training, lambda step: weights, [about], chosen, (1e9,))
+    monkeypatch.setattr(pilot, "MOST_MISSED", 0.005)
+    more = choose_sampling(task, training, lambda step: weights, [about], chosen, (1e9,))
+    assert few.samples < more.samples <= TALL
+    assert math.isclose(few.nbeta, more.nbeta)
