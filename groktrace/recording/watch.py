@@ -50,7 +50,7 @@ def watch(
         model: the network; torch.compile and DistributedDataParallel are seen through. Every process has to call
             this for one that fully_shard has sharded.
         optimizer: each of its updates counts as a step; without it, call `Recorder.step()` once per update. Of
-            several, the one that steps last.
+            several, the one that steps last. Another one that takes its place later is counted on, and told.
         train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader, samples along the
             first axis of every tensor; without it only weights are kept, and the analysis needs `--task`. In a list,
             an entry is a sample where one of its tensors has no axes or their first sizes differ, and else a batch.

@@ -142,6 +142,7 @@ class Writer:
             while not self._ended and self._thread.is_alive():
                 self._changed.wait(1.0)
         self._thread.join()
+        self.idle = None  # which holds on to weights
         try:
             # Who follows the recording learns from this, written last, that nothing more will come.
             self._describe(closed=now())

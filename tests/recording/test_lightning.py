@@ -83,6 +83,7 @@ def test_the_trainers_own_data_and_loss(tmp_path):
     assert module.seen == alone.seen
     assert "closed: 7 steps, 5 snapshots" in repr(callback.recorder)
     run = groktrace.open_run(tmp_path / "snapshots")
+    assert run.doubts == ()
     assert [snapshot.step for snapshot in run.snapshots] == [0, 2, 4, 6, 7]
     assert all(snapshot.metrics().keys() == {"lr", "train_loss", "accuracy"} for snapshot in run.snapshots[1:])
     last, x, y = run.snapshots[-1].load(), *data()

@@ -63,6 +63,7 @@ def test_the_trainers_own_data_and_loss(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), model.parameters(), strict=True))
     assert "closed: 7 steps, 5 snapshots" in repr(callback.recorder)
     run = groktrace.open_run(tmp_path / "here" / "snapshots")
+    assert run.doubts == ()
     assert [snapshot.step for snapshot in run.snapshots] == [0, 2, 4, 6, 7]
     assert [snapshot.metrics().get("epoch") for snapshot in run.snapshots] == [None, 0.5, 1.0, 1.5, None]
     assert run.snapshots[1].metrics()["loss"] > 1

@@ -292,10 +292,11 @@ def test_the_model_is_free_after_close(training, tmp_path):
     assert recorder in open_recorders
     recorder.close()
     assert recorder not in open_recorders
-    model = weakref.ref(training.model)
+    model, weight = weakref.ref(training.model), weakref.ref(training.model[0].weight)
     training.model = training.optimizer = None
     gc.collect()
     assert model() is None
+    assert weight() is None
 
 
 def test_of_several_processes_the_first_writes(training, tmp_path, monkeypatch):
