@@ -1,0 +1,1 @@
+"""Training scripts put together from strange parts, each with what it knows of itself."""
