@@ -4,16 +4,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from groktrace.analysis.estimate import choose_scale, estimate_stack, fitted
-from groktrace.analysis.evaluation import Survey
+from groktrace.analysis.evaluation import Survey, stack_weights
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.predictions import evaluate
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import Scale, step_size
+from groktrace.sampling.chains import batch_heating
 from groktrace.sampling.network import as_float
-from groktrace.sampling.posterior import StackedLoss
+from groktrace.sampling.posterior import FACTOR, StackedLoss
 from groktrace.sampling.settings import LOCALITY, SamplingSettings
 from groktrace.sampling.traces import WANTED_BY_TURNS
 
@@ -103,17 +105,29 @@ class _Trial:
         return _in_batches(scale, samples, batch, self._settings.batch_size is not None)
 
     def run(self, about: Survey, weights: dict[str, Tensor], scale: Scale) -> tuple[LLCEstimate, Scale]:
-        """A short estimate, and the scale with batches so large that their noise does no harm."""
-        while True:
-            estimate = self._estimate(about, weights, scale)
-            if scale.batch_size is None or self._settings.batch_size is not None:
-                return estimate, scale
-            heating = estimate.diagnostics.get("heating")
-            needed = math.inf if heating is None else scale.batch_size * heating / WANTED_BY_TURNS
-            if needed <= scale.batch_size:
-                return estimate, scale
-            batch = STEP * math.ceil(1.1 * min(needed, scale.samples) / STEP)
-            scale = _in_batches(scale, scale.samples, batch, False)
+        """A short estimate, and the scale with batches so large that their noise does no harm.
+
+        What noise adds falls as the batch grows.
+        """
+        if scale.batch_size is not None and self._settings.batch_size is None:
+            heating = self._heating(about, weights, scale)
+            batch = STEP * math.ceil(scale.batch_size * min(heating / WANTED_BY_TURNS, scale.samples) / STEP)
+            scale = _in_batches(scale, scale.samples, max(batch, scale.batch_size), False)
+        return self._estimate(about, weights, scale), scale
+
+    def _heating(self, about: Survey, weights: dict[str, Tensor], scale: Scale) -> float:
+        """What the noise of the batches adds to λ̂ at most."""
+        if self._loss.micro_batch is not None:  # of large networks the batches' gradients are not kept
+            return 0.0
+        loss = self._loss.subset(scale.samples, scale.batch_size)
+        factor, top = 1.0, about.top_curvature
+        if scale.curvature is not None:
+            factor, top = scale.curvature / top, scale.curvature
+        stacked, anchor = stack_weights(loss, [{**weights, FACTOR: torch.tensor(factor)}])
+        settings = replace(self._settings, batch_size=scale.batch_size)
+        size = self._settings.step_size or step_size(scale.nbeta, scale.localization, top)
+        key = self._key(about.step)
+        return batch_heating(stacked, anchor, key, settings, scale.nbeta, scale.localization, size)
 
     def _estimate(self, about: Survey, weights: dict[str, Tensor], scale: Scale) -> LLCEstimate:
         top = about.top_curvature if scale.curvature is None else scale.curvature

@@ -163,6 +163,48 @@ def time_steps(loss: StackedLoss, anchors: Tensor, settings: SamplingSettings, s
     return spent / made, before
 
 
+def batch_heating(
+    loss: StackedLoss,
+    anchor: Tensor,
+    key: int,
+    settings: SamplingSettings,
+    nbeta: float,
+    localization: float,
+    epsilon: float,
+) -> float:
+    """What the noise of batches that take turns adds to λ̂ at most, relative to it, where a chain begins.
+
+    All batches are looked at, since a few samples may carry most of the noise.
+
+    Args:
+        loss: of one row.
+        anchor: w*, [1, D].
+        key: of the snapshot's noise.
+        settings: with the batch size.
+        nbeta: nβ.
+        localization: γ.
+        epsilon: ε.
+
+    Returns:
+        Infinity where the loss is not finite there.
+    """
+    settings = replace(settle(settings, anchor.shape[1], stacked=True), chains=1)
+    group = _Group(loss, anchor, [key], settings, nbeta, localization, [epsilon], [0])
+    if group.control is None:
+        return math.inf
+    weights, total, squares = anchor + group.state.displacement, torch.zeros_like(anchor), 0.0
+    partition = group.batches.partition
+    for k, batch in enumerate(partition):
+        gradient = loss.gradients(weights, batch[None])[1].add_(group.control.shifts[0, k])
+        total += gradient
+        squares += float(gradient.double().square().sum())
+    mean = total / len(partition)
+    variance = squares / len(partition) - float(mean.double().square().sum())
+    pull = nbeta * abs(float((group.state.displacement * mean).sum()))
+    found = float(group.config.noise_gain) * nbeta**2 * variance / max(pull, 1e-300)
+    return found if math.isfinite(found) else math.inf
+
+
 @dataclass(frozen=True)
 class _Control:
     """What control variates need of the batches of a partition, at each snapshot (Baker et al. 2019).

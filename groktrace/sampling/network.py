@@ -181,17 +181,19 @@ def _activation_bytes(network: Network) -> int:
     known = {tensor.untyped_storage().data_ptr() for tensor in network.loss.tensors}
     named = {name: tensor.detach().requires_grad_() for name, tensor in network._named(None).items()}
     known |= {tensor.untyped_storage().data_ptr() for tensor in (*named.values(), *network._fixed.values())}
-    seen: dict[int, int] = {}
+    seen: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: Tensor) -> None:  # keeping it would tie the graph into a ring that nothing frees
+    # The graph keeps nothing: a tensor would tie it into a ring that nothing frees. What was seen is held until it is
+    # counted, so that no other takes its place in memory.
+    def pack(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            seen[storage.data_ptr()] = storage.nbytes()
+            seen[storage.data_ptr()] = storage
 
     first = [tensor[:1] for tensor in network.loss.tensors]
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
         network.loss.forward({**named, **network._fixed}, first)
-    return sum(seen.values())
+    return sum(storage.nbytes() for storage in seen.values())
 
 
 def _is_mean_over_samples(network: Network) -> bool:
