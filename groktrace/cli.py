@@ -173,6 +173,8 @@ def analyze(
     if follow and isinstance(run, Path):
         wait_for_run(run, timeout)
     opened = open_run(run)
+    if not dry_run and curve_step is None:
+        click.echo(console.opening_line(opened), err=True)
     if task is not None:
         sys.path.insert(0, os.getcwd())
     loaded = None if task is None else load_factory(task)

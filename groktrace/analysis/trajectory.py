@@ -297,7 +297,10 @@ class Trajectory:
             unreadable = _texts(value.get("unreadable", []))
             reference = value.get("reference")
             reference = None if reference is None else Reference.from_dict(reference)
-            parsed = {"points": points, "unreadable": unreadable, "reference": reference}
+            unsampled = value.get("unsampled", 0)
+            if type(unsampled) is not int or unsampled < 0:
+                raise ValueError("unsampled")
+            parsed = {"points": points, "unreadable": unreadable, "reference": reference, "unsampled": unsampled}
             return cls(**{name: value.get(name) for name in cls.__dataclass_fields__} | parsed)
         except (KeyError, TypeError, ValueError, AttributeError) as failure:
             raise RunError(f"{path}: damaged ({failure}); remove it and analyse again.") from failure

@@ -1,6 +1,7 @@
 """Text for people and JSON for programs; progress that suits a terminal and a log file alike."""
 
 import json
+import math
 import os
 import sys
 import threading
@@ -16,6 +17,7 @@ from groktrace.analysis.trajectory import SYMBOLS, Point, Trajectory
 from groktrace.analysis.transitions import Transition
 from groktrace.reporting.numbers import finite, number
 from groktrace.reporting.remarks import none_found, remarks
+from groktrace.run.store import Run
 
 MAX_ROWS = 25
 HEARTBEAT_SECONDS = 30.0
@@ -47,6 +49,19 @@ def as_json(trajectory: Trajectory, transitions: Sequence[Transition], grokking:
         "grokking": finite_values(grokking.to_dict()),
         "unreadable": plain["unreadable"],
     }
+
+
+def opening_line(run: Run) -> str:
+    """What is going to be analysed, in one line.
+
+    Args:
+        run: opened.
+    """
+    steps = [snapshot.step for snapshot in run.snapshots]
+    weights = sum(math.prod(spec.shape) for spec in run.specs.values() if spec.trainable)
+    samples = run.info["n"]
+    data = "" if samples is None else f", {samples:,} training samples"
+    return f"{run.name}: {len(steps)} snapshots of steps {steps[0]} to {steps[-1]}, {weights:,} weights{data}"
 
 
 def forecast_text(forecast: Forecast) -> str:

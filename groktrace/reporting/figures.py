@@ -11,6 +11,7 @@ from groktrace.analysis.trajectory import Trajectory
 from groktrace.analysis.transitions import Transition
 from groktrace.errors import GroktraceError, SettingsError
 from groktrace.reporting.console import number
+from groktrace.reporting.remarks import partial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,6 +125,8 @@ def trajectory_figure(trajectory: Trajectory, transitions: Sequence[Transition],
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=SMALL)
     _name_transitions(figure, upper, transitions)
+    if said := partial(trajectory):
+        figure.suptitle(said.split(";")[0], fontsize=SMALL, color="0.4", ha="left", x=0.05)
     return figure
 
 

@@ -85,7 +85,22 @@ def remarks(trajectory: Trajectory) -> list[str]:
     Args:
         trajectory: λ̂ along the run.
     """
-    return [each for each in (risen_in_words(trajectory), single_chain(trajectory)) if each]
+    return [each for each in (partial(trajectory), risen_in_words(trajectory), single_chain(trajectory)) if each]
+
+
+def partial(trajectory: Trajectory) -> str:
+    """That snapshots are still to be sampled; empty where none are.
+
+    Args:
+        trajectory: λ̂ along the run.
+    """
+    if not trajectory.unsampled:
+        return ""
+    done = len(trajectory.points)
+    return (
+        f"Partial: {done} of {done + trajectory.unsampled} snapshots are sampled so far; "
+        "the same command goes on from there, for as many minutes as --time says."
+    )
 
 
 def single_chain(trajectory: Trajectory) -> str:

@@ -147,3 +147,43 @@ def test_a_gain_is_what_one_more_snapshot_takes_off_the_dates_error(part):
     more = [count + (i == part) for i, count in enumerate(counts)]
     assert date.gain(bounds[part][0] + 3, bounds[part][0] + 5) == pytest.approx(error(counts) - error(more), rel=0.02)
     assert date.gain(290, 310) == 0.0  # tells nothing of this one
+
+
+def passes_of(points, coarse=9, together=4):
+    """What is there after each pass."""
+    seen = []
+
+    def measure(wanted):
+        return {step: points[step] for step in wanted if step in points}
+
+    for so_far in passes.sample_in_passes(range(max(points) + 1), measure, coarse=coarse, together=together):
+        seen.append(dict(so_far))
+    return seen
+
+
+def test_passes_go_from_coarse_to_all():
+    points = simulated(60, {0: 50.0, 20: 100.0})
+    seen = passes_of(points)
+    assert sorted(seen[0]) == [0, 7, 15, 22, 30, 37, 44, 52, 59]
+    assert seen[-1] == points
+    assert [len(each) for each in seen] == [*range(9, 60, 4), 60]
+    # The jump is dated before anything else is filled in.
+    assert {19, 20} <= seen[4].keys()
+
+
+def test_each_pass_of_a_flat_curve_halves_the_largest_gaps():
+    points = simulated(65, {0: 50.0})
+    seen = passes_of(points, coarse=5, together=4)
+    assert sorted(seen[1]) == list(range(0, 65, 8))
+    assert passes_of(simulated(3, {0: 50.0}))[-1].keys() == {0, 1, 2}
+
+
+def test_an_analysis_that_runs_out_of_time_is_partial_and_goes_on(small_run, tmp_path):
+    quick = {"draws": 20, "burn_in": 20, "locality": 0.22}
+    whole = groktrace.analyze(shutil.copytree(small_run, tmp_path / "whole" / "run"), **quick)
+    partial = groktrace.analyze(small_run, time_limit=1e-9, **quick)
+    assert (len(partial.points), partial.unsampled) == (0, len(whole.points))
+    again = groktrace.analyze(small_run, **quick)
+    assert (again.points, again.unsampled) == (whole.points, 0)
+    with pytest.raises(groktrace.GroktraceError, match="time_limit: expected a positive number of seconds, got 0"):
+        groktrace.analyze(small_run, time_limit=0, **quick)
