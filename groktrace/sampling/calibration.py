@@ -58,7 +58,7 @@ class Scale(NamedTuple):
             TypeError: it is not a dict of numbers.
             ValueError: a value is not positive.
         """
-        found = {name: value[name] for name in cls._fields}
+        found = {name: value[name] for name in cls._fields[:3]} | {name: value.get(name) for name in cls._fields[3:]}
         given = {name: number for name, number in found.items() if number is not None}
         positive = all(type(each) in (int, float) and 0 < each <= sys.float_info.max for each in given.values())
         whole = all(type(given.get(name, 1)) is int for name in ("samples", "batch_size"))

@@ -9,7 +9,7 @@ from groktrace.sampling.settings import SamplingSettings
 
 
 def test_dials_give_locality_and_resolution():
-    nbeta, gamma, _ = posterior_scale(SamplingSettings(locality=0.2, resolution=25.0), 300, 1000, 50.0, 0.1)
+    nbeta, gamma, *_ = posterior_scale(SamplingSettings(locality=0.2, resolution=25.0), 300, 1000, 50.0, 0.1)
     # E‖w − w*‖² of flat directions is D/γ = (ρ‖w*‖)²; h_max over the cutoff γ/nβ is the resolution.
     assert 1000 / gamma == pytest.approx(0.2**2 * 50.0)
     assert 0.1 * nbeta / gamma == pytest.approx(25.0)
@@ -29,6 +29,8 @@ def test_a_scale_that_follows_the_curvature_is_finer_and_keeps_where_it_belongs(
     scale = posterior_scale(SamplingSettings(localization=2.0), 10, 10, 1.0, 0.5, follow=True)
     assert scale == Scale(100 * 2.0 / 0.5, 2.0, 0.5)
     assert Scale.from_dict(scale._asdict()) == scale
+    sampled = scale._replace(samples=1024, batch_size=64, locality=0.1)
+    assert Scale.from_dict(sampled._asdict()) == sampled
     with pytest.raises(ValueError, match="expected positive numbers"):
         Scale.from_dict({"nbeta": -1.0, "localization": 2.0, "curvature": None})
 
