@@ -15,7 +15,7 @@ from groktrace.sampling.record import CannotPlanError
 
 # Of what a gradient keeps between forward and backward. Data that would take more than the first are sampled. Rows that
 # take more than the second are evaluated one by one, quicker then (an LSTM's twice), and in parts of the third.
-WHOLE_BYTES = 2**24
+WHOLE_BYTES = 2**22
 STACKED_BYTES = 2**21
 PART_BYTES = 2**25
 # Larger evaluations are not recorded as a plan: a recording holds every intermediate value, and saves little there.

@@ -70,7 +70,12 @@ def test_the_command_line_forecasts_and_writes_nothing(small_run):
     options = [str(small_run), "--dry-run", "--chains", "2", "--draws", "15", "--burn-in", "10"]
     said = CliRunner().invoke(main, ["analyze", *options])
     assert said.exit_code == 0, said.output
-    for expected in ("snapshots  6", "chains     2 a snapshot, 67 weights each", "over 6 snapshots that were tried", "time"):
+    for expected in (
+        "snapshots  6",
+        "chains     2 a snapshot, 67 weights each",
+        "over 6 snapshots that were tried",
+        "time",
+    ):
         assert expected in said.stdout
     assert "trying a few snapshots: 1 done in" in said.stderr
     found = json.loads(CliRunner().invoke(main, ["analyze", *options, "--json"]).stdout)

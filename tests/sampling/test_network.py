@@ -146,3 +146,42 @@ def test_a_loss_that_is_no_mean_over_samples_is_not_divided(monkeypatch):
     weights = {"w": torch.ones(3)}
     assert with_micro_batch(centred, weights).micro_batch == 12
     assert with_micro_batch(mean, weights).micro_batch == 1
+
+
+def test_large_sets_are_sampled_only_where_batches_make_the_same_loss(monkeypatch):
+    monkeypatch.setattr(module, "WHOLE_BYTES", 0)
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+
+    def plain(weights, tensors):
+        return (tensors[0] @ weights["w"]).square().mean(), None
+
+    def centred(weights, tensors):
+        outputs = tensors[0] @ weights["w"]
+        return (outputs - outputs.mean()).square().mean(), None
+
+    layout = WeightLayout(("w",), ((3,),))
+    weights = {"w": torch.ones(3)}
+    sampled = with_micro_batch(StackedLoss(plain, layout, (x,), {}), weights)
+    assert sampled.sample_bytes > 0
+    # In another order, of which the first are a subset.
+    assert not torch.equal(sampled.tensors[0], x)
+    assert torch.equal(sampled.tensors[0].sort(0).values, x.sort(0).values)
+    assert len(sampled.subset(16).tensors[0]) == 16
+    whole = with_micro_batch(StackedLoss(centred, layout, (x,), {}), weights)
+    assert whole.sample_bytes is None
+    assert torch.equal(whole.tensors[0], x)
+
+
+def test_what_a_sample_keeps_is_counted_the_same_each_time():
+    net = torch.nn.Sequential(*[torch.nn.Linear(16, 16) for _ in range(6)])
+    weights = {name: tensor.detach() for name, tensor in net.named_parameters()}
+    layout = WeightLayout(tuple(weights), tuple(tuple(each.shape) for each in weights.values()))
+
+    def forward(named, tensors):
+        return torch.func.functional_call(net, named, tensors[0]).square().mean(), None
+
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    network = Network(module.replace(StackedLoss(forward, layout, (x,), {}), micro_batch=4), weights)
+    counts = {module._activation_bytes(network) for _ in range(5)}
+    assert len(counts) == 1
+    assert counts.pop() >= 5 * 16 * 4
