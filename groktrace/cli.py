@@ -173,8 +173,6 @@ def analyze(
     if follow and isinstance(run, Path):
         wait_for_run(run, timeout)
     opened = open_run(run)
-    if not dry_run and curve_step is None:
-        click.echo(console.opening_line(opened), err=True)
     if task is not None:
         sys.path.insert(0, os.getcwd())
     loaded = None if task is None else load_factory(task)
@@ -211,7 +209,7 @@ def analyze(
             events = follow_run(analysis, timeout, reference, curvature)
             trajectory = show_events(events, write_logs, as_json, sys.stdout)
         else:
-            report = held.enter_context(_Phases()).report
+            report = held.enter_context(_Phases(console.opening_line(opened))).report
             more = {"progress": report, "reference": reference, "curvature": curvature, "adaptive": adaptive}
             more |= {"time_limit": 60 * minutes, "partial": write_logs}
             trajectory = replay.analyze(opened, **where, **more, **settings.to_dict())
@@ -333,9 +331,14 @@ def check(run: Path | str) -> None:
 
 
 class _Phases:
-    """One progress display after another, as an analysis goes from phase to phase."""
+    """One progress display after another, as an analysis goes from phase to phase.
 
-    def __init__(self) -> None:
+    Args:
+        opening: a line that is shown before the first.
+    """
+
+    def __init__(self, opening: str) -> None:
+        self._opening = opening
         self._label: str | None = None
         self._done = 0
         self._display: Any = None
@@ -353,6 +356,8 @@ class _Phases:
 
         if phase != self._label:
             self.__exit__(None, None, None)
+            if self._label is None:
+                click.echo(self._opening, err=True)
             self._label, self._done = phase, 0
             self._display = Progress(total, phase).__enter__()
         self._display.advance(done - self._done)

@@ -11,7 +11,7 @@ from groktrace.sampling.settings import PAPER, SamplingSettings
         ({"nbeta": "hot"}, "nbeta: expected a positive number or 'wbic' or 'curvature', got 'hot'"),
         ({"nbeta": float("nan")}, "nbeta: expected a positive number or 'wbic' or 'curvature', got nan"),
         ({"localization": 0}, "localization: expected a positive number, got 0"),
-        ({"locality": None}, "locality: expected a positive number, got None"),
+        ({"locality": -0.1}, "locality: expected a positive number, got -0.1"),
         ({"resolution": float("inf")}, "resolution: expected a positive number, got inf"),
         ({"rtol": 0.0}, r"rtol: expected a positive number, got 0\.0"),
         ({"step_size": True}, "step_size: expected a positive number, got True"),
