@@ -145,6 +145,7 @@ def estimate_stack(
                 nbeta=nbeta * factor,
                 localization=localization,
                 chance=chance,
+                by_centred=centred,
             )
     return estimates
 

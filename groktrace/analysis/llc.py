@@ -125,6 +125,7 @@ def summarise(
     nbeta: float,
     localization: float,
     chance: Sequence[float] = (),
+    by_centred: bool = False,
 ) -> LLCEstimate:
     """Turn one snapshot's traces into an estimate and judge it.
 
@@ -138,6 +139,7 @@ def summarise(
         nbeta: nβ.
         localization: γ.
         chance: training losses of networks that know nothing; the first above `loss` counts.
+        by_centred: whether λ_c is the measure, whose error says whether there are draws enough.
     """
     if traces.diverged(dimension):
         reason = f"diverging: chains left the snapshot at every step size down to {traces.step_size:.3g}"
@@ -195,8 +197,9 @@ def summarise(
     # Half-chains of m effective draws differ by chance: R-hat is then about √(1 + 1/m).
     if rhat > max(MAX_RHAT, math.sqrt(1 + 10 * chains / ess)):
         reasons.append(f"chains disagree (split R-hat {rhat:.2f})")
-    if stderr > 2 * settings.rtol * max(abs(llc), 1e-300) and not reasons:
-        reasons.append(f"too few draws (standard error {100 * stderr / max(abs(llc), 1e-300):.1f} %)")
+    value, error = (centred, stderr_centred) if by_centred and centred is not None else (llc, stderr)
+    if error > 2 * settings.rtol * max(abs(value), 1e-300) and not reasons:
+        reasons.append(f"too few draws (standard error {100 * error / max(abs(value), 1e-300):.1f} %)")
     return LLCEstimate(
         llc,
         stderr,
