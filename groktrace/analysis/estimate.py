@@ -48,25 +48,33 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 def weight_layout(
     specs: dict[str, tuple[tuple[int, ...], torch.dtype, bool]], patterns: Sequence[str] | None = None
 ) -> WeightLayout:
-    """The sampled weights among all tensors of a network.
+    """The sampled weights among all tensors of a network and its loss.
+
+    Those that train at some time are sampled at every snapshot, so that all are measured by one posterior.
 
     Args:
-        specs: (shape, dtype, trainable) by name.
+        specs: (shape, dtype, whether it ever trains) by name.
         patterns: shell-style patterns of the names to sample; None for all.
 
     Raises:
         TaskError: there is nothing to sample.
         SettingsError: a pattern fits none of the trainable weights.
     """
-    chosen = {name: shape for name, (shape, dtype, trainable) in specs.items() if trainable and dtype.is_floating_point}
+    chosen = {
+        name: shape
+        for name, (shape, dtype, trainable) in specs.items()
+        if trainable and (dtype.is_floating_point or dtype.is_complex)
+    }
     if not sum(math.prod(shape) for shape in chosen.values()):
-        raise TaskError("weights: expected at least one trainable real-valued parameter, found none.")
+        raise TaskError("weights: expected at least one trainable parameter of real or complex numbers, found none.")
     for pattern in patterns or ():
         if not fnmatch.filter(chosen, pattern):
             raise SettingsError(f"parameters: '{pattern}' fits none of the trainable weights: {', '.join(chosen)}.")
     if patterns is not None:
         chosen = {name: s for name, s in chosen.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
-    return WeightLayout(tuple(chosen), tuple(chosen.values()))
+    return WeightLayout(
+        tuple(chosen), tuple(chosen.values()), frozenset(name for name in chosen if specs[name][1].is_complex)
+    )
 
 
 def estimate_stack(
@@ -156,7 +164,8 @@ def estimate_llc(
 
     Args:
         model: the network at w*; it is not changed.
-        loss: loss(outputs, targets) as a mean over the batch, "cross_entropy", "mse", or None with `batch_loss`.
+        loss: loss(outputs, targets) as a mean over the batch, "cross_entropy", "mse", or None with `batch_loss`. Its
+            own parameters are sampled with the model's.
         train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader.
         batch_loss: batch_loss(model, batch) for models that compute their own loss.
         device: where to compute; a GPU where there is one.
@@ -205,9 +214,10 @@ def prepare_point(
         raise TaskError("train: expected the training data, got None.")
     # The seed of the sampling does not choose the samples: with another one, the same loss is measured again.
     task = Task.from_model(model, loss=loss, batch_loss=batch_loss, train=train)
-    parameters = dict(model.named_parameters())
-    weights = {name: t.detach() for name, t in (parameters | dict(model.named_buffers())).items()}
-    specs = {name: (tuple(t.shape), t.dtype, t.requires_grad) for name, t in parameters.items()}
+    weights = {name: tensor.detach() for name, tensor in {**task.parameters, **task.buffers}.items()}
+    moving = {name for name, tensor in task.parameters.items() if tensor.requires_grad}
+    moving = {task.follow.get(name, name) for name in moving}  # what lies in the memory of another counts with that
+    specs = {name: (tuple(t.shape), t.dtype, name in moving) for name, t in task.parameters.items()}
     layout = weight_layout(specs, settings.parameters)
     training = training_loss(task, layout, weights, device)
     (surveyed,) = survey(task, training, [weights], [0], settings.seed)

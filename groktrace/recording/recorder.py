@@ -62,7 +62,7 @@ class Recorder:
         self._due: int | None = None
         self._metrics: dict[str, float] = {}
         self._blocked = self._waited = 0.0
-        self._closed = self._within = False
+        self._closed = self._within = self._hurried = False
         self._warned: set[str] = set()
         self._hooks: UpdateHooks | None = None
         self._guarded(lambda: self._snapshot(start))
@@ -125,6 +125,7 @@ class Recorder:
         """Close from within a signal handler, whatever it interrupted."""
         if self._closed and self._writer is not None and os.getpid() == self._pid:
             self._writer.close()  # it was being closed
+        self._hurried = True
         self._within |= self._hooks is None  # whether weights and count belong together is then not known
         self.leave()
 
@@ -221,14 +222,31 @@ class Recorder:
             raise
         else:
             if writer is not None and wanted:
+                self._guarded(lambda: capture.look(step))
                 tensors = capture.copy()
                 metrics, self._metrics = self._metrics, {}
                 writer.submit(step, tensors, metrics)
                 self._copied = step
+                self._guarded(lambda: self._tell_changes(capture, writer))
             elif capture.sharded:
                 capture.take_part()
         finally:
             self._blocked += time.perf_counter() - began
+
+    def _tell_changes(self, capture: Capture, writer: Writer) -> None:
+        """Write down which parameters have begun to train, and tell of changes that were seen late."""
+        if capture.begun:
+            writer.mark_trainable(capture.begun)
+            capture.begun.clear()
+        if capture.late:
+            names = ", ".join(f"'{name}'" for name in list(capture.late)[:3])
+            since, until = min(a for a, _ in capture.late.values()), max(b for _, b in capture.late.values())
+            self._warn(
+                "late",
+                f"{len(capture.late)} parameters that do not train were written to, which was seen only now: {names}; "
+                f"snapshots after step {since} and up to {until} may hold their older values.",
+            )
+            capture.late.clear()
 
     def _wanted(self, writer: Writer, step: int, began: float) -> bool:
         """Whether the step is still to be written, once the buffers are free."""
@@ -255,6 +273,9 @@ class Recorder:
             return
         if self._writer is not None and not capture.sharded:
             self._writer.wait()  # so that what is there can be seen
+        if self._writer is not None and not self._hurried:
+            self._guarded(lambda: capture.look(steps, whole=True))
+            self._guarded(lambda: self._tell_changes(capture, self._writer))
         idle = self._writer is not None and not capture.sharded and steps == self._first == self._copied
         if idle and capture.moved():
             self._warn("idle", f"the weights changed, but no update was seen; {HOW_TO_COUNT}")

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -114,6 +115,24 @@ class Writer:
             if 2 * self._queued >= QUEUE_BYTES or not self.written:  # the first at once, to show that it works
                 self._hurry = True
                 self._changed.notify_all()
+
+    def mark_trainable(self, begun: Mapping[str, int]) -> None:
+        """Say in run.json that tensors train; rare, so that whoever calls this can wait for the disk.
+
+        Args:
+            begun: the step from which each does, by name.
+
+        Raises:
+            OSError: it could not be written or sent.
+            RunError: it is damaged.
+        """
+        path = self._root / layout.RUN_FILE
+        info = files.read_json(path)
+        for name, step in begun.items():
+            info["weights"][name] |= {"trainable": True, "trainable_from": step}
+        files.write_json(path, info)
+        if self._remote is not None:
+            self._remote.send(path)
 
     def close(self) -> None:
         """Write what is in flight and end the thread."""

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from groktrace.errors import RunError, TaskError
 from groktrace.run.batch import Batch
 from groktrace.run.graph import FORMAT, Graph, build
+from groktrace.run.inputs import Inputs
 from groktrace.run.operations import ARITHMETIC_NAMES, RandomError, RefusedError
 from groktrace.run.task import Forward, evaluation_mode
 
@@ -106,6 +107,7 @@ class Program:
         """
         model = getattr(forward.model, "_orig_mod", forward.model)
         plain = Forward(model, forward.loss, forward.batch_loss, forward.structure)
+        plain.adopt(forward.own)
         device = next(model.parameters(), batch.tensors[0]).device
         # Sizes of one are burnt into a trace, so a single sample is doubled.
         few = batch.take(slice(0, EXAMPLE_SAMPLES) if len(batch) > 1 else torch.tensor([0, 0], device="cpu"))
@@ -164,51 +166,27 @@ def _export(plain: Forward, example: Batch, dynamic: bool) -> tuple[dict[str, An
         if node in live:
             live.update(node.all_input_nodes)  # leaves out assertions and what only moves buffers
 
-    known = dict(plain.model.named_buffers()) | dict(plain.model.named_parameters())
-    identity = {id(tensor): name for name, tensor in known.items()}
-    storage = {(t.data_ptr(), t.shape, t.stride(), t.dtype): name for name, t in known.items() if t.numel()}
-    state = dict(plain.named_parameters(remove_duplicate=False)) | dict(plain.named_buffers(remove_duplicate=False))
-    specs = {spec.arg.name: spec for spec in signature.input_specs}
-    inputs: list[dict[str, Any]] = []
-    nodes: list[dict[str, Any]] = []
-    constants: dict[str, Tensor] = {}
-    index: dict[torch.fx.Node, int] = {}
-    positions = {name: i for i, name in enumerate(signature.user_inputs)}
+    inputs = Inputs(plain, signature, exported.constants)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder" and node in live]
+    index, nodes = inputs.take(placeholders)
     for node in graph.nodes:
-        if node not in live:
+        if node not in live or node.op == "placeholder":
             continue
-        index[node] = len(index)
-        if node.op == "call_function":
-            target = ARITHMETIC_NAMES.get(node.target) or str(node.target)
-            kwargs = {name: _encode(arg, index) for name, arg in node.kwargs.items()}
-            nodes.append({"target": target, "args": _encode(node.args, index), "kwargs": kwargs})
-            continue
-        if node.op != "placeholder":
+        if node.op != "call_function":
             raise RefusedError(f"it holds a {node.op} of {str(node.target)[:80]}")
-        if node.name in positions:
-            inputs.append({"data": positions[node.name]})
-            continue
-        name = specs[node.name].target
-        tensor = state[name] if name in state else exported.constants.get(name)
-        if not isinstance(tensor, Tensor):
-            raise RefusedError(f"it needs '{name}', which is not a tensor")
-        # A loss may hold the network's tensors by itself, to penalise them; they must not become constants.
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        weight = identity.get(id(tensor)) or storage.get(place)
-        if weight is not None:
-            inputs.append({"weight": weight, "dtype": str(tensor.dtype).removeprefix("torch.")})
-        else:
-            inputs.append({"constant": name})
-            constants[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        index[node] = len(inputs.entries) + len(nodes)
+        target = ARITHMETIC_NAMES.get(node.target) or str(node.target)
+        kwargs = {name: _encode(arg, index) for name, arg in node.kwargs.items()}
+        nodes.append({"target": target, "args": _encode(node.args, index), "kwargs": kwargs})
     document = {
         "format": FORMAT,
         "static_batch": None if dynamic else len(example),
         "data": len(example.tensors),
-        "inputs": inputs,
+        "inputs": inputs.entries,
         "nodes": nodes,
         "outputs": [None if node is None else index[node] for node in outputs],
     }
-    return document, constants
+    return document, inputs.constants
 
 
 def _keep_detached(graph: torch.fx.Graph) -> None:
@@ -254,14 +232,21 @@ def _verify(graph: Graph, plain: Forward, example: Batch) -> None:
     """
 
     def buffers() -> dict[str, Tensor]:
-        return {name: buffer.clone() for name, buffer in plain.model.named_buffers()}  # the model may move its own
+        return {name: buffer.clone() for name, buffer in plain.buffers_by_name().items()}  # the model may move its own
 
     def live() -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
-            moved = {f"model.{name}": buffer for name, buffer in buffers().items()}
-            return torch.func.functional_call(plain, moved, example.tensors)[0]
+            return plain.evaluate(buffers() | bases, example.tensors)[0]
 
-    weights = dict(plain.model.named_parameters()) | buffers()
+    parameters = plain.parameters_by_name()
+    tensors = plain.buffers_by_name() | parameters
+    training = {name for name, tensor in parameters.items() if tensor.requires_grad}
+    training = {plain.views[name].base if name in plain.views else name for name in training}
+    # What lies in the memory of another is made of that one, which may not say itself that it trains.
+    bases = {view.base: tensors[view.base] for view in plain.views.values()}
+    for name in bases.keys() & training:
+        bases[name] = bases[name] if bases[name].requires_grad else bases[name].detach().requires_grad_()
+    weights = parameters | buffers() | bases
     with torch.enable_grad():
         expected, again = live(), live()
         loss, _ = graph.run(weights, example.tensors)
@@ -269,17 +254,32 @@ def _verify(graph: Graph, plain: Forward, example: Batch) -> None:
         raise RandomError("two evaluations of it differ")
     if not _same(expected, loss):
         raise RefusedError(f"traced, the loss is {loss.item()!r}; live, it is {expected.item()!r}")
-    moving = [parameter for parameter in plain.model.parameters() if parameter.requires_grad]
+    moving = {name: weights[name] for name in parameters if name in training}
+    held = {name: parameters[name] for name in plain.views if name in parameters and parameters[name].requires_grad}
     try:
-        wanted, got = (
-            torch.autograd.grad(value, moving, allow_unused=True, materialize_grads=True) for value in (expected, loss)
-        )
+        found = _gradients(expected, moving | held)
+        got = _gradients(loss, moving)
     except RuntimeError as failure:
         raise RefusedError(f"its gradient with respect to the weights fails ({_line(failure)})") from failure
-    error = math.hypot(*(float((a - b).float().norm()) for a, b in zip(wanted, got, strict=True)))
+    wanted = {name: found[name] for name in moving}
+    for name in held:  # a loss may hold these by themselves
+        view = plain.views[name]
+        with torch.enable_grad():
+            part = view.of(moving[view.base])
+        wanted[view.base] = wanted[view.base] + torch.autograd.grad(part, moving[view.base], found[name])[0]
+    error = math.hypot(*(_norm(wanted[name] - got[name]) for name in moving))
     # A custom autograd.Function, such as a straight-through estimator, is traced without its own backward.
-    if error > 1e-3 * math.hypot(*(float(a.float().norm()) for a in wanted)):
+    if error > 1e-3 * math.hypot(*map(_norm, wanted.values())):
         raise RefusedError("traced, the loss has another gradient than live; does it hold a custom autograd.Function?")
+
+
+def _gradients(value: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = torch.autograd.grad(value, list(weights.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(weights, found, strict=True))
+
+
+def _norm(tensor: Tensor) -> float:
+    return float((torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).float().norm())
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

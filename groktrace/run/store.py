@@ -28,12 +28,16 @@ class WeightSpec:
     Attributes:
         shape: its shape.
         dtype: its dtype.
-        trainable: whether training moves it, and so whether sampling does.
+        trainable: whether training moves it at some time, and so whether sampling does.
+        trainable_from: the step at which that was first seen.
+        of_loss: whether it belongs to the loss, and not to the model.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     trainable: bool
+    trainable_from: int = 0
+    of_loss: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +47,7 @@ class Snapshot:
     Attributes:
         step: number of optimizer updates before this snapshot.
         path: its file.
-        specs: the network's tensors.
+        specs: the network's tensors, those of the loss among them.
         frozen: gives those that no snapshot needs to hold, since training leaves them as they are.
         remote: where the file has to be fetched from, if it is not here.
     """
@@ -54,14 +58,18 @@ class Snapshot:
     frozen: Callable[[], dict[str, Tensor]] = dict
     remote: Remote | None = None
 
-    def load(self) -> dict[str, Tensor]:
-        """The network's tensors by name, on the CPU.
+    def load(self, *, with_loss: bool = False) -> dict[str, Tensor]:
+        """The model's tensors by name, on the CPU, as `load_state_dict` takes them.
+
+        Args:
+            with_loss: with those of the loss, where it has weights of its own; the run's task needs them.
 
         Raises:
             SnapshotError: the file is damaged, or holds other tensors than the run's network has.
             RunError: the file of frozen tensors is damaged.
         """
-        return self._read()
+        tensors = self._read()
+        return {name: tensor for name, tensor in tensors.items() if with_loss or not self.specs[name].of_loss}
 
     def fingerprint(self) -> str:
         """A digest of step and weights, from the file's header alone.
@@ -349,7 +357,13 @@ def check_info(info: Any, path: Path) -> dict[str, WeightSpec]:
     check_format(info, path)
     try:
         specs = {
-            str(name): WeightSpec(_shape(entry["shape"]), _dtype(entry["dtype"]), _flag(entry["trainable"]))
+            str(name): WeightSpec(
+                _shape(entry["shape"]),
+                _dtype(entry["dtype"]),
+                _flag("trainable", entry["trainable"]),
+                _step(entry.get("trainable_from", 0)),
+                _flag("loss", entry.get("loss", False)),
+            )
             for name, entry in info["weights"].items()
         }
         n, data = info["n"], info["data"]
@@ -375,9 +389,15 @@ def _dtype(value: Any) -> torch.dtype:
     return dtype
 
 
-def _flag(value: Any) -> bool:
+def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"trainable {value!r}")
+        raise ValueError(f"{name} {value!r}")
+    return value
+
+
+def _step(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= layout.MAX_STEP:
+        raise ValueError(f"trainable_from {value!r}")
     return value
 
 

@@ -36,7 +36,8 @@ class SamplingSettings:
         step_size: ε; None to derive it from each snapshot's curvature.
         batch_size: samples a gradient; None for all stored ones.
         rtol: wanted standard error relative to the estimate, where `draws` is None.
-        parameters: names, or patterns such as "blocks.0.*", of the weights that move, for a refined LLC; None for all.
+        parameters: names, or patterns such as "blocks.0.*", of the weights that move, for a refined LLC; None for all
+            that train at some time of the run, at every snapshot, so that snapshots stay comparable.
         seed: of every random number drawn.
 
     Raises:
