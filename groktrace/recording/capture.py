@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from groktrace.errors import SettingsError, TaskError
 from groktrace.recording.frozen import FrozenTensors
-from groktrace.run.captured import NO_TENSORS, LossTensors
+from groktrace.run.loss_tensors import NO_TENSORS, LossTensors
 from groktrace.run.store import WeightSpec
 from groktrace.run.views import View, find_views
 

@@ -28,7 +28,7 @@ from groktrace.recording.recorder import Recorder, open_recorders, tell
 from groktrace.recording.schedule import check_count, make_schedule
 from groktrace.recording.writer import remove_leftovers
 from groktrace.run import files, layout
-from groktrace.run.captured import LossTensors
+from groktrace.run.loss_tensors import LossTensors
 from groktrace.run.remote import Remote, is_url
 from groktrace.run.store import WeightSpec, check_info
 from groktrace.run.task import refuse_while_loading

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from groktrace.errors import TaskError
 from groktrace.run.batch import Batch, Structure, unflatten
-from groktrace.run.captured import NO_TENSORS, PREFIX, LossTensors, Used, buffers_noted, find_loss_tensors
+from groktrace.run.loss_tensors import NO_TENSORS, PREFIX, LossTensors, Used, buffers_noted, find_loss_tensors
 from groktrace.run.views import View, find_views
 
 _MODEL_PREFIX = "model."

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from groktrace.run.forward import Forward
 from groktrace.run.operations import RefusedError
-from groktrace.run.task import Forward
 from groktrace.run.views import View, find_view
 
 

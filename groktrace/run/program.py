@@ -8,7 +8,7 @@ import logging
 import math
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from groktrace.errors import RunError, TaskError
 from groktrace.run.batch import Batch
+from groktrace.run.forward import Forward, evaluation_mode
 from groktrace.run.graph import FORMAT, Graph, build
 from groktrace.run.inputs import Inputs
 from groktrace.run.operations import ARITHMETIC_NAMES, RandomError, RefusedError
-from groktrace.run.task import Forward, evaluation_mode
 
 EXAMPLE_SAMPLES = 32
 
@@ -126,6 +126,28 @@ class Program:
             except Exception as failure:
                 reason = f"{type(failure).__name__}: {_line(failure)}"
                 raise TaskError(f"the model and loss cannot be traced by torch.export ({reason}).") from failure
+
+
+def traced_forward(forward: Forward, batch: Batch) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """Model and loss as a program, in which other tensors can be put in the place of those that the loss holds.
+
+    None, and a warning, where it cannot be traced.
+    """
+    try:
+        program = Program.trace(forward, batch)
+    except TaskError as failure:
+        warnings.warn(
+            f"groktrace: the loss holds tensors that train, or the model's own, and stays as it is when these move "
+            f"({failure}); make it a torch.nn.Module with parameters, or a function of outputs and targets.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+    if forward.model is getattr(forward.model, "_orig_mod", forward.model):
+        return program.forward
+    return lambda weights, tensors: program.forward(
+        {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}, tensors
+    )
 
 
 def _trace(plain: Forward, example: Batch, dynamic: bool) -> Graph:

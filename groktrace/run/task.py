@@ -140,34 +140,15 @@ class Task:
 
         parameters, buffers = module.parameters_by_name(), module.buffers_by_name()
         if module.own.loose or module.own.holds_weights:
-            traced = _traced(module, batch)
+            from groktrace.run.program import traced_forward
+
+            traced = traced_forward(module, batch)
             if traced is not None:
                 forward = traced
             else:
                 parameters = {name: tensor for name, tensor in parameters.items() if name not in module.own.loose}
         follow = {name: view.base for name, view in module.views.items()}
         return cls(forward, batch, held_out, n, offset_free, parameters=parameters, buffers=buffers, follow=follow)
-
-
-def _traced(forward: Forward, batch: Batch) -> ForwardFunction | None:
-    """Model and loss as a program, in which other tensors can be put in the place of those that the loss holds."""
-    from groktrace.run.program import Program
-
-    try:
-        program = Program.trace(forward, batch)
-    except TaskError as failure:
-        warnings.warn(
-            f"groktrace: the loss holds tensors that train, or the model's own, and stays as it is when these move "
-            f"({failure}); make it a torch.nn.Module with parameters, or a function of outputs and targets.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return None
-    if forward.model is getattr(forward.model, "_orig_mod", forward.model):
-        return program.forward
-    return lambda weights, tensors: program.forward(
-        {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}, tensors
-    )
 
 
 def _without_data(weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
