@@ -73,7 +73,7 @@ def weight_layout(
     if patterns is not None:
         chosen = {name: s for name, s in chosen.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
     return WeightLayout(
-        tuple(chosen), tuple(chosen.values()), frozenset(name for name in chosen if specs[name][1].is_complex)
+        tuple(chosen), tuple(chosen.values()), tuple(name for name in chosen if specs[name][1].is_complex)
     )
 
 

@@ -196,8 +196,8 @@ class Capture:
     Attributes:
         begun: parameters that were seen to begin to train, with the step at which they were; whoever has written that
             down clears it.
-        late: parameters whose change was seen late, with the steps between which snapshots may hold older values;
-            whoever has told of them clears it.
+        late: parameters whose change was seen late, with the step after which snapshots may hold older values, and the
+            last that may; whoever has told of them clears it.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class Capture:
         candidates = self._candidates()
         for name, known in self._once.compare(self._all(), step, whole).items():
             if known < self._copied:
-                self.late[name] = known, step
+                self.late[name] = known, self._copied
             if name in candidates:
                 self._begin(name)
 

@@ -17,8 +17,8 @@ from groktrace.recording.schedule import Schedule
 from groktrace.recording.writer import now
 from groktrace.run import files, layout
 from groktrace.run.batch import Batch
-from groktrace.run.loss_tensors import NO_TENSORS, LossTensors
 from groktrace.run.collect import collect
+from groktrace.run.loss_tensors import NO_TENSORS, LossTensors
 from groktrace.run.store import WeightSpec
 from groktrace.run.task import (
     MAX_SAMPLES,

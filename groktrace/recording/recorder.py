@@ -239,12 +239,14 @@ class Recorder:
             writer.mark_trainable(capture.begun)
             capture.begun.clear()
         if capture.late:
-            names = ", ".join(f"'{name}'" for name in list(capture.late)[:3])
+            names = ", ".join(f"'{name}'" for name in list(capture.late)[:3]) + (
+                ", ..." if len(capture.late) > 3 else ""
+            )
             since, until = min(a for a, _ in capture.late.values()), max(b for _, b in capture.late.values())
             self._warn(
                 "late",
-                f"{len(capture.late)} parameters that do not train were written to, which was seen only now: {names}; "
-                f"snapshots after step {since} and up to {until} may hold their older values.",
+                f"what does not train was written to, which was seen only now: {names}; snapshots after step {since}, "
+                f"up to step {until}, may hold older values of it.",
             )
             capture.late.clear()
 

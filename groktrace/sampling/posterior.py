@@ -33,7 +33,7 @@ class WeightLayout:
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    complex_names: frozenset[str] = frozenset()
+    complex_names: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> list[int]:
