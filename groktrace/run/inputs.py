@@ -12,6 +12,9 @@ from groktrace.run.operations import RefusedError
 from groktrace.run.views import View, find_view
 
 
+INDEX = ".index"  # at the end of the names of constants that number the elements of a view
+
+
 class Inputs:
     """The inputs of a document: weights, then constants, then data.
 
@@ -68,7 +71,7 @@ class Inputs:
             weights[name] = {"weight": name, "dtype": str(self._known[name].dtype).removeprefix("torch.")}
         for i, view in enumerate(following.values()):
             if view.index is not None:
-                self.constants[f"view{i}.index"] = view.index.clone()
+                self.constants[f"view{i}{INDEX}"] = view.index.clone()
         names = [*(("weight", name) for name in weights), *(("constant", name) for name in self.constants)]
         numbers = {name: i for i, name in enumerate(names)}
         self.entries += [*weights.values(), *({"constant": name} for name in self.constants)]
@@ -79,7 +82,7 @@ class Inputs:
         nodes: list[dict[str, Any]] = []
         for i, (node, view) in enumerate(following.items()):
             base, first = numbers["weight", view.base], len(self.entries) + len(nodes)
-            calls = _calls(view, base, numbers.get(("constant", f"view{i}.index")), first)
+            calls = _calls(view, base, numbers.get(("constant", f"view{i}{INDEX}")), first)
             nodes += calls
             index[node] = first + len(calls) - 1
         return index, nodes
