@@ -152,7 +152,7 @@ def watch(
                 if write_start(root, info, evaluation):
                     tell(f"'{place}' held other data than these; the analysis will use the new ones throughout.")
                 if not sharded:
-                    once = write_frozen(root, _frozen(specs, source, own))
+                    once = write_frozen(root, _frozen(specs, model, source, own))
                 remove_leftovers(root)
                 if remote is not None:
                     remote.send_start()
@@ -292,8 +292,8 @@ def _with_earlier(place: Path | str, root: Path, specs: dict[str, WeightSpec], s
     return merged
 
 
-def _frozen(specs: dict[str, WeightSpec], source: nn.Module, own: LossTensors) -> dict[str, Tensor]:
+def _frozen(specs: dict[str, WeightSpec], model: nn.Module, source: nn.Module, own: LossTensors) -> dict[str, Tensor]:
     """The parameters that do not train; not those that lie in the memory of others, which may."""
-    views = views_of(source, own)
+    views = views_of(model, own)
     parameters = parameters_of(source, own)
     return {name: each for name, each in parameters.items() if not specs[name].trainable and name not in views}

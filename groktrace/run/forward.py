@@ -112,6 +112,19 @@ class Forward(nn.Module):
         with _Pairs() if self.pairs else contextlib.nullcontext():
             return torch.func.functional_call(self, named, tuple(tensors), tie_weights=False)
 
+    def gather(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients by name, those of what lies in the memory of others added to these others' own."""
+        found = {name: gradient for name, gradient in gradients.items() if name not in self.views}
+        tensors = self.buffers_by_name() | self.parameters_by_name()
+        for name in gradients.keys() & self.views.keys():
+            view = self.views[name]
+            base = tensors[view.base].detach().requires_grad_()
+            with torch.enable_grad():
+                part = view.of(base)
+            (more,) = torch.autograd.grad(part, base, gradients[name])
+            found[view.base] = found[view.base] + more if view.base in found else more
+        return found
+
     def _find_places(self) -> dict[str, list[str]]:
         """Where each tensor hangs, by its name: tied ones in several modules, but in each module once.
 

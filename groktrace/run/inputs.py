@@ -11,7 +11,6 @@ from groktrace.run.forward import Forward
 from groktrace.run.operations import RefusedError
 from groktrace.run.views import View, find_view
 
-
 INDEX = ".index"  # at the end of the names of constants that number the elements of a view
 
 

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 PREFIX = "loss."
 MAX_DEPTH = 4
 MAX_ITEMS = 1000
+MAX_VALUES = 100_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,17 +154,19 @@ class Used(TorchFunctionMode):
 
 def held_by(function: Any) -> Iterator[tuple[str, nn.Module | Tensor]]:
     """The modules and tensors that a function can reach by names of its own, each with a path of such names."""
-    yield from _walk(function, "", MAX_DEPTH, set(), whole=True)
+    yield from _walk(function, "", MAX_DEPTH, set(), iter(range(MAX_VALUES)), whole=True)
 
 
-def _walk(value: Any, path: str, depth: int, visited: set[int], whole: bool = False) -> Iterator[tuple[str, Any]]:
+def _walk(
+    value: Any, path: str, depth: int, visited: set[int], left: Iterator[int], whole: bool = False
+) -> Iterator[tuple[str, Any]]:
     """Modules and tensors in a value; `whole` where also the attributes of a plain object count."""
-    if id(value) in visited or depth < 0:
+    if id(value) in visited or depth < 0 or next(left, None) is None:
         return
     visited.add(id(value))
 
     def walk(other: Any, name: str, whole: bool = False) -> Iterator[tuple[str, Any]]:
-        return _walk(other, f"{path}.{name}" if path and name else path or name, depth - 1, visited, whole)
+        return _walk(other, f"{path}.{name}" if path and name else path or name, depth - 1, visited, left, whole)
 
     if isinstance(value, Tensor):
         yield path, value

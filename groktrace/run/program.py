@@ -284,12 +284,7 @@ def _verify(graph: Graph, plain: Forward, example: Batch) -> None:
         got = _gradients(loss, moving)
     except RuntimeError as failure:
         raise RefusedError(f"its gradient with respect to the weights fails ({_line(failure)})") from failure
-    wanted = {name: found[name] for name in moving}
-    for name in held:  # a loss may hold these by themselves
-        view = plain.views[name]
-        with torch.enable_grad():
-            part = view.of(moving[view.base])
-        wanted[view.base] = wanted[view.base] + torch.autograd.grad(part, moving[view.base], found[name])[0]
+    wanted = plain.gather(found)  # a loss may hold what lies in the memory of another by itself
     error = math.hypot(*(_norm(wanted[name] - got[name]) for name in moving))
     # A custom autograd.Function, such as a straight-through estimator, is traced without its own backward.
     if error > 1e-3 * math.hypot(*map(_norm, wanted.values())):
