@@ -146,3 +146,25 @@ def test_a_loss_that_is_no_mean_over_samples_is_not_divided(monkeypatch):
     weights = {"w": torch.ones(3)}
     assert with_micro_batch(centred, weights).micro_batch == 12
     assert with_micro_batch(mean, weights).micro_batch == 1
+
+
+def test_gradients_of_complex_weights_are_added_as_pairs():
+    torch.manual_seed(0)
+    weights = {"b": torch.randn(3), "w": torch.randn(5, 3, dtype=torch.complex64), "e": torch.randn(7, 3).cfloat()}
+    x, y = torch.randn(8, 3), torch.randint(7, (8,))
+
+    def forward(named, tensors):
+        hidden = functional.linear(tensors[0].cfloat(), named["w"]) @ named["w"]
+        hidden = hidden + named["e"][tensors[1]]
+        return (hidden.abs().square().sum(1) + named["b"].square().sum()).mean(), None
+
+    layout = WeightLayout(("b", "w", "e"), ((3,), (5, 3), (7, 3)), ("w", "e"))
+    loss = StackedLoss(forward, layout, (x, y), {}, vectorised=False)
+    flat = layout.flatten(weights)
+    network = Network(module.replace(loss, micro_batch=3), weights)
+    assert torch.equal(network.vector(), flat)
+    for at in (None, 0.5 * flat):
+        expected = loss.gradients((flat if at is None else at)[None])
+        out = torch.zeros_like(flat)
+        assert network.add_gradient(out, at) == pytest.approx(float(expected[0]), rel=1e-5)
+        torch.testing.assert_close(out, expected[1][0], rtol=1e-4, atol=1e-4)
