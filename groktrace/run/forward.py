@@ -76,8 +76,11 @@ class Forward(nn.Module):
     def adopt(self, own: LossTensors) -> None:
         """Take in the tensors of the loss, and find those that lie in the memory of others; errors as above."""
         self.own = own
-        # Their modules become parts of this one, so that other weights can be put in their place.
-        self.loss_modules = nn.ModuleList(own.modules)
+        # Their modules become parts of this one, so that other weights can be put in their place; once each, as the
+        # tracer takes no buffer that is moved and hangs in two places.
+        self.loss_modules = nn.ModuleList()
+        parts = {*self.modules(), *(part for whole in own.modules for part in list(whole.modules())[1:])}
+        self.loss_modules.extend(module for module in own.modules if module not in parts)
         self._places = self._find_places()
         parameters = self.parameters_by_name()
         self.views = find_views(parameters | self.buffers_by_name(), parameters)
