@@ -220,8 +220,8 @@ class Capture:
         # Parameters that have not been seen to train.
         names = parameters_of(self._trained, own).keys() - self._views.keys()
         self._still = {name for name in names if not specs[name].trainable}
-        current = self._all()
-        self._once = FrozenTensors({name: current[name] for name in once}, step)
+        current, once = self._all(), frozenset(once)
+        self._once = FrozenTensors({name: current[name] for name in current if name in once}, step)
         self._pinned = {name: tensor.is_cuda for name, tensor in current.items()}
         self._step, self._copied = step, step
         self._filled: set[str] = set()
