@@ -225,8 +225,11 @@ def test_adversaries_are_two_recordings(tmp_path):
     check(tmp_path / "critic", critic, [0, 4, 8], lambda model: F.softplus(-model(real)).mean())
     assert layout.snapshot_steps(tmp_path / "maker") == [0, 2, 4]
     assert len(groktrace.analyze(tmp_path / "maker", **FEW).points) == 3
-    (doubt,) = groktrace.open_run(tmp_path / "maker").doubts  # the critic, by which its loss goes, has moved
-    assert "the recorded program" in doubt
+    run = groktrace.open_run(tmp_path / "maker")
+    assert run.doubts == ()  # each snapshot keeps the critic, by which the loss goes
+    last = run.snapshots[-1].load(with_loss=True)
+    assert torch.equal(last["loss.critic.weight"], critic.weight)
+    torch.testing.assert_close(run.task.forward(last, (noise,))[0], F.softplus(-critic(maker(noise))).mean())
 
 
 def test_the_average_of_the_weights(tmp_path):

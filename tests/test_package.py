@@ -12,7 +12,18 @@ import groktrace
 
 ROOT = Path(groktrace.__file__).parent
 # A package may import those before it. `run` comes first: recording writes what analysis reads.
-ORDER = ["errors", "theory", "run", "recording", "sampling", "analysis", "reporting", "theory_commands", "cli"]
+ORDER = [
+    "errors",
+    "attention",
+    "theory",
+    "run",
+    "recording",
+    "sampling",
+    "analysis",
+    "reporting",
+    "theory_commands",
+    "cli",
+]
 MAY_NOT = {
     "sampling": {"run", "recording"},
     "analysis": {"recording"},

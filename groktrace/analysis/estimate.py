@@ -47,25 +47,33 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 def weight_layout(
     specs: dict[str, tuple[tuple[int, ...], torch.dtype, bool]], patterns: Sequence[str] | None = None
 ) -> WeightLayout:
-    """The sampled weights among all tensors of a network.
+    """The sampled weights among all tensors of a network and its loss.
+
+    Those that train at some time are sampled at every snapshot, so that all are measured by one posterior.
 
     Args:
-        specs: (shape, dtype, trainable) by name.
+        specs: (shape, dtype, whether it ever trains) by name.
         patterns: shell-style patterns of the names to sample; None for all.
 
     Raises:
         TaskError: there is nothing to sample.
         SettingsError: a pattern fits none of the trainable weights.
     """
-    chosen = {name: shape for name, (shape, dtype, trainable) in specs.items() if trainable and dtype.is_floating_point}
+    chosen = {
+        name: shape
+        for name, (shape, dtype, trainable) in specs.items()
+        if trainable and (dtype.is_floating_point or dtype.is_complex)
+    }
     if not sum(math.prod(shape) for shape in chosen.values()):
-        raise TaskError("weights: expected at least one trainable real-valued parameter, found none.")
+        raise TaskError("weights: expected at least one trainable parameter of real or complex numbers, found none.")
     for pattern in patterns or ():
         if not fnmatch.filter(chosen, pattern):
             raise SettingsError(f"parameters: '{pattern}' fits none of the trainable weights: {', '.join(chosen)}.")
     if patterns is not None:
         chosen = {name: s for name, s in chosen.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
-    return WeightLayout(tuple(chosen), tuple(chosen.values()))
+    return WeightLayout(
+        tuple(chosen), tuple(chosen.values()), tuple(name for name in chosen if specs[name][1].is_complex)
+    )
 
 
 def estimate_stack(

@@ -152,7 +152,7 @@ class Evaluator:
                         f"the snapshot of step {step} is not the one that was there when the analysis began: the run "
                         "was recorded anew, or a worker sees another copy of it. Run the analysis again."
                     )
-                group.append((snapshots[step], snapshots[step].load()))
+                group.append((snapshots[step], snapshots[step].load(with_loss=True)))
             except SnapshotError as failure:
                 results[step] = failure
         if group:
@@ -248,7 +248,7 @@ def _rebuild(recipe: Recipe) -> tuple[Evaluator, dict[int, Snapshot]]:
     snapshots = {each.step: each for each in run.snapshots}
     if recipe.first not in snapshots:
         raise ReplacedError(f"{recipe.run}: a worker finds no snapshot of step {recipe.first} there; see that it can.")
-    first = snapshots[recipe.first].load()
+    first = snapshots[recipe.first].load(with_loss=True)
     task = None if recipe.task_name is None else load_factory(recipe.task_name)
     evaluated = choose_task(run, task)
     evaluator = Evaluator(run, task, evaluated, recipe.settings, torch.device(recipe.device), first)

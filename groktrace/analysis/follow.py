@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from groktrace.analysis.evaluation import Survey
+from groktrace.analysis.evaluator import run_layout
 from groktrace.analysis.journal import check_numbers
 from groktrace.analysis.replay import POINTS_FILE, Analysis, kept_scale
 from groktrace.analysis.trajectory import Point, Trajectory
@@ -86,7 +87,8 @@ def follow(
 ) -> Iterator[Event]:
     """Analyse snapshots as they appear, until the recording is closed; then all of them, as `analyze` does.
 
-    nβ and γ are those that the snapshots so far call for; where that changes by half, all is measured anew. The end
+    nβ and γ are those that the snapshots so far call for; where that changes by half, or where weights begin to train
+    that did not, all is measured anew. The end
     settles it: unless nβ and γ are known beforehand, all is measured once more at those of the whole run.
 
     Args:
@@ -109,6 +111,11 @@ def follow(
         run = analysis.snapshots.run.refreshed()
         if run.info.get("created") != analysis.snapshots.run.info.get("created"):  # one that is resumed keeps its own
             raise RunError(f"{run.name}: was recorded anew while it was followed; follow it again.")
+        if run_layout(run, analysis.evaluator.settings.parameters) != analysis.evaluator.layout:
+            # Weights have begun to train, so that all is measured anew, with these.
+            with analysis.again() as renewed:
+                yield from follow(renewed, timeout, reference, curvature)
+            return
         fresh += analysis.snapshots.add(run.snapshots)
         if fresh:
             surveys |= analysis.survey(fresh)

@@ -31,7 +31,8 @@ def estimate_llc(
 
     Args:
         model: the network at w*; it is not changed.
-        loss: loss(outputs, targets) as a mean over the batch, "cross_entropy", "mse", or None with `batch_loss`.
+        loss: loss(outputs, targets) as a mean over the batch, "cross_entropy", "mse", or None with `batch_loss`. Its
+            own parameters are sampled with the model's.
         train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader.
         batch_loss: batch_loss(model, batch) for models that compute their own loss.
         device: where to compute; a GPU where there is one.
@@ -81,9 +82,10 @@ def prepare_point(
         raise TaskError("train: expected the training data, got None.")
     # The seed of the sampling does not choose the samples: with another one, the same loss is measured again.
     task = Task.from_model(model, loss=loss, batch_loss=batch_loss, train=train)
-    parameters = dict(model.named_parameters())
-    weights = {name: t.detach() for name, t in (parameters | dict(model.named_buffers())).items()}
-    specs = {name: (tuple(t.shape), t.dtype, t.requires_grad) for name, t in parameters.items()}
+    weights = {name: tensor.detach() for name, tensor in {**task.parameters, **task.buffers}.items()}
+    moving = {name for name, tensor in task.parameters.items() if tensor.requires_grad}
+    moving = {task.follow.get(name, name) for name in moving}  # what lies in the memory of another counts with that
+    specs = {name: (tuple(t.shape), t.dtype, name in moving) for name, t in task.parameters.items()}
     layout = weight_layout(specs, settings.parameters)
     training = training_loss(task, layout, weights, device)
     (surveyed,) = survey(task, training, [weights], [0], settings.seed)

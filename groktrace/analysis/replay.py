@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,7 +146,8 @@ def open_analysis(
         folder = run.root / layout.ANALYSIS_FOLDER / folder_name(evaluator)
         folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(exclusive(folder))
-        yield Analysis(evaluator, snapshots, workers, folder, progress or (lambda phase, done, total: None))
+        again = partial(open_analysis, run.name, settings, task, task_name, device, progress, jobs, executor)
+        yield Analysis(evaluator, snapshots, workers, folder, progress or (lambda phase, done, total: None), again)
 
 
 def prepare(
@@ -184,11 +186,19 @@ class Analysis:
         workers: where the snapshots are evaluated.
         folder: where the results are kept.
         report: called with (phase, snapshots done, snapshots in all).
+        again: opens the same analysis of the run as it is by then.
     """
 
     def __init__(
-        self, evaluator: Evaluator, snapshots: Snapshots, workers: Workers, folder: Path, report: Progress
+        self,
+        evaluator: Evaluator,
+        snapshots: Snapshots,
+        workers: Workers,
+        folder: Path,
+        report: Progress,
+        again: Callable[[], contextlib.AbstractContextManager["Analysis"]],
     ) -> None:
+        self.again = again
         self.evaluator, self.snapshots, self.folder = evaluator, snapshots, folder
         self._workers, self._report = workers, report
 

@@ -75,7 +75,7 @@ class Snapshots:
     def load(self, step: int) -> dict[str, Tensor] | None:
         """A snapshot's weights; None, and a line in `unreadable`, where the file is damaged."""
         try:
-            return self._by_step[step].load()
+            return self._by_step[step].load(with_loss=True)
         except SnapshotError as failure:
             self._drop(step, failure)
             return None

@@ -120,7 +120,7 @@ def temperature_curve_at(
     if not found:
         nearest = min((snapshot.step for snapshot in run.snapshots), key=lambda other: abs(other - step))
         raise SettingsError(f"step: there is no snapshot of step {step}; the nearest is of step {nearest}.")
-    weights = found[0].load()
+    weights = found[0].load(with_loss=True)
     evaluator, snapshots, _ = prepare(run, task, chosen, choose_device(device))
     surveyed = _survey(evaluator, snapshots, [step])[step]
     chosen = _with_localization(evaluator, snapshots, surveyed)

@@ -1,18 +1,23 @@
 """Weights and buffers off the model, under the plain model's own names."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from groktrace.errors import SettingsError
+from groktrace.errors import SettingsError, TaskError
+from groktrace.recording.frozen import FrozenTensors
+from groktrace.run.loss_tensors import NO_TENSORS, LossTensors
 from groktrace.run.store import WeightSpec
+from groktrace.run.views import View, find_views
 
-# What safetensors can hold, since version 0.4.
+# What safetensors can hold, since version 0.4, and complex128, as pairs.
 STORABLE = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
-    | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64}
+    | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128}
 )
 
 
@@ -45,8 +50,57 @@ def find_aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def describe_weights(model: nn.Module) -> dict[str, WeightSpec]:
-    """Shape, dtype and trainability of what a snapshot of `model` holds.
+def parameters_of(model: nn.Module, own: LossTensors = NO_TENSORS) -> dict[str, Tensor]:
+    """Parameters of a plain model and its loss, tied ones once."""
+    return dict(model.named_parameters()) | own.parameters()
+
+
+def views_of(model: nn.Module, own: LossTensors = NO_TENSORS) -> dict[str, View]:
+    """The tensors of a plain model and its loss that lie in the memory of others; none where that is not clear."""
+    parameters = parameters_of(model, own)
+    try:
+        return find_views(parameters | dict(model.named_buffers()) | own.buffers(), parameters)
+    except TaskError:  # told where model and loss are traced
+        return {}
+
+
+def held_parameters(optimizer: Any) -> frozenset[int] | None:
+    """The ids of what an optimizer, and those that it wraps, update; None without an optimizer."""
+    if optimizer is None:
+        return None
+    held: set[int] = set()
+    for _ in range(8):
+        groups = getattr(optimizer, "param_groups", None)
+        held.update(id(each) for group in groups or () for each in group["params"])
+        optimizer = getattr(optimizer, "optimizer", None)
+        if optimizer is None:
+            break
+    return frozenset(held)
+
+
+def training_names(parameters: Mapping[str, Tensor], views: Mapping[str, View], optimizer: Any) -> set[str]:
+    """Those parameters that train: that require a gradient, and that the optimizer, if there is one, holds.
+
+    What lies in the memory of another trains as that one, so that each number counts once.
+    """
+    held = held_parameters(optimizer)
+    names = (
+        name
+        for name, tensor in parameters.items()
+        if tensor.requires_grad
+        and (held is None or id(tensor) in held)
+        and (tensor.is_floating_point() or tensor.is_complex())
+    )
+    return {views[name].base if name in views else name for name in names}
+
+
+def describe_weights(model: nn.Module, optimizer: Any = None, own: LossTensors = NO_TENSORS) -> dict[str, WeightSpec]:
+    """Shape, dtype and trainability of what a snapshot of `model` and its loss holds.
+
+    Args:
+        model: the plain model.
+        optimizer: what it holds trains; None where all trains that requires a gradient.
+        own: the tensors of the loss.
 
     Raises:
         SettingsError: a tensor cannot be kept.
@@ -56,13 +110,23 @@ def describe_weights(model: nn.Module) -> dict[str, WeightSpec]:
             "model: FullyShardedDataParallel keeps weights in flat pieces without their names; shard the model with "
             "torch.distributed.fsdp.fully_shard instead."
         )
-    trainable = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
-    specs = {}
-    for name, tensor in named_tensors(model):
+    tensors = dict(named_tensors(model))
+    of_loss = own.parameters() | own.buffers()
+    for name, tensor in (tensors | of_loss).items():
         _check_tensor(name, tensor)
-        moves = name in trainable and tensor.is_floating_point()
-        specs[name] = WeightSpec(tuple(tensor.shape), tensor.dtype, moves)
-    return specs
+    parameters, views = parameters_of(model, own), views_of(model, own)
+    alone = training_names(parameters, {}, optimizer)
+    for name in alone & views.keys():
+        if views[name].base not in alone and views[name].dims is None:
+            raise SettingsError(
+                f"model: '{name}', which the optimizer holds, is a part of '{views[name].base}', which it does not "
+                "hold; make two parameters of that one."
+            )
+    training = training_names(parameters, views, optimizer)
+    return {
+        name: WeightSpec(tuple(tensor.shape), tensor.dtype, name in training, of_loss=name in of_loss)
+        for name, tensor in (tensors | of_loss).items()
+    }
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -117,53 +181,128 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 class Capture:
-    """Copies of a model's tensors in CPU buffers that are allocated once and reused.
+    """Copies of a network's tensors in CPU buffers that are allocated once and reused.
 
     Args:
-        model: the plain model, or another one with the same tensors.
+        model: whose weights are copied: the plain model, or another one with the same tensors.
         specs: what every snapshot must hold.
         once: tensors that are kept elsewhere, and copied only from when they change.
+        trained: the plain model, which says what trains; None for `model`.
+        own: the tensors of the loss.
+        optimizer: what it holds trains.
+        unreached: parameters that the loss's gradient does not reach, so that only the script's own hand moves them.
+        step: the training step.
+
+    Attributes:
+        begun: parameters that were seen to begin to train, with the step at which they were; whoever has written that
+            down clears it.
+        late: parameters whose change was seen late, with the step after which snapshots may hold older values, and the
+            last that may; whoever has told of them clears it.
     """
 
-    def __init__(self, model: nn.Module, specs: dict[str, WeightSpec], once: Iterable[str] = ()) -> None:
-        self._model = model
-        self._specs = specs
-        current = dict(named_tensors(model))
-        self._unchanged = {name: mark for name in once if (mark := _mark(current[name])) is not None}
+    def __init__(
+        self,
+        model: nn.Module,
+        specs: dict[str, WeightSpec],
+        once: Iterable[str] = (),
+        *,
+        trained: nn.Module | None = None,
+        own: LossTensors = NO_TENSORS,
+        optimizer: Any = None,
+        unreached: Iterable[str] = (),
+        step: int = 0,
+    ) -> None:
+        self._model, self._own = model, own
+        self._trained, self._optimizer = model if trained is None else trained, optimizer
+        self._specs = dict(specs)
+        self._unreached = frozenset(unreached)
+        self._views = views_of(self._trained, own)
+        # Parameters that have not been seen to train.
+        names = parameters_of(self._trained, own).keys() - self._views.keys()
+        self._still = {name for name in names if not specs[name].trainable}
+        current, once = self._all(), frozenset(once)
+        self._once = FrozenTensors({name: current[name] for name in current if name in once}, step)
         self._pinned = {name: tensor.is_cuda for name, tensor in current.items()}
+        self._step, self._copied = step, step
+        self._filled: set[str] = set()
+        self.begun: dict[str, int] = {}
+        self.late: dict[str, tuple[int, int]] = {}
         self.sharded = is_sharded(model)
         self.buffers: dict[str, Tensor] = {}
-        for name in specs.keys() - self._unchanged.keys():
+        for name in specs.keys() - self._once.names:
             self._allocate(name)
 
+    def look(self, step: int, whole: bool = False) -> None:
+        """See what trains now, and which of the tensors that are kept elsewhere were written to.
+
+        Args:
+            step: the training step, which the next copy is of.
+            whole: whether to compare all of every tensor.
+        """
+        self._step = step
+        if not self._still:
+            return
+        for name in training_names(parameters_of(self._trained, self._own), self._views, self._optimizer):
+            self._begin(name)
+        if not self._once.names:
+            return
+        candidates = self._candidates()
+        for name, known in self._once.compare(self._all(), step, whole).items():
+            if known < self._copied:
+                self.late[name] = known, self._copied
+            if name in candidates:
+                self._begin(name)
+
     def copy(self) -> dict[str, Tensor]:
-        """The model's tensors as they are now; valid until the next call.
+        """The network's tensors as they are now; valid until the next call.
 
         Raises:
             SettingsError: the model no longer has the tensors it had.
         """
         # Looked up anew each time: a script may replace parameters, or move the model to another device.
-        current = {
-            name: tensor
-            for name, tensor in self._current().items()
-            if name not in self._unchanged or _mark(tensor) != self._unchanged[name]
-        }
+        kept = self._once.names
+        current = {name: tensor for name, tensor in self._current().items() if name not in kept}
         for name in current.keys() - self.buffers.keys():
             self._allocate(name)
         buffers = {name: self.buffers[name] for name in current}
+        candidates = self._candidates() & self._filled if self._still else set()
         devices = set()
         with torch.inference_mode(False), torch.no_grad():
             if self.sharded:
                 for name, tensor in current.items():
-                    buffers[name].copy_(_whole(tensor))  # one after the other: whole, they may not fit the device
+                    whole = _whole(tensor)  # one after the other: whole, they may not fit the device
+                    if name in candidates:
+                        self._compare(name, whole)
+                    buffers[name].copy_(whole)
             else:
+                for name in candidates:
+                    self._compare(name, current[name])
                 devices = {tensor.device for tensor in current.values() if tensor.is_cuda}
                 sources = [tensor.detach() for tensor in current.values()]
                 if sources:
                     torch._foreach_copy_(list(buffers.values()), sources, non_blocking=bool(devices))
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
+        self._filled.update(current)
+        self._copied = self._step
         return buffers
+
+    def _begin(self, name: str) -> None:
+        """Note that a parameter trains from now on."""
+        if name in self._still:
+            self._still.discard(name)
+            self._once.forget(name)
+            self._specs[name] = replace(self._specs[name], trainable=True, trainable_from=self._step)
+            self.begun[name] = self._step
+
+    def _candidates(self) -> set[str]:
+        """Parameters that get a gradient and of which nothing says that they train; another optimizer may hold them."""
+        parameters = parameters_of(self._trained, self._own)
+        return (training_names(parameters, self._views, None) & self._still) - self._unreached
+
+    def _compare(self, name: str, tensor: Tensor) -> None:
+        if not torch.equal(tensor.cpu(), self.buffers[name]):
+            self._begin(name)
 
     def take_part(self) -> None:
         """Give the process that copies a sharded model this one's pieces."""
@@ -185,8 +324,11 @@ class Capture:
         with torch.inference_mode(False):
             self.buffers[name] = _allocate(self._specs[name], self._pinned[name])
 
+    def _all(self) -> dict[str, Tensor]:
+        return dict(named_tensors(self._model)) | self._own.parameters() | self._own.buffers()
+
     def _current(self) -> dict[str, Tensor]:
-        current = dict(named_tensors(self._model))
+        current = self._all()
         if current.keys() != self._specs.keys():
             odd = sorted(current.keys() ^ self._specs.keys())
             raise SettingsError(f"the model's tensors are not those it had at watch(): {', '.join(odd[:5])}.")
@@ -198,13 +340,6 @@ class Capture:
                     f"{tensor.dtype}{list(tensor.shape)}."
                 )
         return current
-
-
-def _mark(tensor: Tensor) -> tuple[int, int, int] | None:
-    """What changes when a tensor is replaced or written to; None where that cannot be told."""
-    if _in_pieces(tensor) or tensor.is_inference():
-        return None
-    return id(tensor), tensor.data_ptr(), tensor._version
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from groktrace.run import files
 from groktrace.run.batch import Batch
-from groktrace.run.task import Forward, evaluation_mode
+from groktrace.run.forward import Forward, evaluation_mode
 
 SAMPLES = 8
 SHARE = 0.005  # of the time since the start, for all checks but the first and the last
@@ -60,7 +60,7 @@ class Guard:
         self._tolerances = ROUGH if rough else EXACT
         self._scale = (0.0, 0.0)
         self._samples, self._usable = batch, False
-        tensors = {name: tensor.detach() for name, tensor in _state(forward.model).items()}
+        tensors = {name: tensor.detach() for name, tensor in _state(forward).items()}
         for self._samples in some:  # the program may have been traced for sizes that a few samples do not have
             with contextlib.suppress(Exception):
                 with self._unseen():
@@ -103,9 +103,11 @@ class Guard:
     def _compare(self, tensors: Mapping[str, Tensor], gradient: bool) -> list[str]:
         began = time.perf_counter()
         with self._unseen():
-            weights = self._complete(tensors)
+            # Where a loss holds weights of the model by themselves, it has none but those that train.
+            average = self.average and not self._forward.own.holds_weights
+            weights = self._complete(tensors if average or not self.average else {})
             gradient = gradient and not self._large(weights)
-            live, wanted = self._live(weights if self.average else None, gradient)
+            live, wanted = self._live(weights if average else None, gradient)
             recorded, got = self._recorded(weights, gradient)
         self._last = time.perf_counter() - began
         self._spent += self._last
@@ -133,8 +135,8 @@ class Guard:
 
     def _complete(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All tensors of a snapshot, where the live ones are."""
-        weights = {name: tensor.detach() for name, tensor in _state(self._forward.model).items()}
-        if self._device.type != "cpu" and self._large(weights):
+        weights = {name: tensor.detach() for name, tensor in _state(self._forward).items()}
+        if not tensors or (self._device.type != "cpu" and self._large(weights)):
             return weights
         frozen = self.frozen if len(tensors) < len(weights) else None
         if frozen is not None and frozen.exists() and frozen.stat().st_size <= LARGE:
@@ -148,19 +150,19 @@ class Guard:
     def _live(self, weights: Mapping[str, Tensor] | None, gradient: bool) -> tuple[float, dict[str, Tensor]]:
         """Loss and gradient of the model as it trains, or of its code at other weights."""
         # Whatever the forward pass does to buffers, it does to copies.
-        state = {name: buffer.clone() for name, buffer in self._forward.named_buffers()}
-        known = dict(self._forward.model.named_parameters())
+        state = {name: buffer.clone() for name, buffer in self._forward.buffers_by_name().items()}
+        known = self._forward.parameters_by_name()
         if weights is not None:
-            known = _differentiable(weights, known)
-            state |= {f"model.{name}": tensor for name, tensor in {**weights, **known}.items()}
+            known = _differentiable(weights, self._forward) | dict(self._forward.own.loose)
+            state |= {**weights, **known}
         wanted = {name: tensor for name, tensor in known.items() if tensor.requires_grad} if gradient else {}
         with torch.set_grad_enabled(bool(wanted)), sdpa_kernel(SDPBackend.MATH):
-            loss, _ = torch.func.functional_call(self._forward, state, self._samples.to(self._device).tensors)
-        return float(loss.detach()), _gradient(loss, wanted)
+            loss, _ = self._forward.evaluate(state, self._samples.to(self._device).tensors)
+        return float(loss.detach()), self._forward.gather(_gradient(loss, wanted))
 
     def _recorded(self, weights: Mapping[str, Tensor], gradient: bool) -> tuple[float, dict[str, Tensor]]:
         """Loss and gradient of the program."""
-        wanted = _differentiable(weights, dict(self._forward.model.named_parameters())) if gradient else {}
+        wanted = _differentiable(weights, self._forward) if gradient else {}
         with torch.set_grad_enabled(bool(wanted)):
             loss, _ = self._program.forward({**weights, **wanted}, self._samples.to(self._device).tensors)
         return float(loss.detach()), _gradient(loss, wanted)
@@ -186,17 +188,15 @@ def _first(batch: Batch, count: int) -> Batch:
     return batch.take(slice(0, count) if len(batch) > 1 else torch.tensor([0, 0], device="cpu"))
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+def _state(forward: Forward) -> dict[str, Tensor]:
+    return forward.parameters_by_name() | forward.buffers_by_name()
 
 
-def _differentiable(weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of the weights that train, apart from the live ones."""
-    return {
-        name: weights[name].detach().requires_grad_()
-        for name, parameter in parameters.items()
-        if parameter.requires_grad and name in weights
-    }
+def _differentiable(weights: Mapping[str, Tensor], forward: Forward) -> dict[str, Tensor]:
+    """Those of the weights that train, apart from the live ones; of what shares memory, the one that holds it."""
+    names = [name for name, parameter in forward.parameters_by_name().items() if parameter.requires_grad]
+    names = dict.fromkeys(forward.views[name].base if name in forward.views else name for name in names)
+    return {name: weights[name].detach().requires_grad_() for name in names if name in weights}
 
 
 def _gradient(loss: Tensor, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -257,7 +257,7 @@ def put_back(model: nn.Module, *losses: Any) -> Iterator[None]:
     ]
     values = [value for _, _, known in before for value in known.values()] + [value for _, value in cells]
     lists = [(value, len(value)) for value in values if type(value) is list]
-    registered = {id(tensor) for tensor in _state(model).values()}
+    registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     tensors = [
         (value, value._version, value.detach().clone())
         for value in values

@@ -3,6 +3,7 @@
 import importlib.metadata
 import math
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from groktrace.recording.writer import now
 from groktrace.run import files, layout
 from groktrace.run.batch import Batch
 from groktrace.run.collect import collect
+from groktrace.run.loss_tensors import NO_TENSORS, LossTensors
 from groktrace.run.store import WeightSpec
 from groktrace.run.task import (
     MAX_SAMPLES,
@@ -44,6 +46,8 @@ class Evaluation:
         problem: why it could not.
         notes: what the user ought to know of the data, a sentence each.
         guard: checks while training that the program still gives the live loss; None without a program.
+        own: the tensors of the loss.
+        unreached: parameters that the loss's gradient does not reach.
     """
 
     n: int | None = None
@@ -53,9 +57,13 @@ class Evaluation:
     problem: Exception | None = None
     notes: tuple[str, ...] = ()
     guard: Guard | None = None
+    own: LossTensors = NO_TENSORS
+    unreached: frozenset[str] = frozenset()
 
 
-def prepare_evaluation(model: nn.Module, train: Any, val: Any, loss: Any, batch_loss: Any, seed: int) -> Evaluation:
+def prepare_evaluation(
+    model: nn.Module, train: Any, val: Any, loss: Any, batch_loss: Any, seed: int, idle: Iterable[str] = ()
+) -> Evaluation:
     """Collect the data, try the loss on them, and trace model and loss.
 
     Args:
@@ -65,6 +73,7 @@ def prepare_evaluation(model: nn.Module, train: Any, val: Any, loss: Any, batch_
         loss: see `watch`.
         batch_loss: see `watch`.
         seed: chooses the subset of large sets.
+        idle: parameters of the model that require a gradient, but that the optimizer does not hold.
 
     Raises:
         TaskError: data, loss and model do not fit together.
@@ -84,13 +93,32 @@ def prepare_evaluation(model: nn.Module, train: Any, val: Any, loss: Any, batch_
         with evaluation_mode(forward):
             notes = data_notes(check_forward(forward, batch, held_out), train, val, held_out)
             offset_free = _offset_free(forward, batch)
+            unreached: frozenset[str] = frozenset()
             try:
+                forward.find_tensors(batch)
+                unreached = _unreached(forward, batch, {*idle, *forward.own.parameters()})
                 program, constants, guard = _trace(forward, batch)
             except Exception as failure:  # whatever tracing trips over, the weights can still be recorded
-                return Evaluation(n, data, tensors, None, failure, notes)
+                return Evaluation(n, data, tensors, None, failure, notes, None, forward.own, unreached)
     tensors |= {f"constant.{name}": value.detach().cpu().contiguous().clone() for name, value in constants.items()}
     program = {**program, "offset_free": offset_free}
-    return Evaluation(n, data, tensors, program, notes=notes, guard=guard)
+    return Evaluation(n, data, tensors, program, None, notes, guard, forward.own, unreached)
+
+
+def _unreached(forward: Forward, batch: Batch, names: set[str]) -> frozenset[str]:
+    """Those of some parameters that require a gradient and that the gradient of the loss does not reach."""
+    parameters = forward.parameters_by_name()
+    asked = {name: parameters[name] for name in names if name in parameters and parameters[name].requires_grad}
+    if not asked:
+        return frozenset()
+    few = batch.take(slice(0, 2)).to(next(iter(asked.values())).device)
+    try:
+        with torch.enable_grad():
+            loss, _ = forward(*few.tensors)
+            found = torch.autograd.grad(loss, list(asked.values()), allow_unused=True)
+    except Exception:  # it takes one batch size only, or has no gradient at all; then nothing is known
+        return frozenset()
+    return frozenset(name for name, gradient in zip(asked, found, strict=True) if gradient is None)
 
 
 def _offset_free(forward: Forward, batch: Batch) -> bool:
@@ -148,14 +176,7 @@ def describe_run(
         "torch": torch.__version__,
         "created": now(),
         "closed": None,
-        "weights": {
-            name: {
-                "shape": list(spec.shape),
-                "dtype": str(spec.dtype).removeprefix("torch."),
-                "trainable": spec.trainable,
-            }
-            for name, spec in specs.items()
-        },
+        "weights": {name: _describe_weight(spec) for name, spec in specs.items()},
         "aliases": find_aliases(model),
         "n": evaluation.n,
         "seed": seed,
@@ -165,6 +186,14 @@ def describe_run(
         "task": task,
         "doubts": [],
     }
+
+
+def _describe_weight(spec: WeightSpec) -> dict[str, Any]:
+    dtype = str(spec.dtype).removeprefix("torch.")
+    entry: dict[str, Any] = {"shape": list(spec.shape), "dtype": dtype, "trainable": spec.trainable}
+    if spec.trainable_from:
+        entry["trainable_from"] = spec.trainable_from
+    return entry | {"loss": True} if spec.of_loss else entry
 
 
 def _version() -> str:
@@ -232,13 +261,12 @@ def write_start(root: Path, info: dict[str, Any], evaluation: Evaluation) -> boo
     return changed
 
 
-def write_frozen(root: Path, specs: dict[str, WeightSpec], source: nn.Module) -> frozenset[str]:
-    """Write the parameters that are frozen, once for all snapshots; what an earlier recording wrote stays.
+def write_frozen(root: Path, frozen: Mapping[str, Tensor]) -> frozenset[str]:
+    """Write the parameters that do not train, once for all snapshots; what an earlier recording wrote stays.
 
     Args:
         root: the run directory.
-        specs: the network's tensors.
-        source: whose weights are recorded; not sharded.
+        frozen: these parameters by name, not sharded.
 
     Returns:
         The names of tensors that are as the file has them, which snapshots may leave out.
@@ -247,10 +275,9 @@ def write_frozen(root: Path, specs: dict[str, WeightSpec], source: nn.Module) ->
         OSError: the file system refused.
         RunError: the file that is there already is damaged.
     """
-    frozen = {name: tensor.detach() for name, tensor in source.named_parameters() if not specs[name].trainable}
     path = root / layout.FROZEN_FILE
     if frozen and not path.exists():
-        copies = {name: tensor.cpu().contiguous() for name, tensor in frozen.items()}
+        copies = {name: tensor.detach().cpu().contiguous() for name, tensor in frozen.items()}
         files.write_tensors(path, copies, {"groktrace": str(layout.FORMAT_VERSION), "time": now()})
         files.sync_folder(root)
     kept = files.read_tensors(path)[0] if frozen and path.exists() else {}

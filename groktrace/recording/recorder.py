@@ -63,7 +63,7 @@ class Recorder:
         self._due: int | None = None
         self._metrics: dict[str, float] = {}
         self._blocked = self._waited = 0.0
-        self._closed = self._within = False
+        self._closed = self._within = self._hurried = False
         self._warned: set[str] = set()
         self._hooks: UpdateHooks | None = None
         # An average follows the weights by rules of its own, and of a sharded model a process sees a part.
@@ -146,6 +146,7 @@ class Recorder:
         if self._closed and self._writer is not None and os.getpid() == self._pid:
             self._writer.close()  # it was being closed
         self._guard = None  # no place to run a network
+        self._hurried = True
         self._within |= self._hooks is None  # whether weights and count belong together is then not known
         self.leave()
 
@@ -250,7 +251,9 @@ class Recorder:
         if self._capture is None or self._writer is None or self.deferred or step == self.steps or not self._keep(step):
             return None
         self._writer.make_room()
-        return step, self._capture.copy()
+        capture = self._capture
+        self._guarded(lambda: capture.look(step))
+        return step, capture.copy()
 
     def _replace(self, streak: Streak, after: Reading | None, copy: tuple[int, dict[str, Tensor]] | None) -> None:
         """Count what others have done in the optimizer's place."""
@@ -299,7 +302,10 @@ class Recorder:
         else:
             if writer is not None and wanted:
                 current = tensors is None
-                tensors = capture.copy() if tensors is None else tensors
+                if tensors is None:
+                    self._guarded(lambda: capture.look(step))
+                    tensors = capture.copy()
+                self._guarded(lambda: self._tell_changes(capture, writer))
                 metrics, self._metrics = self._metrics, {}
                 writer.submit(step, tensors, metrics)
                 self._copied = step
@@ -309,6 +315,23 @@ class Recorder:
                 capture.take_part()
         finally:
             self._blocked += time.perf_counter() - began
+
+    def _tell_changes(self, capture: Capture, writer: Writer) -> None:
+        """Write down which parameters have begun to train, and tell of changes that were seen late."""
+        if capture.begun:
+            writer.mark_trainable(capture.begun)
+            capture.begun.clear()
+        if capture.late:
+            names = ", ".join(f"'{name}'" for name in list(capture.late)[:3]) + (
+                ", ..." if len(capture.late) > 3 else ""
+            )
+            since, until = min(a for a, _ in capture.late.values()), max(b for _, b in capture.late.values())
+            self._warn(
+                "late",
+                f"what does not train was written to, which was seen only now: {names}; snapshots after step {since}, "
+                f"up to step {until}, may hold older values of it.",
+            )
+            capture.late.clear()
 
     def _wanted(self, writer: Writer, step: int, began: float) -> bool:
         """Whether the step is still to be written, once the buffers are free."""
@@ -351,6 +374,9 @@ class Recorder:
             return
         if self._writer is not None and not capture.sharded:
             self._writer.wait()  # so that what is there can be seen
+        if self._writer is not None and not self._hurried:
+            self._guarded(lambda: capture.look(steps, whole=True))
+            self._guarded(lambda: self._tell_changes(capture, self._writer))
         idle = self._writer is not None and not capture.sharded and steps == self._first == self._copied
         if idle and capture.moved():
             self._warn("idle", f"the weights changed, but no update was seen; {HOW_TO_COUNT}")

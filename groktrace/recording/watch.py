@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from groktrace.errors import GroktraceError, SettingsError
-from groktrace.recording.capture import Capture, describe_weights, gathered, is_sharded, named_tensors, plain_model
+from groktrace.recording.capture import (
+    Capture,
+    describe_weights,
+    gathered,
+    is_sharded,
+    named_tensors,
+    parameters_of,
+    plain_model,
+    views_of,
+)
 from groktrace.recording.hooks import hookable
 from groktrace.recording.prepare import Evaluation, describe_run, prepare_evaluation, write_frozen, write_start
 from groktrace.recording.recorder import Recorder, open_recorders
@@ -19,6 +29,7 @@ from groktrace.recording.schedule import check_count, make_schedule
 from groktrace.recording.tell import tell
 from groktrace.recording.writer import remove_leftovers
 from groktrace.run import files, layout
+from groktrace.run.loss_tensors import LossTensors
 from groktrace.run.remote import Remote, is_url
 from groktrace.run.store import WeightSpec, check_info
 from groktrace.run.task import refuse_while_loading
@@ -85,7 +96,6 @@ def watch(
     if not isinstance(model, nn.Module):
         raise SettingsError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
     model = plain_model(model)
-    specs = describe_weights(model)
     parameters = {id(parameter) for parameter in model.parameters()}
     if not parameters:
         raise SettingsError("model: expected a network with parameters, got one without any.")
@@ -93,6 +103,7 @@ def watch(
         optimizer = hookable(optimizer)
         if not any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
             raise SettingsError("optimizer: holds none of the model's parameters; make it from model.parameters().")
+    specs = describe_weights(model, optimizer)
     if train is None:
         for name, value in (("loss", loss), ("batch_loss", batch_loss), ("val", val)):
             if value is not None:
@@ -126,19 +137,23 @@ def watch(
     evaluation = Evaluation()
     if train is not None:
         with gathered(model):
-            evaluation = prepare_evaluation(model, train, val, loss, batch_loss, seed)
+            idle = [name for name, each in model.named_parameters() if each.requires_grad and not specs[name].trainable]
+            evaluation = prepare_evaluation(model, train, val, loss, batch_loss, seed, idle)
+    own = evaluation.own
+    specs = describe_weights(model, optimizer, own)
     for recorder in list(open_recorders):
         if recorder.out == place:  # a folder has one recording at a time, so this one takes over
             recorder.close()
     once: frozenset[str] = frozenset()
     with _agreed(sharded):
         if writes:
+            specs = _with_earlier(place, root, specs, start)
             info = describe_run(model, specs, evaluation, optimizer, plan, task, seed)
             try:
                 if write_start(root, info, evaluation):
                     tell(f"'{place}' held other data than these; the analysis will use the new ones throughout.")
                 if not sharded:
-                    once = write_frozen(root, specs, source)
+                    once = write_frozen(root, _frozen(specs, model, source, own))
                 remove_leftovers(root)
                 if remote is not None:
                     remote.send_start()
@@ -150,7 +165,8 @@ def watch(
                 reason = " ".join(str(evaluation.problem).split())[:300]
                 hint = task or "package.module:factory"
                 tell(f"model and loss cannot be kept as a program, so analysis will need `--task {hint}` ({reason}).")
-    capture = Capture(source, specs, once)
+    unreached = evaluation.unreached
+    capture = Capture(source, specs, once, trained=model, own=own, optimizer=optimizer, unreached=unreached, step=start)
     guard = None if sharded else evaluation.guard
     if guard is not None:
         guard.frozen, guard.average = root / layout.FROZEN_FILE, weights is not None
@@ -239,9 +255,8 @@ def _check_folder(
         if names - begun:
             raise SettingsError(f"out: '{place}' holds files, but is not a groktrace run; choose another out=.")
         return
-    known = check_info(files.read_json(path), path)
-    shapes = [{name: (spec.shape, spec.dtype) for name, spec in one.items()} for one in (known, specs)]
-    if shapes[0] != shapes[1]:
+    known = {name: spec for name, spec in check_info(files.read_json(path), path).items() if not spec.of_loss}
+    if _shapes(known) != _shapes(specs):
         raise SettingsError(f"out: '{place}' is the run of another network; choose another out=.")
     steps = layout.snapshot_steps(root)
     if steps and start == 0 and not resuming and not (given and steps == [0]):  # one killed right after its start
@@ -249,3 +264,40 @@ def _check_folder(
             f"out: '{place}' holds a recording up to step {steps[-1]}. To continue it, load the optimizer's state "
             "before watch() or pass start_step=; to start anew, choose another out= or remove the folder."
         )
+
+
+def _shapes(specs: dict[str, WeightSpec]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (spec.shape, spec.dtype) for name, spec in specs.items()}
+
+
+def _with_earlier(place: Path | str, root: Path, specs: dict[str, WeightSpec], start: int) -> dict[str, WeightSpec]:
+    """The tensors, with what an earlier recording knows of when they train.
+
+    Raises:
+        SettingsError: its loss had other weights.
+    """
+    path = root / layout.RUN_FILE
+    if not path.exists():
+        return specs
+    known = check_info(files.read_json(path), path)
+    if _shapes(known) != _shapes(specs):
+        odd = sorted(name for name in known.keys() | specs.keys() if known.get(name) != specs.get(name))
+        raise SettingsError(
+            f"out: '{place}' is the run of a loss with other weights ({', '.join(odd[:5])}); give the train= and loss= "
+            "of that run, or choose another out=."
+        )
+    merged = {}
+    for name, spec in specs.items():
+        before = known[name]
+        if before.trainable or not spec.trainable:
+            merged[name] = replace(spec, trainable=before.trainable, trainable_from=before.trainable_from)
+        else:
+            merged[name] = replace(spec, trainable_from=start)
+    return merged
+
+
+def _frozen(specs: dict[str, WeightSpec], model: nn.Module, source: nn.Module, own: LossTensors) -> dict[str, Tensor]:
+    """The parameters that do not train; not those that lie in the memory of others, which may."""
+    views = views_of(model, own)
+    parameters = parameters_of(source, own)
+    return {name: each for name, each in parameters.items() if not specs[name].trainable and name not in views}

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from groktrace.run import files, layout
+from groktrace.run.info import MAX_DOUBT
 from groktrace.run.remote import Remote
-from groktrace.run.store import MAX_DOUBT
 
 QUEUE_BYTES = 2**20
 QUEUE_SECONDS = 1.0
@@ -68,6 +68,8 @@ class Writer:
         self.idle: Callable[[], None] | None = None
         self._root = root
         self._marks: list[dict[str, Any]] = []  # doubts that are still to be written
+        self._begun: dict[str, int] = {}  # since when what was seen to begin to train does
+        self._begins = False  # whether that is still to be written
         self._jobs: deque[tuple[int, dict[str, Tensor], dict[str, float]]] = deque()
         self._queued = 0  # bytes of the jobs that wait, QUEUE_BYTES and more where one is not small
         self._hurry = self._stopping = self._ended = False
@@ -108,7 +110,7 @@ class Writer:
             self._changed.notify_all()
 
     def _drain(self) -> None:
-        while self._jobs or self._marks:
+        while self._jobs or self._marks or self._begins:
             if not self._thread.is_alive():
                 raise RuntimeError("the thread that writes snapshots has ended")
             self._hurry = True
@@ -132,6 +134,17 @@ class Writer:
             if 2 * self._queued >= QUEUE_BYTES or not self.written:  # the first at once, to show that it works
                 self._hurry = True
                 self._changed.notify_all()
+
+    def mark_trainable(self, begun: Mapping[str, int]) -> None:
+        """Have it said in run.json, before the next snapshot is written, that tensors train.
+
+        Args:
+            begun: the step from which each does, by name.
+        """
+        with self._changed:
+            self._begun = {**self._begun, **begun}
+            self._begins = self._hurry = True
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Write what is in flight and end the thread."""
@@ -159,8 +172,8 @@ class Writer:
                     if not self._changed.wait(QUEUE_SECONDS):
                         look = not self._jobs
                         break
-                marks = list(self._marks)
-                if not self._jobs and not marks and not look:
+                marks, begins = list(self._marks), self._begins
+                if not self._jobs and not marks and not begins and not look:
                     self._hurry = False
                     if self._stopping:
                         self._ended = True
@@ -170,26 +183,32 @@ class Writer:
                 jobs = bool(self._jobs)
             if look and self.idle is not None:
                 self.idle()
-            if marks:
+            if marks or begins:
                 self._keep(marks)
             if jobs:
                 self._write_first()
 
     def _keep(self, marks: list[dict[str, Any]]) -> None:
-        """Write doubts into run.json."""
+        """Write doubts, and which tensors have begun to train, into run.json."""
+        with self._changed:
+            self._begins = False  # whether or not it can be written now: each later change of run.json tries again
         try:
-            known = files.read_json(self._root / layout.RUN_FILE).get("doubts") or []
-            self._describe(doubts=[*known, *marks])
+            self._describe(marks)
         except Exception as failure:
             self.error = failure
         with self._changed:
             del self._marks[: len(marks)]
             self._changed.notify_all()
 
-    def _describe(self, **entries: Any) -> None:
-        """Change entries of run.json."""
+    def _describe(self, marks: Sequence[dict[str, Any]] = (), **entries: Any) -> None:
+        """Change entries of run.json; only the thread does so, or whoever has seen it end."""
         path = self._root / layout.RUN_FILE
-        files.write_json(path, {**files.read_json(path), **entries})
+        info = {**files.read_json(path), **entries}
+        if marks:
+            info["doubts"] = [*(info.get("doubts") or []), *marks]
+        for name, step in self._begun.items():
+            info["weights"][name] |= {"trainable": True, "trainable_from": step}
+        files.write_json(path, info)
         if self._remote is not None:
             self._remote.send(path, forget=True)
 

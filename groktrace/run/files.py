@@ -27,6 +27,8 @@ MAX_JSON_BYTES = 64 * 2**20
 # What a parsed file may take beside its bytes.
 MAX_PARSED_BYTES = 100 * 10**6
 DIGEST_KEY = "digest"
+# The names of tensors of complex128, for which safetensors has no name: they are written as pairs of float64.
+PAIRS_KEY = "pairs"
 # As safetensors calls them.
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
@@ -232,6 +234,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """
     # The file holds raw bytes, and so no tensor that is conjugated or negated only when read.
     tensors = {name: tensor.resolve_conj().resolve_neg() for name, tensor in tensors.items()}
+    if pairs := [name for name, tensor in tensors.items() if tensor.dtype == torch.complex128]:
+        tensors |= {name: torch.view_as_real(tensors[name]) for name in pairs}
+        metadata = metadata | {PAIRS_KEY: json.dumps(pairs)}
     metadata = sealed(metadata | {"digests": json.dumps({name: digest(tensor) for name, tensor in tensors.items()})})
     if sum(tensor.nbytes for tensor in tensors.values()) < SMALL_BYTES:
         data = save(tensors, metadata)  # the quicker way, at the price of a copy or two
@@ -348,6 +353,7 @@ def read_tensors(path: Path, error: type[GroktraceError] = RunError) -> tuple[di
             raise ValueError("it was cut while it was read")
         tensors = _tensors(header, data)
         digests = parse_json(metadata.get("digests", "null").encode())
+        pairs = parse_json(metadata.get(PAIRS_KEY, "[]").encode())
     except (ValueError, TypeError, RuntimeError, AttributeError) as failure:
         raise error(f"{path}: not a whole safetensors file ({failure}).") from failure
     if not isinstance(digests, dict):
@@ -357,4 +363,9 @@ def read_tensors(path: Path, error: type[GroktraceError] = RunError) -> tuple[di
     for name, tensor in tensors.items():
         if digest(tensor) != digests[name]:
             raise error(f"{path}: tensor '{name}' does not match its digest; the file is damaged.")
+    for name in pairs if isinstance(pairs, list) else ():
+        found = tensors.get(name) if isinstance(name, str) else None
+        if found is None or found.dtype != torch.float64 or found.shape[-1:] != (2,):
+            raise error(f"{path}: its complex numbers are no pairs; the file is damaged.")
+        tensors[name] = torch.view_as_complex(found)
     return tensors, metadata

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from groktrace.attention import attention
 from groktrace.errors import TaskError
-from groktrace.run.attention import attention
 from groktrace.run.demand import Demand, without_data
 from groktrace.run.operations import RefusedError, find_operation
 

@@ -304,6 +304,12 @@ def _normalise(tensor: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor
     return torch.batch_norm(tensor, weight, bias, mean, var, False, momentum, eps, cudnn), None, None
 
 
+def _complex_of_pairs(tensor: Tensor) -> Tensor:
+    if tensor.shape[-1:] != (2,):
+        raise TaskError("the recorded program takes numbers as complex ones that are no pairs.")
+    return torch.complex(tensor[..., 0], tensor[..., 1])  # wherever they lie; a view would need even places
+
+
 # What vmap cannot stack, or only row by row, in other words.
 _REPLACED: dict[str, Callable[..., Any]] = {
     "aten.view.default": torch.ops.aten.reshape.default,  # stacked tensors may have strides that no view can keep
@@ -312,6 +318,7 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "aten._native_batch_norm_legit_no_training.default": _normalise,
     "aten._weight_norm.default": _weight_norm,
     "aten.fill.Tensor": _fill_tensor,
+    "aten.view_as_complex.default": _complex_of_pairs,
     "aten.slice_scatter.default": _slice_scatter,
 }
 

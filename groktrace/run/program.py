@@ -8,7 +8,7 @@ import logging
 import math
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch import Tensor
 from groktrace.errors import RunError, TaskError
 from groktrace.run import numbers
 from groktrace.run.batch import Batch
+from groktrace.run.forward import Forward, evaluation_mode
 from groktrace.run.graph import FORMAT, Graph, build
+from groktrace.run.inputs import Inputs
 from groktrace.run.operations import ARITHMETIC_NAMES, RandomError, RefusedError
-from groktrace.run.task import Forward, evaluation_mode
 from groktrace.run.verify import explain, perturbed, verify
 
 EXAMPLE_SAMPLES = 32
@@ -112,6 +113,7 @@ class Program:
         """
         model = getattr(forward.model, "_orig_mod", forward.model)
         plain = Forward(model, forward.loss, forward.batch_loss, forward.structure)
+        plain.adopt(forward.own)
         device = next(model.parameters(), batch.tensors[0]).device
         # Sizes of one are burnt into a trace, so a single sample is doubled.
         few = batch.take(slice(0, EXAMPLE_SAMPLES) if len(batch) > 1 else torch.tensor([0, 0], device="cpu"))
@@ -130,6 +132,28 @@ class Program:
             except Exception as failure:
                 reason = explain(failure)
                 raise TaskError(f"the model and loss cannot be traced by torch.export ({reason}).") from failure
+
+
+def traced_forward(forward: Forward, batch: Batch) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """Model and loss as a program, in which other tensors can be put in the place of those that the loss holds.
+
+    None, and a warning, where it cannot be traced.
+    """
+    try:
+        program = Program.trace(forward, batch)
+    except TaskError as failure:
+        warnings.warn(
+            f"groktrace: the loss holds tensors that train, or the model's own, and stays as it is when these move "
+            f"({failure}); make it a torch.nn.Module with parameters, or a function of outputs and targets.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+    if forward.model is getattr(forward.model, "_orig_mod", forward.model):
+        return program.forward
+    return lambda weights, tensors: program.forward(
+        {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}, tensors
+    )
 
 
 def _trace_somehow(plain: Forward, few: Batch, batch: Batch) -> Graph:
@@ -151,9 +175,10 @@ def _trace_with_numbers(plain: Forward, few: Batch, batch: Batch, failure: Excep
         Exception: `failure`, where there is no such graph.
     """
     for example, dynamic in ((few, True), (batch, False)):
-        state = {name: t.clone() for name, t in (*plain.named_parameters(), *plain.named_buffers())}  # it may move them
+        known = plain.parameters_by_name() | plain.buffers_by_name()
+        state = {name: tensor.detach().clone() for name, tensor in known.items()}  # it may move them
         with torch.no_grad(), numbers.noted() as values:
-            torch.func.functional_call(plain, state, example.tensors)
+            plain.evaluate(state, example.tensors)
         if not values:
             break
         try:
@@ -222,51 +247,27 @@ def _export(plain: Forward, example: Batch, dynamic: bool) -> tuple[dict[str, An
         if node in live:
             live.update(node.all_input_nodes)  # leaves out assertions and what only moves buffers
 
-    known = dict(plain.model.named_buffers()) | dict(plain.model.named_parameters())
-    identity = {id(tensor): name for name, tensor in known.items()}
-    storage = {(t.data_ptr(), t.shape, t.stride(), t.dtype): name for name, t in known.items() if t.numel()}
-    state = dict(plain.named_parameters(remove_duplicate=False)) | dict(plain.named_buffers(remove_duplicate=False))
-    specs = {spec.arg.name: spec for spec in signature.input_specs}
-    inputs: list[dict[str, Any]] = []
-    nodes: list[dict[str, Any]] = []
-    constants: dict[str, Tensor] = {}
-    index: dict[torch.fx.Node, int] = {}
-    positions = {name: i for i, name in enumerate(signature.user_inputs)}
+    inputs = Inputs(plain, signature, exported.constants)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder" and node in live]
+    index, nodes = inputs.take(placeholders)
     for node in graph.nodes:
-        if node not in live:
+        if node not in live or node.op == "placeholder":
             continue
-        index[node] = len(index)
-        if node.op == "call_function":
-            target = ARITHMETIC_NAMES.get(node.target) or str(node.target)
-            kwargs = {name: _encode(arg, index) for name, arg in node.kwargs.items()}
-            nodes.append({"target": target, "args": _encode(node.args, index), "kwargs": kwargs})
-            continue
-        if node.op != "placeholder":
+        if node.op != "call_function":
             raise RefusedError(f"it holds a {node.op} of {str(node.target)[:80]}")
-        if node.name in positions:
-            inputs.append({"data": positions[node.name]})
-            continue
-        name = specs[node.name].target
-        tensor = state[name] if name in state else exported.constants.get(name)
-        if not isinstance(tensor, Tensor):
-            raise RefusedError(f"it needs '{name}', which is not a tensor")
-        # A loss may hold the network's tensors by itself, to penalise them; they must not become constants.
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        weight = identity.get(id(tensor)) or storage.get(place)
-        if weight is not None:
-            inputs.append({"weight": weight, "dtype": str(tensor.dtype).removeprefix("torch.")})
-        else:
-            inputs.append({"constant": name})
-            constants[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        index[node] = len(inputs.entries) + len(nodes)
+        target = ARITHMETIC_NAMES.get(node.target) or str(node.target)
+        kwargs = {name: _encode(arg, index) for name, arg in node.kwargs.items()}
+        nodes.append({"target": target, "args": _encode(node.args, index), "kwargs": kwargs})
     document = {
         "format": FORMAT,
         "static_batch": None if dynamic else len(example),
         "data": len(example.tensors),
-        "inputs": inputs,
+        "inputs": inputs.entries,
         "nodes": nodes,
         "outputs": [None if node is None else index[node] for node in outputs],
     }
-    return document, constants
+    return document, inputs.constants
 
 
 def _keep_detached(graph: torch.fx.Graph) -> None:

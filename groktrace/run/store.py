@@ -15,26 +15,11 @@ from groktrace.errors import RunError, SnapshotError, TaskError, printable
 from groktrace.run import layout, pending
 from groktrace.run.batch import Batch, check_lengths, unflatten
 from groktrace.run.files import parse_json, read_json, read_metadata, read_tensors, read_unverified
+from groktrace.run.info import WeightSpec, check_format, check_info
 from groktrace.run.remote import Remote, is_url
 from groktrace.run.task import Task
 
-MAX_DOUBTS, MAX_DOUBT = 1000, 2000  # marks, and characters of one
 LINK_ADVICE = "out of the run directory, outside of which nothing is read or written; copy the run with cp -rL."
-
-
-@dataclass(frozen=True)
-class WeightSpec:
-    """What run.json says of one tensor of the network.
-
-    Attributes:
-        shape: its shape.
-        dtype: its dtype.
-        trainable: whether training moves it, and so whether sampling does.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    trainable: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +29,7 @@ class Snapshot:
     Attributes:
         step: number of optimizer updates before this snapshot.
         path: its file.
-        specs: the network's tensors.
+        specs: the network's tensors, those of the loss among them.
         frozen: gives those that no snapshot needs to hold, since training leaves them as they are.
         remote: where the file has to be fetched from, if it is not here.
     """
@@ -55,14 +40,18 @@ class Snapshot:
     frozen: Callable[[], dict[str, Tensor]] = dict
     remote: Remote | None = None
 
-    def load(self) -> dict[str, Tensor]:
-        """The network's tensors by name, on the CPU.
+    def load(self, *, with_loss: bool = False) -> dict[str, Tensor]:
+        """The model's tensors by name, on the CPU, as `load_state_dict` takes them.
+
+        Args:
+            with_loss: with those of the loss, where it has weights of its own; the run's task needs them.
 
         Raises:
             SnapshotError: the file is damaged, or holds other tensors than the run's network has.
             RunError: the file of frozen tensors is damaged.
         """
-        return self._read()
+        tensors = self._read()
+        return {name: tensor for name, tensor in tensors.items() if with_loss or not self.specs[name].of_loss}
 
     def fingerprint(self) -> str:
         """A digest of step and weights, from the file's header alone.
@@ -331,68 +320,6 @@ def _read_run(root: Path, name: str, remote: Remote | None) -> Run:
 
     snapshots = tuple(Snapshot(s, layout.snapshot_path(root, s), specs, frozen, remote) for s in steps)
     return Run(root, info, specs, snapshots, remote)
-
-
-def check_format(info: Any, path: Path) -> None:
-    """Check that run.json is of the format that is read here.
-
-    Raises:
-        RunError: it is of another.
-    """
-    if not isinstance(info, dict) or type(info.get("format")) is not int:
-        raise RunError(f"{path}: not a groktrace run file.")
-    if info["format"] != layout.FORMAT_VERSION:
-        raise RunError(
-            f"{path}: format {info['format']}, written by groktrace {info.get('groktrace', '?')}; "
-            f"this groktrace reads format {layout.FORMAT_VERSION}. Install that version or a newer one."
-        )
-
-
-def check_info(info: Any, path: Path) -> dict[str, WeightSpec]:
-    """Check run.json and return the network's tensors.
-
-    Raises:
-        RunError: it is of another format, or something in it is missing or of the wrong kind.
-    """
-    check_format(info, path)
-    try:
-        specs = {
-            str(name): WeightSpec(_shape(entry["shape"]), _dtype(entry["dtype"]), _flag(entry["trainable"]))
-            for name, entry in info["weights"].items()
-        }
-        n, data = info["n"], info["data"]
-        if not (n is None or (type(n) is int and 0 < n < 2**63)) or (data is not None and n is None):
-            raise ValueError("n")
-        if data is not None and not (isinstance(data, dict) and "train" in data):
-            raise ValueError("data")
-        doubts = info.get("doubts") or []
-        if not isinstance(doubts, list) or len(doubts) > MAX_DOUBTS:
-            raise ValueError("doubts")
-        for mark in doubts:
-            if type(mark["step"]) is not int or not (isinstance(mark["text"], str) and len(mark["text"]) <= MAX_DOUBT):
-                raise ValueError("doubts")
-    except (KeyError, TypeError, ValueError, AttributeError) as failure:
-        raise RunError(f"{path}: damaged: {failure} is missing or not what it should be.") from failure
-    return specs
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(type(size) is int and 0 <= size < 2**40 for size in value):
-        raise ValueError(f"shape {value!r}")
-    return tuple(value)
-
-
-def _dtype(value: Any) -> torch.dtype:
-    dtype = vars(torch).get(value) if isinstance(value, str) else None
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype {value!r}")
-    return dtype
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"trainable {value!r}")
-    return value
 
 
 def _describe(shape: Sequence[int], dtype: torch.dtype) -> str:

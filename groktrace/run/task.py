@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from groktrace.attention import for_live_models
 from groktrace.errors import TaskError
-from groktrace.run.attention import for_live_models
-from groktrace.run.batch import Batch, Structure, unflatten
+from groktrace.run.batch import Batch, unflatten
 from groktrace.run.checks import Probe, check_mean, check_repeatable, sample_axis_note, shared_second_axis
 from groktrace.run.collect import Fits, collect, random_samples_note
+from groktrace.run.forward import Forward, evaluation_mode, on_device_of
 from groktrace.run.untouched import left_untouched, own_randomness
 
 MAX_SAMPLES = 8192
@@ -25,46 +26,6 @@ NAMED_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": functional.cross_entropy,
     "mse": functional.mse_loss,
 }
-_MODEL_PREFIX = "model."
-
-
-class Forward(nn.Module):
-    """Model and loss as one module: flat batch tensors in, (mean loss, outputs or None) out.
-
-    Args:
-        model: the user's network; its weights appear here as "model.<name>".
-        loss: loss(outputs, targets), a mean over the batch; or None.
-        batch_loss: batch_loss(model, batch), a mean over the batch; or None.
-        structure: nesting of the batch, see `groktrace.run.batch`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Callable[..., Tensor] | None,
-        batch_loss: Callable[..., Tensor] | None,
-        structure: Structure,
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-        self.batch_loss = batch_loss
-        self.structure = structure
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Loss and outputs on one batch."""
-        batch = unflatten(self.structure, tensors)
-        if self.batch_loss is not None:
-            return self.batch_loss(self.model, batch), None
-        inputs, targets = batch
-        if isinstance(inputs, tuple | list):
-            outputs = self.model(*inputs)
-        elif isinstance(inputs, Mapping):
-            outputs = self.model(**inputs)
-        else:
-            outputs = self.model(inputs)
-        outputs = getattr(outputs, "logits", outputs)
-        return self.loss(outputs, targets), outputs if isinstance(outputs, Tensor) else None
 
 
 ForwardFunction = Callable[[Mapping[str, Tensor], Sequence[Tensor]], tuple[Tensor, Tensor | None]]
@@ -83,6 +44,9 @@ class Task:
         offset_free: whether the loss ignores a constant added to every sample's outputs, so that predictions have to
             be read after removing their mean offset over the training set.
         bind: makes the task on data, where it has none of its own; see `with_data`.
+        parameters: those of the live model and loss by the names that `forward` takes, and so the buffers.
+        buffers: see `parameters`.
+        follow: the names of those that lie in the memory of others, with the others' names; `forward` computes them.
     """
 
     forward: ForwardFunction
@@ -91,6 +55,9 @@ class Task:
     n: int | None
     offset_free: bool
     bind: Callable[[Batch, Batch | None, int], "Task"] | None = field(default=None, repr=False, compare=False)
+    parameters: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    buffers: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    follow: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_model(
@@ -166,13 +133,23 @@ class Task:
         module, batch = probe.forward, probe.batch
         with left_untouched(module), evaluation_mode(module):
             offset_free = is_offset_free(module, batch)
+            module.find_tensors(batch)
 
         def forward(weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
             with evaluation_mode(module), for_live_models():
-                named = {_MODEL_PREFIX + name: tensor for name, tensor in weights.items()}
-                return torch.func.functional_call(module, named, tuple(tensors))
+                return module.evaluate(weights, tensors)
 
-        return cls(forward, batch, held_out, n, offset_free)
+        parameters, buffers = module.parameters_by_name(), module.buffers_by_name()
+        if module.own.loose or module.own.holds_weights:
+            from groktrace.run.program import traced_forward
+
+            traced = traced_forward(module, batch)
+            if traced is not None:
+                forward = traced
+            else:
+                parameters = {name: tensor for name, tensor in parameters.items() if name not in module.own.loose}
+        follow = {name: view.base for name, view in module.views.items()}
+        return cls(forward, batch, held_out, n, offset_free, parameters=parameters, buffers=buffers, follow=follow)
 
 
 def _without_data(weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -270,7 +247,7 @@ def check_forward(forward: Forward, batch: Batch, held_out: Batch | None = None)
 def _first_loss(forward: Forward, batch: Batch, axis: int = 0) -> Any:
     """The loss of two samples along an axis."""
     few = Batch(tuple(tensor.narrow(axis, 0, min(2, tensor.shape[axis])) for tensor in batch.tensors), batch.structure)
-    placed = _to_device(few, forward)
+    placed = on_device_of(forward, few)
     with torch.no_grad(), own_randomness(0, placed.tensors[0].device):
         return forward(*placed.tensors)[0]
 
@@ -330,7 +307,7 @@ def is_offset_free(forward: Forward, batch: Batch) -> bool:
         return False
     few = batch.take(slice(0, 64))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        _, outputs = forward(*_to_device(few, forward).tensors)
+        _, outputs = forward(*on_device_of(forward, few).tensors)
         if outputs is None or outputs.ndim != 2 or not outputs.is_floating_point():
             return False
         # In double precision, where a change stands clear of rounding, and on the CPU, where outputs that the loss
@@ -367,19 +344,6 @@ def failures_in_words(what: str, advice: str) -> Iterator[None]:
     except Exception as failure:
         line = str(failure).splitlines()[0] if str(failure) else ""
         raise TaskError(f"{what} ({type(failure).__name__}: {line}); {advice}") from failure
-
-
-@contextlib.contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Dropout off and normalisation by saved statistics; every training flag is put back."""
-    flags = [(child, child.training) for child in module.modules()]
-    try:
-        for child, _ in flags:
-            child.training = False
-        yield
-    finally:
-        for child, flag in flags:
-            child.training = flag
 
 
 _loading: ContextVar[str | None] = ContextVar("_loading", default=None)
@@ -430,9 +394,3 @@ def load_factory(reference: str) -> Task:
             f"--task {reference}: expected it to return groktrace.Task.from_model(...), got {type(task).__name__}."
         )
     return task
-
-
-def _to_device(batch: Batch, module: nn.Module) -> Batch:
-    """The batch on the device of the module's weights."""
-    weight = next(module.parameters(), None)
-    return batch if weight is None else batch.to(weight.device)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from groktrace.run.attention import twice_differentiable
+from groktrace.attention import twice_differentiable
 from groktrace.run.batch import Batch
+from groktrace.run.forward import Forward
 from groktrace.run.graph import Graph
+from groktrace.run.inputs import INDEX
 from groktrace.run.operations import RandomError, RefusedError
-from groktrace.run.task import Forward
 
 _SYMBOL = re.compile(r"\b(?:[us]|zuf|zf)\d+\b")  # of the tracer, for numbers and sizes that it does not know
 _OWN_BACKWARD = "does it hold a custom autograd.Function?"
@@ -36,40 +37,47 @@ def verify(graph: Graph, plain: Forward, example: Batch, weights: Mapping[str, T
     """
 
     def buffers() -> dict[str, Tensor]:
-        return {name: buffer.clone() for name, buffer in plain.model.named_buffers()}  # the model may move its own
+        return {name: buffer.clone() for name, buffer in plain.buffers_by_name().items()}  # the model may move its own
 
-    parameters = dict(plain.model.named_parameters()) | dict(weights or {})
+    parameters = plain.parameters_by_name() | dict(weights or {})
+    tensors = plain.buffers_by_name() | parameters
+    training = {name for name, tensor in parameters.items() if tensor.requires_grad}
+    training = {plain.views[name].base if name in plain.views else name for name in training}
+    # What lies in the memory of another is made of that one, which may not say itself that it trains.
+    bases = {view.base: tensors[view.base] for view in plain.views.values()}
+    for name in bases.keys() & training:
+        bases[name] = bases[name] if bases[name].requires_grad else bases[name].detach().requires_grad_()
 
     def live() -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
-            moved = {f"model.{name}": tensor for name, tensor in {**buffers(), **(weights or {})}.items()}
-            return torch.func.functional_call(plain, moved, example.tensors)[0]
+            return plain.evaluate({**buffers(), **(weights or {}), **bases}, example.tensors)[0]
 
     def recorded() -> Tensor:
         with twice_differentiable():
-            return graph.run(parameters | buffers(), example.tensors)[0]
+            return graph.run(parameters | buffers() | bases, example.tensors)[0]
 
     with torch.enable_grad():
         expected, again = live(), live()
         loss = recorded()
     if not _same(expected, again):
         raise RandomError("two evaluations of it differ")
-    if not _same(expected, loss):
+    # Elements that are gathered lie otherwise in memory than those live, and may be summed in another order.
+    if not _same(expected, loss, 1e-5 if any(name.endswith(INDEX) for name in graph.constants) else 0.0):
         raise RefusedError(f"traced, the loss is {loss.item()!r}; live, it is {expected.item()!r}")
-    moving = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    moving = {name: bases.get(name, parameters[name]) for name in parameters if name in training}
+    held = {name: parameters[name] for name in plain.views if name in parameters and parameters[name].requires_grad}
     own_backward = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in _nodes(expected))
     try:
-        wanted, got = (
-            torch.autograd.grad(value, moving, allow_unused=True, materialize_grads=True) for value in (expected, loss)
-        )
+        found, got = _gradients(expected, moving | held), _gradients(loss, moving)
     except RuntimeError as failure:
         raise RefusedError(f"its gradient with respect to the weights fails ({first_line(failure)})") from failure
+    wanted = plain.gather(found)  # a loss may hold what lies in the memory of another by itself
     # A custom autograd.Function, such as a straight-through estimator, is traced without its own backward.
-    if not _distance(wanted, got) <= 1e-3 * _size(wanted):
+    if not _distance([wanted[name] for name in moving], list(got.values())) <= 1e-3 * _size(list(wanted.values())):
         raise RefusedError(f"traced, the loss has another gradient than live; {_OWN_BACKWARD}")
     if own_backward:
         with torch.enable_grad():
-            curved = _curvature(live(), moving), _curvature(recorded(), moving)
+            curved = [_curvature(loss, list(moving.values())) for loss in (live(), recorded())]
         # One that is written by hand to be free of NaN may be that only as it stands. Where the live one is finite, it
         # need not be right: that of a function that is once differentiable leaves out what it does not know.
         if curved[1] is not None and not _finite(curved[1]) and (curved[0] is None or _finite(curved[0])):
@@ -79,7 +87,7 @@ def verify(graph: Graph, plain: Forward, example: Batch, weights: Mapping[str, T
 
 
 def perturbed(plain: Forward, scale: float) -> dict[str, Tensor]:
-    """Other weights, by the model's own names.
+    """Other weights, by the model's own names; without those that lie in the memory of these.
 
     Args:
         plain: model and loss.
@@ -88,13 +96,23 @@ def perturbed(plain: Forward, scale: float) -> dict[str, Tensor]:
     generator = torch.Generator("cpu").manual_seed(0)
 
     def other(tensor: Tensor) -> Tensor:
-        noise = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor.device, tensor.dtype)
+        kind = torch.complex64 if tensor.is_complex() else torch.float32
+        noise = torch.randn(tensor.shape, generator=generator, device="cpu", dtype=kind).to(tensor.device, tensor.dtype)
         size = tensor.detach().abs().mean()
         return (tensor.detach() + scale * size * noise).requires_grad_(tensor.requires_grad)
 
+    # Nobody can put others in place of tensors that a loss holds by themselves.
+    names = plain.parameters_by_name().keys() - plain.views.keys() - plain.own.loose.keys()
     return {
-        name: other(tensor) if tensor.is_floating_point() else tensor for name, tensor in plain.model.named_parameters()
+        name: other(tensor) if tensor.is_floating_point() or tensor.is_complex() else tensor
+        for name, tensor in plain.parameters_by_name().items()
+        if name in names
     }
+
+
+def _gradients(value: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = torch.autograd.grad(value, list(weights.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(weights, found, strict=True))
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:
@@ -107,10 +125,14 @@ def _curvature(loss: Tensor, moving: Sequence[Tensor]) -> tuple[Tensor, ...] | N
     try:
         slopes = torch.autograd.grad(loss, moving, create_graph=True, allow_unused=True, materialize_grads=True)
         along = [torch.randn(w.shape, generator=generator, device="cpu", dtype=w.dtype).to(w.device) for w in moving]
-        slope = sum((a * b).sum() for a, b in zip(slopes, along, strict=True))
+        slope = sum((_reals(a) * _reals(b)).sum() for a, b in zip(slopes, along, strict=True))
         return torch.autograd.grad(slope, moving, allow_unused=True, materialize_grads=True)
     except (RuntimeError, NotImplementedError):
         return None
+
+
+def _reals(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _nodes(loss: Tensor) -> Iterator[object]:
@@ -139,9 +161,9 @@ def _size(wanted: Sequence[Tensor]) -> float:
     return math.hypot(*(float(each.abs().float().nan_to_num(0, 0, 0).norm()) for each in wanted))
 
 
-def _same(left: Tensor, right: Tensor) -> bool:
-    """Bitwise on the CPU; sums on other devices may run in any order."""
-    return torch.allclose(left, right, rtol=0 if left.device.type == "cpu" else 1e-4, atol=0, equal_nan=True)
+def _same(left: Tensor, right: Tensor, rtol: float = 0.0) -> bool:
+    """Bitwise on the CPU, or as told; sums on other devices may run in any order."""
+    return torch.allclose(left, right, rtol=rtol if left.device.type == "cpu" else 1e-4, atol=0, equal_nan=True)
 
 
 def first_line(failure: Exception) -> str:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from groktrace.sampling.posterior import FACTOR, WHOLE_BYTES, StackedLoss
+from groktrace.sampling.posterior import FACTOR, WHOLE_BYTES, StackedLoss, as_reals
 from groktrace.sampling.uses import Uses, leaf
 
 # Networks of so many numbers, and those whose activations take so much, are evaluated alone and in micro-batches.
@@ -44,7 +44,7 @@ class Network:
 
     def __init__(self, loss: StackedLoss, weights: Mapping[str, Tensor]) -> None:
         self.loss, self.layout, self.device = loss, loss.layout, loss.device
-        sampled = [weights[name].detach().to(self.device) for name in loss.layout.names]
+        sampled = [as_reals(weights[name].detach().to(self.device)) for name in loss.layout.names]
         self._anchor = [tensor.reshape(-1) for tensor in sampled]
         self.dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in sampled) else torch.float32
         self._factor = float(weights.get(FACTOR, 1.0))
@@ -109,7 +109,7 @@ class Network:
         Returns:
             L there, without the factor.
         """
-        places = self.layout.unflatten(out)
+        places = self.layout.places(out)
         leaves = {name: leaf(tensor, places[name]) for name, tensor in self._named(at).items()}
         with torch.enable_grad(), Uses({id(each): places[name] for name, each in leaves.items()}):
             return self._evaluate(leaves, index, lambda part: (scale * part).backward())
@@ -117,8 +117,13 @@ class Network:
     def _named(self, at: Tensor | None) -> dict[str, Tensor]:
         if at is not None:
             return self.layout.unflatten(at)
-        tensors = zip(self.layout.names, self._anchor, self.layout.shapes, strict=True)
-        return {name: as_float(tensor).view(shape) for name, tensor, shape in tensors}
+        named = {}
+        for name, anchor, shape in zip(self.layout.names, self._anchor, self.layout.shapes, strict=True):
+            if name in self.layout.complex_names:
+                named[name] = torch.view_as_complex(anchor.view(*shape, 2))
+            else:
+                named[name] = as_float(anchor).view(shape)
+        return named
 
     def _evaluate(self, named: dict[str, Tensor], index: Tensor | None, use: Callable[[Tensor], None]) -> float:
         """L as a sum over micro-batches, each of whose parts is given to `use`."""

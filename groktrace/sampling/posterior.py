@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groktrace.run.attention import twice_differentiable
+from groktrace.attention import twice_differentiable
 from groktrace.sampling.plan import Plan, run
 from groktrace.sampling.record import CannotPlanError
 
@@ -30,20 +30,23 @@ Forward = Callable[[Mapping[str, Tensor], Sequence[Tensor]], tuple[Tensor, Tenso
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """Where each sampled tensor lies in a flat weight vector.
+    """Where each sampled tensor lies in a flat weight vector; complex numbers count as two.
 
     Attributes:
         names: the sampled tensors, in order.
         shapes: their shapes.
+        complex_names: those that are complex.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    complex_names: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> list[int]:
-        """Number of elements of each tensor."""
-        return [math.prod(shape) for shape in self.shapes]
+        """Real numbers in each tensor."""
+        pairs = zip(self.names, self.shapes, strict=True)
+        return [math.prod(shape) * (2 if name in self.complex_names else 1) for name, shape in pairs]
 
     @property
     def size(self) -> int:
@@ -52,15 +55,33 @@ class WeightLayout:
 
     def flatten(self, weights: Mapping[str, Tensor]) -> Tensor:
         """One vector [D] of all sampled tensors, in float32 unless one of them is float64."""
-        parts = [weights[name].reshape(-1) for name in self.names]
+        parts = [as_reals(weights[name]).reshape(-1) for name in self.names]
         dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
         return torch.cat([part.to(dtype) for part in parts])
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
-        """Named views of a vector [D]."""
+        """The named tensors of a vector [D]; views of it, but for complex ones."""
+        return self.of_places(self.places(flat))
+
+    def places(self, flat: Tensor) -> dict[str, Tensor]:
+        """Named views of a vector [D], of complex tensors as pairs of real numbers."""
         # One split, so that its backward is one concatenation instead of a full-size buffer per tensor.
-        parts = flat.split(self.sizes)
-        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+        parts = zip(self.names, flat.split(self.sizes), self.shapes, strict=True)
+        return {n: part.view((*shape, 2) if n in self.complex_names else shape) for n, part, shape in parts}
+
+    def of_places(self, places: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The named tensors of what `places` returns."""
+        return {n: as_complex(part) if n in self.complex_names else part for n, part in places.items()}
+
+
+def as_reals(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers; a real one as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def as_complex(pairs: Tensor) -> Tensor:
+    """The inverse of `as_reals`, for pairs wherever they lie; a view would need even places."""
+    return torch.complex(pairs[..., 0], pairs[..., 1])
 
 
 @dataclass(frozen=True)
@@ -292,11 +313,12 @@ class StackedLoss:
         losses = weights.new_zeros(len(weights))
         for r, (flat, out) in enumerate(zip(weights.detach(), gradients, strict=True)):
             fixed, tensors = self._row(r, index)
-            leaves = {name: part.requires_grad_() for name, part in self.layout.unflatten(flat).items()}
-            places = list(self.layout.unflatten(out).values())
+            # Of real numbers, as the places are: complex weights are made of these, and so their gradients land right.
+            leaves = {name: part.requires_grad_() for name, part in self.layout.places(flat).items()}
+            places = list(self.layout.places(out).values())
             for number, (share, part) in enumerate(self._parts(tensors)):
                 with torch.enable_grad():
-                    loss = self._forward({**leaves, **fixed}, part)
+                    loss = self._forward({**self.layout.of_places(leaves), **fixed}, part)
                     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
                 losses[r] += share * loss.detach()
                 for place, each in zip(places, found, strict=True):

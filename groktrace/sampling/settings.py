@@ -39,7 +39,8 @@ class SamplingSettings:
             snapshots need.
         batch_size: samples a gradient; None for all, or of large sets for as many as keep their noise below 2 %.
         rtol: wanted standard error relative to the estimate, where `draws` is None.
-        parameters: names, or patterns such as "blocks.0.*", of the weights that move, for a refined LLC; None for all.
+        parameters: names, or patterns such as "blocks.0.*", of the weights that move, for a refined LLC; None for all
+            that train at some time of the run, at every snapshot, so that snapshots stay comparable.
         seed: of every random number drawn.
 
     Raises:

@@ -20,12 +20,12 @@ def leaf(tensor: Tensor, place: Tensor) -> Tensor:
 
     Args:
         tensor: of any shape.
-        place: of the same shape.
+        place: of the same shape, or, for a complex tensor, of pairs of real numbers.
     """
 
     def collect(each: Tensor) -> None:
         if each.grad is not None:  # as where a use has added its own
-            place.add_(each.grad)
+            place.add_(torch.view_as_real(each.grad.resolve_conj()) if each.is_complex() else each.grad)
             each.grad = None
 
     each = tensor.detach().requires_grad_()
@@ -69,9 +69,10 @@ class Uses(TorchFunctionMode):
 
 
 def _is_plain(*operands: Tensor | None) -> bool:
-    """Whether operands are multiplied as they are, in one dtype."""
+    """Whether operands are multiplied as they are, in one real dtype."""
     present = [each for each in operands if each is not None]
-    return len({each.dtype for each in present}) == 1 and not torch.is_autocast_enabled(present[0].device.type)
+    alike = len({each.dtype for each in present}) == 1 and not present[0].is_complex()
+    return alike and not torch.is_autocast_enabled(present[0].device.type)
 
 
 def _embedded(

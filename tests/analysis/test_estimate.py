@@ -247,7 +247,7 @@ def test_bad_input_is_named(call, error, message):
 
 def test_a_model_without_trainable_weights_is_refused():
     model = nn.Linear(2, 1).requires_grad_(False)
-    with pytest.raises(TaskError, match="at least one trainable real-valued parameter, found none"):
+    with pytest.raises(TaskError, match="at least one trainable parameter of real or complex numbers, found none"):
         estimate_llc(model, "mse", (torch.ones(3, 2), torch.ones(3, 1)))
 
 
@@ -318,3 +318,127 @@ def test_where_nbeta_follows_draws_grow_until_the_centred_estimate_is_precise():
     assert not estimate._precise_centred(traces(100.0, 2.7 * error), 0.02)
     assert estimate._precise_centred(traces(100.0, 12.0 * error), 0.02)  # sixteen times as many would not do
     assert estimate._precise_centred(traces(-100.0, 2.7 * error), 0.02)
+
+
+class Autoencoder(nn.Module):
+    """Two layers on one memory, in one of several ways."""
+
+    def __init__(self, how, d=4):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
+        if how == "transposed":
+            self.decoder.weight = nn.Parameter(self.encoder.weight.t())
+        elif how == "parts":
+            self.both = nn.Parameter(torch.zeros(2 * d, d))
+            self.encoder.weight, self.decoder.weight = nn.Parameter(self.both[d:]), nn.Parameter(self.both[d:].t())
+        with torch.no_grad():
+            self.encoder.weight.copy_(torch.linalg.qr(torch.randn(d, d))[0])
+            if how == "apart":
+                self.decoder.weight.copy_(self.encoder.weight.t())
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x))
+
+
+@pytest.mark.parametrize(("how", "llc"), [("transposed", 5.0), ("parts", 5.0), ("apart", 8.0)])
+def test_numbers_in_one_memory_count_once(how, llc):
+    torch.manual_seed(0)
+    model, x = Autoencoder(how), torch.randn(300, 4)
+    # WᵀW = 1 leaves W free to turn: of its d² directions d(d + 1)/2 count.
+    found = estimate_llc(model, "mse", (x, x), nbeta=1e5, localization=10.0)
+    assert found.llc == pytest.approx(llc, abs=max(0.15, 3.5 * found.stderr))
+
+
+def test_overlaps_that_cannot_be_sampled_are_refused():
+    model, flat = Autoencoder("apart"), torch.zeros(24)
+    model.encoder.weight = nn.Parameter(flat[:16].view(4, 4))
+    model.decoder.weight = nn.Parameter(flat[8:].view(4, 4))
+    with pytest.raises(TaskError, match="share some of their memory, and neither is a part of the other"):
+        estimate_llc(model, "mse", (torch.randn(30, 4),) * 2)
+
+
+class Filter(nn.Module):
+    """A filter of signals with 8 samples: 5 complex numbers, of which 8 real ones count, and a constant."""
+
+    def __init__(self, form):
+        super().__init__()
+        values = torch.randn(5, dtype=torch.complex128 if form == "double" else torch.complex64)
+        self.form, self.offset = form, nn.Parameter(torch.zeros(1, dtype=values.real.dtype))
+        pairs = torch.view_as_real(values).clone()
+        self.weight = nn.Parameter({"pairs": pairs, "flat": pairs.flatten()}.get(form, values))
+
+    def forward(self, x):
+        weight = self.weight
+        if self.form in ("pairs", "flat"):
+            weight = torch.view_as_complex(weight.view(5, 2))
+        return torch.fft.irfft(torch.fft.rfft(x) * weight, n=8) + self.offset
+
+
+@pytest.mark.parametrize("form", ["complex", "double", "pairs", "flat"])
+def test_complex_weights_count_as_two_each(form):
+    torch.manual_seed(0)
+    model = Filter(form)
+    x = torch.randn(300, 8, dtype=torch.float64 if form == "double" else torch.float32)
+    found = estimate_llc(model, "mse", (x, model(x).detach()), nbeta=1e4, localization=10.0)
+    assert found.llc == pytest.approx(4.5, abs=max(0.25, 3.5 * found.stderr))
+
+
+class Shifted(nn.Module):
+    """A loss with three weights of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(3))
+
+    def forward(self, outputs, targets):
+        return half_square(outputs + self.shift, targets)
+
+
+@pytest.mark.parametrize("form", ["module", "closure", "tensor"])
+def test_weights_of_the_loss_are_sampled(form):
+    x, model, criterion = torch.randn(300, 3), nn.Linear(3, 3, bias=False), Shifted()
+    shift = torch.zeros(3, requires_grad=True)
+    loss = {
+        "module": criterion,
+        "closure": lambda o, t: criterion(o, t),
+        "tensor": lambda o, t: half_square(o + shift, t),
+    }[form]
+    settings = {"nbeta": 1e4, "localization": 1.0}
+    found = estimate_llc(model, loss, (x, model(x).detach()), **settings)
+    assert found.llc == pytest.approx(6.0, abs=max(0.1, 3.5 * found.stderr))
+    name = {"module": "loss.shift", "closure": "loss.criterion.shift", "tensor": "loss.shift"}[form]
+    refined = estimate_llc(model, loss, (x, model(x).detach()), parameters=(name,), **settings)
+    assert refined.llc == pytest.approx(1.5, abs=max(0.05, 3.5 * refined.stderr))
+    assert criterion.shift.requires_grad
+    assert not criterion.shift.any()
+
+
+def test_a_penalty_on_weights_that_the_loss_holds_moves_with_them():
+    torch.manual_seed(0)
+    x, model = torch.randn(200, 3), nn.Linear(3, 1)
+    held = list(model.parameters())
+    settings = {"nbeta": 1e3, "localization": 1.0, "seed": 1}
+    found = estimate_llc(
+        model, lambda o, t: half_square(o, t) + sum(each.square().sum() for each in held), (x, x[:, :1]), **settings
+    )
+    same = estimate_llc(
+        model,
+        None,
+        (x, x[:, :1]),
+        batch_loss=lambda m, b: half_square(m(b[0]), b[1]) + sum(each.square().sum() for each in m.parameters()),
+        **settings,
+    )
+    assert found.llc == pytest.approx(same.llc, rel=1e-4)
+
+
+def test_tensors_of_a_loss_that_cannot_be_followed_are_told():
+    weight = torch.ones(1, requires_grad=True)
+
+    def loss(outputs, targets):
+        if float(outputs.sum()) > 1e9:
+            return outputs.mean()
+        return half_square(outputs * weight, targets)
+
+    x, model = torch.randn(30, 3), nn.Linear(3, 3, bias=False)
+    with pytest.warns(RuntimeWarning, match="the loss holds tensors that train, or the model's own, and stays"):
+        estimate_llc(model, loss, (x, x), draws=4)

@@ -174,3 +174,34 @@ def test_damaged_notes_are_named(tmp_path, content):
     write_json(tmp_path / "live.json", content)
     with pytest.raises(RunError, match=r"live\.json: damaged \(.*\); remove the file to follow anew"):
         following._Live(tmp_path / "live.json")
+
+
+def test_weights_that_begin_to_train_are_sampled_from_then_on(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    x = torch.randn(30, 3)
+    recorder = groktrace.watch(model, train=(x, x[:, :2]), loss="mse", out=tmp_path / "run", every=1)
+    recorder.flush()
+
+    def train(seconds):
+        if recorder.steps == 4:
+            model[0].requires_grad_(True)
+        for _ in range(2):
+            with torch.no_grad():
+                model[1].weight.mul_(1.1)
+            recorder.step()
+        recorder.flush()
+        if recorder.steps >= 8:
+            recorder.close()
+
+    monkeypatch.setattr(following.time, "sleep", train)
+    settings = {"nbeta": 100.0, "localization": 1.0}
+    events = events_of(tmp_path / "run", **settings)
+    assert events[-1].why == "closed"
+    first = [each for each in events if isinstance(each, Point) and each.step == 0]
+    assert len(first) == 2
+    assert first[1].diagnostics["norm"] > 1.2 * first[0].diagnostics["norm"]  # of nine more weights
+    plain = shutil.copytree(tmp_path / "run", tmp_path / "plain" / "run")
+    shutil.rmtree(plain / "analysis")
+    assert groktrace.analyze(plain, **FAST, **settings).points == events[-1].trajectory.points

@@ -26,6 +26,14 @@ class Awkward(nn.Module):
         self.register_buffer("passing", torch.arange(3.0), persistent=False)
 
 
+class Holding(nn.Module):
+    """A module with one buffer."""
+
+    def __init__(self, tensor):
+        super().__init__()
+        self.register_buffer("tensor", tensor)
+
+
 def test_awkward_tensors_come_back_through_a_file(tmp_path):
     model = Awkward()
     model.norm(torch.randn(8, 3))
@@ -47,7 +55,7 @@ def test_describes_each_tensor_once():
     assert "head.weight" not in specs
     assert find_aliases(Awkward()) == {"head.weight": "embedding.weight"}
     assert {name for name, spec in specs.items() if spec.trainable} == {
-        *("embedding.weight", "short", "scalar", "turned", "nothing", "norm.weight", "norm.bias")
+        *("embedding.weight", "short", "scalar", "waves", "turned", "nothing", "norm.weight", "norm.bias")
     }
     assert specs["scalar"].shape == ()
     assert specs["short"].dtype == torch.bfloat16
@@ -104,10 +112,93 @@ def test_parameters_may_be_replaced_but_not_reshaped():
     [
         (nn.LazyLinear(2), "has no shape yet"),
         (nn.Linear(2, 2, device="meta"), "sparse or on 'meta'"),
-        (nn.Linear(2, 2, dtype=torch.complex128), "which safetensors files cannot hold"),
+        (Holding(torch.zeros(2, dtype=torch.float8_e4m3fnuz)), "which safetensors files cannot hold"),
     ],
-    ids=["lazy", "meta", "complex128"],
+    ids=["lazy", "meta", "float8 of other chips"],
 )
 def test_refuses_what_cannot_be_kept(model, message):
     with pytest.raises(SettingsError, match=message):
         describe_weights(model)
+
+
+class Copies(nn.Module):
+    """A layer, and a copy that a script writes to by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.online, self.target = nn.Linear(3, 2), nn.Linear(3, 2)
+        self.target.requires_grad_(False)
+
+
+def test_only_what_the_optimizer_holds_trains():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    model[1].bias.requires_grad_(False)
+    optimizer = torch.optim.SGD(model[1].parameters())
+    wrapper = type("Wrapper", (), {"optimizer": optimizer})()
+    for given in (optimizer, wrapper):
+        assert [name for name, spec in describe_weights(model, given).items() if spec.trainable] == ["1.weight"]
+    specs = describe_weights(model)
+    assert [name for name, spec in specs.items() if spec.trainable] == ["0.weight", "0.bias", "1.weight"]
+
+
+def test_numbers_in_one_memory_train_once():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight = nn.Parameter(model[0].weight.t())
+    for held in (model, model[0], model[1]):
+        specs = describe_weights(model, torch.optim.SGD(held.parameters()))
+        assert [name for name, spec in specs.items() if spec.trainable] == ["0.weight"]
+    model[1] = nn.Linear(3, 2, bias=False)
+    model[1].weight = nn.Parameter(model[0].weight[:2])
+    with pytest.raises(SettingsError, match=r"'1.weight', which the optimizer holds, is a part of '0.weight'"):
+        describe_weights(model, torch.optim.SGD(model[1].parameters()))
+
+
+def test_a_layer_that_is_unfrozen_trains_from_then_on():
+    model = Copies()
+    optimizer = torch.optim.SGD(model.online.parameters())
+    specs = describe_weights(model, optimizer)
+    capture = Capture(model, specs, ["target.weight", "target.bias"], optimizer=optimizer)
+    capture.look(10)
+    assert capture.copy().keys() == {"online.weight", "online.bias"}
+    model.target.requires_grad_(True)
+    capture.look(20)
+    assert not capture.begun  # the optimizer does not hold it
+    optimizer.add_param_group({"params": [model.target.bias]})
+    capture.look(30)
+    assert capture.begun == {"target.bias": 30}
+    assert capture.copy().keys() == {"online.weight", "online.bias", "target.bias"}
+    with torch.no_grad():
+        model.target.weight.add_(1)  # another optimizer
+    capture.look(40)
+    assert capture.begun == {"target.bias": 30, "target.weight": 40}
+    assert torch.equal(capture.copy()["target.weight"], model.target.weight)
+
+
+def test_a_copy_that_is_written_to_by_hand_is_in_every_snapshot_and_does_not_train():
+    model = Copies()
+    optimizer = torch.optim.SGD(model.online.parameters())
+    capture = Capture(model, describe_weights(model, optimizer), ["target.weight", "target.bias"], optimizer=optimizer)
+    model.target.weight.data.mul_(0.5)
+    capture.look(1)
+    assert torch.equal(capture.copy()["target.weight"], model.target.weight)
+    model.target.weight.data.mul_(0.5)
+    capture.look(2)
+    assert torch.equal(capture.copy()["target.weight"], model.target.weight)
+    assert not capture.begun
+    assert not capture.late
+
+
+@pytest.mark.parametrize("unreached", [[], ["target.weight", "target.bias"]])
+def test_what_moves_and_gets_a_gradient_trains(unreached):
+    model = Copies()
+    model.target.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.online.parameters())
+    specs = describe_weights(model, optimizer)
+    capture = Capture(model, specs, optimizer=optimizer, unreached=unreached)
+    for step in (1, 2):
+        capture.look(step)
+        capture.copy()
+        model.target.weight.data.add_(1)
+    capture.look(3)
+    capture.copy()
+    assert capture.begun == ({} if unreached else {"target.weight": 2})

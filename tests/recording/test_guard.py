@@ -244,3 +244,71 @@ def test_doubts_of_an_earlier_recording_stay(tmp_path):
         start_step=12,
     ).close()
     assert open_run(tmp_path / "run").doubts == before
+
+
+class Weighted(nn.Module):
+    """A loss with weights of its own, a buffer that moves, and a penalty on weights that it holds by themselves."""
+
+    def __init__(self, held=()):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(1))
+        self.register_buffer("mean", torch.zeros(1))
+        self.held = list(held)
+
+    def forward(self, outputs, targets):
+        if self.training:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(targets.mean() + outputs.mean().detach(), alpha=0.1)
+        error = F.mse_loss(outputs, targets + self.mean) * self.log_scale.exp().squeeze()
+        return error - self.log_scale.sum() + 0.01 * sum(each.abs().square().sum() for each in self.held)
+
+
+class Shared(nn.Module):
+    """Layers of which one lies in the memory of the other, transposed or in part, around complex weights."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.encode, self.decode = nn.Linear(3, 6, bias=False), nn.Linear(6, 3 if whole else 2, bias=False)
+        self.turn = nn.Parameter(torch.randn(6, dtype=torch.complex64))
+        weight = self.encode.weight
+        part = weight.data.t() if whole else weight.data.view(-1)[2:14].view(2, 6)
+        self.decode.weight = nn.Parameter(part)
+
+    def forward(self, x):
+        return self.decode((self.encode(x) * self.turn).abs().tanh()).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("logged", [False, True])
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("model", ["plain", "transposed", "part"])
+def test_tensors_of_the_loss_shared_memory_and_complex_weights_are_not_doubted(tmp_path, model, held, averaged, logged):
+    training = Training(None)
+    if model != "plain":
+        training.model = Shared(model == "transposed")
+    loss = Weighted([next(training.model.parameters())] if held else ())
+    log = []
+
+    def logging(outputs, targets):
+        value = loss(outputs, targets)
+        log.append(value.item())
+        return value
+
+    training.loss = logging if logged else loss
+    training.optimizer = torch.optim.SGD([*training.model.parameters(), *loss.parameters()], lr=0.01)
+    average = torch.optim.swa_utils.AveragedModel(training.model) if averaged else None
+    if averaged:
+        training.optimizer.register_step_post_hook(lambda *_: average.update_parameters(training.model))
+    told = training.record(tmp_path / "run", **({"weights": average.module} if averaged else {}))
+    assert told == []
+    run = open_run(tmp_path / "run")
+    assert run.doubts == ()
+    assert run.task is not None
+
+
+def test_a_loss_with_weights_of_its_own_that_comes_to_differ_is_told(tmp_path):
+    loss = Weighted()
+    training = Training(None, loss.parameters())
+    training.loss = lambda outputs, targets: (1 + 0.01 * training.time) * loss(outputs, targets)
+    (told,) = training.record(tmp_path / "run")
+    assert "at step 3 the loss on 8 training samples is" in told

@@ -210,3 +210,29 @@ def test_a_recording_that_was_killed_after_its_first_snapshot_goes_on_where_told
     with pytest.raises(SettingsError, match="or pass start_step="):
         record(make_training(), root, 2)
     assert record(make_training(), root, 2, start_step=0) == [0, 2]
+
+
+def test_what_is_known_of_when_weights_train_stays(make_training, root):
+    training = make_training()
+    training.model[0].requires_grad_(False)
+    training.optimizer = torch.optim.SGD(training.model[2].parameters(), lr=0.1)
+    record(training, root, 4)
+    training.model[0].requires_grad_(True)
+    training.optimizer = torch.optim.SGD(training.model.parameters(), lr=0.1)
+    record(training, root, 2, start_step=4)
+    training.model[2].requires_grad_(False)
+    training.optimizer = torch.optim.SGD(training.model[0].parameters(), lr=0.1)
+    record(training, root, 2, start_step=6)
+    found = {name: (spec.trainable, spec.trainable_from) for name, spec in open_run(root).specs.items()}
+    assert found == {"0.weight": (True, 4), "0.bias": (True, 4), "2.weight": (True, 0), "2.bias": (True, 0)}
+    last = open_run(root).snapshots[-1].load()
+    assert all(torch.equal(last[name], value) for name, value in training.model.state_dict().items())
+
+
+def test_a_loss_with_other_weights_is_refused(training, root):
+    record(training, root, 2)
+    criterion = nn.Bilinear(2, 2, 1)
+    training.optimizer.add_param_group({"params": list(criterion.parameters())})
+    data = {"train": (training.x, training.y), "loss": lambda o, t: criterion(o, t).square().mean()}
+    with pytest.raises(SettingsError, match=r"a loss with other weights \(loss.criterion.bias, loss"):
+        watch(training.model, training.optimizer, **data, out=root, start_step=2)

@@ -332,7 +332,10 @@ def wrong(training, tmp_path):
         "out below a file": ({"out": tmp_path / "file" / "run"}, "is a file"),
         "start": ({"start_step": -1}, "start_step: expected a whole number"),
         "seed": ({"seed": 0.5}, "seed: expected a whole number"),
-        "data type": ({"train": (training.x, training.y.to(torch.complex128)), "loss": lambda a, b: a.sum()}, "stored"),
+        "data type": (
+            {"train": (training.x, training.y.to(torch.float8_e4m3fnuz)), "loss": lambda a, b: a.sum()},
+            "stored",
+        ),
     }
 
 
@@ -382,3 +385,118 @@ def test_one_training_into_two_folders(training, tmp_path):
         training.update(2)
     first.close()
     assert first.steps == second.steps == 2
+
+
+def specs_of(root):
+    return open_run(root).specs
+
+
+def test_what_trains_is_followed(training, tmp_path):
+    training.model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(training.model[2].parameters(), lr=0.1)
+    training.optimizer = optimizer
+    with watch(training.model, optimizer, **training.data, out=tmp_path / "run", every=2) as recorder:
+        training.update(4)
+        recorder.flush()
+        assert not specs_of(tmp_path / "run")["0.weight"].trainable
+        training.model[0].requires_grad_(True)
+        optimizer.add_param_group({"params": list(training.model[0].parameters())})
+        training.update(1)
+        before = training.model[0].weight.detach().clone()
+        training.update(1)
+    specs = specs_of(tmp_path / "run")
+    assert all(spec.trainable for spec in specs.values())
+    assert {name: spec.trainable_from for name, spec in specs.items()} == {
+        "0.weight": 6,
+        "0.bias": 6,
+        "2.weight": 0,
+        "2.bias": 0,
+    }
+    run = open_run(tmp_path / "run")
+    weights = {snapshot.step: snapshot.load()["0.weight"] for snapshot in run.snapshots}
+    assert torch.equal(weights[0], weights[4])
+    assert torch.equal(weights[6], training.model[0].weight)
+    assert not torch.equal(weights[6], before)
+
+
+def test_a_change_that_was_seen_late_is_told_with_the_steps(training, tmp_path):
+    training.model.append(nn.Linear(2, 20_000))
+    training.model[3].requires_grad_(False)
+    recorder = watch(training.model, training.optimizer, out=tmp_path / "run", every=1)
+    training.model[3].weight.data.view(-1)[1] += 1  # none of those that are looked at each time
+    recorder._update(None)
+    with pytest.warns(
+        RuntimeWarning, match=r"'3.weight'; snapshots after step 0, up to step 1, may hold older"
+    ) as told:
+        recorder._update(None)
+    recorder.close()
+    assert len(told) == 1
+    values = [snapshot.load()["3.weight"].view(-1)[1] for snapshot in open_run(tmp_path / "run").snapshots]
+    assert values[2] == values[0] + 1
+
+
+def test_numbers_in_one_memory_are_recorded_as_they_are(training, tmp_path):
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight = nn.Parameter(model[0].weight.t())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer, out=tmp_path / "run", every=1):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(training.x).square().sum().backward()
+            optimizer.step()
+    last = open_run(tmp_path / "run").snapshots[-1].load()
+    assert torch.equal(last["1.weight"], model[0].weight.t())
+    model.load_state_dict(last)
+
+
+class Temperature(nn.Module):
+    """A loss with a trained number, and one that it counts with."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, outputs, targets):
+        if self.training:
+            self.calls += 1
+        return ((outputs - targets) * self.scale).square().mean() + (self.scale - 2).square().sum() + 0 * self.calls
+
+
+def test_weights_of_the_loss_are_recorded_beside_the_models(training, tmp_path):
+    criterion = Temperature()
+    optimizer = torch.optim.SGD([*training.model.parameters(), *criterion.parameters()], lr=0.1)
+    data = {"train": (training.x, training.y), "loss": criterion}
+    with watch(training.model, optimizer, **data, out=tmp_path / "run", every=1):
+        assert criterion.calls == 0
+        for _ in range(3):
+            optimizer.zero_grad()
+            criterion(training.model(training.x), training.y).backward()
+            optimizer.step()
+    run = open_run(tmp_path / "run")
+    assert {name: spec.trainable for name, spec in run.specs.items() if spec.of_loss} == {
+        "loss.scale": True,
+        "loss.calls": False,
+    }
+    last = run.snapshots[-1].load(with_loss=True)
+    assert torch.equal(last["loss.scale"], criterion.scale)
+    assert last["loss.calls"] == 3
+    assert run.snapshots[0].load(with_loss=True)["loss.calls"] == 0
+    training.model.load_state_dict(run.snapshots[0].load())
+
+
+def test_a_loss_that_another_optimizer_trains(training, tmp_path):
+    criterion = Temperature()
+    other = torch.optim.SGD(criterion.parameters(), lr=0.1)
+    data = {"train": (training.x, training.y), "loss": criterion}
+    with watch(training.model, training.optimizer, **data, out=tmp_path / "run", every=2) as recorder:
+        recorder.flush()
+        assert not specs_of(tmp_path / "run")["loss.scale"].trainable
+        for _ in range(4):
+            training.optimizer.zero_grad()
+            other.zero_grad()
+            criterion(training.model(training.x), training.y).backward()
+            other.step()
+            training.optimizer.step()
+    spec = specs_of(tmp_path / "run")["loss.scale"]
+    assert (spec.trainable, spec.trainable_from) == (True, 2)

@@ -502,3 +502,18 @@ def test_reading_takes_the_size_of_the_file(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert 8 * 10**6 <= peak < 8.5 * 10**6
+
+
+def test_complex_numbers_of_double_precision_are_pairs_in_the_file(tmp_path):
+    values = torch.randn(3, 2, dtype=torch.complex128)
+    tensors = {"waves": values.conj(), "one": values[0, 0], "real": torch.ones(2, 2, dtype=torch.float64)}
+    files.write_tensors(tmp_path / "t", tensors, {"step": "1"})
+    found, metadata = files.read_tensors(tmp_path / "t")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert all(found[name].dtype == tensors[name].dtype for name in tensors)
+    assert json.loads(metadata["pairs"]) == ["waves", "one"]
+    for pairs in (["real", "none"], [3], ["step"]):
+        files.write_tensors(tmp_path / "t", {"real": torch.ones(2, 3)}, {"pairs": json.dumps(pairs)})
+        with pytest.raises(RunError, match="complex numbers are no pairs"):
+            files.read_tensors(tmp_path / "t")

@@ -17,8 +17,8 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from groktrace.attention import twice_differentiable
 from groktrace.errors import GroktraceError, RunError, TaskError
-from groktrace.run.attention import twice_differentiable
 from groktrace.run.batch import Batch, flatten
 from groktrace.run.program import Program
 from groktrace.run.task import evaluation_mode, make_forward
@@ -560,6 +560,114 @@ def test_tied_weights_have_one_name(traced):
     assert "tokens.weight" in names
     assert "head.weight" not in names
     assert "positions" in names
+
+
+def sharing(how):
+    """Two layers on one memory."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False))
+    whole = model[0].weight.detach()
+    model[2] = nn.Linear(4, 4 if how in ("itself", "turned") else 2, bias=False)
+    cuts = {"itself": whole, "turned": whole.t(), "rows": whole[1:3], "columns": whole[:, ::2].t()}
+    model[2].weight = nn.Parameter(cuts[how])
+    return model
+
+
+@pytest.mark.parametrize("how", ["itself", "turned", "rows", "columns"])
+@pytest.mark.parametrize("penalised", [False, True])
+def test_what_lies_in_the_memory_of_another_follows_from_it(how, penalised):
+    model = sharing(how)
+    batch = Batch((torch.randn(N, 4), torch.randint(2, (N,))), {"tuple": [0, 1]})
+    held = list(model.parameters())
+
+    def loss(outputs, targets):
+        return F.cross_entropy(outputs, targets) + sum(each.pow(3).sum() for each in held) * penalised
+
+    program = reread(Program.trace(make_forward(model, loss, None, batch), batch))
+    assert program.weights == ["0.weight"]
+    w = torch.randn(4, 4, requires_grad=True)
+    cut = {"itself": w, "turned": w.t(), "rows": w[1:3], "columns": w[:, ::2].t()}[how]
+    outputs = torch.tanh(batch.tensors[0] @ w.t()) @ cut.t()
+    expected = F.cross_entropy(outputs, batch.tensors[1]) + (w.pow(3).sum() + cut.pow(3).sum()) * penalised
+    found = program.forward({"0.weight": w}, batch.tensors)[0]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, w), torch.autograd.grad(expected, w))
+
+
+def test_weights_that_overlap_otherwise_are_refused():
+    model, flat = sharing("itself"), torch.randn(24)
+    model[0].weight, model[2].weight = nn.Parameter(flat[:16].view(4, 4)), nn.Parameter(flat[8:].view(4, 4))
+    batch = Batch((torch.randn(N, 4), torch.randint(2, (N,))), {"tuple": [0, 1]})
+    with pytest.raises(TaskError, match="share some of their memory, and neither is a part of the other"):
+        Program.trace(make_forward(model, "cross_entropy", None, batch), batch)
+
+
+def test_a_view_that_the_loss_took_of_a_weight_follows_it():
+    model = mlp()
+    batch = batch_of(rows(6)())
+    held = model[0].weight.t()
+    forward = make_forward(model, lambda o, y: F.cross_entropy(o, y) + held[:2].square().sum(), None, batch)
+    program = reread(Program.trace(forward, batch))
+    weights = {name: 2 * t for name, t in weights_of(model).items()}
+    expected = F.cross_entropy(functional_call(model, weights, batch.tensors[0]), batch.tensors[1])
+    expected = expected + weights["0.weight"][:, :2].square().sum()
+    torch.testing.assert_close(program.forward(weights, batch.tensors)[0], expected)
+
+
+def test_tensors_of_the_loss_are_weights_of_the_program():
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, outputs, targets):
+            return F.cross_entropy(self.scale * outputs, targets)
+
+    model, criterion, shift = mlp(), Weighted(), torch.zeros(4, requires_grad=True)
+    batch = batch_of(rows(6)())
+    for loss, names in (
+        (criterion, ["loss.scale"]),
+        (lambda o, y: criterion(o + shift, y), ["loss.criterion.scale", "loss.shift"]),
+    ):
+        forward = make_forward(model, loss, None, batch)
+        forward.find_tensors(batch)
+        program = reread(Program.trace(forward, batch))
+        assert sorted(set(program.weights) - weights_of(model).keys()) == names
+        assert not program.constants
+        own = {name: torch.tensor(3.0) if name.endswith("scale") else torch.arange(4.0) for name in names}
+        outputs = model(batch.tensors[0]) + own.get("loss.shift", 0)
+        expected = F.cross_entropy(3 * outputs, batch.tensors[1])
+        torch.testing.assert_close(program.forward(weights_of(model) | own, batch.tensors)[0], expected)
+
+
+class Waves(nn.Module):
+    """A filter with complex weights, or with pairs that it sees as such."""
+
+    def __init__(self, pairs):
+        super().__init__()
+        values = torch.randn(4, dtype=torch.complex64)
+        self.weight = nn.Parameter(torch.view_as_real(values).clone() if pairs else values)
+
+    def forward(self, x):
+        weight = self.weight if self.weight.is_complex() else torch.view_as_complex(self.weight)
+        return torch.fft.irfft(torch.fft.rfft(x) * weight, n=6)[:, :4]
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_complex_weights_can_be_recorded_and_lie_anywhere(pairs):
+    torch.manual_seed(0)
+    model = Waves(pairs)
+    batch = batch_of(rows(6)())
+    program = reread(Program.trace(make_forward(model, "cross_entropy", None, batch), batch))
+    assert torch.equal(
+        program.forward(weights_of(model), batch.tensors)[0], F.cross_entropy(model(batch.tensors[0]), batch.tensors[1])
+    )
+    if pairs:
+        stacked = torch.randn(3, 9)  # where no view as complex numbers is to be had
+        losses = vmap(lambda flat: program.forward({"weight": flat[1:].view(4, 2)}, batch.tensors)[0])(stacked)
+        for flat, loss in zip(stacked, losses, strict=True):
+            outputs = functional_call(model, {"weight": flat[1:].clone().view(4, 2)}, batch.tensors[0])
+            torch.testing.assert_close(loss, F.cross_entropy(outputs, batch.tensors[1]))
 
 
 # Documents that are not what they seem.

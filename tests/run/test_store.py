@@ -173,6 +173,10 @@ def spec(**entries):
         (spec(dtype="onnx"), "dtype 'onnx'"),
         (spec(trainable="false"), "trainable 'false'"),
         (spec(trainable=0), "trainable 0"),
+        (spec(trainable_from=-1), "trainable_from -1"),
+        (spec(trainable_from=1.0), r"trainable_from 1\.0"),
+        (spec(trainable_from=10**12), "trainable_from 1000000000000"),
+        (spec(loss=1), "loss 1"),
         ({"n": 0}, "n is missing"),
         ({"n": -3}, "n is missing"),
         ({"n": 9.5}, "n is missing"),
@@ -494,3 +498,15 @@ def test_fewer_samples_than_are_stored_are_noticed(whole):
     change(whole, n=1)
     with pytest.raises(RunError, match=r"run\.json: damaged: n is 1, but data\.safetensors holds \d+ training samples"):
         _ = open_run(whole).task
+
+
+def test_tensors_of_the_loss_come_only_where_they_are_asked_for(root):
+    own = {"loss.scale": {"shape": [1], "dtype": "float32", "trainable": True, "trainable_from": 20, "loss": True}}
+    change(root, weights=INFO["weights"] | own)
+    write_snapshot(root, 300, WEIGHTS | {"loss.scale": torch.ones(1)})
+    last = open_run(root).snapshots[-1]
+    assert last.load().keys() == WEIGHTS.keys()
+    assert last.load(with_loss=True).keys() == {*WEIGHTS, "loss.scale"}
+    spec = open_run(root).specs["loss.scale"]
+    assert (spec.trainable_from, spec.of_loss) == (20, True)
+    assert (open_run(root).specs["weight"].trainable_from, open_run(root).specs["weight"].of_loss) == (0, False)

@@ -148,6 +148,7 @@ def test_a_loss_that_is_no_mean_over_samples_is_not_divided(monkeypatch):
     assert with_micro_batch(mean, weights).micro_batch == 1
 
 
+<<<<<<< HEAD
 def test_large_sets_are_sampled_only_where_batches_make_the_same_loss(monkeypatch):
     monkeypatch.setattr(module, "WHOLE_BYTES", 0)
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
@@ -185,3 +186,25 @@ def test_what_a_sample_keeps_is_counted_the_same_each_time():
     counts = {module._activation_bytes(network) for _ in range(5)}
     assert len(counts) == 1
     assert counts.pop() >= 5 * 16 * 4
+=======
+def test_gradients_of_complex_weights_are_added_as_pairs():
+    torch.manual_seed(0)
+    weights = {"b": torch.randn(3), "w": torch.randn(5, 3, dtype=torch.complex64), "e": torch.randn(7, 3).cfloat()}
+    x, y = torch.randn(8, 3), torch.randint(7, (8,))
+
+    def forward(named, tensors):
+        hidden = functional.linear(tensors[0].cfloat(), named["w"]) @ named["w"]
+        hidden = hidden + named["e"][tensors[1]]
+        return (hidden.abs().square().sum(1) + named["b"].square().sum()).mean(), None
+
+    layout = WeightLayout(("b", "w", "e"), ((3,), (5, 3), (7, 3)), ("w", "e"))
+    loss = StackedLoss(forward, layout, (x, y), {}, vectorised=False)
+    flat = layout.flatten(weights)
+    network = Network(module.replace(loss, micro_batch=3), weights)
+    assert torch.equal(network.vector(), flat)
+    for at in (None, 0.5 * flat):
+        expected = loss.gradients((flat if at is None else at)[None])
+        out = torch.zeros_like(flat)
+        assert network.add_gradient(out, at) == pytest.approx(float(expected[0]), rel=1e-5)
+        torch.testing.assert_close(out, expected[1][0], rtol=1e-4, atol=1e-4)
+>>>>>>> merged

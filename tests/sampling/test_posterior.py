@@ -193,3 +193,49 @@ def test_flat_vectors_are_float32_unless_double():
     assert layout.unflatten(flat)["b"].shape == ()
     assert layout.size == 7
     assert layout.flatten({"a": weights["a"], "b": weights["b"].double()}).dtype == torch.float64
+
+
+def test_complex_weights_are_pairs_of_real_ones():
+    layout = WeightLayout(("a", "w", "b"), ((3,), (2, 4), (1,)), ("w",))
+    assert (layout.sizes, layout.size) == ([3, 16, 1], 20)
+    weights = {"a": torch.randn(3), "w": torch.randn(2, 4, dtype=torch.complex64), "b": torch.randn(1)}
+    flat = layout.flatten(weights)
+    assert flat.dtype == torch.float32
+    assert torch.equal(flat[3:19], torch.view_as_real(weights["w"]).flatten())
+    assert all(torch.equal(found, weights[name]) for name, found in layout.unflatten(flat).items())
+    rows = torch.func.vmap(layout.unflatten)(torch.stack([flat, 2 * flat]))  # at odd places too
+    assert torch.equal(rows["w"][1], 2 * weights["w"])
+    places = layout.places(flat)
+    places["w"].zero_()
+    assert not flat[3:19].any()
+    assert layout.flatten({**weights, "w": weights["w"].to(torch.complex128)}).dtype == torch.float64
+    assert torch.equal(layout.flatten({**weights, "w": weights["w"].conj()})[3:19:2], weights["w"].real.flatten())
+
+
+@pytest.mark.parametrize("vectorised", [True, False])
+def test_gradients_of_complex_weights_are_those_of_the_pairs(vectorised):
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 6), torch.randn(12, 6)
+    shape = (4,)
+
+    def forward(weights, tensors):
+        outputs = torch.fft.irfft(torch.fft.rfft(tensors[0]) * weights["w"] * weights["w"].conj().exp(), n=6)
+        return (outputs + weights["b"] - tensors[1]).square().mean(), outputs
+
+    layout = WeightLayout(("b", "w"), ((1,), shape), ("w",))
+    rows = [{"b": torch.randn(1), "w": torch.randn(shape, dtype=torch.complex64)} for _ in range(3)]
+    loss = StackedLoss(forward, layout, (x, y), {}, vectorised)
+    flat = torch.stack([layout.flatten(row) for row in rows])
+    probed = loss.probe(flat[:1])
+    losses, gradients = (probed if vectorised else loss).gradients(flat)
+    for r, row in enumerate(rows):
+        pairs = torch.view_as_real(row["w"]).clone().requires_grad_()
+        bias = row["b"].clone().requires_grad_()
+        expected = forward({"b": bias, "w": torch.view_as_complex(pairs)}, (x, y))[0]
+        torch.testing.assert_close(losses[r], expected.detach())
+        found = torch.autograd.grad(expected, [bias, pairs])
+        torch.testing.assert_close(gradients[r], torch.cat([each.flatten() for each in found]))
+    direction = torch.randn_like(flat)
+    exact = loss.hessian_products(flat, direction)
+    near = (loss.gradients(flat + 1e-3 * direction)[1] - loss.gradients(flat - 1e-3 * direction)[1]) / 2e-3
+    torch.testing.assert_close(exact, near, rtol=1e-2, atol=1e-2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as plain
 
-from groktrace.run.attention import attention, twice_differentiable
+from groktrace.attention import attention, twice_differentiable
 
 
 @pytest.fixture
