@@ -18,7 +18,7 @@ from groktrace.recording.probe import HOW_TO_COUNT, Between, Probe, Reading, Wat
 from groktrace.recording.tell import tell
 from groktrace.recording.termination import catch_termination, leave_termination, open_recorders
 from groktrace.recording.writer import Writer
-from groktrace.run import layout, pending
+from groktrace.run import layout, loss_tensors, pending
 from groktrace.run.remote import Remote
 
 # Waiting for the disk is told from this many seconds on.
@@ -319,6 +319,13 @@ class Recorder:
     def _tell_changes(self, capture: Capture, writer: Writer) -> None:
         """Write down which parameters have begun to train, and tell of changes that were seen late."""
         if capture.begun:
+            if names := [f"'{name}'" for name in capture.begun if name.startswith(loss_tensors.PREFIX)]:
+                self._warn(
+                    "adversary",
+                    f"another optimizer trains {', '.join(names[:3])}{', ...' if names[3:] else ''} of the loss, which now "
+                    "counts as trained for it too; if it is an adversary's, analyse the model's own weights alone "
+                    "(--parameters).",
+                )
             writer.mark_trainable(capture.begun)
             capture.begun.clear()
         if capture.late:

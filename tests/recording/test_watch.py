@@ -485,7 +485,7 @@ def test_weights_of_the_loss_are_recorded_beside_the_models(training, tmp_path):
     training.model.load_state_dict(run.snapshots[0].load())
 
 
-def test_a_loss_that_another_optimizer_trains(training, tmp_path):
+def test_a_loss_that_another_optimizer_trains(training, tmp_path, capsys):
     criterion = Temperature()
     other = torch.optim.SGD(criterion.parameters(), lr=0.1)
     data = {"train": (training.x, training.y), "loss": criterion}
@@ -500,3 +500,4 @@ def test_a_loss_that_another_optimizer_trains(training, tmp_path):
             training.optimizer.step()
     spec = specs_of(tmp_path / "run")["loss.scale"]
     assert (spec.trainable, spec.trainable_from) == (True, 2)
+    assert "another optimizer trains 'loss.scale' of the loss" in capsys.readouterr().err

@@ -148,7 +148,6 @@ def test_a_loss_that_is_no_mean_over_samples_is_not_divided(monkeypatch):
     assert with_micro_batch(mean, weights).micro_batch == 1
 
 
-<<<<<<< HEAD
 def test_large_sets_are_sampled_only_where_batches_make_the_same_loss(monkeypatch):
     monkeypatch.setattr(module, "WHOLE_BYTES", 0)
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
@@ -186,7 +185,8 @@ def test_what_a_sample_keeps_is_counted_the_same_each_time():
     counts = {module._activation_bytes(network) for _ in range(5)}
     assert len(counts) == 1
     assert counts.pop() >= 5 * 16 * 4
-=======
+
+
 def test_gradients_of_complex_weights_are_added_as_pairs():
     torch.manual_seed(0)
     weights = {"b": torch.randn(3), "w": torch.randn(5, 3, dtype=torch.complex64), "e": torch.randn(7, 3).cfloat()}
@@ -207,4 +207,3 @@ def test_gradients_of_complex_weights_are_added_as_pairs():
         out = torch.zeros_like(flat)
         assert network.add_gradient(out, at) == pytest.approx(float(expected[0]), rel=1e-5)
         torch.testing.assert_close(out, expected[1][0], rtol=1e-4, atol=1e-4)
->>>>>>> merged
