@@ -322,8 +322,8 @@ class Recorder:
             if names := [f"'{name}'" for name in capture.begun if name.startswith(loss_tensors.PREFIX)]:
                 self._warn(
                     "adversary",
-                    f"another optimizer trains {', '.join(names[:3])}{', ...' if names[3:] else ''} of the loss, which now "
-                    "counts as trained for it too; if it is an adversary's, analyse the model's own weights alone "
+                    f"another optimizer trains {', '.join(names[:3])}{', ...' if names[3:] else ''} of the loss, "
+                    "which now counts as trained for it too; if it is an adversary's, analyse the model's own weights alone "
                     "(--parameters).",
                 )
             writer.mark_trainable(capture.begun)
