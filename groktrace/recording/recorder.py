@@ -323,8 +323,8 @@ class Recorder:
                 self._warn(
                     "adversary",
                     f"another optimizer trains {', '.join(names[:3])}{', ...' if names[3:] else ''} of the loss, "
-                    "which now counts as trained for it too; if it is an adversary's, analyse the model's own weights alone "
-                    "(--parameters).",
+                    "which now counts as trained for it too; if it is an adversary's, analyse the model's own "
+                    "weights alone (--parameters).",
                 )
             writer.mark_trainable(capture.begun)
             capture.begun.clear()
