@@ -72,6 +72,8 @@ def test_a_wrong_count_of_weights_shows_in_llc(monkeypatch):
         finally:
             model.bias.requires_grad_(True)
 
+    # What begins to train later is noticed; not if nobody looks.
+    monkeypatch.setattr("groktrace.recording.capture.Capture.look", lambda self, step: None)
     result = judged(monkeypatch, watch)
     assert result.outcome == "SILENT WRONG"
     assert any(line.startswith("llc_centred =") for line in result.wrong)
