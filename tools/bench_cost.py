@@ -1,8 +1,8 @@
-"""What an analysis costs: growth with weights, data and snapshots, large networks, forecasts beside what came true.
+"""What an analysis costs: growth with weights, data and snapshots, and large networks.
 
     python tools/bench_cost.py all
 
-`growth`, `large` and `forecast` run one part. Each prints a table and leaves it, with every single measurement, under
+`growth` and `large` run one part. Each prints a table and leaves it, with every single measurement, under
 runs/bench_cost; what is finished there is not measured again. Times are processor seconds of one thread, which do not
 count what other programs on the machine take.
 """
@@ -22,14 +22,13 @@ from unittest import mock
 import numpy as np
 import torch
 from bench_common import Bar, Row, Store, command_line, peak_bytes, run_parts, say
-from bench_networks import Transformer, record_example, sequence_cross_entropy, size
+from bench_networks import Transformer, sequence_cross_entropy, size
 from torch import nn
 from torch.nn import functional
 
 import groktrace
 from groktrace.analysis.estimate import estimate_stack, weight_layout
 from groktrace.analysis.evaluation import stack_weights, survey, training_loss
-from groktrace.analysis.forecast import forecast
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, RESOLUTION, Scale, run_length, step_size
 from groktrace.sampling.chains import time_steps
@@ -62,7 +61,6 @@ class Settings:
         snapshots: of a run of ten thousand weights.
         language: vocabulary, length, width, heads, blocks and sequences of the large language model.
         large_steps: of its chain, and of its training.
-        runs: which of the four runs are forecast.
     """
 
     weights: tuple[int, ...] = (10**4, 10**5, 10**6, 10**7, 10**8)
@@ -72,7 +70,6 @@ class Settings:
     snapshots: tuple[int, ...] = (4, 16, 64)
     language: tuple[int, ...] = (50257, 128, 768, 12, 12, 2)
     large_steps: int = 1
-    runs: tuple[str, ...] = ("classifier", "reference", "perceptron", "regression")
 
 
 FULL = Settings()
@@ -374,80 +371,7 @@ def _train_steps(model: nn.Module, data: Any) -> Callable[[int], None]:
     return run
 
 
-def bench_forecast(folder: Path, settings: Settings) -> None:
-    """What `--dry-run` says beside what the analysis then takes, for four runs."""
-    store = Store(folder, "forecast", asdict(settings))
-    rows: list[Row] = []
-    bars: list[Bar] = []
-    for name in settings.runs:
-        found = store.cached(name, lambda n=name: _forecast_case(folder / "forecast_run", n))
-        ratio = found["forecast"]["seconds"] / found["seconds"]
-        rows.append(
-            {
-                "run": name,
-                "weights": f"{found['forecast']['weights']:,}",
-                "snapshots × chains": f"{found['forecast']['snapshots']} × {found['forecast']['chains']}",
-                "chain-steps: forecast, true": f"{found['forecast']['chain_steps']:,}, {found['chain_steps']:,}",
-                "seconds: forecast, true": f"{found['forecast']['seconds']:.2f}, {found['seconds']:.2f}",
-                "MiB: forecast, true": f"{found['forecast']['memory_bytes'] / MIB:.0f}, {found['peak'] / MIB:.0f}",
-                "forecasting took": f"{found['trying']:.2f} s",
-            }
-        )
-        bars.append(Bar(f"forecast / true, {name}, at least", round(ratio, 3), 0.7, True))
-        bars.append(Bar(f"forecast / true, {name}, at most", round(ratio, 3), 1.3, False))
-    store.finish("Forecasts", rows, bars, ["Each in a process of its own, the analysis after the forecast."])
-
-
-def _forecast_case(root: Path, name: str) -> dict[str, Any]:
-    shutil.rmtree(root, ignore_errors=True)
-    torch.manual_seed(0)
-    if name == "reference":
-        record_example(root, 3000)
-    elif name == "classifier":
-        model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
-        _train(root, model, labelled(200, 6, 3), "cross_entropy", 400, 2, 1e-2)
-    elif name == "perceptron":
-        _train(root, perceptron(10**5), labelled(100), "cross_entropy", 200, 10, 1e-3)
-    else:
-        layers = [nn.Linear(512, 2048), nn.Tanh(), nn.Linear(2048, 1000), nn.Tanh(), nn.Linear(1000, 512)]
-        data = (torch.randn(32, 512), torch.randn(32, 512))
-        _train(root, nn.Sequential(*layers), data, "mse", 55, 5, 1e-3)
-    found: dict[str, Any] = {}
-    for mode in ("forecast", "analyze"):
-        command = [sys.executable, __file__, "memory-worker", "--work", json.dumps({"root": str(root), "mode": mode})]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found |= json.loads(done.stdout.splitlines()[-1])
-    shutil.rmtree(root)
-    return found
-
-
-def forecast_in_child(root: Path, mode: str) -> None:
-    """Forecast or analyse a run, and print what it took in processor seconds as JSON."""
-    start = time.process_time()
-    if mode == "forecast":
-        time.perf_counter = time.process_time  # forecasts on a shared machine as on one that is not
-        said = forecast(root, device="cpu").to_dict()
-        print(json.dumps({"forecast": said, "trying": time.process_time() - start}))
-        return
-    counted = []
-    from groktrace.analysis import evaluator
-
-    plain = evaluator.estimate_stack
-
-    def count(*arguments: Any) -> Any:
-        estimates = plain(*arguments)
-        for each in estimates:
-            lost = each.diagnostics.get("lost_steps", 0)  # at steps that were given up; without, nothing was sampled
-            counted.append(each.chains * (each.burn_in + each.draws + lost))
-        return estimates
-
-    evaluator.estimate_stack = count
-    groktrace.analyze(root, device="cpu")
-    seconds = time.process_time() - start
-    print(json.dumps({"seconds": seconds, "chain_steps": sum(counted), "peak": peak_bytes()}))
-
-
-PARTS = {"growth": bench_growth, "large": bench_large, "forecast": bench_forecast}
+PARTS = {"growth": bench_growth, "large": bench_large}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -457,8 +381,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.part == "memory-worker":
-        if "mode" in options.work:
-            return forecast_in_child(Path(options.work["root"]), options.work["mode"])
         return work_in_child(options.work)
     say("times are processor seconds of one thread")
     return run_parts(PARTS, options.part, options.out, TINY if options.tiny else FULL)

@@ -2,6 +2,7 @@
 
     python tools/bench_workloads.py RUN...            # three snapshots of each run; about ten minutes a run
     python tools/bench_workloads.py --growth RUN...   # the time with the data 1, 4, 16, 64 times as many
+    python tools/bench_workloads.py --whole RUN...    # the whole analysis with no option, beside what --dry-run says
 
 Each RUN is a run directory. Snapshots are measured at the settings that the analysis finds, on one thread; the error is
 that of λ_c beside a chain of many more draws at half the step, on all stored samples, in batches twice as large, at the
@@ -10,7 +11,12 @@ same nβ and γ; its error is that of λ̂ beside the same long chain's. Times a
 """
 
 import argparse
+import json
 import math
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -196,6 +202,27 @@ def grow(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def analyse(path: Path) -> list[dict[str, str]]:
+    """One row: seconds by the clock until the first curve stands and until all is done, beside what was forecast."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(shutil.copytree(path, Path(folder) / path.name, ignore=shutil.ignore_patterns("analysis")))
+        command = [sys.executable, "-m", "groktrace.cli", "analyze", str(run)]
+        start = time.monotonic()
+        said = json.loads(subprocess.run([*command, "--dry-run", "--json"], capture_output=True, check=True).stdout)
+        forecasting, start, first = time.monotonic() - start, time.monotonic(), math.nan
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None:
+                time.sleep(0.1)
+                if math.isnan(first) and any(run.glob("analysis/*/trajectory.json")):
+                    first = time.monotonic() - start
+        taken = time.monotonic() - start
+        sampled = len(next(run.glob("analysis/*/points.jsonl")).read_text().splitlines())
+    row = {"run": path.name, "snapshots": f"{sampled} of {said['snapshots']}", "first curve": f"{first:.0f} s"}
+    row |= {"all": f"{taken:.0f} s", "forecast": f"{said['seconds']:.0f} s", "forecasting": f"{forecasting:.0f} s"}
+    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    return [row]
+
+
 def _grown(run: Run, times: int) -> Run:
     """The run with each sample so many times; what is stored of a large set is 8192 at most."""
     task = run.task
@@ -219,10 +246,12 @@ def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--growth", action="store_true")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--growth", dest="part", action="store_const", const=grow, default=measure)
+    kind.add_argument("--whole", dest="part", action="store_const", const=analyse)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for path in options.runs for row in (grow if options.growth else measure)(path)]
+    rows = [row for path in options.runs for row in options.part(path)]
     print(markdown(rows))
 
 
