@@ -73,7 +73,7 @@ class Settings:
 
 
 FULL = Settings()
-TINY = Settings((10**4, 10**5), 16, 2, (16, 64), (2, 6), (64, 8, 32, 2, 2, 4), 1, ("classifier",))
+TINY = Settings((10**4, 10**5), 16, 2, (16, 64), (2, 6), (64, 8, 32, 2, 2, 4), 1)
 
 
 def perceptron(weights: int, inputs: int = 64, classes: int = 10) -> nn.Module:
