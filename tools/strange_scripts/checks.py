@@ -96,7 +96,7 @@ def _wrong_snapshots(script: Script, run: groktrace.run.store.Run, truth: Truth)
 def _wrong_gradient(script: Script, run: groktrace.run.store.Run, truth: Truth) -> Iterator[str]:
     """The gradient of the recorded program, with which the chains move, beside that of the script's own loss."""
     last = run.snapshots[-1]
-    weights, states = last.load(), truth.states.get(last.step, [])
+    weights, states = last.load(with_loss=True), truth.states.get(last.step, [])
     states = [state for state in states if _holds(weights, state, truth)]
     unlike = {"random", "many", "views", "complex", "precision"} & script.tags
     if unlike or not states or not (run.root / "program.json").exists():
