@@ -302,5 +302,9 @@ def measure_point(
 
     with torch.no_grad():
         train_loss, train_accuracy = one(task.train)
-        val_loss, val_accuracy = one(task.val) if task.val is not None else (None, None)
+        val_loss, val_accuracy = None, None
+        if task.val is not None:
+            advice = "they have to be of the training samples' shape, but for their number."
+            with failures_in_words("val: the loss cannot be evaluated on the recorded validation samples", advice):
+                val_loss, val_accuracy = one(task.val)
     return train_loss, train_accuracy, val_loss, val_accuracy

@@ -4,9 +4,10 @@ The document: {"format": 1, "static_batch": size or null, "data": number of batc
 "nodes": [...], "outputs": [loss, outputs or null]}. An input is {"weight": name, "dtype": d}, {"data": position} or
 {"constant": name}. A node is {"target": "aten.linear.default", "args": [...], "kwargs": {...}}; inputs and then nodes
 are numbered from 0, and a node refers only to lower numbers. In arguments, numbers, strings, true, false, null and
-lists stand for themselves; {"ref": i}, {"float": "inf"}, {"dtype": d}, {"memory_format": f}, {"layout": "strided"} and
-{"device": "run"} (the device of the batch) for the rest. A dtype that the weights had when traced means the dtype that
-they have when run. A target is an ATen operation that only computes, "getitem", or arithmetic such as "sym.mul".
+lists stand for themselves; {"ref": i}, {"float": "inf"}, {"complex": [0.0, 1.0]}, {"dtype": d}, {"memory_format": f},
+{"layout": "strided"} and {"device": "run"} (the device of the batch) for the rest. A dtype that the weights had when
+traced means the dtype that they have when run. A target is an ATen operation that only computes, "getitem", or
+arithmetic such as "sym.mul".
 """
 
 import re
@@ -271,6 +272,8 @@ def _decode(value: Any, index: int, special: dict[str, int], depth: int = 0) -> 
             return _Ref(reference)
         case {"float": "inf" | "-inf" | "nan" as name, **rest} if not rest:
             return float(name)
+        case {"complex": [float(real), float(imaginary)], **rest} if not rest:
+            return complex(real, imaginary)
         case {"device": "run", **rest} if not rest:
             return _Ref(special["run"], "Device")
         case {"dtype": str(name), **rest} if not rest and name in _DTYPES:

@@ -32,10 +32,10 @@ _TRUSTING = re.compile(
 )
 # What may stand for each kind of argument; a dtype by its number would not be checked by anything.
 _KINDS: dict[str, tuple[type, ...]] = {
-    "Tensor": (bool, int, float),  # traces hold numbers there
+    "Tensor": (bool, int, float, complex),  # traces hold numbers there
     "int": (int,),
     "float": (int, float),
-    "number": (bool, int, float),
+    "number": (bool, int, float, complex),
     "bool": (bool,),
     "str": (str,),
     "ScalarType": (torch.dtype,),

@@ -1,6 +1,7 @@
 """The loss as a program: traced from the live model by torch.export, which nothing else touches, and kept as JSON."""
 
 import builtins
+import cmath
 import contextlib
 import io
 import json
@@ -289,6 +290,8 @@ def _encode(value: Any, index: Mapping[torch.fx.Node, int]) -> Any:
             return value
         case float():
             return value if math.isfinite(value) else {"float": str(value)}
+        case complex() if cmath.isfinite(value):
+            return {"complex": [value.real, value.imag]}
         case torch.fx.Node():
             return {"ref": index[value]}
         case list() | tuple():

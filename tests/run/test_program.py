@@ -925,3 +925,17 @@ def test_mutated_documents_are_refused_or_run(traced, data):
         return
     with contextlib.suppress(GroktraceError, RuntimeError, ValueError, IndexError):
         rebuilt.forward(weights_of(model), batch.tensors)
+
+
+def test_complex_numbers_of_the_users_are_kept():
+    model = nn.Linear(4, 3)
+    batch = Batch((torch.randn(6, 4), torch.randn(6, 3)), {"tuple": [0, 1]})
+    loss = lambda outputs, targets: (torch.fft.rfft(outputs - targets) * (0.5 + 2j)).abs().square().mean()  # noqa: E731
+    program = Program.trace(make_forward(model, loss, None, batch), batch)
+    again = Program.from_json(program.to_json(), program.constants, "here")
+    expected = loss(model(batch.tensors[0]), batch.tensors[1])
+    torch.testing.assert_close(again.forward(dict(model.named_parameters()), batch.tensors)[0], expected)
+    assert '{"complex": [0.5, 2.0]}' in json.dumps(program.to_json())
+    document = json.loads(json.dumps(program.to_json()).replace("[0.5, 2.0]", '[0.5, "2"]'))
+    with pytest.raises(RunError, match="malformed"):
+        Program.from_json(document, program.constants, "here")
