@@ -10,9 +10,8 @@ READINGS = (
         """
         recorder.close()
         options = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        printed = subprocess.run(
-            [sys.executable, "-m", "groktrace.cli", "analyze", "run", "--json", *options], capture_output=True, text=True
-        )
+        command = [sys.executable, "-m", "groktrace.cli", "analyze", "run", "--json", *options]
+        printed = subprocess.run(command, capture_output=True, text=True)
         if printed.returncode not in (0, 3):
             kind = RuntimeError if "Traceback" in printed.stderr else groktrace.GroktraceError
             raise kind(printed.stderr.strip().splitlines()[-1])
