@@ -44,8 +44,8 @@ POINTS_FILE = "points.jsonl"
 _SHARPNESS_FILE = "sharpness.jsonl"
 _REFERENCE_FILE = "reference.jsonl"
 # Snapshots of the first pass, from which a run's scale is chosen where data are sampled, and of each later pass at
-# least; seconds between two results that show what there is so far.
-COARSE, ROUND = 16, 8
+# least; stacks of a pass where data are used whole; seconds between two results that show what there is so far.
+COARSE, ROUND, STACKS = 16, 8, 16
 PARTIAL_SECONDS = 15.0
 # Goes up when the same settings come to give other numbers, which must not end up beside the older ones.
 _ESTIMATOR = 6
@@ -254,7 +254,9 @@ class Analysis:
             return self.sample(surveys, scale, wanted, phase=None, deadline=deadline, report=report)
 
         steps = list(self.snapshots.prints)
-        together = max(ROUND, self.evaluator.together)
+        # Whole stacks for all threads, so many in any case: no machine decides what is stacked with what.
+        dear = self.evaluator.loss.sample_bytes is not None
+        together = max(ROUND, self.evaluator.stack(scale) if dear else STACKS * self.evaluator.together)
         points: dict[int, Point] = {}
         self._report("sampling", done, total)
         passes = sample_in_passes(
