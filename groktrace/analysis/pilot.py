@@ -11,6 +11,7 @@ from groktrace.analysis.estimate import choose_scale, estimate_stack, fitted
 from groktrace.analysis.evaluation import Survey, stack_weights
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.predictions import evaluate
+from groktrace.errors import SettingsError
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import Scale, step_size
 from groktrace.sampling.chains import batch_heating
@@ -29,7 +30,7 @@ FEW_DRAWS = 32
 # A posterior of S samples with m targets each has λ_c lower by about λ_c/(S·m) of it (measured on four networks).
 MOST_MISSED = 0.03
 LEAST_SAMPLES = 512
-# Batches that are tried first; below some eight of them to a set, the whole set is as cheap.
+# Batches that are tried first; with fewer of them to a set than the last, the whole set is as cheap.
 FIRST_BATCH, STEP = 64, 16
 LEAST_BATCHES = 4
 
@@ -55,9 +56,17 @@ def choose_sampling(
         key: gives what the noise of a snapshot is keyed by beside the seed, by its step; by default the step.
 
     Raises:
-        SettingsError: nβ or γ have to be derived and cannot be.
+        SettingsError: nβ or γ have to be derived and cannot be, or samples are asked for of a set that is used whole.
     """
+    stored = len(loss.tensors[0])
+    if settings.samples is not None and settings.samples < stored and loss.sample_bytes is None:
+        raise SettingsError(
+            f"samples: expected none of a set that is used whole, got {settings.samples} of {stored}; a gradient on "
+            "all is cheap, or the loss is no mean over samples."
+        )
     scale = choose_scale(settings, task.n, loss.layout, surveys)
+    if settings.method == "sgld" and loss.sample_bytes is not None:  # as published: batches of all samples
+        return scale._replace(samples=settings.samples, batch_size=settings.batch_size)
     among = fitted(surveys)
     tried = [among[round(i * (len(among) - 1) / TRIED)] for i in range(TRIED, 0, -1)]
     snapshots = [(about, weights) for about in dict.fromkeys(tried) if (weights := load(about.step)) is not None]

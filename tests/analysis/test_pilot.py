@@ -139,3 +139,17 @@ def test_samples_grow_with_what_they_would_miss(dear, monkeypatch):
     more = choose_sampling(task, training, lambda step: weights, [about], chosen, (1e9,))
     assert few.samples < more.samples <= TALL
     assert math.isclose(few.nbeta, more.nbeta)
+
+
+def test_samples_of_a_set_that_is_used_whole_are_refused():
+    model, data, _ = line()
+    with pytest.raises(groktrace.GroktraceError, match="samples: expected none of a set that is used whole, got 64 of"):
+        groktrace.estimate_llc(model, "mse", data, samples=64)
+
+
+def test_the_published_method_draws_its_batches_from_all_samples(dear):
+    model, data, _ = line()
+    published = {"method": "sgld", "nbeta": 30.0, "localization": 5.0, "step_size": 1e-4, "burn_in": 5, "draws": 10}
+    task, training, weights, about, chosen = prepared(model, "mse", data, batch_size=32, **published)
+    scale = choose_sampling(task, training, lambda step: weights, [about], chosen, (1e9,))
+    assert (scale.samples, scale.batch_size) == (None, 32)
