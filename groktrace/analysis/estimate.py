@@ -99,7 +99,10 @@ def estimate_stack(
         keys: what the noise of each is keyed by beside the seed; by default its step.
     """
     nbeta, localization, curvature = scale.nbeta, scale.localization, scale.curvature
+    whole: StackedLoss | None = None
     if loss.sample_bytes is not None:
+        if settings.batch_size is None and scale.batch_size is not None:
+            whole = loss.subset(scale.samples)
         loss = loss.subset(scale.samples, scale.batch_size)
         settings = replace(settings, batch_size=scale.batch_size)
     estimates: list[LLCEstimate | None] = [None] * len(weights)
@@ -133,7 +136,9 @@ def estimate_stack(
             enough = partial(_enough_for_the_dear, known=enough)
         if loss.micro_batch is None:
             stacked, anchors = stack_weights(loss, weights)
-            traces = sample(stacked, anchors, keys, settings, nbeta, localization, sizes, enough)
+            if whole is not None:
+                whole = replace(whole, fixed=stacked.fixed)
+            traces = sample(stacked, anchors, keys, settings, nbeta, localization, sizes, enough, whole)
         else:
             traces = [
                 sample_large(loss, each, key, settings, nbeta, localization, size, enough)

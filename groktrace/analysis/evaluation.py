@@ -14,6 +14,7 @@ from groktrace.analysis.journal import check_numbers, check_step
 from groktrace.analysis.predictions import evaluate
 from groktrace.run.batch import Batch
 from groktrace.run.task import Task, failures_in_words
+from groktrace.sampling.batches import spread_ranks
 from groktrace.sampling.curvature import top_eigenvalue
 from groktrace.sampling.langevin import generator_for
 from groktrace.sampling.large import top_eigenvalue_large
@@ -21,13 +22,13 @@ from groktrace.sampling.network import Network, as_float, shuffled, with_micro_b
 from groktrace.sampling.noise import normal_like
 from groktrace.sampling.posterior import PART_BYTES, StackedLoss, WeightLayout
 
-# What a network loses that knows nothing is the same on so many samples, spread evenly, as on all.
-CHANCE_SAMPLES = 256
 # Of large sets: what losses and accuracies are measured on at least, in so many parts or more, whose scatter gives the
-# error; and the curvature, which few samples of a well-fitted set may decide, so that as many are taken as is cheap.
+# error.
 EVALUATED_SAMPLES, EVALUATED_BYTES, PARTS = 256, 2**26, 8
-CURVATURE_SAMPLES, CURVATURE_BYTES = 128, 2**26
-PRODUCTS, DEAR_PRODUCTS = 8, 5
+# The curvature is measured on fewer of these, of which a quarter are those of the largest losses: of a well-fitted set
+# they decide it. On six networks it then differs from that on all samples by 5 % (in the median).
+CURVATURE_SAMPLES, MOST_CURVATURE_SAMPLES, CURVATURE_BYTES, HEAVY_SHARE = 128, 512, 2**25, 4
+PRODUCTS, DEAR_PRODUCTS = 8, 6
 
 # What a network loses that knows nothing is the same on so many samples, spread evenly, as on all.
 CHANCE_SAMPLES = 256
@@ -135,10 +136,15 @@ def survey(
         return [_survey_large(task, loss, *each, seed) for each in zip(weights, steps, keys, strict=True)]
     device = loss.device
     measured = [_measure(task, loss, each) for each in weights]
-    loss, anchors = stack_weights(loss.subset(curvature_samples(loss)), weights)
+    few, index = curvature_loss(loss), None
+    few, anchors = stack_weights(few, weights)
+    if few.heavy:
+        size = curvature_samples(loss)
+        orders = few.ranks(anchors)
+        index = torch.stack([spread_ranks(order, few.heavy, size) for order in orders])
     start = normal_like(anchors, [generator_for(seed, key, 0, "curvature", device) for key in keys])
     products = PRODUCTS if loss.sample_bytes is None else DEAR_PRODUCTS
-    curvature = top_eigenvalue(loss, anchors, start, products).tolist()
+    curvature = top_eigenvalue(few, anchors, start, products, index).tolist()
     norms = anchors.square().sum(1).tolist()
     return [
         replace(about, step=step, norm_squared=norm, top_curvature=top)
@@ -146,15 +152,36 @@ def survey(
     ]
 
 
-def curvature_samples(loss: StackedLoss) -> int | None:
-    """How many samples the curvature is measured on; None for all.
+def curvature_loss(loss: StackedLoss) -> StackedLoss:
+    """The loss from which the curvature is taken, without the choice among its samples.
 
     Args:
         loss: the task's training loss.
     """
     if loss.sample_bytes is None:
-        return None
-    return max(CURVATURE_SAMPLES, CURVATURE_BYTES // loss.sample_bytes)
+        return loss
+    size, available = curvature_samples(loss), evaluated_samples(loss)
+    if not loss.separable or size >= available:
+        return loss.subset(size)
+    return loss.subset(available, size, size // HEAVY_SHARE)
+
+
+def curvature_samples(loss: StackedLoss) -> int:
+    """How many samples of a large set the curvature is measured on.
+
+    Args:
+        loss: the task's training loss.
+    """
+    return min(max(CURVATURE_SAMPLES, CURVATURE_BYTES // loss.sample_bytes), MOST_CURVATURE_SAMPLES)
+
+
+def evaluated_samples(loss: StackedLoss) -> int:
+    """How many samples of a large set losses and accuracies are measured on.
+
+    Args:
+        loss: the task's training loss.
+    """
+    return min(max(EVALUATED_SAMPLES, EVALUATED_BYTES // loss.sample_bytes), len(loss.tensors[0]))
 
 
 def _measure(task: Task, loss: StackedLoss, weights: dict[str, Tensor]) -> Survey:
@@ -162,7 +189,7 @@ def _measure(task: Task, loss: StackedLoss, weights: dict[str, Tensor]) -> Surve
     if loss.sample_bytes is None:
         train_loss, train_accuracy, val_loss, val_accuracy = measure_point(task, weights, loss.device)
         return Survey(0, train_loss, train_accuracy, val_loss, val_accuracy, math.nan, math.nan)
-    most = max(EVALUATED_SAMPLES, EVALUATED_BYTES // loss.sample_bytes)
+    most = evaluated_samples(loss)
     train = Batch(tuple(tensor[:most] for tensor in loss.tensors), task.train.structure)
     val = None if task.val is None else task.val.take(shuffled(len(task.val))[:most])
     parts = max(PARTS, math.ceil(len(train) * loss.sample_bytes / PART_BYTES))

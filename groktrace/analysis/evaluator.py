@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from groktrace.analysis.estimate import estimate_stack, weight_layout
-from groktrace.analysis.evaluation import Survey, chance_losses, curvature_samples, survey, training_loss
+from groktrace.analysis.evaluation import Survey, chance_losses, curvature_loss, survey, training_loss
 from groktrace.analysis.identity import Identity, identify, noise_key, recorded_digest
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.sharpness import Sharpness, measure_sharpness
@@ -109,7 +109,7 @@ class Evaluator:
     @property
     def rows(self) -> int:
         """How many snapshots without chains make a stack."""
-        return rows_per_stack(self.loss.subset(curvature_samples(self.loss)))
+        return rows_per_stack(curvature_loss(self.loss))
 
     @property
     def together(self) -> int:

@@ -142,6 +142,9 @@ def summarise(
         by_centred: whether λ_c is the measure, whose error says whether there are draws enough.
     """
     if traces.diverged(dimension):
+        if traces.fall > dimension:
+            reason = f"not in a basin: within a few steps nβ times the loss fell by {traces.fall:.3g}, over 1 a weight"
+            return unusable(reason, settings, nbeta, localization)
         reason = f"diverging: chains left the snapshot at every step size down to {traces.step_size:.3g}"
         return unusable(reason, settings, nbeta, localization)
     chains = settings.chains

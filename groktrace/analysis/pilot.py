@@ -13,26 +13,26 @@ from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.predictions import evaluate
 from groktrace.errors import SettingsError
 from groktrace.run.task import Task
+from groktrace.sampling.batches import GROUP, NoiseProfile
 from groktrace.sampling.calibration import Scale, step_size
-from groktrace.sampling.chains import batch_heating
+from groktrace.sampling.chains import profile_noise
 from groktrace.sampling.network import as_float
 from groktrace.sampling.posterior import FACTOR, StackedLoss
 from groktrace.sampling.settings import LOCALITY, SamplingSettings
-from groktrace.sampling.traces import WANTED_BY_TURNS
+from groktrace.sampling.traces import WANTED_HEATING
 
 # ρ, the widest first. A basin is left where the loss climbs by this share of the way to that of chance.
 LOCALITIES = (LOCALITY, 0.1, 0.05, 0.022, 0.01)
 MOST_CLIMB = 0.2
 # Snapshots that are tried, and steps of each trial; minibatch noise is looked at every 16 steps.
 TRIED = 2
-BURN_IN, DRAWS = 12, 10
+BURN_IN, DRAWS = 20, 12
 FEW_DRAWS = 32
+# Batches are so large that few of the other snapshots are heated by more than is wanted.
+AIMED = 0.8
 # A posterior of S samples with m targets each has λ_c lower by about λ_c/(S·m) of it (measured on four networks).
 MOST_MISSED = 0.03
 LEAST_SAMPLES = 512
-# Batches that are tried first; with fewer of them to a set than the last, the whole set is as cheap.
-FIRST_BATCH, STEP = 64, 16
-LEAST_BATCHES = 4
 
 
 def choose_sampling(
@@ -76,21 +76,24 @@ def choose_sampling(
     trial = _Trial(task, loss, settings, chance, key or (lambda step: step))
     if loss.sample_bytes is not None:
         scale = trial.sized(scale)
-    for locality in LOCALITIES if free else (scale.locality,):
+    for number, locality in enumerate(LOCALITIES if free else (scale.locality,)):
         if free:
             wider = choose_scale(replace(settings, locality=locality), task.n, loss.layout, surveys)
             scale = wider._replace(samples=scale.samples, batch_size=scale.batch_size)
+        if number == 0:
+            scale = trial.with_batches(scale, snapshots)
         found = []
         for about, weights in snapshots:
-            estimate, scale = trial.run(about, weights, scale)
-            found.append((about, weights, estimate))
-            if trial.left(about, estimate):
+            found.append((about, weights, trial.run(about, weights, scale)))
+            if trial.left(about, found[-1][2]):
                 break
         else:
             break
-    if loss.sample_bytes is not None and settings.samples is None:
-        scale = trial.enlarged(scale, found)
-    return scale
+    if loss.sample_bytes is None:
+        return scale
+    if number and scale.batch_size is not None:  # nearer to w* smaller ones may do
+        scale = trial.with_batches(scale, snapshots)
+    return scale if settings.samples is not None else trial.enlarged(scale, found)
 
 
 class _Trial:
@@ -107,38 +110,34 @@ class _Trial:
         self._task, self._loss, self._settings, self._chance, self._key = task, loss, settings, chance, key
 
     def sized(self, scale: Scale) -> Scale:
-        """The scale with samples and batches to begin with."""
+        """The scale with samples to begin with, and the batches that were asked for."""
         stored = len(self._loss.tensors[0])
         samples = min(self._settings.samples or 2 * LEAST_SAMPLES, stored)
-        batch = self._settings.batch_size or FIRST_BATCH
-        return _in_batches(scale, samples, batch, self._settings.batch_size is not None)
+        return _in_batches(scale, samples, self._settings.batch_size)
 
-    def run(self, about: Survey, weights: dict[str, Tensor], scale: Scale) -> tuple[LLCEstimate, Scale]:
-        """A short estimate, and the scale with batches so large that their noise does no harm.
+    def with_batches(self, scale: Scale, snapshots: Sequence[tuple[Survey, dict[str, Tensor]]]) -> Scale:
+        """The scale with batches so large that their noise does no harm."""
+        # Of large networks the batches' gradients are not kept.
+        if self._loss.sample_bytes is None or self._settings.batch_size or self._loss.micro_batch is not None:
+            return scale
+        scale = scale._replace(batch_size=None)
+        profiles = [self._profile(about, weights, scale) for about, weights in snapshots]
+        sizes = [each.batch(scale.samples, AIMED * WANTED_HEATING) for each in profiles]
+        return _in_batches(scale, scale.samples, None if None in sizes else max(sizes))
 
-        What noise adds falls as the batch grows.
-        """
-        if scale.batch_size is not None and self._settings.batch_size is None:
-            heating = self._heating(about, weights, scale)
-            batch = STEP * math.ceil(scale.batch_size * min(heating / WANTED_BY_TURNS, scale.samples) / STEP)
-            scale = _in_batches(scale, scale.samples, max(batch, scale.batch_size), False)
-        return self._estimate(about, weights, scale), scale
-
-    def _heating(self, about: Survey, weights: dict[str, Tensor], scale: Scale) -> float:
-        """What the noise of the batches adds to λ̂ at most."""
-        if self._loss.micro_batch is not None:  # of large networks the batches' gradients are not kept
-            return 0.0
-        loss = self._loss.subset(scale.samples, scale.batch_size)
+    def _profile(self, about: Survey, weights: dict[str, Tensor], scale: Scale) -> NoiseProfile:
+        """How noisy gradients of few samples are at one snapshot."""
+        loss = self._loss.subset(scale.samples, 4 * GROUP)
         factor, top = 1.0, about.top_curvature
         if scale.curvature is not None:
             factor, top = scale.curvature / top, scale.curvature
         stacked, anchor = stack_weights(loss, [{**weights, FACTOR: torch.tensor(factor)}])
-        settings = replace(self._settings, batch_size=scale.batch_size)
         size = self._settings.step_size or step_size(scale.nbeta, scale.localization, top)
         key = self._key(about.step)
-        return batch_heating(stacked, anchor, key, settings, scale.nbeta, scale.localization, size)
+        return profile_noise(stacked, anchor, key, self._settings, scale.nbeta, scale.localization, size)
 
-    def _estimate(self, about: Survey, weights: dict[str, Tensor], scale: Scale) -> LLCEstimate:
+    def run(self, about: Survey, weights: dict[str, Tensor], scale: Scale) -> LLCEstimate:
+        """A short estimate."""
         top = about.top_curvature if scale.curvature is None else scale.curvature
         size = self._settings.step_size or step_size(scale.nbeta, scale.localization, top)
         short = replace(self._settings, draws=self._settings.draws or FEW_DRAWS)
@@ -163,7 +162,7 @@ class _Trial:
         samples = LEAST_SAMPLES
         while samples < min(wanted, stored):
             samples *= 2
-        return _in_batches(scale, min(samples, stored), scale.batch_size, self._settings.batch_size is not None)
+        return _in_batches(scale, min(samples, stored), scale.batch_size)
 
     def _targets(self, weights: dict[str, Tensor]) -> float:
         """Predictions that the loss compares with targets, a sample."""
@@ -176,8 +175,8 @@ class _Trial:
         return 1.0 if outputs is None or outputs.ndim < 2 else max(1.0, outputs.numel() / count)
 
 
-def _in_batches(scale: Scale, samples: int, batch: int | None, given: bool) -> Scale:
-    """The scale with so many samples, a multiple of the batch; without batches where there would be few of them."""
-    if batch is None or (samples < LEAST_BATCHES * batch and not given) or batch >= samples:
+def _in_batches(scale: Scale, samples: int, batch: int | None) -> Scale:
+    """The scale with so many samples, of which batches take equal parts."""
+    if batch is None or batch >= samples:
         return scale._replace(samples=samples, batch_size=None)
     return scale._replace(samples=samples - samples % batch, batch_size=batch)

@@ -5,22 +5,22 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from groktrace.sampling import langevin
-from groktrace.sampling.batches import Minibatches
+from groktrace.sampling.batches import GROUP, Minibatches, NoiseProfile
 from groktrace.sampling.calibration import MAX_STEPS, run_length, settle, step_size
-from groktrace.sampling.curvature import gaussian_start, top_eigenvalue
+from groktrace.sampling.curvature import difference_product, gaussian_start, lanczos, top_eigenvalue
 from groktrace.sampling.langevin import LangevinConfig, LangevinState, generator_for
+from groktrace.sampling.network import shuffled
 from groktrace.sampling.noise import normal_like
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
 from groktrace.sampling.traces import (
     SLACK,
-    WANTED_BY_TURNS,
-    WANTED_HEATING,
     Looks,
     Traces,
     cooled,
@@ -33,6 +33,11 @@ MAX_RESTARTS, DEAR_RESTARTS = 16, 2
 # followed through ever steeper walls for as long as all other snapshots take together.
 MAX_FALL = 0.1
 FEW_RESTARTS = 3
+# The same where data are sampled, at once and for good: no smaller step would help.
+DEAR_FALL = 1.0
+# There burn-in ends after so many steps where pull and spread are in equilibrium, within this fraction and some errors.
+_LEAST_BURN_IN = 8
+_SETTLED, _SETTLED_ERRORS = 0.03, 3.0
 MAX_GROWTH, DEAR_GROWTH = 16, 4
 # Stacks beyond the processor's cache gain nothing (measured); a GPU wants more at once.
 WORKING_SET_BYTES = {"cpu": 12 * 2**20}
@@ -42,6 +47,10 @@ _STATE_VECTORS = 8
 # still there, and single samples that are looked at.
 _DEAR_ITERATIONS, _DEAR_CHECK = 3, 8
 _DEAR_LOOKS = 16
+# Samples whose noise is looked at.
+_PROFILED = 512
+# Products from which the share of minibatch noise is taken that goes into stiff directions.
+_SHARE_ITERATIONS = 3
 # What the gradients of all minibatches at w* may take, of the snapshots of a stack together.
 CONTROL_BYTES = 2**28
 _CHECK_EVERY = 64
@@ -74,6 +83,7 @@ def sample(
     localization: float,
     step_sizes: Sequence[float],
     enough: Callable[[Traces], bool],
+    whole: StackedLoss | None = None,
 ) -> list[Traces]:
     """Run all chains of S snapshots.
 
@@ -88,6 +98,7 @@ def sample(
             w* or where minibatch noise heats them: 16 times at most, or three where they fall far at once, and within
             the first three where the step heats them.
         enough: whether a snapshot's draws suffice; asked only where `settings.draws` is None.
+        whole: the same loss without batches, for snapshots whose chains those throw out; None to reduce ε instead.
 
     Returns:
         Traces of each snapshot, those of the last attempt where its chains diverged at every step size tried.
@@ -96,37 +107,46 @@ def sample(
     results: dict[int, Traces] = {}
     pending = list(range(len(steps)))
     epsilon, halvings, falls, lost = list(step_sizes), [0] * len(steps), [0] * len(steps), [0] * len(steps)
+    batched = [settings.batch_size is not None] * len(steps)
     dimension = anchors.shape[1]
     most_fall = MAX_FALL * dimension + SLACK
     dear = loss.sample_bytes is not None
     for attempt in range((DEAR_RESTARTS if dear else MAX_RESTARTS) + 1):
-        rows = torch.tensor(pending, device=anchors.device)
-        epsilons = [epsilon[s] for s in pending]
-        group = _Group(
-            loss.select(rows),
-            anchors[rows],
-            [steps[s] for s in pending],
-            settings,
-            nbeta,
-            localization,
-            epsilons,
-            [halvings[s] for s in pending],
-        )
-        for s, traces, length in zip(pending, group.run(enough), group.lengths, strict=True):
-            traces = results[s] = replace(traces, halvings=halvings[s], lost=lost[s])
-            lost[s] += min(group.made, sum(length))
-            falls[s] += traces.fall > most_fall
-            if falls[s] > FEW_RESTARTS:
+        again: list[int] = []
+        for some in ([s for s in pending if batched[s]], [s for s in pending if not batched[s]]):
+            if not some:
                 continue
-            if traces.diverged(dimension) or (attempt < FEW_RESTARTS and group.is_heated(traces)):
-                epsilon[s] /= 2
-                halvings[s] += 1
-            elif group.is_too_large(traces):
-                epsilon[s] = step_size(nbeta, localization, traces.curvature)
-            else:
-                wanted = WANTED_HEATING if group.control is None else WANTED_BY_TURNS
-                epsilon[s] = cooled(traces, settings.method, localization, wanted)
-        pending = [s for s in pending if epsilon[s] != results[s].step_size]
+            rows = torch.tensor(some, device=anchors.device)
+            group = _Group(
+                (loss if batched[some[0]] or whole is None else whole).select(rows),
+                anchors[rows],
+                [steps[s] for s in some],
+                settings if batched[some[0]] else replace(settings, batch_size=None),
+                nbeta,
+                localization,
+                [epsilon[s] for s in some],
+                [halvings[s] for s in some],
+            )
+            for s, traces, length in zip(some, group.run(enough), group.lengths, strict=True):
+                traces = results[s] = replace(traces, halvings=halvings[s], lost=lost[s])
+                lost[s] += min(group.made, sum(length))
+                falls[s] += traces.fall > most_fall
+                if falls[s] > FEW_RESTARTS or (dear and traces.fall > DEAR_FALL * dimension + SLACK):
+                    continue
+                if traces.diverged(dimension) or (attempt < FEW_RESTARTS and group.is_heated(traces)):
+                    if batched[s] and whole is not None:
+                        batched[s] = False
+                        again.append(s)
+                        continue
+                    epsilon[s] /= 2
+                    halvings[s] += 1
+                elif group.is_too_large(traces):
+                    epsilon[s] = step_size(nbeta, localization, traces.curvature)
+                else:
+                    epsilon[s] = cooled(traces, settings.method, localization)
+                if epsilon[s] != traces.step_size:
+                    again.append(s)
+        pending = sorted(again)
         if not pending or settings.step_size is not None:
             break
     return [results[s] for s in range(len(steps))]
@@ -163,7 +183,7 @@ def time_steps(loss: StackedLoss, anchors: Tensor, settings: SamplingSettings, s
     return spent / made, before
 
 
-def batch_heating(
+def profile_noise(
     loss: StackedLoss,
     anchor: Tensor,
     key: int,
@@ -171,43 +191,46 @@ def batch_heating(
     nbeta: float,
     localization: float,
     epsilon: float,
-) -> float:
-    """What the noise of batches that take turns adds to λ̂ at most, relative to it, where a chain begins.
-
-    All batches are looked at, since a few samples may carry most of the noise.
+) -> NoiseProfile:
+    """How noisy gradients of samples are where a chain begins; of 512 of them at most.
 
     Args:
         loss: of one row.
         anchor: w*, [1, D].
         key: of the snapshot's noise.
-        settings: with the batch size.
+        settings: of the sampling.
         nbeta: nβ.
         localization: γ.
         epsilon: ε.
-
-    Returns:
-        Infinity where the loss is not finite there.
     """
-    settings = replace(settle(settings, anchor.shape[1], stacked=True), chains=1)
+    batch = 4 * GROUP
+    count = min(len(loss.tensors[0]), _PROFILED) // batch * batch
+    loss = replace(loss, tensors=tuple(each[:count] for each in loss.tensors), plans={})
+    groups = torch.arange(count, device=anchor.device).view(-1, 1, GROUP)
+    settings = replace(settle(settings, anchor.shape[1], stacked=True), chains=1, batch_size=batch)
     group = _Group(loss, anchor, [key], settings, nbeta, localization, [epsilon], [0])
-    if group.control is None:
-        return math.inf
-    weights, total, squares = anchor + group.state.displacement, torch.zeros_like(anchor), 0.0
-    partition = group.batches.partition
-    for k, batch in enumerate(partition):
-        gradient = loss.gradients(weights, batch[None])[1].add_(group.control.shifts[0, k])
-        total += gradient
-        squares += float(gradient.double().square().sum())
-    mean = total / len(partition)
-    variance = squares / len(partition) - float(mean.double().square().sum())
-    pull = nbeta * abs(float((group.state.displacement * mean).sum()))
-    found = float(group.config.noise_gain) * nbeta**2 * variance / max(pull, 1e-300)
-    return found if math.isfinite(found) else math.inf
+    displacement = group.state.displacement
+    total, change, squares = torch.zeros_like(anchor), torch.zeros_like(anchor), 0.0
+    for samples in groups:
+        there = loss.gradients(anchor + displacement, samples)[1]
+        total += there
+        there -= loss.gradients(anchor, samples)[1]
+        change += there
+        squares += float(there.double().square().sum())
+    total, change = total / len(groups), change / len(groups)
+    variance = GROUP * (squares / len(groups) - float(change.double().square().sum()))
+    stiff = change / change.norm().clamp(min=torch.finfo(change.dtype).tiny)  # H(w − w*)
+    products = [difference_product(loss, anchor, loss.gradients(anchor, each)[1], stiff, each) for each in groups]
+    curvatures = torch.stack([torch.linalg.vecdot(each, stiff)[0] for each in products]).double()
+    bending = GROUP * float(curvatures.var(correction=0) / curvatures.mean().square())
+    pull = nbeta * abs(float((displacement * total).sum()))
+    gain = float(group.config.noise_gain[0]) * nbeta**2 * float(group.noise_share[0])
+    return NoiseProfile(gain * variance / max(pull, 1e-300), bending)
 
 
 @dataclass(frozen=True)
 class _Control:
-    """What control variates need of the batches of a partition, at each snapshot (Baker et al. 2019).
+    """What control variates need of the parts that batches are, at each snapshot (Baker et al. 2019).
 
     Attributes:
         losses: L_k(w*) of each batch, [S, K].
@@ -222,10 +245,10 @@ class _Control:
     snapshot: Tensor
 
     @classmethod
-    def of(cls, loss: StackedLoss, anchors: Tensor, partition: Tensor, snapshot: Tensor) -> "_Control":
-        losses = anchors.new_empty(len(anchors), len(partition))
-        shifts = anchors.new_empty(len(anchors), len(partition), anchors.shape[1])
-        for k, batch in enumerate(partition):
+    def of(cls, loss: StackedLoss, anchors: Tensor, parts: Tensor, snapshot: Tensor) -> "_Control":
+        losses = anchors.new_empty(len(anchors), len(parts))
+        shifts = anchors.new_empty(len(anchors), len(parts), anchors.shape[1])
+        for k, batch in enumerate(parts):
             losses[:, k], shifts[:, k] = loss.gradients(anchors, batch.expand(len(anchors), -1).contiguous())
         gradients = shifts.mean(1)
         torch.sub(gradients[:, None], shifts, out=shifts)
@@ -275,11 +298,14 @@ class _Group:
         if settings.batch_size is not None and settings.batch_size < self.samples:
             generators = [generator_for(settings.seed, step, chain, "batch", device) for step, chain in keys]
             kept = len(anchors) * (self.samples // settings.batch_size) * anchors[0].nbytes
-            whole = self.samples % settings.batch_size == 0  # else some samples would never be seen
-            parts = whole and settings.method != "sgld" and kept <= CONTROL_BYTES
-            self.batches = Minibatches.begin(self.samples, settings.batch_size, generators, device, parts)
-            if parts:
-                self.control = _Control.of(loss, anchors, self.batches.partition, each)
+            # Else some samples would never be seen.
+            whole = self.samples % settings.batch_size == 0
+            if whole and settings.method != "sgld" and kept <= CONTROL_BYTES:
+                parts = shuffled(self.samples).to(device).view(-1, settings.batch_size)
+                self.batches = Minibatches.of_parts(parts, self.samples, generators)
+                self.control = _Control.of(loss, anchors, parts, each)
+            else:
+                self.batches = Minibatches.begin(self.samples, settings.batch_size, generators, device)
         if self.control is None:
             self.base, self.base_gradients = self.loss.gradients(self.anchors)
         else:
@@ -293,9 +319,37 @@ class _Group:
                 self.batches.draw()
                 at_anchors = self.loss.gradients(self.anchors, self.index)
             start = gaussian_start(self.loss, self.anchors, at_anchors, start, nbeta, localization, self.index)
+        self.noise_share = anchors.new_ones(len(anchors))
+        if self.control is not None and loss.sample_bytes is not None:
+            self.noise_share = self._noise_share(start)
         noise = [generator_for(settings.seed, *key, "noise", device) for key in keys]
         self.state = langevin.init(self.config, start, noise)
         self.made = 0
+
+    def _noise_share(self, start: Tensor) -> Tensor:
+        """By how much less the noise of minibatches adds to λ̂ than if it all went into the stiffest directions, [S].
+
+        In a direction of curvature h it adds nβh/(nβh + γ) of what it does there; the quadratic form of that function
+        of the Hessian in a sample of the noise comes from the noise's Krylov space (Golub & Meurant 2010).
+        """
+        rows = torch.arange(0, len(start), self.settings.chains, device=start.device)
+        loss, weights = self.loss.select(rows), self.anchors[rows] + start[rows]
+        shifts, snapshots = self.control.shifts, self.control.snapshot[rows]
+        noise, sign = torch.zeros_like(weights), 1.0
+        for _ in range(2):
+            self.batches.draw()
+            index = self.index[rows].clone()
+            gradients = loss.gradients(weights, index)[1]
+            noise.add_(gradients, alpha=sign).add_(shifts[snapshots, self.batches.number[rows]], alpha=sign)
+            sign = -1.0
+        silent = noise.norm(dim=1) == 0  # twice the same batch, or a loss without any
+        noise[silent] = start[rows][silent]
+        product = partial(difference_product, loss, weights, gradients, index=index)
+        tridiagonal, _ = lanczos(product, noise, _SHARE_ITERATIONS)
+        values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num())
+        stiff = self.config.nbeta * values.clamp(min=0)
+        share = (vectors[:, 0].square() * stiff / (stiff + self.config.localization)).sum(1)
+        return torch.where(torch.isfinite(tridiagonal).all(dim=(1, 2)), share, 1.0).to(start.dtype)
 
     @property
     def index(self) -> Tensor | None:
@@ -304,22 +358,9 @@ class _Group:
 
     def run(self, enough: Callable[[Traces], bool]) -> list[Traces]:
         """Burn in, draw, and go on with those snapshots whose draws are not enough yet."""
-        count, chains, dimension = len(self.epsilons), self.settings.chains, self.anchors.shape[1]
-        looks = Looks(self.lengths) if self.loss.separable else None
-        record = self._advance([burn_in + draws for burn_in, draws in self.lengths], first=True, looks=looks)
-        traces = []
-        for s, (burn_in, draws) in enumerate(self.lengths):
-            piece = record[burn_in : burn_in + draws, :, s * chains : (s + 1) * chains]
-            soon = record[:_CHECK_EVERY, 0, s * chains : (s + 1) * chains].nan_to_num(nan=math.inf)
-            fall = max(0.0, -float(soon.amin()))
-            traces.append(replace(self._traces(piece, self.epsilons[s], burn_in), fall=fall))
-            noise = piece[:, 4].nanmean()  # NaN where a snapshot has too few draws for a single measurement, too
-            if torch.isfinite(noise):
-                traces[s] = replace(traces[s], heating=float(noise) / abs(float(traces[s].pull.mean())))
-            if looks is not None and (variance := looks.variance(s)) is not None:
-                traces[s] = replace(traces[s], fluctuation=0.5 * self.config.nbeta * variance)
-        self._look_around(traces)
-        active = list(range(count))
+        chains, dimension = self.settings.chains, self.anchors.shape[1]
+        traces, active = self._begin()
+        self._look_around(traces, active)
         while self.settings.draws is None:
             going = [
                 i
@@ -345,6 +386,57 @@ class _Group:
                 traces[s] = replace(traces[s], **joined)
         return traces
 
+    def _begin(self) -> tuple[list[Traces], list[int]]:
+        """Burn in, and make the first draws; their traces, and the snapshots that are still in the stack."""
+        chains, count = self.settings.chains, len(self.epsilons)
+        early, burn_in = [self.anchors.new_empty(0, 5, chains).double()] * count, [each for each, _ in self.lengths]
+        draws, active = [each for _, each in self.lengths], list(range(count))
+        if self.loss.sample_bytes is not None and self.settings.burn_in is None:
+            # Chains start near equilibrium: where they are in it, what is left of the burn-in would be for nothing.
+            record = self._advance([_LEAST_BURN_IN] * count, first=True)
+            early = [record[:, :, s * chains : (s + 1) * chains] for s in range(count)]
+            burn_in = [
+                _LEAST_BURN_IN if self._has_settled(piece) else max(each, _LEAST_BURN_IN)
+                for piece, each in zip(early, burn_in, strict=True)
+            ]
+            active = [s for s in active if not self._has_left(early[s])]
+            if active and len(active) < count:
+                self._keep(active)
+        looks, late = None, early[0][:0]
+        counts = [burn_in[s] - len(early[s]) + draws[s] for s in active]
+        if active:
+            lengths = [(burn_in[s] - len(early[s]), draws[s]) for s in active]
+            looks = Looks(lengths) if self.loss.separable else None
+            late = self._advance(counts, first=True, looks=looks)
+        traces = []
+        for s, soon in enumerate(early):
+            i = active.index(s) if s in active else None
+            own = soon if i is None else torch.cat([soon, late[: counts[i], :, i * chains : (i + 1) * chains]])
+            fall = max(0.0, -float(own[:_CHECK_EVERY, 0].nan_to_num(nan=math.inf).amin()))
+            piece = own[burn_in[s] :] if i is not None else own
+            traces.append(replace(self._traces(piece, self.epsilons[s], burn_in[s]), fall=fall))
+            noise = own[:, 4].nanmean()  # NaN where a snapshot has too few draws for a single measurement, too
+            if torch.isfinite(noise):
+                heating = float(self.noise_share[s] * noise) / abs(float(traces[s].pull.mean()))
+                traces[s] = replace(traces[s], heating=heating)
+            if looks is not None and i is not None and (variance := looks.variance(i)) is not None:
+                traces[s] = replace(traces[s], fluctuation=0.5 * self.config.nbeta * variance)
+        return traces, active
+
+    def _has_settled(self, record: Tensor) -> bool:
+        """Whether pull and spread add up to what they come to in equilibrium, in the second half of some steps."""
+        dimension = self.anchors.shape[1]
+        late = record[len(record) // 2 :]
+        off = abs(float((late[:, 1] + late[:, 2]).mean()) - dimension)
+        return off <= _SETTLED * dimension + _SETTLED_ERRORS * math.sqrt(2 * dimension / late.shape[2])
+
+    def _has_left(self, record: Tensor) -> bool:
+        """Whether a chain is on its way out, or the loss fell so far at once that there is no basin where it began."""
+        fell = not float(record[:, 0].amin()) >= -(DEAR_FALL * self.anchors.shape[1] + SLACK)
+        if fell:
+            record[:, 1] = torch.nan
+        return fell or not bool(torch.isfinite(record[:, 1]).all())
+
     def is_too_large(self, traces: Traces) -> bool:
         """Whether the step is too large for the curvature that the chains met."""
         if traces.curvature is None or self.settings.step_size is not None:
@@ -355,14 +447,14 @@ class _Group:
         """Whether the discretisation fed energy to the chains, which more draws would not mend."""
         return traces.burst or traces.hot(self.settings.method, self.config.localization, self.anchors.shape[1])
 
-    def _look_around(self, traces: list[Traces]) -> None:
+    def _look_around(self, traces: list[Traces], active: Sequence[int]) -> None:
         """Measure the curvature where the chains are now, of snapshots whose loss is not the bowl that it is at w*."""
         chains, dimension = self.settings.chains, self.anchors.shape[1]
         odd = [
-            s
-            for s, each in enumerate(traces)
-            if not each.diverged(dimension)
-            and (self.halvings[s] or (self.loss.sample_bytes is None and each.anharmonic(dimension)))
+            i
+            for i, s in enumerate(active)
+            if not traces[s].diverged(dimension)
+            and (self.halvings[s] or (self.loss.sample_bytes is None and traces[s].anharmonic(dimension)))
         ]
         if not odd:
             return
@@ -375,8 +467,8 @@ class _Group:
             index = None if self.batches is None else self.index[rows]
             top = top_eigenvalue(self.loss.select(rows), positions, start, _DEAR_ITERATIONS, index)
         top = top.view(-1, chains).amax(1)
-        for s, curvature in zip(odd, top.tolist(), strict=True):
-            traces[s] = replace(traces[s], curvature=curvature)
+        for i, curvature in zip(odd, top.tolist(), strict=True):
+            traces[active[i]] = replace(traces[active[i]], curvature=curvature)
 
     def _limit(self, s: int) -> int:
         growth = MAX_GROWTH if self.loss.sample_bytes is None else DEAR_GROWTH
@@ -524,7 +616,7 @@ class _Group:
         """
         first = gradients.clone()
         evaluate()
-        noise = 0.5 * first.sub_(gradients).square_().sum(1) * self.batches.spread
+        noise = 0.5 * first.sub_(gradients).square_().sum(1)
         return self.config.noise_gain * self.config.nbeta**2 * noise
 
     def _traces(self, piece: Tensor, epsilon: float, burn_in: int) -> Traces:

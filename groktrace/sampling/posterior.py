@@ -98,6 +98,8 @@ class StackedLoss:
         sample_bytes: what one sample's gradient keeps between forward and backward, where only some of the samples are
             used at a time; None where all are. They lie in a random order, and the first of them are a subset.
         separable: whether it was found to be a mean over samples of losses of single samples.
+        heavy: of the samples that an index names for a row, so many come first that stand for themselves alone; the
+            others stand for all the rest.
         micro_batch: samples evaluated at once where networks are large and go alone, in place (`network`, `large`);
             None where they are stacked.
         plans: recorded gradients by the shapes they take, shared by all losses made of this one.
@@ -111,6 +113,7 @@ class StackedLoss:
     row_bytes: int | None = None
     sample_bytes: int | None = None
     separable: bool = False
+    heavy: int = 0
     micro_batch: int | None = None
     plans: dict[Any, Plan | None] = field(default_factory=dict, repr=False, compare=False)
 
@@ -123,12 +126,13 @@ class StackedLoss:
         """The loss of some of the rows."""
         return replace(self, fixed={name: tensor[rows] for name, tensor in self.fixed.items()})
 
-    def subset(self, count: int | None, batch_size: int | None = None) -> "StackedLoss":
+    def subset(self, count: int | None, batch_size: int | None = None, heavy: int = 0) -> "StackedLoss":
         """The loss of the first samples, as it is evaluated quickest.
 
         Args:
             count: how many; None for all.
             batch_size: samples a gradient; None for all of these.
+            heavy: how many of a batch stand for themselves alone.
         """
         if self.sample_bytes is None:
             return self
@@ -136,7 +140,7 @@ class StackedLoss:
         together = min(batch_size or len(tensors[0]), len(tensors[0]))
         stacked = self.vectorised and together * self.sample_bytes <= STACKED_BYTES
         row = len(tensors[0]) * self.sample_bytes
-        return replace(self, tensors=tensors, vectorised=stacked, row_bytes=row, plans={})
+        return replace(self, tensors=tensors, vectorised=stacked, row_bytes=row, heavy=heavy, plans={})
 
     def probe(self, weights: Tensor) -> "StackedLoss":
         """This loss, with what one gradient tells of it: whether rows can be stacked, and how much memory one takes.
@@ -188,15 +192,27 @@ class StackedLoss:
         Returns:
             [R] mean losses.
         """
+        strata = self._strata(index)
 
         def one(flat: Tensor, fixed: dict[str, Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
-            return self._forward({**self.layout.unflatten(flat), **fixed}, tensors)
+            named = {**self.layout.unflatten(flat), **fixed}
+            if len(strata) == 1:
+                return self._forward(named, tensors)
+            parts = [(share, tuple(tensor[chosen] for tensor in tensors)) for share, chosen in strata]
+            return sum(share * self._forward(dict(named), part) for share, part in parts)
 
         if self.vectorised:
             tensors = self.tensors if index is None else tuple(tensor[index] for tensor in self.tensors)
             shared = None if index is None else 0
             return torch.func.vmap(one, in_dims=(0, 0, shared))(weights, self.fixed, tensors)
         return torch.stack([one(weights[r], *self._row(r, index)) for r in range(len(weights))])
+
+    def _strata(self, index: Tensor | None) -> list[tuple[float, slice]]:
+        """Samples of a row that are evaluated together, and what they count in its mean loss."""
+        if index is None or not self.heavy:
+            return [(1.0, slice(None))]
+        share = self.heavy / len(self.tensors[0])
+        return [(share, slice(self.heavy)), (1 - share, slice(self.heavy, None))]
 
     def _row(self, r: int, index: Tensor | None) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """What one row is evaluated with besides its weights: what is not sampled, and the samples."""
@@ -232,6 +248,28 @@ class StackedLoss:
         with torch.no_grad():
             of_samples = torch.func.vmap(one, in_dims=(None, None, 0))
             return torch.func.vmap(of_samples, in_dims=(0, 0, None))(weights, self.fixed, tensors)
+
+    def ranks(self, weights: Tensor) -> Tensor:
+        """The samples of each row in the order of their losses, the largest first; for separable losses.
+
+        Each row's are found alone, so that they do not depend on what it is stacked with.
+
+        Args:
+            weights: [R, D].
+
+        Returns:
+            [R, N].
+        """
+        size = min(MAX_SINGLE_SAMPLES, max(1, PART_BYTES // (self.sample_bytes or 1)))
+        orders = []
+        for r in range(len(weights)):
+            alone = self.select(torch.tensor([r], device=self.device))
+            parts = []
+            for start in range(0, len(self.tensors[0]), size):
+                part = tuple(tensor[start : start + size] for tensor in self.tensors)
+                parts.append(replace(alone, tensors=part).sample_losses(weights[r : r + 1])[0])
+            orders.append(torch.cat(parts).argsort(descending=True, stable=True))
+        return torch.stack(orders)
 
     def _spread(self, most: int = MAX_SINGLE_SAMPLES) -> Tensor:
         count = len(self.tensors[0])
@@ -316,7 +354,12 @@ class StackedLoss:
             # Of real numbers, as the places are: complex weights are made of these, and so their gradients land right.
             leaves = {name: part.requires_grad_() for name, part in self.layout.places(flat).items()}
             places = list(self.layout.places(out).values())
-            for number, (share, part) in enumerate(self._parts(tensors)):
+            parts = (
+                (weight * share, part)
+                for weight, chosen in self._strata(index)
+                for share, part in self._parts([tensor[chosen] for tensor in tensors])
+            )
+            for number, (share, part) in enumerate(parts):
                 with torch.enable_grad():
                     loss = self._forward({**self.layout.of_places(leaves), **fixed}, part)
                     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)

@@ -11,9 +11,8 @@ from torch import Tensor
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.langevin import Method, noise_gain, relaxation_steps
 
-# Minibatch noise may raise λ̂ by this fraction at most. What was measured is about half of what is the most for batches
-# that take turns, as those of large sets do, so that there the second is the same.
-WANTED_HEATING, WANTED_BY_TURNS = 0.02, 0.03
+# Minibatch noise may raise λ̂ by this fraction at most.
+WANTED_HEATING = 0.02
 MIN_COOLING = 1 / 32
 # Chains whose pull and spread come to so many times D in the mean have left; so has one whose spread was once so many
 # times D and that of most draws, though some come back, to another place. Few draws of a few weights scatter by SLACK.

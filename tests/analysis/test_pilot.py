@@ -9,11 +9,12 @@ from torch import nn
 
 import groktrace
 from groktrace.analysis import pilot
-from groktrace.analysis.estimate import choose_scale, weight_layout
+from groktrace.analysis.estimate import choose_scale, estimate_stack, weight_layout
 from groktrace.analysis.evaluation import survey, training_loss
 from groktrace.analysis.pilot import choose_sampling
 from groktrace.run.task import Task
 from groktrace.sampling import network
+from groktrace.sampling.calibration import Scale
 from groktrace.sampling.settings import SamplingSettings
 
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def test_lambda_of_a_sampled_set_is_the_soft_rank_of_all_of_it(dear, noise):
     assert found.stderr < 0.05 * exact
 
 
-def test_the_same_with_batches_that_take_turns(dear):
+def test_the_same_with_batches(dear):
     model, data, spectrum = line(noise=0.0)
     found = groktrace.estimate_llc(model, "mse", data, nbeta=3000.0, localization=300.0, draws=600, batch_size=128)
     exact = float(0.5 * (3000 * spectrum / (3000 * spectrum + 300)).sum())
@@ -153,3 +154,81 @@ def test_the_published_method_draws_its_batches_from_all_samples(dear):
     task, training, weights, about, chosen = prepared(model, "mse", data, batch_size=32, **published)
     scale = choose_sampling(task, training, lambda step: weights, [about], chosen, (1e9,))
     assert (scale.samples, scale.batch_size) == (None, 32)
+
+
+def test_batches_that_throw_chains_out_give_way_to_all_samples(dear):
+    """Where a few samples have most of the curvature and the batches do not tell, nothing wrong comes out."""
+    model, (x, y), _ = line(noise=0.0)
+    x = x.clone()
+    x[::256] *= 60
+    y = x @ model.weight.detach().T + 0.01
+    task, training, weights, about, chosen = prepared(model, "mse", (x, y), nbeta=3000.0, localization=300.0, draws=300)
+    spectrum = torch.linalg.eigvalsh(2 * x.double().T @ x.double() / TALL)
+    exact = float(0.5 * (3000 * spectrum / (3000 * spectrum + 300)).sum())
+    scale = Scale(3000.0, 300.0, samples=TALL, batch_size=32)
+    (found,) = estimate_stack(training, [weights], [about], chosen, scale, task.n)
+    assert found.diagnostics["heating"] == 0
+    assert found.diagnostics["lost_steps"] > 0
+    assert found.llc_centred == pytest.approx(exact, abs=4 * found.stderr_centred + 0.05 * exact)
+
+
+def test_noise_that_goes_into_flat_directions_is_no_heat(dear):
+    """All of the gradient's noise lies in flat directions: the batches' noise is counted there, and adds nothing."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randn(TALL, 40, generator=generator)
+    signs -= signs.mean(0)
+
+    class Bowl(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stiff, self.flat = nn.Parameter(torch.zeros(20)), nn.Parameter(torch.zeros(40))
+
+        def forward(self, x):
+            # The sum over samples of the second part has no curvature; each alone bends one way or the other.
+            return 1 + self.stiff.square().sum() + 2 * (x * self.flat.square()).sum(1, keepdim=True)
+
+    task, training, weights, about, chosen = prepared(
+        Bowl(),
+        lambda out, y: (out - y).mean(),
+        (signs, torch.zeros(TALL, 1)),
+        nbeta=500.0,
+        localization=100.0,
+        draws=400,
+    )
+    scale = Scale(500.0, 100.0, samples=TALL, batch_size=64)
+    (found,) = estimate_stack(training, [weights], [about], replace(chosen, batch_size=64), scale, task.n)
+    exact = 0.5 * 20 * 1000 / 1100
+    assert found.diagnostics["heating"] < 0.02
+    assert found.llc_centred == pytest.approx(exact, abs=4 * found.stderr_centred + 0.02 * exact)
+
+
+@pytest.mark.parametrize(("off", "burn_in"), [(0.0, 8), (10.0, 31)])
+def test_burn_in_ends_where_chains_are_in_equilibrium(dear, off, burn_in):
+    """Off the minimum along a direction that is slow to fall along, it takes its time."""
+    curvature = torch.cat([torch.full((20,), 2.0), torch.full((1,), 0.05), torch.zeros(2000)])
+
+    class Bowl(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(2021))
+            self.w.data[20] = off
+
+        def forward(self, x):
+            return 1 + 0.5 * (curvature * self.w.square()).sum() + 0 * x
+
+    data = torch.zeros(64, 1), torch.zeros(64, 1)
+    settings = {"nbeta": 300.0, "localization": 3.0, "draws": 200}
+    found = groktrace.estimate_llc(Bowl(), lambda out, y: (out - y).mean(), data, **settings)
+    stiff = (300 * curvature).double()
+    exact = float(0.5 * (stiff / (stiff + 3)).sum())
+    assert (found.burn_in == 8) == (burn_in == 8)
+    assert found.llc_centred == pytest.approx(exact, abs=4 * found.stderr_centred + 0.02 * exact)
+
+
+def test_snapshots_without_a_basin_are_told_after_a_few_steps(dear):
+    model, data, _ = line(noise=0.0)
+    with torch.no_grad():
+        model.weight += 100
+    found = groktrace.estimate_llc(model, "mse", data, nbeta=300.0, localization=3.0, draws=300)
+    assert found.llc is None and found.llc_centred is None
+    assert found.reasons[0].startswith("not in a basin: within a few steps nβ times the loss fell by")

@@ -1,9 +1,11 @@
-"""Minibatches that take turns: every sample once a pass, and no dependence on what is stacked with them."""
+"""Minibatches: parts that are drawn independently, no dependence on what is stacked with them, sizes from noise."""
+
+import math
 
 import pytest
 import torch
 
-from groktrace.sampling.batches import Minibatches
+from groktrace.sampling.batches import Minibatches, NoiseProfile, spread_ranks
 from groktrace.sampling.langevin import generator_for
 
 CPU = torch.device("cpu")
@@ -11,7 +13,9 @@ CPU = torch.device("cpu")
 
 def begin(rows=3, samples=12, size=4, parts=True):
     generators = [generator_for(0, row, 0, "batch", CPU) for row in range(rows)]
-    return Minibatches.begin(samples, size, generators, CPU, parts)
+    if parts:
+        return Minibatches.of_parts(torch.arange(samples).view(-1, size), samples, generators)
+    return Minibatches.begin(samples, size, generators, CPU)
 
 
 def drawn(batches, count):
@@ -22,18 +26,15 @@ def drawn(batches, count):
     return torch.stack(found)
 
 
-def test_each_pass_holds_every_sample_once_in_another_order():
-    found = drawn(begin(), 12)
-    orders = set()
+def test_parts_are_drawn_independently_of_those_before():
+    found = drawn(begin(), 3000)[:, :, 0] // 4
+    assert set(map(tuple, drawn(begin(), 60)[:, 0].tolist())) == {(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)}
     for row in range(3):
-        for start in range(0, 12, 3):
-            one = found[start : start + 3, row]
-            assert one.flatten().sort().values.tolist() == list(range(12))
-            orders.add(tuple(one[:, 0].tolist()))
-    assert len(orders) > 2
+        pairs = (3 * found[1:, row] + found[:-1, row]).bincount(minlength=9) / 2999
+        assert (pairs - 1 / 9).abs().max() < 5 * math.sqrt(1 / 9 / 2999)
 
 
-def test_without_turns_batches_are_drawn_anew_without_repeats():
+def test_without_parts_batches_are_drawn_anew_without_repeats():
     found = drawn(begin(parts=False), 40)
     assert all(len(set(row.tolist())) == 4 for step in found for row in step)
     assert len({tuple(sorted(row.tolist())) for row in found[:, 0]}) > 10
@@ -55,11 +56,23 @@ def test_rows_are_independent_and_can_be_put_back(parts):
     assert torch.equal(drawn(some, 9), whole[:, [2, 0]])
 
 
-def test_the_noise_of_turns_is_that_of_a_finite_population():
-    """Half the mean square of what one batch's mean differs from the next one's, times spread, is its variance."""
-    values = torch.randn(12, generator=torch.Generator().manual_seed(3)).double()
-    batches = begin()
-    means = values.view(3, 4).mean(1)
-    halves = [0.5 * float(a - b) ** 2 for i, a in enumerate(means) for j, b in enumerate(means) if i != j]
-    assert batches.spread * sum(halves) / len(halves) == pytest.approx(float(means.var(correction=0)))
-    assert begin(parts=False).spread == 1
+@pytest.mark.parametrize(("heating", "bending"), [(3.0, 0.1), (0.01, 9.0), (0.01, 0.1)])
+def test_batches_are_the_smallest_multiple_of_16_whose_noise_is_wanted(heating, bending):
+    samples, wanted = 2000, 0.02
+    size = NoiseProfile(heating, bending).batch(samples, wanted)
+
+    def suits(batch):
+        left = 1 / batch - 1 / samples  # drawn without replacement
+        return heating * left <= wanted and bending * left <= 0.3**2
+
+    assert size % 16 == 0 and suits(size)
+    assert size == 32 or not suits(size - 16)
+
+
+def test_all_samples_are_used_where_few_have_most_of_the_curvature():
+    assert NoiseProfile(0.01, 500.0).batch(2000, 0.02) is None
+    assert NoiseProfile(math.inf, 0.1).batch(2000, 0.02) is None
+
+
+def test_ranks_are_spread_over_what_is_not_wanted_anyway():
+    assert spread_ranks(torch.arange(20), 4, 8).tolist() == [0, 1, 2, 3, 6, 10, 14, 18]
