@@ -84,7 +84,7 @@ def _number_or(*words: str) -> Callable[[click.Context, click.Parameter, str | N
 @click.option(
     "--resolution", type=float, help="Curvatures down to h_max/resolution count [10; 100 where nβ follows h_max]."
 )
-@click.option("--method", type=click.Choice(["kinetic", "averaged", "sgld"]), help="Sampler [kinetic].")
+@click.option("--method", type=click.Choice(["baoab", "leimkuhler_matthews", "sgld"]), help="Sampler [baoab].")
 @click.option("--chains", type=int, help="Independent chains a snapshot [2; up to 16 for small networks].")
 @click.option("--draws", type=int, help="Draws a chain; grows until --rtol is met where not given.")
 @click.option("--burn-in", type=int, help="Discarded steps a chain.")

@@ -65,7 +65,7 @@ def test_the_reference_run_reads_well(reference_run, tmp_path):
     assert "generalisation" in analysed.stdout
     assert f"tensorboard --logdir {out}" in analysed.stdout
     shown = invoke("show", out)
-    assert "kinetic" in shown.stdout
+    assert "baoab" in shown.stdout
     assert "simplification" in shown.stdout
     figure = tmp_path / "figure.png"
     assert invoke("plot", out, "-o", figure).exit_code == 0

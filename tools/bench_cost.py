@@ -43,9 +43,9 @@ CHAINS = 2
 SECONDS = 20.0
 # Of a snapshot whose curvature is typical, at the default resolution: stacked, and alone.
 _EPSILON = step_size(RESOLUTION, 1.0, 1.0)
-STEPS = sum(run_length(SamplingSettings(method="kinetic", chains=CHAINS), 1.0, _EPSILON))
+STEPS = sum(run_length(SamplingSettings(method="baoab", chains=CHAINS), 1.0, _EPSILON))
 STEPS_LARGE = sum(
-    run_length(SamplingSettings(method="averaged", chains=CHAINS), 1.0, _EPSILON, COLD_BURN_IN_RELAXATIONS)
+    run_length(SamplingSettings(method="leimkuhler_matthews", chains=CHAINS), 1.0, _EPSILON, COLD_BURN_IN_RELAXATIONS)
 )
 
 

@@ -150,9 +150,9 @@ def bench_step(folder: Path, settings: Settings) -> None:
     store = Store(folder, "step", {**_plain(settings), "peer": devinterp_version()})
     rows, bars = [], []
     cases = (
-        ("full batch", 23, 128, None, "kinetic", settings.small_steps),
+        ("full batch", 23, 128, None, "baoab", settings.small_steps),
         ("batch 128", 53, 1024, 128, "sgld", settings.large_steps),
-        ("batch 128, control variate", 53, 1024, 128, "kinetic", settings.large_steps),
+        ("batch 128, control variate", 53, 1024, 128, "baoab", settings.large_steps),
     )
     for label, p, width, batch_size, method, steps in cases:
         name = f"p = {p}, K = {width}, {label}"

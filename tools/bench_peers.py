@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from groktrace.sampling.langevin import persistence
+from groktrace.sampling.kernels.baoab import BAOAB
 
 PEER = "devinterp"
 
@@ -25,7 +25,7 @@ class FusedKernel:
         anchors: w* of each row, W then V, [R, D].
         data: inputs [n, 2p] and targets [n, p].
         width: K.
-        method: "kinetic", with a control variate where there are minibatches, or "sgld".
+        method: "baoab", with a control variate where there are minibatches, or "sgld".
         nbeta, localization, step_size: of all rows.
         batch_size: samples a gradient; None for all.
     """
@@ -60,7 +60,7 @@ class FusedKernel:
         weights, gradients, control = (torch.empty_like(self.anchors) for _ in range(3))
         momentum, fresh = torch.empty_like(self.anchors).normal_(generator=generator), torch.empty_like(self.anchors)
         root = math.sqrt(self.step_size)
-        kept = persistence("kinetic", self.step_size, self.localization)
+        kept = BAOAB().persistence(self.step_size, self.localization)
         record = torch.empty(steps, rows)
         full = tuple(each.expand(rows, -1, -1) for each in self.data)
         whole = torch.empty_like(self.anchors)
@@ -69,12 +69,12 @@ class FusedKernel:
             batch = full if self.batch_size is None else self._pick(generator)
             torch.add(self.anchors, displacement, out=weights)
             losses = self._gradient(weights, batch, gradients)
-            if self.batch_size is not None and self.method == "kinetic":
+            if self.batch_size is not None and self.method == "baoab":
                 base = self._gradient(self.anchors, batch, control)
                 gradients.sub_(control).add_(whole)
             record[t] = self.nbeta * (losses - base)
             fresh.normal_(generator=generator)
-            if self.method == "kinetic":
+            if self.method == "baoab":
                 momentum.add_(gradients, alpha=-root * self.nbeta).add_(displacement, alpha=-root * self.localization)
                 displacement.add_(momentum, alpha=0.5 * root)
                 momentum.mul_(kept).add_(fresh, alpha=math.sqrt(1 - kept**2))

@@ -16,10 +16,9 @@ from groktrace.run.batch import Batch
 from groktrace.run.task import Task, failures_in_words
 from groktrace.sampling.batches import spread_ranks
 from groktrace.sampling.curvature import top_eigenvalue
-from groktrace.sampling.langevin import generator_for
 from groktrace.sampling.large import top_eigenvalue_large
 from groktrace.sampling.network import Network, as_float, shuffled, with_micro_batch
-from groktrace.sampling.noise import normal_like
+from groktrace.sampling.noise import generator_for, normal_like
 from groktrace.sampling.posterior import PART_BYTES, StackedLoss, WeightLayout
 
 # Of large sets: what losses and accuracies are measured on at least, in so many parts or more, whose scatter gives the

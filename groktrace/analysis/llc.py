@@ -158,7 +158,7 @@ def summarise(
     distance = math.sqrt(float(traces.spread.mean()) / localization)
     relative_distance = distance / norm if norm > 0 else math.inf
     rhat, off = diagnose.split_rhat(traces.excess), off_minimum(traces)
-    virial_error = traces.virial_error(settings.method, localization, dimension) / dimension
+    virial_error = traces.virial_error(settings.kernel, localization, dimension) / dimension
     reasons = []
     ratio_error = diagnose.standard_error(0.5 * traces.pull - traces.excess) / abs(llc) if llc else 0.0
     # Where all weights are zero there is no length to compare with.
@@ -190,7 +190,7 @@ def summarise(
         reasons.append(PERHAPS_OFF)
     if abs(virial - 1) > MAX_VIRIAL_GAP + 3 * virial_error:
         reasons.append(f"not equilibrated (virial ratio {virial:.3f}, expected 1); needs a longer burn-in")
-    elif traces.hot(settings.method, localization, dimension):
+    elif traces.hot(settings.kernel, localization, dimension):
         reasons.append(f"heated by the sampler's step (virial ratio {virial:.3f}, expected 1); use a smaller step_size")
     if traces.heating > MAX_HEATING:
         reasons.append(

@@ -65,7 +65,8 @@ def choose_sampling(
             "all is cheap, or the loss is no mean over samples."
         )
     scale = choose_scale(settings, task.n, loss.layout, surveys)
-    if settings.method == "sgld" and loss.sample_bytes is not None:  # as published: batches of all samples
+    plain = settings.method is not None and settings.kernel.plain
+    if plain and loss.sample_bytes is not None:  # as published: batches of all samples
         return scale._replace(samples=settings.samples, batch_size=settings.batch_size)
     among = fitted(surveys)
     tried = [among[round(i * (len(among) - 1) / TRIED)] for i in range(TRIED, 0, -1)]

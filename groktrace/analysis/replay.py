@@ -441,7 +441,7 @@ class Analysis:
             if settings.nbeta in (None, "curvature")
             else None,
             locality=scale.locality,
-            method=settings.method,
+            method=settings.kernel.name,
             run=run.name,
             unreadable=tuple(self.snapshots.unreadable),
             reference=beside,
@@ -482,4 +482,4 @@ def folder_name(evaluator: Evaluator) -> str:
     """
     settings = evaluator.settings
     content = [layout.FORMAT_VERSION, _ESTIMATOR, settings.to_dict(), evaluator.identity.key]
-    return f"{settings.method}-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]}"
+    return f"{settings.kernel.name}-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]}"

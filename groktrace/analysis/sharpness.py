@@ -12,10 +12,9 @@ from groktrace.analysis.evaluation import stack_weights
 from groktrace.analysis.journal import check_numbers, check_step
 from groktrace.sampling.curvature import top_eigenvalue
 from groktrace.sampling.hutchinson import hessian_trace
-from groktrace.sampling.langevin import generator_for
 from groktrace.sampling.large import hessian_trace_large, top_eigenvalue_large
 from groktrace.sampling.network import Network
-from groktrace.sampling.noise import normal_like
+from groktrace.sampling.noise import generator_for, normal_like
 from groktrace.sampling.posterior import StackedLoss
 
 # As many as arXiv 2603.01192.

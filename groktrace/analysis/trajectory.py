@@ -153,7 +153,7 @@ class Trajectory:
         nbeta, localization: nβ and γ of all points; nβ is None where it follows each snapshot's curvature, and then
             stands among each point's diagnostics.
         resolution, locality: the dials they came from; None where they were given as numbers.
-        method: "kinetic", "averaged" or "sgld"; None for curves measured elsewhere.
+        method: name of the sampler; None for curves measured elsewhere.
         run: where the snapshots lie.
         unreadable: snapshots that were left out, each as one line that names the file and the reason.
         reference: a value of λ to hold the trajectory against; None where none was asked for.

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from groktrace.errors import SettingsError
-from groktrace.sampling.langevin import relaxation_steps
 from groktrace.sampling.settings import LOCALITY, SamplingSettings
 
 RESOLUTION, FOLLOWING_RESOLUTION = 10.0, 100.0
@@ -145,7 +144,7 @@ def run_length(
         halvings: how often ε was halved.
         dear: whether to begin with few draws.
     """
-    relaxation = relaxation_steps(settings.method, epsilon, localization, halvings)
+    relaxation = settings.kernel.relaxation(epsilon, localization, halvings)
     burn_in = min(math.ceil(relaxations * relaxation), MAX_STEPS // 2)
     share = max(1.0, DRAW_RELAXATIONS / settings.chains)
     draws = DEAR_DRAWS if dear else min(max(MIN_DRAWS, math.ceil(share * relaxation)), MAX_STEPS // 2)
@@ -163,6 +162,6 @@ def settle(settings: SamplingSettings, dimension: int, stacked: bool) -> Samplin
         dimension: D.
         stacked: whether chains run as a stack, and not one at a time as those of large networks.
     """
-    method = settings.method or ("kinetic" if stacked else "averaged")
+    method = settings.method or ("baoab" if stacked else "leimkuhler_matthews")
     chains = settings.chains or min(max(MIN_CHAINS, STACKED_WEIGHTS // dimension), MAX_CHAINS)
     return replace(settings, method=method, chains=chains)

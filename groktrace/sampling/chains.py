@@ -10,13 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from groktrace.sampling import langevin
 from groktrace.sampling.batches import GROUP, Minibatches, NoiseProfile
 from groktrace.sampling.calibration import MAX_STEPS, run_length, settle, step_size
 from groktrace.sampling.curvature import difference_product, gaussian_start, lanczos, top_eigenvalue
-from groktrace.sampling.langevin import LangevinConfig, LangevinState, generator_for
+from groktrace.sampling.kernels.base import ChainState, Dynamics
 from groktrace.sampling.network import shuffled
-from groktrace.sampling.noise import normal_like
+from groktrace.sampling.noise import generator_for, normal_like
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
 from groktrace.sampling.traces import (
@@ -143,7 +142,7 @@ def sample(
                 elif group.is_too_large(traces):
                     epsilon[s] = step_size(nbeta, localization, traces.curvature)
                 else:
-                    epsilon[s] = cooled(traces, settings.method, localization)
+                    epsilon[s] = cooled(traces, settings.kernel, localization)
                 if epsilon[s] != traces.step_size:
                     again.append(s)
         pending = sorted(again)
@@ -224,7 +223,7 @@ def profile_noise(
     curvatures = torch.stack([torch.linalg.vecdot(each, stiff)[0] for each in products]).double()
     bending = GROUP * float(curvatures.var(correction=0) / curvatures.mean().square())
     pull = nbeta * abs(float((displacement * total).sum()))
-    gain = float(group.config.noise_gain[0]) * nbeta**2 * float(group.noise_share[0])
+    gain = float(group.dynamics.noise_gain[0]) * nbeta**2 * float(group.noise_share[0])
     return NoiseProfile(gain * variance / max(pull, 1e-300), bending)
 
 
@@ -290,7 +289,7 @@ class _Group:
         self.anchors = anchors[each]
         step_size = torch.tensor(epsilons, dtype=anchors.dtype, device=device)[each]
         halved = torch.tensor(halvings, device=device)[each]
-        self.config = LangevinConfig(settings.method, nbeta, localization, step_size, halved)
+        self.dynamics = Dynamics(settings.kernel, nbeta, localization, step_size, halved)
         keys = [(step, chain) for step in steps for chain in range(chains)]
         self.samples = len(loss.tensors[0])
         self.batches: Minibatches | None = None
@@ -300,7 +299,7 @@ class _Group:
             kept = len(anchors) * (self.samples // settings.batch_size) * anchors[0].nbytes
             # Else some samples would never be seen.
             whole = self.samples % settings.batch_size == 0
-            if whole and settings.method != "sgld" and kept <= CONTROL_BYTES:
+            if whole and not settings.kernel.plain and kept <= CONTROL_BYTES:
                 parts = shuffled(self.samples).to(device).view(-1, settings.batch_size)
                 self.batches = Minibatches.of_parts(parts, self.samples, generators)
                 self.control = _Control.of(loss, anchors, parts, each)
@@ -312,7 +311,7 @@ class _Group:
             self.base, self.base_gradients = self.control.mean()
         # The published method starts at w*.
         start = torch.zeros_like(self.anchors)
-        if settings.method != "sgld":
+        if not settings.kernel.plain:
             start = normal_like(start, [generator_for(settings.seed, *key, "start", device) for key in keys])
             at_anchors = self.base, self.base_gradients
             if self.batches is not None:
@@ -323,7 +322,7 @@ class _Group:
         if self.control is not None and loss.sample_bytes is not None:
             self.noise_share = self._noise_share(start)
         noise = [generator_for(settings.seed, *key, "noise", device) for key in keys]
-        self.state = langevin.init(self.config, start, noise)
+        self.state = ChainState.begin(self.dynamics, start, noise)
         self.made = 0
 
     def _noise_share(self, start: Tensor) -> Tensor:
@@ -347,8 +346,8 @@ class _Group:
         product = partial(difference_product, loss, weights, gradients, index=index)
         tridiagonal, _ = lanczos(product, noise, _SHARE_ITERATIONS)
         values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num())
-        stiff = self.config.nbeta * values.clamp(min=0)
-        share = (vectors[:, 0].square() * stiff / (stiff + self.config.localization)).sum(1)
+        stiff = self.dynamics.nbeta * values.clamp(min=0)
+        share = (vectors[:, 0].square() * stiff / (stiff + self.dynamics.localization)).sum(1)
         return torch.where(torch.isfinite(tridiagonal).all(dim=(1, 2)), share, 1.0).to(start.dtype)
 
     @property
@@ -420,7 +419,7 @@ class _Group:
                 heating = float(self.noise_share[s] * noise) / abs(float(traces[s].pull.mean()))
                 traces[s] = replace(traces[s], heating=heating)
             if looks is not None and i is not None and (variance := looks.variance(i)) is not None:
-                traces[s] = replace(traces[s], fluctuation=0.5 * self.config.nbeta * variance)
+                traces[s] = replace(traces[s], fluctuation=0.5 * self.dynamics.nbeta * variance)
         return traces, active
 
     def _has_settled(self, record: Tensor) -> bool:
@@ -441,11 +440,11 @@ class _Group:
         """Whether the step is too large for the curvature that the chains met."""
         if traces.curvature is None or self.settings.step_size is not None:
             return False
-        return step_size(self.config.nbeta, self.config.localization, traces.curvature) < 0.7 * traces.step_size
+        return step_size(self.dynamics.nbeta, self.dynamics.localization, traces.curvature) < 0.7 * traces.step_size
 
     def is_heated(self, traces: Traces) -> bool:
         """Whether the discretisation fed energy to the chains, which more draws would not mend."""
-        return traces.burst or traces.hot(self.settings.method, self.config.localization, self.anchors.shape[1])
+        return traces.burst or traces.hot(self.settings.kernel, self.dynamics.localization, self.anchors.shape[1])
 
     def _look_around(self, traces: list[Traces], active: Sequence[int]) -> None:
         """Measure the curvature where the chains are now, of snapshots whose loss is not the bowl that it is at w*."""
@@ -479,7 +478,7 @@ class _Group:
         rows = self._rows(snapshots)
         self.loss = self.loss.select(rows)
         self.anchors = self.anchors[rows]
-        self.config = self.config.select(rows)
+        self.dynamics = self.dynamics.select(rows)
         self.state = self.state.select(rows)
         self.base, self.base_gradients = self.base[rows], self.base_gradients[rows]
         if self.batches is not None:
@@ -499,13 +498,13 @@ class _Group:
             looks: when to keep the losses of single samples; None for never.
         """
         rows, dimension = self.anchors.shape
-        chains, nbeta = self.settings.chains, self.config.nbeta
+        chains, nbeta = self.settings.chains, self.dynamics.nbeta
         count, check = max(counts), _CHECK_EVERY if self.loss.sample_bytes is None else _DEAR_CHECK
         record = torch.full((count, 5, rows), torch.nan, dtype=torch.float64, device=self.anchors.device)
-        state: LangevinState = self.state
+        state: ChainState = self.state
         weights, gradients = self.anchors + state.displacement, torch.empty_like(self.anchors)
         evaluate = self._evaluator(weights, gradients)
-        done: list[tuple[int, LangevinState, Minibatches | None]] = []
+        done: list[tuple[int, ChainState, Minibatches | None]] = []
         ends: dict[int, list[int]] = {}
         for s, length in enumerate(counts):
             if length < count:
@@ -520,7 +519,7 @@ class _Group:
         seen = self.samples if self.index is None else 2 * self.index.shape[1]
         if self.loss.sample_bytes is not None:
             seen = _DEAR_LOOKS
-        scale = record.new_tensor([[nbeta], [self.config.localization], [0.25 * nbeta]])
+        scale = record.new_tensor([[nbeta], [self.dynamics.localization], [0.25 * nbeta]])
         for t in range(count):
             if interruption.is_set():
                 raise InterruptedError
@@ -535,7 +534,7 @@ class _Group:
             products = []
             for block, anchors, positions, slopes in blocks:
                 products.append(inner_products(block.displacement, slopes, chains))
-                langevin.step(self.config, block, slopes)
+                self.dynamics.step(block, slopes)
                 torch.add(anchors, block.displacement, out=positions)
             torch.mul(sum(products[1:], products[0]), scale, out=record[t, 1:4])
             if t % check == check - 1:
@@ -552,14 +551,14 @@ class _Group:
         chains = self.settings.chains
         return torch.tensor([s * chains + c for s in snapshots for c in range(chains)], device=self.anchors.device)
 
-    def _saved(self, s: int) -> tuple[LangevinState, Minibatches | None]:
+    def _saved(self, s: int) -> tuple[ChainState, Minibatches | None]:
         """A copy of one snapshot's chains as they are, and the state of what draws their batches."""
         rows = self._rows([s])
         saved = self.state.select(rows)
         copies = [torch.Generator(each.device).set_state(each.get_state()) for each in saved.generators]
         return replace(saved, generators=copies), None if self.batches is None else self.batches.saved(rows)
 
-    def _restore(self, s: int, saved: LangevinState, batches: Minibatches | None) -> None:
+    def _restore(self, s: int, saved: ChainState, batches: Minibatches | None) -> None:
         rows = self._rows([s])
         self.state.displacement[rows], self.state.momentum[rows] = saved.displacement, saved.momentum
         for r, generator in zip(rows.tolist(), saved.generators, strict=True):
@@ -607,7 +606,7 @@ class _Group:
     @property
     def _corrected(self) -> bool:
         """Whether gradients are of minibatches, with a control variate; the published method has none."""
-        return self.batches is not None and self.settings.method != "sgld"
+        return self.batches is not None and not self.settings.kernel.plain
 
     def _gradient_noise(self, evaluate: Callable[[], Tensor], gradients: Tensor) -> Tensor:
         """What the noise of minibatches adds to 2λ̂ at most, of each row, from a second batch, [R].
@@ -617,7 +616,7 @@ class _Group:
         first = gradients.clone()
         evaluate()
         noise = 0.5 * first.sub_(gradients).square_().sum(1)
-        return self.config.noise_gain * self.config.nbeta**2 * noise
+        return self.dynamics.noise_gain * self.dynamics.nbeta**2 * noise
 
     def _traces(self, piece: Tensor, epsilon: float, burn_in: int) -> Traces:
         piece = piece.cpu()

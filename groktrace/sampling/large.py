@@ -1,8 +1,9 @@
 """Chains of one large network: one gradient at a time, and everything else in place.
 
 Beside w* there are the chains' positions and one gradient, and with minibatches ∇L(w*) of all samples: for C chains
-1 + C or 2 + C vectors. Noise is not kept: that of the last step is drawn a second time, by a generator one step behind.
-The method with momenta, which needs fewer steps, takes C vectors more, and is not chosen here unless asked for. Chains
+1 + C or 2 + C vectors. Noise is not kept: where it is the momentum, that of the last step is drawn a second time, by a
+generator one step behind. Kernels with momenta of their own, which need fewer steps, take C vectors more, and none is
+chosen here unless asked for. Chains
 start at w*, as products with the Hessian would need several vectors more, and burn in for longer.
 """
 
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, MAX_STEPS, run_length, settle
 from groktrace.sampling.chains import MAX_GROWTH, MAX_RESTARTS
-from groktrace.sampling.langevin import LangevinConfig, generator_for
+from groktrace.sampling.kernels.base import Dynamics
 from groktrace.sampling.network import Network
-from groktrace.sampling.noise import NormalNoise
+from groktrace.sampling.noise import NormalNoise, generator_for
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
 from groktrace.sampling.traces import Traces, cooled
@@ -69,7 +70,7 @@ def sample_large(
         if climbed or traces.diverged(network.layout.size):
             step_size /= 2
             halvings += 1
-        elif (smaller := cooled(traces, settings.method, localization)) != traces.step_size:
+        elif (smaller := cooled(traces, settings.kernel, localization)) != traces.step_size:
             step_size = smaller
         else:
             break
@@ -83,8 +84,8 @@ class _Chain:
     Attributes:
         position: w, [D].
         noise: gives ξ_{t+1}.
-        before: gives ξ_t; None but for the method that averages it.
-        momentum: p, [D]; None but for the method that has it.
+        before: gives the noise of the last step, of kernels whose momentum that is; else None.
+        momentum: p, [D]; None where it can be drawn again.
         batches: gives the samples of minibatches.
     """
 
@@ -110,14 +111,17 @@ class _Chains:
     ) -> None:
         self.network, self.settings = network, settings
         self.nbeta, self.localization, self.step_size, self.halvings = nbeta, localization, step_size, halvings
-        row = torch.tensor([step_size]).double(), torch.tensor([halvings])
-        config = LangevinConfig(settings.method, nbeta, localization, *row)
-        self.coefficients = [float(each) for each in config.coefficients]
-        self.heats = float(config.noise_gain) * nbeta**2
+        self.kernel = settings.kernel
+        row = torch.tensor([step_size], dtype=network.dtype, device=network.device), torch.tensor([halvings])
+        dynamics = Dynamics(self.kernel, nbeta, localization, *row)
+        self.coefficients = dynamics.coefficients
+        self.heats = float(dynamics.noise_gain) * nbeta**2
         self.batched = settings.batch_size is not None and settings.batch_size < network.samples
-        self.corrected = self.batched and settings.method != "sgld"
+        self.corrected = self.batched and not self.kernel.plain
         self.gradient = torch.zeros(network.layout.size, dtype=network.dtype, device=network.device)
         self.normal = NormalNoise((1, network.longest_piece), network.dtype, network.device)
+        self.fresh = torch.empty(1, network.longest_piece, dtype=network.dtype, device=network.device)
+        self.last = torch.empty_like(self.fresh) if self.kernel.forgetful else None
         self.control = None
         if self.corrected:
             self.base = network.add_gradient(self.gradient)
@@ -134,14 +138,14 @@ class _Chains:
             return generator_for(self.settings.seed, step, number, purpose, self.network.device)
 
         noise, before, momentum = generator("noise"), None, None
-        if self.settings.method == "averaged":
-            before = generator("noise")
-            for _, anchor in self.network.pieces():
-                self.normal.fill(anchor[None], [noise])
-        elif self.settings.method == "kinetic":
+        if not self.kernel.forgetful:
             momentum = torch.empty_like(self.gradient)
             for place, _ in self.network.pieces():
                 self.normal.fill(momentum[None, place], [noise])
+        elif not self.kernel.plain:
+            before = generator("noise")
+            for _, anchor in self.network.pieces():
+                self.normal.fill(anchor[None], [noise])
         return _Chain(self.network.vector(), noise, before, momentum, generator("batch"))
 
     def run(self, enough: Callable[[Traces], bool]) -> Traces:
@@ -242,22 +246,18 @@ class _Chains:
             self._move_piece(self.chains[c], place, own, anchor)
         return products.cpu(), self.localization * float(length)
 
-    def _move_piece(self, chain: _Chain, place: slice, displacement: Tensor, room: Tensor) -> None:
-        """One step of some of a chain's weights, see `langevin`; noise is drawn into `room`."""
-        epsilon, gradient, position = self.step_size, self.gradient[place], chain.position[place]
+    def _move_piece(self, chain: _Chain, place: slice, displacement: Tensor, anchor: Tensor) -> None:
+        """One step of some of a chain's weights."""
+        fresh = self.fresh[:, : len(displacement)]
         if chain.momentum is not None:
-            force, pull, half, kept, renewed = self.coefficients
-            momentum = chain.momentum[place].add_(gradient, alpha=force).add_(displacement, alpha=pull)
-            position.add_(momentum, alpha=half)
-            self.normal.fill(room[None], [chain.noise])
-            position.add_(momentum.mul_(kept).add_(room, alpha=renewed), alpha=half)
-            return
-        position.add_(displacement, alpha=-0.5 * epsilon * self.localization)
-        position.add_(gradient, alpha=-0.5 * epsilon * self.nbeta)
-        draws = (chain.noise,) if chain.before is None else (chain.before, chain.noise)
-        for generator in draws:
-            self.normal.fill(room[None], [generator])
-            position.add_(room, alpha=math.sqrt(epsilon) / len(draws))
+            momentum = chain.momentum[None, place]
+        else:
+            momentum = self.last[:, : len(displacement)]
+            if chain.before is not None:
+                self.normal.fill(momentum, [chain.before])
+        self.normal.fill(fresh, [chain.noise])
+        self.kernel.step(displacement[None], momentum, self.gradient[None, place], fresh, self.coefficients)
+        torch.add(anchor, displacement, out=chain.position[place])
 
 
 def top_eigenvalue_large(network: Network, generator: torch.Generator) -> float:

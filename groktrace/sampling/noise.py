@@ -1,5 +1,6 @@
-"""Standard normal numbers for the chains, each row from a generator of its own."""
+"""Random generators of the chains, and standard normal numbers from them."""
 
+import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -50,6 +51,20 @@ class NormalNoise:
         index = self._index[:, :size]
         index.copy_(words.view(torch.int16)[:, :size]).add_(2 ** (_BITS - 1))
         torch.index_select(self._table, 0, index.reshape(-1), out=out.view(-1))
+
+
+def generator_for(seed: int, snapshot: int, chain: int, purpose: str, device: torch.device) -> torch.Generator:
+    """A generator keyed by (seed, snapshot, chain) and what it is for.
+
+    Args:
+        seed: of all random numbers.
+        snapshot: a number that no other snapshot has, of this run or another; without a run, its step.
+        chain: its number.
+        purpose: what the generator is for.
+        device: where it draws.
+    """
+    key = hashlib.sha256(f"{purpose}:{seed}:{snapshot}:{chain}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(key[:4], "little"))
 
 
 def normal_like(tensor: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

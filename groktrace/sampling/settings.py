@@ -1,12 +1,12 @@
 """What can be chosen about the sampling, checked once, here."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from groktrace.errors import SettingsError
+from groktrace.sampling.kernels import Kernel, find_kernel
 
-METHODS = ("kinetic", "averaged", "sgld")
 NAMED_NBETA = ("wbic", "curvature")
 # Farther from w*, λ_c counts quartic directions beyond the exact soft rank (trained quadratic networks: 6.6 % at 0.3,
 # 4.3 % at 0.22); closer, λ̂ counts the slope of what is not quite a minimum.
@@ -18,9 +18,10 @@ class SamplingSettings:
     """How the posterior around a snapshot is sampled.
 
     Attributes:
-        method: "kinetic" or "averaged" (Langevin dynamics with momenta, or with averaged noise in their place:
-            Leimkuhler & Matthews 2013, arXiv 1203.5428) or "sgld" (Welling & Teh 2011, as published); None for
-            "kinetic", but "averaged" in large networks, where momenta would take another vector a chain.
+        method: "baoab" or "leimkuhler_matthews" (Langevin dynamics with momenta, or with averaged noise in their
+            place: Leimkuhler & Matthews 2013, arXiv 1203.5428), "sgld" (Welling & Teh 2011, as published), or a kernel
+            of your own (`groktrace.sampling.kernels.base.Kernel`); None for "baoab", but "leimkuhler_matthews" in
+            large networks, where momenta would take another vector a chain.
         nbeta: nβ, inverse temperature times sample count; "wbic" for n/log n; "curvature" to derive it from
             `resolution` at each snapshot anew; None to derive it once for all, or at each snapshot where the top
             curvature falls away after the training set is fitted, as under cross-entropy.
@@ -47,7 +48,7 @@ class SamplingSettings:
         SettingsError: a value is outside what it may be.
     """
 
-    method: Literal["kinetic", "averaged", "sgld"] | None = None
+    method: str | Kernel | None = None
     nbeta: float | Literal["wbic", "curvature"] | None = None
     localization: float | None = None
     locality: float | None = None
@@ -63,8 +64,7 @@ class SamplingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method is not None and self.method not in METHODS:
-            raise SettingsError(f"method: expected one of {', '.join(METHODS)}, got '{self.method}'.")
+        kernel = None if self.method is None else find_kernel(self.method)
         if self.nbeta not in NAMED_NBETA:
             _positive("nbeta", self.nbeta, " or 'wbic' or 'curvature'")
         for name in ("localization", "locality", "resolution", "step_size", "rtol"):
@@ -87,15 +87,25 @@ class SamplingSettings:
             if not names or not all(isinstance(name, str) for name in names):
                 raise SettingsError(f"parameters: expected names or patterns of weights, got {self.parameters!r}.")
             object.__setattr__(self, "parameters", names)
-        if self.method == "sgld" and None in (self.step_size, self.draws, self.burn_in):
+        if kernel is not None and kernel.plain and None in (self.step_size, self.draws, self.burn_in):
             raise SettingsError(
-                "method: 'sgld' takes its settings as given; set step_size, draws and burn_in (and nbeta and "
-                "localization), or use method='kinetic', which finds them."
+                f"method: '{kernel.name}' takes its settings as given; set step_size, draws and burn_in (and nbeta and "
+                "localization), or use method='baoab', which finds them."
             )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        values = asdict(replace(self, method=None))
+        return {**values, "method": None if self.method is None else find_kernel(self.method).name}
+
+    @property
+    def kernel(self) -> Kernel:
+        """The one that `method` names.
+
+        Raises:
+            SettingsError: none is chosen yet.
+        """
+        return find_kernel(self.method or "")
 
 
 def _positive(name: str, value: Any, more: str = "") -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from groktrace.sampling.diagnostics import standard_error
-from groktrace.sampling.langevin import Method, noise_gain, relaxation_steps
+from groktrace.sampling.kernels import Kernel
 
 # Minibatch noise may raise λ̂ by this fraction at most.
 WANTED_HEATING = 0.02
@@ -49,7 +49,7 @@ class Traces:
         fluctuation: ½nβ times the mean over samples of the variance of a sample's loss over some of the draws, a
             number a chain, [chains]; None where the loss is no mean over samples, or there are fewer than nine draws.
         heating: what the noise of minibatch gradients adds to λ̂ at most, relative to it: it widens the posterior along
-            a direction by nβ²·Var[g] times `langevin.noise_gain`, so that 2λ̂ grows by at most that of tr Cov[g].
+            a direction by nβ²·Var[g] times `Kernel.noise_gain`, so that 2λ̂ grows by at most that of tr Cov[g].
         curvature: h_max where the chains went; None where there was no reason to look.
         fall: largest −nβ(L(w) − L(w*)) within the first 64 steps, burn-in or not.
     """
@@ -100,30 +100,30 @@ class Traces:
         scatter = 1.4826 * (virial - median).abs().median()  # of normal draws their standard deviation
         return bool(virial.amax() > median + BURST * scatter + BURST_SLACK)
 
-    def virial_error(self, method: Method, localization: float, dimension: int) -> float:
+    def virial_error(self, kernel: Kernel, localization: float, dimension: int) -> float:
         """Standard error of the mean of pull and spread together.
 
         Args:
-            method: of the dynamics.
+            kernel: of the dynamics.
             localization: γ.
             dimension: D.
         """
         error = standard_error(self.pull + self.spread)
         # Traces of few relaxation times of the flat directions cannot tell how slow these are.
-        passes = len(self.spread) / relaxation_steps(method, self.step_size, localization, self.halvings)
+        passes = len(self.spread) / kernel.relaxation(self.step_size, localization, self.halvings)
         return max(error, math.sqrt(2 * dimension / (self.spread.shape[1] * passes))) if passes >= 1 else error
 
-    def hot(self, method: Method, localization: float, dimension: int) -> bool:
+    def hot(self, kernel: Kernel, localization: float, dimension: int) -> bool:
         """Whether pull and spread are beyond D for certain, by what matters beside the pull: twice λ̂ in a bowl.
 
         Args:
-            method: of the dynamics.
+            kernel: of the dynamics.
             localization: γ.
             dimension: D.
         """
         pull = float(self.pull.double().mean())
         excess = pull + float(self.spread.double().mean()) - dimension - HOT * abs(pull)
-        return excess > 0 and excess > HOT_ERRORS * self.virial_error(method, localization, dimension)
+        return excess > 0 and excess > HOT_ERRORS * self.virial_error(kernel, localization, dimension)
 
 
 class Looks:
@@ -183,18 +183,18 @@ def most_virial(dimension: int) -> float:
     return MAX_VIRIAL * dimension + SLACK
 
 
-def cooled(traces: Traces, method: Method, localization: float, wanted: float = WANTED_HEATING) -> float:
+def cooled(traces: Traces, kernel: Kernel, localization: float, wanted: float = WANTED_HEATING) -> float:
     """The step at which the noise of minibatches heats the chains no more than is wanted.
 
     Args:
         traces: of the last attempt.
-        method: of the dynamics.
+        kernel: of the dynamics.
         localization: γ.
         wanted: heating.
     """
     smaller = traces.step_size
     if traces.heating > wanted:
-        gain = partial(noise_gain, method, localization=localization, halvings=traces.halvings)
+        gain = partial(kernel.noise_gain, localization=localization, halvings=traces.halvings)
         most = 0.8 * wanted / traces.heating * gain(smaller)
         while smaller > MIN_COOLING * traces.step_size and gain(smaller) > most:
             smaller *= 0.95

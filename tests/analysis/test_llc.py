@@ -85,7 +85,7 @@ def test_energy_that_the_step_fed_in_is_named_even_where_it_is_little_beside_all
         pulls = pull + heat + 20 * noise[1]
         traces = Traces(pulls / 2, pulls, spread, pulls[:, :1] / 2, step_size=0.1, burn_in=0)
         scale = {"nbeta": 1.0, "localization": 1.0, "dimension": dimension}
-        return summarise(traces, SamplingSettings("kinetic", chains=2), n=10, loss=0.0, norm=1e3, **scale).reasons
+        return summarise(traces, SamplingSettings("baoab", chains=2), n=10, loss=0.0, norm=1e3, **scale).reasons
 
     assert reasons(0.0) == ()
     (reason,) = reasons(250.0)

@@ -278,10 +278,10 @@ def record_like(run, out, learning_rate, scale=1.0, seen=None):
 
 def seeds_of(monkeypatch, run, **settings):
     """The seed of every generator that an analysis makes."""
-    from groktrace.sampling import langevin
+    from groktrace.sampling import noise
 
     seeds = []
-    original = langevin.generator_for
+    original = noise.generator_for
 
     def noting(*key):
         generator = original(*key)

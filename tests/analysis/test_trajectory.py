@@ -30,7 +30,9 @@ points = st.builds(
 @given(st.lists(points, unique_by=lambda point: point.step).map(lambda some: sorted(some, key=lambda p: p.step)))
 def test_saving_and_loading_changes_nothing(tmp_path_factory, some):
     path = tmp_path_factory.mktemp("t") / "trajectory.json"
-    trajectory = Trajectory(tuple(some), n=317, nbeta=1.5, method="averaged", run="r", unreadable=("a: bad",))
+    trajectory = Trajectory(
+        tuple(some), n=317, nbeta=1.5, method="leimkuhler_matthews", run="r", unreadable=("a: bad",)
+    )
     trajectory.save(path)
     assert Trajectory.load(path) == trajectory
     trajectory.save(f"{path}2")

@@ -36,7 +36,7 @@ def grokked():
         )
         for step, llc, centred, val in zip(STEPS, LLC, CENTRED, VAL, strict=True)
     )
-    return result(Trajectory(points, 317, 30800.0, 424.0, 10.0, 0.3, "averaged", "runs/x"))
+    return result(Trajectory(points, 317, 30800.0, 424.0, 10.0, 0.3, "leimkuhler_matthews", "runs/x"))
 
 
 @pytest.fixture(params=["empty", "one", "unknown", "flat", "many", "log-spaced"])

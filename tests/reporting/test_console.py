@@ -40,7 +40,9 @@ def test_table_of_transitions(grokked, odd):
 
 def test_summary_names_settings_and_doubtful_snapshots(grokked, odd):
     text = summary(*grokked)
-    assert text.startswith("runs/x: 12 snapshots, n = 317, method averaged, nβ = 30800, γ = 424, resolution 10")
+    assert text.startswith(
+        "runs/x: 12 snapshots, n = 317, method leimkuhler_matthews, nβ = 30800, γ = 424, resolution 10"
+    )
     (first,) = [line for line in text.splitlines() if line.lstrip().startswith("0 ")]
     assert "-3125" in first
     assert first.endswith("not at a minimum")

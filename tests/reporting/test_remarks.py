@@ -71,7 +71,7 @@ def test_targets_that_move_are_told_once():
 def alone(reasons, **more):
     reasons = [reasons if step < 5 else () for step in range(61)]
     points = tuple(Point(50 * i, 50.0, 1.0, None, None, not why, why, diagnostics={}) for i, why in enumerate(reasons))
-    return Trajectory(points, **{"method": "kinetic", "nbeta": 1.0, **more})
+    return Trajectory(points, **{"method": "baoab", "nbeta": 1.0, **more})
 
 
 def test_what_a_single_chain_loses_is_told_where_it_matters():
@@ -83,7 +83,7 @@ def test_what_a_single_chain_loses_is_told_where_it_matters():
     assert "where nβ follows the curvature" in single_chain(alone((), nbeta=None, resolution=100.0))
     # Curves measured elsewhere have no chains to speak of; two have λ_c.
     assert single_chain(alone((OFF_MINIMUM,), method=None)) == ""
-    assert single_chain(replace(measured(np.full(9, 5.0)), method="kinetic", resolution=100.0)) == ""
+    assert single_chain(replace(measured(np.full(9, 5.0)), method="baoab", resolution=100.0)) == ""
 
 
 def test_every_snapshot_that_is_not_to_be_trusted_is_named_one_line_a_reason():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from groktrace.sampling.batches import Minibatches, NoiseProfile, spread_ranks
-from groktrace.sampling.langevin import generator_for
+from groktrace.sampling.noise import generator_for
 
 CPU = torch.device("cpu")
 
@@ -65,7 +65,8 @@ def test_batches_are_the_smallest_multiple_of_16_whose_noise_is_wanted(heating, 
         left = 1 / batch - 1 / samples  # drawn without replacement
         return heating * left <= wanted and bending * left <= 0.3**2
 
-    assert size % 16 == 0 and suits(size)
+    assert size % 16 == 0
+    assert suits(size)
     assert size == 32 or not suits(size - 16)
 
 

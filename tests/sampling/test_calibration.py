@@ -4,7 +4,7 @@ import pytest
 
 from groktrace.errors import SettingsError
 from groktrace.sampling.calibration import Scale, posterior_scale, run_length, settle, step_size
-from groktrace.sampling.langevin import relaxation_steps
+from groktrace.sampling.kernels import KERNELS
 from groktrace.sampling.settings import SamplingSettings
 
 
@@ -48,21 +48,21 @@ def test_undefined_dials_are_refused(settings, n, norm, curvature, message):
         posterior_scale(SamplingSettings(**settings), n, 10, norm, curvature)
 
 
-@pytest.mark.parametrize("method", ["kinetic", "averaged"])
+@pytest.mark.parametrize("method", ["baoab", "leimkuhler_matthews"])
 @pytest.mark.parametrize("top", [0.03, 0.3])  # critical friction, and the least that is taken
 def test_step_is_stable_and_run_length_covers_the_flat_directions(method, top):
     nbeta, gamma = 1000.0, 2.0
     epsilon = step_size(nbeta, gamma, top)
     assert epsilon * (1.5 * nbeta * top + gamma) < 4
-    once = relaxation_steps(method, epsilon, gamma)
+    once = KERNELS[method].relaxation(epsilon, gamma)
     for chains, relaxations in ((1, 10), (2, 5), (16, 1)):
         burn_in, draws = run_length(SamplingSettings(method, chains=chains), gamma, epsilon)
         assert burn_in == math.ceil(once)
         assert draws == max(64, math.ceil(relaxations * once))
     halved, halvings = epsilon / 8, 3
     burn_in, _ = run_length(SamplingSettings(method, chains=2), gamma, halved, halvings=halvings)
-    assert burn_in == math.ceil(relaxation_steps(method, halved, gamma, halvings))
-    assert (burn_in < relaxation_steps(method, halved, gamma)) == (method == "kinetic")
+    assert burn_in == math.ceil(KERNELS[method].relaxation(halved, gamma, halvings))
+    assert (burn_in < KERNELS[method].relaxation(halved, gamma)) == (method == "baoab")
     assert run_length(SamplingSettings(method, chains=2, burn_in=7, draws=9), gamma, epsilon) == (7, 9)
 
 
@@ -73,6 +73,6 @@ def test_small_networks_get_more_chains(dimension, chains):
 
 
 def test_large_networks_get_the_method_that_keeps_no_momenta():
-    assert settle(SamplingSettings(), 100, stacked=True).method == "kinetic"
-    assert settle(SamplingSettings(), 100, stacked=False).method == "averaged"
-    assert settle(SamplingSettings("kinetic"), 100, stacked=False).method == "kinetic"
+    assert settle(SamplingSettings(), 100, stacked=True).method == "baoab"
+    assert settle(SamplingSettings(), 100, stacked=False).method == "leimkuhler_matthews"
+    assert settle(SamplingSettings("baoab"), 100, stacked=False).method == "baoab"

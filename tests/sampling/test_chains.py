@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from groktrace.sampling import chains, langevin, posterior
+from groktrace.sampling import chains, posterior
 from groktrace.sampling.calibration import run_length, step_size
 from groktrace.sampling.chains import rows_per_stack, sample
 from groktrace.sampling.diagnostics import standard_error
+from groktrace.sampling.kernels import base
 from groktrace.sampling.posterior import StackedLoss, WeightLayout
 from groktrace.sampling.settings import SamplingSettings
 
@@ -116,7 +117,7 @@ def test_columns_in_blocks_give_what_all_at_once_give(chains_each, batch_size, m
     settings = SamplingSettings(chains=chains_each, batch_size=batch_size, draws=30)
 
     def drawn(width):
-        monkeypatch.setattr(langevin, "BLOCK", width)
+        monkeypatch.setattr(base, "BLOCK", width)
         return draw(loss, torch.stack([best, best + 0.01]), settings, 10.0, 1.0, top=4.0)
 
     for whole, blocked in zip(drawn(2**17), drawn(8), strict=True):
@@ -161,7 +162,7 @@ def test_steps_are_timed_without_what_comes_before_them(bowl, monkeypatch):
 
     made, clock = [], [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[-1])
-    monkeypatch.setattr(langevin, "step", slowed(langevin.step, 0.002))
+    monkeypatch.setattr(base.Dynamics, "step", slowed(base.Dynamics.step, 0.002))
     monkeypatch.setattr(chains, "gaussian_start", slowed(chains.gaussian_start, 0.3))
     settings = SamplingSettings(chains=2)
     step, before = chains.time_steps(bowl(SPECTRUM), torch.zeros(3, 60).double(), settings, 30.0)
@@ -174,8 +175,8 @@ def test_steps_are_timed_without_what_comes_before_them(bowl, monkeypatch):
 
 def test_a_stack_whose_snapshots_have_all_lost_a_chain_goes_no_further(bowl, monkeypatch):
     made = []
-    step = langevin.step
-    monkeypatch.setattr(langevin, "step", lambda *arguments: made.append(1) or step(*arguments))
+    step = base.Dynamics.step
+    monkeypatch.setattr(base.Dynamics, "step", lambda *arguments: made.append(1) or step(*arguments))
     settings = SamplingSettings(chains=2, burn_in=200, draws=2000)
     # The first does not explode at once: it is still finite when it is given up.
     slow, fast = 3.0 * step_size(10.0, 1.0, 1.0), 50.0
@@ -229,7 +230,7 @@ def test_chains_that_the_step_heats_are_tried_again_at_half_of_it_a_few_times(
         return traces.step_size > quiet_below * stable
 
     monkeypatch.setattr(chains.Traces, sign, property(heated) if sign == "burst" else heated)
-    settings = SamplingSettings("kinetic", chains=2)
+    settings = SamplingSettings("baoab", chains=2)
     asked = []
     arguments = bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, 1000.0, 1.0
     (traces,) = draw(*arguments, enough=lambda each: asked.append(each) or len(asked) > 1, epsilons=[stable])

@@ -3,7 +3,7 @@ import math
 import torch
 
 from groktrace.sampling.hutchinson import hessian_trace
-from groktrace.sampling.langevin import generator_for
+from groktrace.sampling.noise import generator_for
 from groktrace.sampling.posterior import StackedLoss, WeightLayout
 
 DIMENSION = 12

@@ -36,7 +36,7 @@ def test_large_networks_take_the_same_steps_as_stacked_ones(batch_size):
     assert found.paired.shape == expected.paired.shape
 
 
-@pytest.mark.parametrize("method", ["kinetic", "averaged"])
+@pytest.mark.parametrize("method", ["baoab", "leimkuhler_matthews"])
 @pytest.mark.parametrize("chains", [1, 2, 3])
 def test_chains_of_a_large_network_find_the_posterior_of_a_bowl(bowl, method, chains):
     nbeta, gamma = 100.0, 1.0
@@ -68,7 +68,7 @@ def regression(n=200, d=8):
     return loss, {"w": best + 0.1}
 
 
-@pytest.mark.parametrize("method", ["kinetic", "averaged"])
+@pytest.mark.parametrize("method", ["baoab", "leimkuhler_matthews"])
 def test_minibatches_of_a_large_network_agree_with_the_full_batch_and_cool_down(method):
     loss, weights = regression()
     x = loss.tensors[0]
@@ -92,14 +92,14 @@ def test_minibatches_of_a_large_network_agree_with_the_full_batch_and_cool_down(
     assert batched.step_size < full.step_size
 
 
-@pytest.mark.parametrize(("method", "epsilon"), [("kinetic", 2e-3), ("averaged", 1e-2)])
+@pytest.mark.parametrize(("method", "epsilon"), [("baoab", 2e-3), ("leimkuhler_matthews", 1e-2)])
 def test_minibatches_heat_a_large_network_as_they_heat_stacked_ones(method, epsilon):
     loss, weights = regression()
-    settings = SamplingSettings(method, chains=2, burn_in=20, draws=1500, step_size=epsilon, batch_size=40)
+    settings = SamplingSettings(method, chains=2, burn_in=20, draws=1500, step_size=epsilon, batch_size=20)
     found = draw(alone(loss, 16), weights, settings, 200.0, 1.0, epsilon)
     (expected,) = sample(loss, weights["w"][None], [0], settings, 200.0, 1.0, [epsilon], lambda traces: True)
     assert expected.heating > 0.01
-    assert found.heating == pytest.approx(expected.heating, rel=0.3)
+    assert found.heating == pytest.approx(expected.heating, rel=0.4)
 
 
 def test_diverging_chains_of_a_large_network_are_halved_and_counted(bowl, monkeypatch):

@@ -17,7 +17,7 @@ from groktrace.sampling.settings import PAPER, SamplingSettings
         ({"step_size": True}, "step_size: expected a positive number, got True"),
         ({"chains": 0}, "chains: expected a whole number of at least 1, got 0"),
         ({"draws": 1.5}, r"draws: expected a whole number of at least 2, got 1\.5"),
-        ({"method": "nuts"}, "method: expected one of kinetic, averaged, sgld, got 'nuts'"),
+        ({"method": "nuts"}, "method: expected one of baoab, leimkuhler_matthews, sgld, or a kernel, got 'nuts'"),
         ({"method": "sgld"}, "'sgld' takes its settings as given; set step_size, draws and burn_in"),
     ],
 )

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from groktrace.sampling.langevin import noise_gain
+from groktrace.sampling.kernels import KERNELS
 from groktrace.sampling.traces import WANTED_HEATING, Traces, cooled, inner_products
 
 
@@ -54,7 +54,7 @@ def test_chains_are_hot_where_pull_and_spread_exceed_what_equilibrium_allows_bes
     def hot(more, step_size=0.1, pull=pull, halvings=0):
         pulls = torch.full_like(spread, pull + more)
         traces = Traces(pulls / 2, pulls, spread, pulls[:, :1] / 2, step_size, 0, halvings)
-        return traces.hot("kinetic", 1.0, dimension)
+        return traces.hot(KERNELS["baoab"], 1.0, dimension)
 
     assert not hot(0.0)
     assert not hot(-200.0)
@@ -70,16 +70,20 @@ def test_chains_are_hot_where_pull_and_spread_exceed_what_equilibrium_allows_bes
     assert hot(300.0, step_size=1e-3, halvings=3)  # with the weaker friction of halved steps they are five
 
 
-@pytest.mark.parametrize("method", ["kinetic", "averaged"])
+@pytest.mark.parametrize("method", ["baoab", "leimkuhler_matthews"])
 @pytest.mark.parametrize("heating", [0.03, 0.2])
 @pytest.mark.parametrize(("step_size", "halvings"), [(0.2, 0), (1e-3, 0), (0.01, 2)])
 def test_hot_chains_get_the_step_at_which_noise_heats_as_little_as_is_wanted(method, heating, step_size, halvings):
     values = torch.ones(20, 2)
     hot = Traces(values, values, values, values[:, :1], step_size, 0, halvings, heating=heating)
-    smaller = cooled(hot, method, 2.0)
-    left = heating * noise_gain(method, smaller, 2.0, halvings) / noise_gain(method, step_size, 2.0, halvings)
+    smaller = cooled(hot, KERNELS[method], 2.0)
+    left = (
+        heating
+        * KERNELS[method].noise_gain(smaller, 2.0, halvings)
+        / KERNELS[method].noise_gain(step_size, 2.0, halvings)
+    )
     assert 0.7 * WANTED_HEATING < left <= 0.8 * WANTED_HEATING or smaller <= step_size / 32
-    assert cooled(replace(hot, heating=WANTED_HEATING), method, 2.0) == step_size
+    assert cooled(replace(hot, heating=WANTED_HEATING), KERNELS[method], 2.0) == step_size
 
 
 @pytest.mark.parametrize("chains", [1, 2, 3])
