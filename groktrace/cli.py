@@ -224,9 +224,9 @@ def analyze(
 
 def _write_logs(trajectory: Any, opened: Any, logdir: Path | None) -> tuple[Any, Any]:
     """Write TensorBoard's files; returns the transitions and the grokking that they show."""
+    from groktrace.analysis.detection import find_transitions
     from groktrace.analysis.grokking import measure_grokking
     from groktrace.analysis.journal import exclusive
-    from groktrace.analysis.transitions import find_transitions
     from groktrace.reporting.tensorboard import SUFFIX, write_events
     from groktrace.run import layout
 
@@ -244,9 +244,9 @@ def _write_logs(trajectory: Any, opened: Any, logdir: Path | None) -> tuple[Any,
 @_json
 def show(run: Path | str, as_json: bool) -> None:
     """Print the trajectory and the transitions that were last found for RUN."""
+    from groktrace.analysis.detection import find_transitions
     from groktrace.analysis.grokking import measure_grokking
     from groktrace.analysis.replay import latest_trajectory
-    from groktrace.analysis.transitions import find_transitions
     from groktrace.reporting import console
     from groktrace.reporting.sketch import small_curve
     from groktrace.run.store import open_run
@@ -265,9 +265,9 @@ def show(run: Path | str, as_json: bool) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A .png, .pdf or .svg file.")
 def plot(run: Path | str, output: Path) -> None:
     """Draw the trajectory that was last found for RUN."""
+    from groktrace.analysis.detection import find_transitions
     from groktrace.analysis.grokking import measure_grokking
     from groktrace.analysis.replay import latest_trajectory
-    from groktrace.analysis.transitions import find_transitions
     from groktrace.reporting.figures import save_figure
 
     trajectory = latest_trajectory(run)
@@ -283,9 +283,9 @@ def plot(run: Path | str, output: Path) -> None:
 @_json
 def compare(runs: tuple[str, ...], output: Path | None, as_json: bool) -> None:
     """Put the results that were last found for several runs side by side: seeds, learning rates, controls."""
+    from groktrace.analysis.detection import find_transitions
     from groktrace.analysis.grokking import measure_grokking
     from groktrace.analysis.replay import latest_trajectory
-    from groktrace.analysis.transitions import find_transitions
     from groktrace.reporting import comparison, console
 
     found = []

@@ -29,9 +29,9 @@ from strange_input import KINDS, Case, damages, strange
 from torch import nn
 
 import groktrace
+from groktrace.analysis.detection import find_transitions
 from groktrace.analysis.grokking import measure_grokking
 from groktrace.analysis.replay import analyze, latest_trajectory
-from groktrace.analysis.transitions import find_transitions
 from groktrace.errors import GroktraceError
 from groktrace.reporting import console
 from groktrace.run import demand

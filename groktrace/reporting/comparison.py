@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from groktrace.analysis.detection import Transition
+from groktrace.analysis.detection.piecewise import usable_points
+from groktrace.analysis.detection.settings import DEFAULTS
 from groktrace.analysis.grokking import Grokking
 from groktrace.analysis.trajectory import Trajectory
-from groktrace.analysis.transitions import MIN_POINTS, Transition, usable_points
 from groktrace.reporting.console import aligned, number
 from groktrace.reporting.figures import SMALL, check_suffix, curve_label, empty_figure, log_spaced, shown_curve
 
@@ -31,7 +33,7 @@ def comparison_table(results: Sequence[Result]) -> str:
     for name, (_, trajectory, transitions, grokking) in zip(_short_names(results), results, strict=True):
         at = "-" if grokking.generalised_at is None else str(grokking.generalised_at)
         if not transitions:
-            why = "none" if usable_points(trajectory) >= MIN_POINTS else "too few snapshots"
+            why = "none" if usable_points(trajectory) >= DEFAULTS.min_points else "too few snapshots"
             rows.append((name, why, "-", "-", "-", "-", "-", "-", at))
         for each in transitions:
             interval = f"{each.step_low} - {each.step_high}"

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
+from groktrace.analysis.detection import Transition
 from groktrace.analysis.forecast import Forecast
 from groktrace.analysis.grokking import Grokking
 from groktrace.analysis.reference import Reference
 from groktrace.analysis.temperature import TemperatureCurve
 from groktrace.analysis.trajectory import SYMBOLS, Point, Trajectory
-from groktrace.analysis.transitions import Transition
 from groktrace.reporting.numbers import finite, number
 from groktrace.reporting.remarks import none_found, remarks
 from groktrace.run.store import Run

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from groktrace.analysis.detection import Transition
 from groktrace.analysis.grokking import THRESHOLD, Grokking
 from groktrace.analysis.trajectory import Trajectory
-from groktrace.analysis.transitions import Transition
 from groktrace.errors import GroktraceError, SettingsError
 from groktrace.reporting.console import number
 from groktrace.reporting.remarks import partial

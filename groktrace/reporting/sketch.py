@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from groktrace.analysis.detection import Transition
 from groktrace.analysis.trajectory import Trajectory
-from groktrace.analysis.transitions import Transition
 from groktrace.reporting.console import number
 from groktrace.reporting.figures import shown_curve
 

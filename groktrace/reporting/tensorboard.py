@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from groktrace.analysis.detection import Transition
 from groktrace.analysis.grokking import Grokking
 from groktrace.analysis.trajectory import Trajectory
-from groktrace.analysis.transitions import Transition
 from groktrace.errors import GroktraceError
 from groktrace.reporting.console import by_accuracy, number, settings_json, settings_line, transition_rows
 from groktrace.reporting.figures import shown_curve, trajectory_figure

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from groktrace.analysis.detection import find_transitions
 from groktrace.analysis.grokking import measure_grokking
 from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.analysis.transitions import find_transitions
 
 STEPS = [0, 50, 100, 150, 200, 300, 400, 600, 800, 1200, 2000, 3000]
 LLC = [-3125, -732, 1062, 1279, 1301, 1251, 1199, 1081, 998, 891, 838, 836]

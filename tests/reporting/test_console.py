@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from groktrace.analysis.detection.piecewise import usable_points
 from groktrace.analysis.grokking import measure_grokking
 from groktrace.analysis.reference import Reference
 from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.analysis.transitions import usable_points
 from groktrace.reporting import console
 from groktrace.reporting.console import Progress, as_json, number, summary, transitions_table
 
