@@ -18,6 +18,14 @@ from groktrace.analysis.trajectory import Trajectory as Trajectory
 from groktrace.errors import GroktraceError as GroktraceError
 from groktrace.recording.recorder import Recorder as Recorder
 from groktrace.recording.watch import watch as watch
+from groktrace.reporting.base import Reporter as Reporter
+from groktrace.reporting.console import ConsoleReporter as ConsoleReporter
+from groktrace.reporting.csv import CsvReporter as CsvReporter
+from groktrace.reporting.figure import FigureReporter as FigureReporter
+from groktrace.reporting.series import Events as Events
+from groktrace.reporting.series import Quantity as Quantity
+from groktrace.reporting.series import Series as Series
+from groktrace.reporting.tensorboard import TensorBoardReporter as TensorBoardReporter
 from groktrace.run.store import Run as Run
 from groktrace.run.store import Snapshot as Snapshot
 from groktrace.run.store import open_run as open_run
