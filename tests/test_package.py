@@ -33,7 +33,7 @@ MAY_NOT = {
 
 
 # Results show themselves, by what is built on them: imported where it is called, so that no module needs it.
-ON_CALL = {("analysis/trajectory.py", "reporting")}
+ON_CALL = {("analysis/trajectory.py", "reporting"), ("analysis/replay.py", "reporting")}
 
 
 def imported_parts(path):
