@@ -119,6 +119,7 @@ def _run_name(transition: Transition, number: int, count: int) -> str:
     label = transition.label or transition.kind
     interval = f"[{transition.step_low}, {transition.step_high}]"
     name = f"transition {number:0{len(str(count))}d}: {label} @ {transition.step} {interval}"
+    name = name.replace("/", "-").replace(os.sep, "-")  # labels may be anyone's
     return name.replace(":", ",") if os.name == "nt" else name  # no colons in names of folders there
 
 

@@ -133,6 +133,16 @@ def test_without_matplotlib_all_but_the_figure_is_written(grokked, tmp_path, mon
     assert read(tmp_path / "trajectory").Tags()["images"] == []
 
 
+def test_a_label_with_a_slash_is_one_folder(grokked, tmp_path):
+    series, events = grokked
+    fall = replace(events.transitions[1], label="../circuit/2")
+    write(series, replace(events, transitions=(fall,)), tmp_path / "logs")
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+    (folder,) = [path for path in (tmp_path / "logs").iterdir() if path.name.startswith("transition")]
+    assert folder.name.startswith("transition 1: ..-circuit-2 @ ")
+    assert len(scalars(folder, "grokking/llc")) > 3
+
+
 def test_odd_trajectories_are_written(odd, tmp_path):
     write(*odd, tmp_path)
     assert (tmp_path / "trajectory").is_dir()
