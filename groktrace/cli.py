@@ -156,6 +156,7 @@ def analyze(
     from groktrace.analysis.workers import dask_executor
     from groktrace.reporting import console
     from groktrace.reporting.live import show_events
+    from groktrace.reporting.progress import Progress
     from groktrace.run.store import open_run
     from groktrace.run.task import load_factory
     from groktrace.sampling.settings import PAPER, SamplingSettings
@@ -181,7 +182,7 @@ def analyze(
             raise click.UsageError(
                 "--temperature-curve takes neither --reference nor --curvature nor --follow nor --adaptive"
             )
-        with console.Progress(1, f"step {curve_step} at several nβ") as progress:
+        with Progress(1, f"step {curve_step} at several nβ") as progress:
             curve = temperature_curve_at(opened, curve_step, task=loaded, device=device, **chosen)
             progress.advance()
         _print_curve(curve, as_json)
@@ -191,7 +192,7 @@ def analyze(
             raise click.UsageError(
                 "--dry-run takes neither --reference nor --curvature nor --follow nor --adaptive nor --jobs nor --dask"
             )
-        with console.Progress(1, "trying a few snapshots") as progress:
+        with Progress(1, "trying a few snapshots") as progress:
             said = forecast(opened, task=loaded, device=device, **settings.to_dict())
             progress.advance()
         click.echo(json.dumps(said.to_dict()) if as_json else console.forecast_text(said))
@@ -213,9 +214,11 @@ def analyze(
             more = {"progress": report, "reference": reference, "curvature": curvature, "adaptive": adaptive}
             more |= {"time_limit": 60 * minutes, "partial": write_logs}
             trajectory = replay.analyze(opened, **where, **more, **settings.to_dict())
-    transitions, grokking = write_logs(trajectory)
-    _print(as_json, trajectory, transitions, grokking, console.transitions_table)
-    if not as_json:
+    series, events = write_logs(trajectory)
+    if as_json:
+        click.echo(json.dumps(console.as_json(series, events), allow_nan=False))
+    else:
+        click.echo(console.transitions_table(events))
         from groktrace.reporting.tensorboard import COLOURS
 
         click.echo(f"\nSee it:  tensorboard --logdir {logdir or run}\nthen:    http://localhost:6006/{COLOURS}")
@@ -223,40 +226,43 @@ def analyze(
 
 
 def _write_logs(trajectory: Any, opened: Any, logdir: Path | None) -> tuple[Any, Any]:
-    """Write TensorBoard's files; returns the transitions and the grokking that they show."""
-    from groktrace.analysis.grokking import measure_grokking
+    """Write TensorBoard's files; returns the series and events that they show."""
     from groktrace.analysis.journal import exclusive
-    from groktrace.analysis.transitions import find_transitions
-    from groktrace.reporting.tensorboard import SUFFIX, write_events
+    from groktrace.reporting.series import Events, Series
+    from groktrace.reporting.tensorboard import SUFFIX, TensorBoardReporter
     from groktrace.run import layout
 
-    transitions, grokking = find_transitions(trajectory), measure_grokking(trajectory)
+    series, events = Series.of(trajectory), Events.of(trajectory)
     logs = logdir or opened.root / layout.TENSORBOARD_FOLDER
     with exclusive(opened.root / layout.ANALYSIS_FOLDER, wait=True):
-        write_events(trajectory, transitions, grokking, logs)
+        TensorBoardReporter(logs.name).report(series, events, logs.parent)
     if logdir is None:
         opened.publish_folder(logs, SUFFIX)
-    return transitions, grokking
+    return series, events
 
 
 @main.command()
 @_run
 @_json
-def show(run: Path | str, as_json: bool) -> None:
+@click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values, one snapshot a line.")
+def show(run: Path | str, as_json: bool, as_csv: bool) -> None:
     """Print the trajectory and the transitions that were last found for RUN."""
-    from groktrace.analysis.grokking import measure_grokking
     from groktrace.analysis.replay import latest_trajectory
-    from groktrace.analysis.transitions import find_transitions
-    from groktrace.reporting import console
-    from groktrace.reporting.sketch import small_curve
+    from groktrace.reporting import console, csv
+    from groktrace.reporting.series import Events, Series
     from groktrace.run.store import open_run
 
+    if as_json and as_csv:
+        raise click.UsageError("--json or --csv, not both")
     opened = open_run(run)
     trajectory = latest_trajectory(run)
-    transitions = find_transitions(trajectory)
-    if not as_json and (curve := small_curve(trajectory, transitions)):
-        click.echo(f"{trajectory.curve.symbol} against the step:\n{curve}\n")
-    _print(as_json, trajectory, transitions, measure_grokking(trajectory), console.summary)
+    series = Series.of(trajectory)
+    if as_csv:
+        click.echo(csv.as_csv(series), nl=False)
+    elif as_json:
+        click.echo(json.dumps(console.as_json(series, Events.of(trajectory)), allow_nan=False))
+    else:
+        console.ConsoleReporter().report(series, Events.of(trajectory), opened.root)
     _exit_incomplete(trajectory, opened)
 
 
@@ -265,13 +271,9 @@ def show(run: Path | str, as_json: bool) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A .png, .pdf or .svg file.")
 def plot(run: Path | str, output: Path) -> None:
     """Draw the trajectory that was last found for RUN."""
-    from groktrace.analysis.grokking import measure_grokking
     from groktrace.analysis.replay import latest_trajectory
-    from groktrace.analysis.transitions import find_transitions
-    from groktrace.reporting.figures import save_figure
 
-    trajectory = latest_trajectory(run)
-    save_figure(trajectory, find_transitions(trajectory), measure_grokking(trajectory), output)
+    latest_trajectory(run).plot(output)
     click.echo(f"Figure: {output}")
 
 
@@ -283,15 +285,12 @@ def plot(run: Path | str, output: Path) -> None:
 @_json
 def compare(runs: tuple[str, ...], output: Path | None, as_json: bool) -> None:
     """Put the results that were last found for several runs side by side: seeds, learning rates, controls."""
-    from groktrace.analysis.grokking import measure_grokking
     from groktrace.analysis.replay import latest_trajectory
-    from groktrace.analysis.transitions import find_transitions
     from groktrace.reporting import comparison, console
+    from groktrace.reporting.series import Events, Series
 
-    found = []
-    for run in runs:
-        trajectory = latest_trajectory(run)
-        found.append((run, trajectory, find_transitions(trajectory), measure_grokking(trajectory)))
+    trajectories = [latest_trajectory(run) for run in runs]
+    found = [(run, Series.of(each), Events.of(each)) for run, each in zip(runs, trajectories, strict=True)]
     if output is not None:
         comparison.save_comparison(found, output)
     if as_json:
@@ -352,7 +351,7 @@ class _Phases:
 
     def report(self, phase: str, done: int, total: int) -> None:
         """Show that `done` of `total` snapshots have passed `phase`."""
-        from groktrace.reporting.console import Progress
+        from groktrace.reporting.progress import Progress
 
         if phase != self._label:
             self.__exit__(None, None, None)
@@ -362,15 +361,6 @@ class _Phases:
             self._display = Progress(total, phase).__enter__()
         self._display.advance(done - self._done)
         self._done = done
-
-
-def _print(as_json: bool, trajectory: Any, transitions: Any, grokking: Any, text: Callable[..., str]) -> None:
-    from groktrace.reporting import console
-
-    if as_json:
-        click.echo(json.dumps(console.as_json(trajectory, transitions, grokking), allow_nan=False))
-    else:
-        click.echo(text(trajectory, transitions, grokking))
 
 
 def _print_curve(curve: Any, as_json: bool) -> None:

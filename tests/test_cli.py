@@ -1,3 +1,5 @@
+import csv
+import io
 import json
 import os
 import re
@@ -403,6 +405,10 @@ def test_what_is_concluded_is_in_the_json_too(small_run):
     assert shown.startswith("λ_c against the step:\n")
     assert ", transitions on λ_c\n" in shown
     assert found["remarks"][0] in shown
+    rows = list(csv.DictReader(io.StringIO(invoke("show", small_run, "--csv").stdout)))
+    assert [float(row["llc"]) for row in rows] == [point["llc"] for point in found["trajectory"]]
+    assert [float(row["curve"]) for row in rows] == [point["llc_centred"] for point in found["trajectory"]]
+    assert "--json or --csv, not both" in invoke("show", small_run, "--csv", "--json").stderr
 
 
 def test_a_single_chain_says_what_is_lost_and_nothing_is_found_on_a_slope(small_run):

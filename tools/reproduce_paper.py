@@ -30,7 +30,6 @@ from paper_training import EXAMPLE, LargeTraining, Training, accuracy, record, t
 import groktrace
 from groktrace import theory
 from groktrace.analysis.grokking import measure_grokking
-from groktrace.reporting.figures import shown_curve
 from groktrace.sampling.settings import PAPER
 
 # One (nβ, γ) for all trained networks: what locality 0.3 and resolution 10 give on the reference run, rounded.
@@ -323,7 +322,7 @@ TRAJECTORY_COLUMNS += ["val accuracy", "trace", "trace stderr", "top eigenvalue"
 
 def trajectory_rows(trajectory: groktrace.Trajectory, seed: int | str) -> dict[str, Row]:
     """One trajectory, a row a snapshot."""
-    shown, _ = shown_curve(trajectory)
+    shown = trajectory.curve.value
     return {
         f"seed={seed} step={point.step}": {
             "seed": seed,
@@ -476,7 +475,7 @@ def measure_severity(rate: float, seed: int, place: Path) -> Row:
     run = record(training, place / f"rate{rate:g}-{seed}", SEVERITY_EVERY)
     trajectory = groktrace.analyze(run, **SCALE)
     grokking = measure_grokking(trajectory)
-    shown, _ = shown_curve(trajectory)
+    shown = trajectory.curve.value
     at = int(np.nanargmax(shown))
     return {
         "learning rate": rate,

@@ -29,11 +29,10 @@ from strange_input import KINDS, Case, damages, strange
 from torch import nn
 
 import groktrace
-from groktrace.analysis.grokking import measure_grokking
 from groktrace.analysis.replay import analyze, latest_trajectory
-from groktrace.analysis.transitions import find_transitions
 from groktrace.errors import GroktraceError
-from groktrace.reporting import console
+from groktrace.reporting import console, csv
+from groktrace.reporting.series import Events, Series
 from groktrace.run import demand
 from groktrace.run.store import open_run
 
@@ -81,10 +80,11 @@ def use(root: Path) -> dict[str, Any]:
 def show(root: Path) -> dict[str, Any]:
     """The last result as `show` and `plot` read it."""
     trajectory = latest_trajectory(root)
-    found, grokking = find_transitions(trajectory), measure_grokking(trajectory)
-    shown = console.as_json(trajectory, found, grokking)
+    series, events = Series.of(trajectory), Events.of(trajectory)
+    shown = console.as_json(series, events)
     json.dumps(shown, allow_nan=False)
-    console.summary(trajectory, found, grokking).encode()
+    console.summary(series, events).encode()
+    csv.as_csv(series).encode()
     return {name: value for name, value in shown.items() if name != "run"}
 
 

@@ -14,8 +14,8 @@ from torch.nn import functional
 from transitions_networks import CHANCE, GENERALISED, Training, crossing, without
 
 import groktrace
+from groktrace.analysis.detection import find_transitions
 from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.analysis.transitions import find_transitions
 from groktrace.errors import GroktraceError
 
 SNAPSHOTS = 28

@@ -12,8 +12,8 @@ from bench_common import Row, markdown, save_rows, say
 from bench_networks import load_example
 
 import groktrace
+from groktrace.analysis.detection import find_transitions
 from groktrace.analysis.trajectory import Trajectory
-from groktrace.analysis.transitions import find_transitions
 
 STEPS = 3000
 EVERY = 75

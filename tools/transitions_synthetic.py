@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from bench_common import Row, markdown, save_rows, say
 
+from groktrace.analysis.detection import find_transitions
 from groktrace.analysis.trajectory import Trajectory
-from groktrace.analysis.transitions import find_transitions
 
 SHAPES = ("steps", "ramps", "humps")
 SAMPLING = ("even", "logarithmic", "gaps")

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from groktrace.analysis.detection import Transition, find_transitions
 from groktrace.analysis.evaluation import Survey
 from groktrace.analysis.evaluator import run_layout
 from groktrace.analysis.journal import check_numbers
 from groktrace.analysis.replay import POINTS_FILE, Analysis, kept_scale
 from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.analysis.transitions import Transition, find_transitions
 from groktrace.errors import RunError, SettingsError, printable
 from groktrace.run import layout
 from groktrace.run.files import read_json, write_json

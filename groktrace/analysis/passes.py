@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from groktrace.analysis.detection import Transition, find_transitions
 from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.analysis.transitions import Transition, find_transitions
 
 # The coarse subset, and the share of all snapshots that is sampled at most, but for runs so short that it is no matter.
 COARSE = 64

@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -37,6 +37,10 @@ from groktrace.run.store import Run, open_run
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import Scale, resolution
 from groktrace.sampling.settings import SamplingSettings
+
+if TYPE_CHECKING:
+    from groktrace.analysis.detection import Detector
+    from groktrace.reporting.base import Reporter
 
 SETTINGS_FILE = "settings.json"
 _SURVEY_FILE = "survey.jsonl"
@@ -67,6 +71,8 @@ def analyze(
     executor: Executor | None = None,
     time_limit: float | None = None,
     partial: Callable[[Trajectory], None] | None = None,
+    detector: "Detector | None" = None,
+    reporters: Sequence["Reporter"] = (),
     **settings: Any,
 ) -> Trajectory:
     """Replay a run's snapshots through the sampler into a trajectory of λ̂.
@@ -91,6 +97,8 @@ def analyze(
             directory by the same path, or by its URL. Only this process writes there.
         time_limit: seconds after which no further snapshot is begun; a later call goes on. None for no limit.
         partial: called with the trajectory so far, every half minute or so.
+        detector: of the transitions that reporters show; see `find_transitions`.
+        reporters: show the trajectory so far, as often, and the final one; their files go into the run directory.
         **settings: see `groktrace.SamplingSettings`.
 
     Returns:
@@ -111,7 +119,23 @@ def analyze(
     began = time.monotonic()
     with open_analysis(run, chosen, task, task_name, device, progress, jobs, executor) as analysis:
         deadline = math.inf if time_limit is None else began + time_limit
-        return analysis.complete(reference, curvature, adaptive, deadline, partial)
+        root = analysis.snapshots.run.root
+
+        def show(trajectory: Trajectory) -> None:
+            from groktrace.reporting.base import report  # built on this package: only where it is called
+
+            with exclusive(root / layout.ANALYSIS_FOLDER, wait=True):
+                report(trajectory, reporters, root, detector)
+
+        def show_partial(trajectory: Trajectory) -> None:
+            show(trajectory)
+            if partial is not None:
+                partial(trajectory)
+
+        trajectory = analysis.complete(reference, curvature, adaptive, deadline, show_partial if reporters else partial)
+        if reporters:
+            show(trajectory)
+        return trajectory
 
 
 @contextlib.contextmanager

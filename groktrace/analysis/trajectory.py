@@ -2,18 +2,24 @@
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from groktrace.analysis.journal import check_numbers, check_step
 from groktrace.analysis.llc import NOT_THE_BASIN, OFF_MINIMUM, PERHAPS_OFF
 from groktrace.analysis.reference import Reference
-from groktrace.errors import RunError, SettingsError, printable
+from groktrace.errors import GroktraceError, RunError, SettingsError, printable
 from groktrace.run.files import read_json, write_json
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+    from groktrace.analysis.detection import Detector
 
 
 @dataclass(frozen=True)
@@ -100,20 +106,8 @@ def with_logged(point: Point, metrics: dict[str, float]) -> Point:
 
 
 _ERROR_OF = {"llc": "stderr", "llc_centred": "stderr_centred"}
-_ERRORS = ("stderr", "stderr_centred", "hessian_trace_stderr")
-_NUMBERS = (
-    "llc",
-    "stderr",
-    "llc_centred",
-    "stderr_centred",
-    "train_loss",
-    "train_accuracy",
-    "val_loss",
-    "val_accuracy",
-    "hessian_trace",
-    "hessian_trace_stderr",
-    "hessian_top",
-)
+_NUMBERS = tuple(each.name for each in fields(Point) if each.type == float | None)
+_ERRORS = tuple(name for name in _NUMBERS if "stderr" in name)
 
 
 # What the curves are called in text.
@@ -254,6 +248,12 @@ class Trajectory:
         )
         return cls(points, n=n)
 
+    def __iter__(self) -> Iterator[Point]:
+        return iter(self.points)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
     def column(self, name: str) -> np.ndarray:
         """One attribute of all points, [T]; NaN where it is not known."""
         values = [getattr(point, name) for point in self.points]
@@ -264,6 +264,54 @@ class Trajectory:
         reference = None if self.reference is None else self.reference.to_dict()
         own = _plain({**vars(self), "points": None, "reference": reference})
         return {**own, "points": [point.to_dict() for point in self.points]}
+
+    # What shows a trajectory is built on it, and imported when asked for.
+
+    def plot(self, path: str | Path | None = None, detector: "Detector | None" = None) -> "Figure":
+        """Draw λ with its transitions, accuracies and losses.
+
+        Args:
+            path: also save the figure there; it ends in .png, .pdf or .svg.
+            detector: of the transitions; see `find_transitions`.
+
+        Raises:
+            SettingsError: another kind of file.
+            GroktraceError: matplotlib is not installed.
+        """
+        from groktrace.reporting.figure import check_suffix, trajectory_figure
+        from groktrace.reporting.series import Events, Series
+
+        if path is not None:
+            check_suffix(Path(path))
+        figure = trajectory_figure(Series.of(self), Events.of(self, detector))
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """One row a snapshot, with the columns that `to_csv` writes.
+
+        Raises:
+            GroktraceError: pandas is not installed.
+        """
+        from groktrace.reporting.series import Series
+
+        try:
+            import pandas
+        except ImportError as failure:
+            raise GroktraceError("to_dataframe needs pandas: pip install pandas, or use to_csv") from failure
+        return pandas.DataFrame(Series.of(self).columns())
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write comma-separated values, one snapshot a line.
+
+        Args:
+            path: of the file.
+        """
+        from groktrace.reporting.csv import as_csv
+        from groktrace.reporting.series import Series
+
+        Path(path).write_text(as_csv(Series.of(self)), encoding="utf-8")
 
     def save(self, path: str | Path) -> None:
         """Write the trajectory as JSON, whole or not at all.

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from groktrace.analysis.grokking import Grokking
-from groktrace.analysis.trajectory import Trajectory
-from groktrace.analysis.transitions import MIN_POINTS, Transition, usable_points
-from groktrace.reporting.console import aligned, number
-from groktrace.reporting.figures import SMALL, check_suffix, curve_label, empty_figure, log_spaced, shown_curve
+from groktrace.analysis.detection.piecewise import usable_points
+from groktrace.analysis.detection.settings import DEFAULTS
+from groktrace.reporting.console import aligned
+from groktrace.reporting.figure import SMALL, check_suffix, curve_label, empty_figure, log_spaced
+from groktrace.reporting.numbers import number
+from groktrace.reporting.series import CURVE, Events, Series
 
-# Name, curve, transitions and accuracies' story of a run.
-Result = tuple[str, Trajectory, Sequence[Transition], Grokking]
+# Of a run: its name, and what there is to show.
+Result = tuple[str, Series, Events]
 # Okabe & Ito; with the markers, told apart in grey too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vP"
@@ -25,20 +26,20 @@ def comparison_table(results: Sequence[Result]) -> str:
     Args:
         results: of the runs.
     """
-    curves = {trajectory.curve.symbol for _, trajectory, *_ in results}
+    curves = {series.trajectory.curve.symbol for _, series, _ in results}
     level = f"{curves.pop()} before" if len(curves) == 1 else "λ before"
     rows = [("run", "transition", "label", "step", "90 % interval", level, "after", "change", "generalised at")]
-    for name, (_, trajectory, transitions, grokking) in zip(_short_names(results), results, strict=True):
-        at = "-" if grokking.generalised_at is None else str(grokking.generalised_at)
-        if not transitions:
-            why = "none" if usable_points(trajectory) >= MIN_POINTS else "too few snapshots"
+    for name, (_, series, events) in zip(_short_names(results), results, strict=True):
+        at = "-" if events.grokking.generalised_at is None else str(events.grokking.generalised_at)
+        if not events.transitions:
+            why = "none" if usable_points(series.trajectory) >= DEFAULTS.min_points else "too few snapshots"
             rows.append((name, why, "-", "-", "-", "-", "-", "-", at))
-        for each in transitions:
+        for each in events.transitions:
             interval = f"{each.step_low} - {each.step_high}"
             levels = number(each.llc_before), number(each.llc_after)
             change = f"{number(each.delta_llc, '+')} ± {number(each.stderr)}"
             rows.append((name, each.kind, each.label or "-", str(each.step), interval, *levels, change, at))
-    scales = {(trajectory.nbeta, trajectory.localization) for _, trajectory, *_ in results}
+    scales = {(series.trajectory.nbeta, series.trajectory.localization) for _, series, _ in results}
     lines = aligned(rows)
     if len(scales) > 1:
         listed = "; ".join(
@@ -67,35 +68,34 @@ def save_comparison(results: Sequence[Result], path: Path) -> None:
         GroktraceError: matplotlib is not installed.
     """
     check_suffix(path)
-    accuracies = any(np.isfinite(trajectory.column("val_accuracy")).any() for _, trajectory, *_ in results)
+    accuracies = any(series["val_accuracy"].known for _, series, _ in results)
     figure = empty_figure(6 if accuracies else 4)
     panels = np.atleast_1d(figure.subplots(1 + accuracies, 1, sharex=True, height_ratios=[3, 2][: 1 + accuracies]))
-    for i, (name, (_, trajectory, transitions, _)) in enumerate(zip(_short_names(results), results, strict=True)):
+    for i, (name, (_, series, events)) in enumerate(zip(_short_names(results), results, strict=True)):
         colour = _COLOURS[i % len(_COLOURS)]
         look = {"color": colour, "ls": _STYLES[i % len(_STYLES)], "marker": _MARKERS[i % len(_MARKERS)], "ms": 3}
-        steps = trajectory.column("step")
-        value, error = shown_curve(trajectory)
+        steps, value, error = series.steps, series[CURVE].values, series[CURVE].errors
         known = np.isfinite(value)
         panels[0].plot(steps[known], value[known], **look, label=name)
         low, high = value - 1.96 * error, value + 1.96 * error
         panels[0].fill_between(steps, low, high, where=known, color=colour, alpha=0.2, lw=0)
-        for each in transitions:
+        for each in events.transitions:
             # A transition's midpoint, its interval as a bar, upwards or downwards as λ goes.
             height = float(np.interp(each.step, steps[known], value[known]))
             panels[0].plot([each.step_low, each.step_high], [height, height], color=colour, lw=3, alpha=0.5)
             shape = "^" if each.delta_llc > 0 else "v"
             panels[0].plot(each.step, height, shape, color=colour, mec="black", ms=9, zorder=5)
-        accuracy = trajectory.column("val_accuracy")
-        if accuracies and np.isfinite(accuracy).any():
-            known = np.isfinite(accuracy)
+        accuracy = series["val_accuracy"].values
+        known = np.isfinite(accuracy)
+        if known.any():
             panels[1].plot(steps[known], accuracy[known], **look)
-    if all(log_spaced(trajectory.column("step")) for _, trajectory, *_ in results):
+    if all(log_spaced(series.steps) for _, series, _ in results):
         panels[0].set_xscale("symlog", linthresh=1.0)
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="0.92", lw=0.6)
         panel.set_axisbelow(True)
-    panels[0].set_ylabel(curve_label({trajectory.curve.name for _, trajectory, *_ in results}))
+    panels[0].set_ylabel(curve_label({series.trajectory.curve.name for _, series, _ in results}))
     panels[-1].set_xlabel("training step")
     if accuracies:
         panels[1].set_ylabel("validation accuracy")

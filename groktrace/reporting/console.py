@@ -1,38 +1,52 @@
-"""Text for people and JSON for programs; progress that suits a terminal and a log file alike."""
+"""Text for people and JSON for programs."""
 
 import json
 import math
-import os
 import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
+from groktrace.analysis.detection import Transition
 from groktrace.analysis.forecast import Forecast
 from groktrace.analysis.grokking import Grokking
 from groktrace.analysis.reference import Reference
 from groktrace.analysis.temperature import TemperatureCurve
 from groktrace.analysis.trajectory import SYMBOLS, Point, Trajectory
-from groktrace.analysis.transitions import Transition
-from groktrace.reporting.numbers import finite, number
-from groktrace.reporting.remarks import none_found, remarks
+from groktrace.reporting.numbers import duration, finite, number
+from groktrace.reporting.series import Events, Series
+from groktrace.reporting.sketch import small_curve
 from groktrace.run.store import Run
 
 MAX_ROWS = 25
-HEARTBEAT_SECONDS = 30.0
-TICK_SECONDS = 1.0
 
 
-def as_json(trajectory: Trajectory, transitions: Sequence[Transition], grokking: Grokking) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ConsoleReporter:
+    """Prints the curve, settings, snapshots and transitions as text.
+
+    Attributes:
+        stream: where to; standard output by default.
+    """
+
+    stream: TextIO | None = None
+
+    def report(self, series: Series, events: Events, place: Path) -> None:
+        """Print the text; see `Reporter`."""
+        curve = small_curve(series, events)
+        opening = f"{series.trajectory.curve.symbol} against the step:\n{curve}\n\n" if curve else ""
+        print(opening + summary(series, events), file=self.stream or sys.stdout, flush=True)
+
+
+def as_json(series: Series, events: Events) -> dict[str, Any]:
     """The result as one JSON object; what is not known is None.
 
     Args:
-        trajectory: λ̂ along the run.
-        transitions: found in it.
-        grokking: measured on it.
+        series: of the trajectory.
+        events: along it.
     """
-    plain = trajectory.to_dict()
+    plain = series.trajectory.to_dict()
     return {
         "run": plain["run"],
         "n": plain["n"],
@@ -41,12 +55,12 @@ def as_json(trajectory: Trajectory, transitions: Sequence[Transition], grokking:
         "resolution": plain["resolution"],
         "locality": plain["locality"],
         "method": plain["method"],
-        "curve": trajectory.curve.name,
+        "curve": series.trajectory.curve.name,
         "reference": plain["reference"],
         "trajectory": plain["points"],
-        "remarks": [*([] if transitions else [none_found(trajectory)]), *remarks(trajectory)],
-        "transitions": [finite_values(each.to_dict()) for each in transitions],
-        "grokking": finite_values(grokking.to_dict()),
+        "remarks": list(events.remarks),
+        "transitions": [finite_values(each.to_dict()) for each in events.transitions],
+        "grokking": finite_values(events.grokking.to_dict()),
         "unreadable": plain["unreadable"],
     }
 
@@ -76,29 +90,21 @@ def forecast_text(forecast: Forecast) -> str:
         f"chains     {forecast.chains} a snapshot, {forecast.weights:,} weights each",
         f"steps      {forecast.steps} a chain on average, over {forecast.tried} snapshots that were tried",
         f"memory     {forecast.memory_bytes / 2**20:,.0f} MiB",
-        f"time       {_duration(forecast.seconds)}",
+        f"time       {duration(forecast.seconds)}",
     ]
     return "\n".join(lines)
 
 
-def transitions_table(trajectory: Trajectory, transitions: Sequence[Transition], grokking: Grokking) -> str:
-    """The transitions as an aligned table, one a line, with what each label rests on below.
+def transitions_table(events: Events) -> str:
+    """The transitions as an aligned table, one a line, with what each label rests on and all remarks below.
 
     Args:
-        trajectory: λ̂ along the run.
-        transitions: in step order.
-        grokking: of the same run.
+        events: along the trajectory.
     """
-    if transitions:
-        lines = aligned(transition_rows(transitions))
-        lines += ["", *(f"step {each.step}: {each.evidence}" for each in transitions if each.evidence)]
-    else:
-        lines = [none_found(trajectory)]
-    for each in remarks(trajectory):
-        lines += ["", each]
-    if by_accuracy(grokking):
-        lines += ["", by_accuracy(grokking)]
-    return "\n".join(lines)
+    found = events.transitions
+    table = "\n".join(aligned(transition_rows(found))) if found else ""
+    evidence = "\n".join(f"step {each.step}: {each.evidence}" for each in found if each.evidence)
+    return "\n\n".join(part for part in (table, evidence, *events.remarks, by_accuracy(events.grokking)) if part)
 
 
 def transition_rows(transitions: Sequence[Transition]) -> list[tuple[str, ...]]:
@@ -150,33 +156,33 @@ def by_accuracy(grokking: Grokking) -> str:
     return "By accuracy: " + ", ".join(part for part in known if part) + "." if any(known) else ""
 
 
-def summary(trajectory: Trajectory, transitions: Sequence[Transition], grokking: Grokking) -> str:
+def summary(series: Series, events: Events) -> str:
     """Settings, snapshots and transitions as text.
 
     Args:
-        trajectory: λ̂ along the run.
-        transitions: found in it.
-        grokking: measured on it.
+        series: of the trajectory.
+        events: along it.
     """
-    points = _thinned(trajectory.points, transitions)
-    curved = any(point.hessian_trace is not None for point in trajectory.points)
-    sharpness = ("tr H", "±", "h_max") if curved else ()
-    rows = [("step", "λ̂", "±", "λ_c", "±", "train loss", "acc", "val loss", "acc", *sharpness, "")]
-    for point in points:
-        numbers = [point.llc, point.stderr, point.llc_centred, point.stderr_centred, point.train_loss]
-        numbers += [point.train_accuracy, point.val_loss, point.val_accuracy]
-        numbers += [point.hessian_trace, point.hessian_trace_stderr, point.hessian_top] if curved else []
-        rows.append((str(point.step), *map(number, numbers), "" if point.reliable else _why(point)))
-    hidden = len(trajectory.points) - len(points)
+    trajectory = series.trajectory
+    points = trajectory.points
+    shown = _thinned(points, events.transitions)
+    columns = [["step", *(str(points[i].step) for i in shown)]]
+    for quantity in series:
+        if quantity.heading and quantity.known:
+            columns.append([quantity.heading, *(number(float(quantity.values[i])) for i in shown)])
+            if quantity.errors is not None:
+                columns.append(["±", *(number(float(quantity.errors[i])) for i in shown)])
+    columns.append(["", *("" if points[i].reliable else _why(points[i]) for i in shown)])
+    hidden = len(points) - len(shown)
     lines = [settings_line(trajectory)]
     if trajectory.reference is not None:
         lines.append(f"reference {reference_text(trajectory.reference)}")
-    lines += ["", *aligned(rows)]
+    lines += ["", *aligned([*zip(*columns, strict=True)])]
     if hidden:
-        doubtful = sum(not each.reliable for each in trajectory.points) - sum(not each.reliable for each in points)
+        doubtful = sum(not point.reliable for point in points) - sum(not points[i].reliable for i in shown)
         among = f", {doubtful} of them unreliable" if doubtful else ""
-        lines.append(f"({hidden} of {len(trajectory.points)} snapshots not shown{among}; --json has all)")
-    return "\n".join([*lines, "", transitions_table(trajectory, transitions, grokking)])
+        lines.append(f"({hidden} of {len(points)} snapshots not shown{among}; --json and --csv have all)")
+    return "\n".join([*lines, "", transitions_table(events)])
 
 
 def temperature_table(curve: TemperatureCurve) -> str:
@@ -228,108 +234,17 @@ def reference_text(reference: Reference) -> str:
     return f"{text}, {rank} (tolerance {number(reference.tolerance)}{gap})"
 
 
-class Progress:
-    """Progress of long work: a bar on a terminal, elsewhere one line every 30 seconds; both go on while work stalls.
-
-    Args:
-        total: how much there is to do.
-        label: what is being done.
-        stream: where to show it; standard error by default.
-        clock: seconds, for tests.
-    """
-
-    def __init__(
-        self, total: int, label: str, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._total, self._label = total, label
-        self._stream = sys.stderr if stream is None else stream
-        self._clock = clock
-        self._done = 0
-        self._terminal = self._stream.isatty()
-        self._began = self._shown = clock()
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
-        # One step of the work may take minutes, and silence looks like a hang.
-        self._ticker = threading.Thread(target=self._tick, name="groktrace-progress", daemon=True)
-
-    def __enter__(self) -> "Progress":
-        if self._terminal:
-            self._draw()
-        self._ticker.start()
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._ended.set()
-        self._ticker.join()
-        if self._terminal:
-            self._draw()
-            self._write("\n")
-        elif error is None:
-            count = f"{self._total}" if self._done >= self._total else f"{self._done} of {self._total}"
-            self._write(f"{self._label}: {count} done in {_duration(self._clock() - self._began)}\n")
-
-    def advance(self, n: int = 1) -> None:
-        """Tell that `n` more are done."""
-        with self._lock:
-            self._done += n
-            self._show(0.05, self._done >= self._total)
-
-    def _tick(self) -> None:
-        while not self._ended.wait(TICK_SECONDS):
-            with self._lock:
-                self._show(TICK_SECONDS, False)
-
-    def _show(self, pause: float, last: bool) -> None:
-        now = self._clock()
-        if self._terminal:
-            if last or now - self._shown >= pause:
-                self._shown = now
-                self._draw()
-        elif not last and now - self._shown >= HEARTBEAT_SECONDS:
-            self._shown = now
-            self._write(f"{self._label}: {self._done} of {self._total} ({self._percent()}), {self._times()}\n")
-
-    def _percent(self) -> str:
-        return f"{100 * min(self._done / self._total, 1.0):.0f} %" if self._total else "100 %"
-
-    def _times(self) -> str:
-        elapsed = self._clock() - self._began
-        if not self._done or self._done >= self._total:
-            return _duration(elapsed)
-        return f"{_duration(elapsed)}, about {_duration(elapsed / self._done * (self._total - self._done))} left"
-
-    def _draw(self) -> None:
-        text = f"{self._label} {self._percent()} {self._done}/{self._total} {self._times()}"
-        width = _columns(self._stream) - 1
-        room = min(30, width - len(text) - 3)
-        share = min(self._done / self._total, 1.0) if self._total else 1.0
-        bar = f"[{'#' * int(share * room):<{room}}] " if room >= 5 else ""
-        self._write("\r" + (bar + text)[:width].ljust(width))
-
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
-
-
-def _columns(stream: TextIO) -> int:
-    """Width of the stream's own terminal: standard output may well go to a file while this is shown."""
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or 80
-    except (OSError, ValueError):  # io.UnsupportedOperation is both
-        return 80
-
-
-def _thinned(points: Sequence[Point], transitions: Sequence[Transition]) -> list[Point]:
-    """At most 25 points: evenly spread ones, and those about each transition unless these are too many."""
+def _thinned(points: Sequence[Point], transitions: Sequence[Transition]) -> list[int]:
+    """Indices of at most 25 points: evenly spread ones, and those about each transition unless these are too many."""
     if len(points) <= MAX_ROWS:
-        return list(points)
+        return list(range(len(points)))
     marks = {step for each in transitions for step in (each.onset, each.end, each.step_low, each.step_high)}
     chosen = {i for i, point in enumerate(points) if point.step in marks} | {0, len(points) - 1}
     if len(chosen) > MAX_ROWS - 10:
         chosen = {0, len(points) - 1}
     stride = -(-len(points) // (MAX_ROWS - len(chosen)))
     chosen |= set(range(0, len(points), stride))
-    return [points[i] for i in sorted(chosen)]
+    return sorted(chosen)
 
 
 def _why(point: Point) -> str:
@@ -344,14 +259,6 @@ def finite_values(plain: dict[str, Any]) -> dict[str, Any]:
         plain: by name.
     """
     return {name: finite(value) for name, value in plain.items()}
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

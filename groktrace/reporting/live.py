@@ -8,7 +8,8 @@ from typing import Any, TextIO
 
 from groktrace.analysis.follow import Announcement, Ended, Event, Scaled
 from groktrace.analysis.trajectory import SYMBOLS, Point, Trajectory
-from groktrace.reporting.console import finite_values, number
+from groktrace.reporting.console import finite_values
+from groktrace.reporting.numbers import number
 
 # TensorBoard's files are written anew as a whole, so not after every snapshot.
 WRITE_SECONDS = 30.0

@@ -19,3 +19,16 @@ def number(value: float | None, sign: str = "") -> str:
 def finite(value: Any) -> Any:
     """The value, but None for a number that is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def duration(seconds: float) -> str:
+    """A time in words.
+
+    Args:
+        seconds: the time.
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

@@ -7,11 +7,12 @@ from collections import Counter
 
 import numpy as np
 
-from groktrace.analysis.changes import MIN_CHANGE, SIGNIFICANCE
-from groktrace.analysis.labels import risen_in_words
+from groktrace.analysis.detection import Detector, PiecewiseDetector
+from groktrace.analysis.detection.labels import risen_in_words
+from groktrace.analysis.detection.piecewise import Fitted, usable_points
+from groktrace.analysis.detection.settings import DEFAULTS, DetectionSettings
 from groktrace.analysis.llc import OFF_MINIMUM, PERHAPS_OFF
 from groktrace.analysis.trajectory import Trajectory
-from groktrace.analysis.transitions import MIN_POINTS, Fitted, find_changes_of_phase, fit_curve
 from groktrace.reporting.numbers import number
 
 # From this fraction of the level on, the points' errors are named with the curve.
@@ -20,21 +21,25 @@ NOISY = 0.05
 MAX_TOLD = 3
 
 
-def none_found(trajectory: Trajectory) -> str:
+def none_found(trajectory: Trajectory, detector: Detector | None = None) -> str:
     """What to say where there is no transition: that there is none and what the curve does, or that it cannot be told.
 
     Args:
         trajectory: λ̂ along the run.
+        detector: that found none; the default one also says why.
     """
-    fitted = fit_curve(trajectory)
+    own = PiecewiseDetector() if detector is None else detector
+    if not isinstance(own, PiecewiseDetector):
+        return f"No transition found in {usable_points(trajectory)} snapshots."
+    fitted = own.fit(trajectory)
     if fitted is None:
-        usable = int(np.isfinite(trajectory.curve.value).sum())
-        text = f"Too few usable snapshots to look for transitions: {usable} of {len(trajectory.points)}, and it takes "
+        usable = f"{usable_points(trajectory)} of {len(trajectory.points)}"
+        text = f"Too few usable snapshots to look for transitions: {usable}, and it takes {own.min_points}"
         reasons = Counter(_kind(each.reasons) for each in trajectory.points if not each.reliable)
         (why, count), *_ = reasons.most_common(1) or [("", 0)]
-        return f"{text}{MIN_POINTS}" + (f"; {count} are unreliable ({why})." if count else ".")
-    shape = describe_curve(trajectory, fitted)
-    objections = [each for each in find_changes_of_phase(trajectory) if each[1] is not None]
+        return text + (f"; {count} are unreliable ({why})." if count else ".")
+    shape = describe_curve(trajectory, fitted, own)
+    objections = [each for each in own.candidates(trajectory) if each[1] is not None]
     more = ""
     if objections:
         (change, why), *others = objections
@@ -44,20 +49,21 @@ def none_found(trajectory: Trajectory) -> str:
     return f"No transition found in {len(fitted.x)} snapshots: {shape}.{more}"
 
 
-def describe_curve(trajectory: Trajectory, fitted: Fitted) -> str:
+def describe_curve(trajectory: Trajectory, fitted: Fitted, settings: DetectionSettings = DEFAULTS) -> str:
     """What the fit of a curve does, in words.
 
     Args:
         trajectory: λ̂ along the run.
         fitted: its curve.
+        settings: what counts as a change.
     """
     symbol, value, steps = trajectory.curve.symbol, fitted.fit.value, trajectory.column("step")[fitted.position]
     level = max(float(np.abs(value).max()), 1e-300)
     scatter = float(np.median(np.sqrt(fitted.variance)))
-    quantile = statistics.NormalDist().inv_cdf(1 - SIGNIFICANCE / (2 * len(value)))
+    quantile = statistics.NormalDist().inv_cdf(1 - settings.significance / (2 * len(value)))
     error = quantile * math.sqrt(2 * float(np.median(fitted.fit.variance)))
     noise = f", though the points scatter by {100 * scatter / level:.0f} %" if scatter > NOISY * level else ""
-    turns = _turns(value, max(MIN_CHANGE * level, error))
+    turns = _turns(value, max(settings.min_change * level, error))
     if len(turns) < 2:
         mean, span = float(np.average(fitted.value, weights=1 / fitted.variance)), float(np.ptp(value))
         within = (

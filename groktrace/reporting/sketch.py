@@ -1,26 +1,21 @@
 """The curve of λ in a few lines of text."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from groktrace.analysis.trajectory import Trajectory
-from groktrace.analysis.transitions import Transition
-from groktrace.reporting.console import number
-from groktrace.reporting.figures import shown_curve
+from groktrace.reporting.numbers import number
+from groktrace.reporting.series import CURVE, Events, Series
 
 
-def small_curve(trajectory: Trajectory, transitions: Sequence[Transition], width: int = 64, height: int = 8) -> str:
+def small_curve(series: Series, events: Events, width: int = 64, height: int = 8) -> str:
     """The curve on which transitions are found against the step as lines of text, with their numbers below.
 
     Args:
-        trajectory: λ̂ along the run.
-        transitions: in step order.
+        series: of the trajectory.
+        events: along it.
         width: of the curve, in characters.
         height: of the curve, in lines.
     """
-    value, _ = shown_curve(trajectory)
-    steps = trajectory.column("step")
+    value, steps = series[CURVE].values, series.steps
     known = np.isfinite(value)
     if known.sum() < 3:
         return ""
@@ -30,7 +25,7 @@ def small_curve(trajectory: Trajectory, transitions: Sequence[Transition], width
     level = np.round((np.interp(across, steps, value) - low) / ((high - low) or 1.0) * (2 * height - 1)).astype(int)
     rows = [["'" if at == 2 * row + 1 else "." if at == 2 * row else " " for at in level] for row in range(height)]
     marks = [" "] * width
-    for i, each in enumerate(transitions, 1):
+    for i, each in enumerate(events.transitions, 1):
         column = int(np.argmin(np.abs(across - each.step)))
         marks[column] = str(i % 10)
         for row in rows:
@@ -39,5 +34,5 @@ def small_curve(trajectory: Trajectory, transitions: Sequence[Transition], width
     names = {0: number(low), height - 1: number(high)}
     lines = [f"{names.get(row, ''):>{left}} |{''.join(rows[row])}".rstrip() for row in reversed(range(height))]
     ends = f"{int(steps[0])}{int(steps[-1]):>{width - len(str(int(steps[0])))}}"
-    marked = [f"{'':{left}}  {''.join(marks)}".rstrip()] if transitions else []
+    marked = [f"{'':{left}}  {''.join(marks)}".rstrip()] if events.transitions else []
     return "\n".join([*lines, f"{'':{left}}  {ends}", *marked])

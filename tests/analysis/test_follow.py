@@ -12,10 +12,10 @@ from torch import nn
 import groktrace
 from groktrace.analysis import evaluator
 from groktrace.analysis import follow as following
+from groktrace.analysis.detection import Transition
 from groktrace.analysis.follow import Announcement, Ended, Scaled, follow, wait_for_run
 from groktrace.analysis.replay import open_analysis
 from groktrace.analysis.trajectory import Point
-from groktrace.analysis.transitions import Transition
 from groktrace.errors import RunError
 from groktrace.reporting import live
 from groktrace.run.files import write_json

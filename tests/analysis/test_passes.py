@@ -9,9 +9,9 @@ import pytest
 
 import groktrace
 from groktrace.analysis import passes
+from groktrace.analysis.detection import find_transitions
 from groktrace.analysis.passes import _Date, sample_adaptively
 from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.analysis.transitions import find_transitions
 
 
 def simulated(count, jumps, noise=0.01, seed=0):

@@ -1,12 +1,14 @@
 import json
 import math
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from groktrace.analysis.detection import LargestDropDetector
 from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.errors import RunError, SettingsError, printable
+from groktrace.errors import GroktraceError, RunError, SettingsError, printable
 
 numbers = st.none() | st.floats(allow_nan=False, allow_infinity=False)
 errors = st.none() | st.floats(0, allow_nan=False, allow_infinity=False)
@@ -115,3 +117,49 @@ def test_text_of_strangers_moves_no_cursor(tmp_path):
     (tmp_path / "t.json").write_text(json.dumps(document))
     loaded = Trajectory.load(tmp_path / "t.json")
     assert (*loaded.points[0].reasons, *loaded.unreadable) == ("a\ufffd[2J", "\ufffd")
+
+
+@pytest.fixture
+def curve():
+    values = [900.0] * 30 + [600.0] * 30
+    return Trajectory.from_arrays(range(0, 600, 10), values, [5.0] * 60, val_accuracy=[0.0] * 30 + [1.0] * 30)
+
+
+def test_a_trajectory_is_a_sequence_of_points(curve):
+    assert len(curve) == 60
+    assert [point.step for point in curve] == list(range(0, 600, 10))
+    assert list(Trajectory(())) == []
+
+
+def test_a_trajectory_draws_itself(curve, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    figure = curve.plot(tmp_path / "figure.svg")
+    assert (tmp_path / "figure.svg").read_bytes().startswith(b"<?xml")
+    assert any("simplification at step 295" in text.get_text() for text in figure.axes[0].texts)
+    nothing = curve.plot(detector=LargestDropDetector(min_change=0.9))
+    assert not any("at step" in text.get_text() for text in nothing.axes[0].texts)
+    with pytest.raises(SettingsError, match=r"expected a file ending in \.png, \.pdf, \.svg, got '.*figure\.txt'"):
+        curve.plot(tmp_path / "figure.txt")
+
+
+def test_a_trajectory_becomes_a_data_frame(curve):
+    pytest.importorskip("pandas", reason="pandas is not installed")
+    frame = curve.to_dataframe()
+    assert len(frame) == 60
+    assert frame.set_index("step").loc[300, ["llc", "stderr", "val_accuracy"]].tolist() == [600.0, 5.0, 1.0]
+    assert frame["train_loss"].isna().all()
+    assert frame["reliable"].dtype == bool
+
+
+def test_a_data_frame_needs_pandas(curve, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(GroktraceError, match="to_dataframe needs pandas: pip install pandas, or use to_csv"):
+        curve.to_dataframe()
+
+
+def test_a_trajectory_becomes_comma_separated_values(curve, tmp_path):
+    curve.to_csv(tmp_path / "run.csv")
+    heading, *lines = (tmp_path / "run.csv").read_text().splitlines()
+    assert heading.startswith("step,curve,curve_stderr,llc,stderr,")
+    assert len(lines) == 60
+    assert lines[59].startswith("590,600.0,5.0,600.0,5.0,")

@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from groktrace.analysis.grokking import measure_grokking
 from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.analysis.transitions import find_transitions
+from groktrace.reporting.series import Events, Series
 
 STEPS = [0, 50, 100, 150, 200, 300, 400, 600, 800, 1200, 2000, 3000]
 LLC = [-3125, -732, 1062, 1279, 1301, 1251, 1199, 1081, 998, 891, 838, 836]
@@ -12,12 +11,12 @@ VAL = [0.06, 0.0, 0.08, 0.21, 0.35, 0.62, 0.86, 1, 1, 1, 1, 1]
 
 
 def result(trajectory):
-    return trajectory, find_transitions(trajectory), measure_grokking(trajectory)
+    return Series.of(trajectory), Events.of(trajectory)
 
 
 @pytest.fixture
 def grokked():
-    """Trajectory, transitions and grokking of a run that groks."""
+    """Series and events of a run that groks."""
     points = tuple(
         Point(
             step,

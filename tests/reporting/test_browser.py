@@ -12,7 +12,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from groktrace.reporting.tensorboard import COLOURS, write_events
+from groktrace.reporting.tensorboard import COLOURS, TensorBoardReporter
 
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -66,17 +66,20 @@ def serve(tmp_path):
 def test_the_markers_are_on_the_page(grokked, tmp_path, page, serve):
     from matplotlib import image as matplotlib_image
 
-    trajectory, transitions, grokking = grokked
+    transitions = grokked[1].transitions
     logs = tmp_path / "logs"
-    write_events(trajectory, transitions, grokking, logs)
+    TensorBoardReporter("logs").report(*grokked, tmp_path)
     names = sorted(path.name for path in logs.iterdir())
     page.goto(serve(logs, len(names)) + COLOURS + "#timeseries")
-    page.get_by_text("llc/mean").first.wait_for(timeout=60_000)
+    page.get_by_text("grokking/llc").first.wait_for(timeout=60_000)
+    cards = [card.replace("\n", "") for card in page.locator("card-view").all_inner_texts()]
+    assert cards[0].startswith("grokking/llc")
+    assert cards[1].startswith("grokking/val_accuracy")
     fall = transitions[1]
     assert names[2] == f"transition 2: generalisation @ {fall.step} [{fall.step_low}, {fall.step_high}]"
     for name in names:
         page.get_by_text(name, exact=True).first.wait_for(timeout=30_000)
-    for tag in ("llc/mean", "accuracy/val"):
+    for tag in ("grokking/llc", "grokking/val_accuracy"):
         chart = page.locator("card-view").filter(has_text=tag).first.locator("line-chart").first
         chart.scroll_into_view_if_needed()
         page.wait_for_timeout(2000)

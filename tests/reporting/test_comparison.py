@@ -2,19 +2,19 @@ from dataclasses import replace
 
 import pytest
 
-from groktrace.analysis.grokking import measure_grokking
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.errors import SettingsError
 from groktrace.reporting.comparison import comparison_table, save_comparison
+from groktrace.reporting.series import Events, Series
 
 
 @pytest.fixture
 def two(grokked):
     """A run that groks, and one whose λ is flat, measured at another nβ."""
-    flat = Trajectory.from_arrays(range(0, 700, 100), [900.0] * 7, [5.0] * 7)
+    flat = replace(Trajectory.from_arrays(range(0, 700, 100), [900.0] * 7, [5.0] * 7), nbeta=100.0)
     return [
         ("runs/a/seed0", *grokked),
-        ("runs/a/seed1", replace(flat, nbeta=100.0), [], measure_grokking(flat)),
+        ("runs/a/seed1", Series.of(flat), Events.of(flat)),
     ]
 
 

@@ -2,8 +2,8 @@ from groktrace.reporting.sketch import small_curve
 
 
 def test_the_curve_rises_and_falls_where_lambda_does(grokked):
-    trajectory, transitions, _ = grokked
-    lines = small_curve(trajectory, transitions).splitlines()
+    transitions = grokked[1].transitions
+    lines = small_curve(*grokked).splitlines()
     assert lines[0].startswith("1340 |")
     assert lines[7].startswith(" 139 |")
     top = [i for i, character in enumerate(lines[0].split("|", 1)[1]) if character in "'."]
@@ -15,5 +15,5 @@ def test_the_curve_rises_and_falls_where_lambda_does(grokked):
 
 
 def test_a_curve_of_odd_trajectories(odd):
-    known = sum(point.llc is not None for point in odd[0].points)
-    assert (small_curve(odd[0], odd[1]) == "") == (known < 3)
+    known = sum(point.llc is not None for point in odd[0].trajectory.points)
+    assert (small_curve(*odd) == "") == (known < 3)

@@ -7,38 +7,42 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from groktrace.analysis.grokking import measure_grokking
 from groktrace.analysis.llc import OFF_MINIMUM
 from groktrace.analysis.reference import Reference
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.errors import GroktraceError, SettingsError
-from groktrace.reporting.figures import save_figure, shown_curve, trajectory_figure
+from groktrace.reporting.figure import FigureReporter, trajectory_figure
+from groktrace.reporting.series import Events, Series
+
+
+def shown(trajectory):
+    return Series.of(trajectory), Events.of(trajectory)
 
 
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")])
 def test_files_of_every_kind(grokked, tmp_path, suffix, start):
     path = tmp_path / f"figure{suffix}"
-    save_figure(*grokked, path)
+    FigureReporter(path.name).report(*grokked, tmp_path)
     assert path.read_bytes().startswith(start)
 
 
 def test_other_kinds_of_file_are_refused(grokked, tmp_path):
     with pytest.raises(SettingsError, match=r"output: expected a file ending in \.png, \.pdf, \.svg, got .*\.gif"):
-        save_figure(*grokked, tmp_path / "figure.gif")
+        FigureReporter("figure.gif").report(*grokked, tmp_path)
 
 
 def test_without_matplotlib_the_extra_is_named(grokked, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(GroktraceError, match=r"figures need matplotlib: pip install 'groktrace\[plot\]'"):
-        save_figure(*grokked, tmp_path / "figure.png")
+        FigureReporter().report(*grokked, tmp_path)
 
 
 def test_odd_trajectories_can_be_drawn(odd, tmp_path):
-    save_figure(*odd, tmp_path / "figure.png")
+    FigureReporter().report(*odd, tmp_path)
 
 
 def test_unreliable_points_neither_set_the_axis_nor_look_reliable(grokked):
-    value, _ = shown_curve(grokked[0])
+    value = grokked[0]["curve"].values
     assert value[0] == 139  # λ_c, not λ̂ = −3125
     assert value[-1] == 844  # λ_c again, on which the transitions were found, not λ̂ = 836
     upper = trajectory_figure(*grokked).axes[0]
@@ -56,11 +60,11 @@ def test_the_curve_is_the_centred_estimate_throughout_or_nowhere():
         for step, llc in ((0, 60.0), (100, 70.0), (200, 80.0))
     )
     following = Trajectory(points, localization=1.0, resolution=100.0)
-    assert shown_curve(following)[0].tolist() == [130] * 3
-    assert shown_curve(replace(following, nbeta=1.0))[0].tolist() == [130] * 3
+    assert following.curve.value.tolist() == [130] * 3
+    assert replace(following, nbeta=1.0).curve.value.tolist() == [130] * 3
     single = replace(following, points=tuple(replace(each, llc_centred=None, stderr_centred=None) for each in points))
-    assert shown_curve(single)[0][[0, 2]].tolist() == [60, 80]
-    axes = [trajectory_figure(each, [], measure_grokking(each)).axes[0] for each in (following, single)]
+    assert single.curve.value[[0, 2]].tolist() == [60, 80]
+    axes = [trajectory_figure(*shown(each)).axes[0] for each in (following, single)]
     assert [each.get_ylabel() for each in axes] == [
         r"centred learning coefficient $\lambda_c$",
         r"local learning coefficient $\hat\lambda$",
@@ -72,7 +76,7 @@ def test_points_that_were_not_measured_in_their_basin_do_not_set_the_axis():
     left = Point(900, 5.0, 0.1, 4000.0, 30.0, False, ("left the basin: the chains' loss has climbed",))
     off = Point(1000, -9.0, 0.1, 5.0, 0.1, False, (OFF_MINIMUM,))
     trajectory = Trajectory((*points, left, off))
-    upper = trajectory_figure(trajectory, [], measure_grokking(trajectory)).axes[0]
+    upper = trajectory_figure(*shown(trajectory)).axes[0]
     assert upper.get_ylim()[1] < 6
     marks = {line.get_label(): line.get_ydata().tolist() for line in upper.lines if line.get_marker() != "None"}
     assert marks == {
@@ -85,7 +89,7 @@ def test_points_that_were_not_measured_in_their_basin_do_not_set_the_axis():
 def test_values_without_a_stand_in_are_hollow_and_do_not_set_the_axis():
     steps = list(range(0, 1000, 100))
     trajectory = Trajectory.from_arrays(steps, [-3000.0] + [5.0] * 9, [0.1] * 10, reliable=[False] + [True] * 9)
-    upper = trajectory_figure(trajectory, [], measure_grokking(trajectory)).axes[0]
+    upper = trajectory_figure(*shown(trajectory)).axes[0]
     assert upper.get_ylim() == pytest.approx((4.8 - 0.0314, 5.2 + 0.0314), abs=0.01)
     (hollow,) = [line for line in upper.lines if line.get_markerfacecolor() == "white"]
     assert hollow.get_ydata() == [-3000]
@@ -94,8 +98,8 @@ def test_values_without_a_stand_in_are_hollow_and_do_not_set_the_axis():
 def test_values_that_are_not_finite_are_left_out(tmp_path):
     points = tuple(Point(step, value, 0.1, train_loss=value) for step, value in enumerate([1.0, math.inf, math.nan]))
     trajectory = Trajectory(points)
-    assert np.array_equal(shown_curve(trajectory)[0], [1, math.nan, math.nan], equal_nan=True)
-    save_figure(trajectory, [], measure_grokking(trajectory), tmp_path / "figure.png")
+    assert np.array_equal(trajectory.curve.value, [1, math.nan, math.nan], equal_nan=True)
+    FigureReporter().report(*shown(trajectory), tmp_path)
 
 
 def labels(figure):
@@ -103,9 +107,8 @@ def labels(figure):
 
 
 def test_transitions_are_named_in_the_figure(grokked):
-    trajectory, transitions, grokking = grokked
-    fall = transitions[1]
-    texts = [text.get_text() for text in labels(trajectory_figure(trajectory, transitions, grokking))]
+    fall = grokked[1].transitions[1]
+    texts = [text.get_text() for text in labels(trajectory_figure(*grokked))]
     expected = f"generalisation at step {fall.step} ({fall.step_low}–{fall.step_high}), Δλ = −{-fall.delta_llc:.0f}"
     assert texts.count(expected) == 1
     assert len(texts) == 2
@@ -113,9 +116,9 @@ def test_transitions_are_named_in_the_figure(grokked):
 
 @pytest.mark.parametrize("at", [[20, 300, 420, 1500, 1600, 2500, 2900], [0, 0, 10, 2990, 3000]])
 def test_labels_neither_touch_nor_leave_the_figure(grokked, at):
-    trajectory, (first, *_), grokking = grokked
-    transitions = [replace(first, step=step, step_low=step, step_high=step) for step in at]
-    figure = trajectory_figure(trajectory, transitions, grokking)
+    series, events = grokked
+    transitions = [replace(events.transitions[0], step=step, step_low=step, step_high=step) for step in at]
+    figure = trajectory_figure(series, replace(events, transitions=transitions))
     figure.canvas.draw()
     boxes = [Text.get_window_extent(label) for label in labels(figure)]
     assert len(boxes) == len(at)
@@ -132,15 +135,17 @@ def test_the_legend_covers_no_curve(grokked):
 
 
 def test_what_is_not_known_has_no_axis(grokked):
-    trajectory, transitions, grokking = grokked
+    series, events = grokked
+    trajectory = series.trajectory
     unknown = replace(trajectory, points=tuple(replace(p, train_loss=None, val_loss=None) for p in trajectory.points))
-    *_, losses = trajectory_figure(unknown, transitions, grokking).axes
+    *_, losses = trajectory_figure(Series.of(unknown), events).axes
     assert not losses.axison
 
 
 def test_a_reference_is_a_line_within_the_axis(grokked):
-    trajectory, *rest = grokked
-    upper = trajectory_figure(replace(trajectory, reference=Reference(3634.0, "jacobian", 3000, 7268)), *rest).axes[0]
+    series, events = grokked
+    measured = replace(series.trajectory, reference=Reference(3634.0, "jacobian", 3000, 7268))
+    upper = trajectory_figure(Series.of(measured), events).axes[0]
     (line,) = [line for line in upper.lines if "reference" in str(line.get_label())]
     assert set(line.get_ydata()) == {3634.0}
     assert line.get_label().endswith("= 3634 (rank 7268 / 2)")
@@ -148,13 +153,14 @@ def test_a_reference_is_a_line_within_the_axis(grokked):
 
 
 def test_curvature_gets_a_panel_where_it_was_measured(grokked):
-    trajectory, *rest = grokked
+    series, events = grokked
+    trajectory = series.trajectory
     assert not any("Hessian" in axes.get_ylabel() for axes in trajectory_figure(*grokked).axes)
     points = tuple(
         replace(point, hessian_trace=100.0 - i, hessian_trace_stderr=0.5, hessian_top=2.0)
         for i, point in enumerate(trajectory.points)
     )
-    figure = trajectory_figure(replace(trajectory, points=points), *rest)
-    (panel,) = [axes for axes in figure.axes if axes.get_ylabel() == "Hessian's trace"]
+    figure = trajectory_figure(Series.of(replace(trajectory, points=points)), events)
+    (panel,) = [axes for axes in figure.axes if axes.get_ylabel() == "Hessian's trace\n(solid)"]
     curve = next(line for line in panel.lines if "trace" in str(line.get_label()))
     assert curve.get_ydata().tolist() == [100.0 - i for i in range(len(points))]

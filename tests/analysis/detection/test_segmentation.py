@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from groktrace.analysis.segmentation import draw_curves, segment
+from groktrace.analysis.detection.segmentation import draw_curves, segment
 
 
 def partitions(count):

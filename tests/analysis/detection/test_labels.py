@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from groktrace.analysis.labels import high_loss, risen_in_words, since_risen
+from groktrace.analysis.detection import PiecewiseDetector, find_transitions
+from groktrace.analysis.detection.labels import high_loss, risen_in_words, since_risen
 from groktrace.analysis.llc import OFF_MINIMUM, PERHAPS_OFF
 from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.analysis.transitions import find_changes_of_phase, find_transitions
 
 STEPS = np.arange(0, 3050, 50)
 HUMP = np.interp(STEPS, [0, 200, 1200, 3000], [100.0, 1000.0, 600.0, 600.0])
@@ -43,7 +43,7 @@ def test_a_run_that_groks_off_any_minimum_has_its_transitions():
 def test_what_is_negative_is_no_level():
     deep = np.where(STEPS < 150, -800.0, HUMP)
     assert found(measured(deep)) == [FALL]
-    ends = find_changes_of_phase(measured(np.where(STEPS > 2000, -300.0, HUMP)))
+    ends = PiecewiseDetector().candidates(measured(np.where(STEPS > 2000, -300.0, HUMP)))
     assert [objection for _, objection in ends] == [None, None, "λ_c is not positive on one side of it"][: len(ends)]
     assert all(min(each.llc_before, each.llc_after) > 0 for each in find_transitions(measured(HUMP - 700)))
     # Zero to within the errors is one in curves that were measured elsewhere; λ_c of a basin is positive.

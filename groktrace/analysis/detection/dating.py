@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from groktrace.analysis.changes import find_changes
-from groktrace.analysis.ramp import EDGE, Ramp, fit_ramp
-from groktrace.analysis.segmentation import Fit, draw_curves
+from groktrace.analysis.detection.changes import find_changes
+from groktrace.analysis.detection.ramp import Ramp, fit_ramp
+from groktrace.analysis.detection.segmentation import Fit, draw_curves
+from groktrace.analysis.detection.settings import DEFAULTS, DetectionSettings
 
-DRAWS = 400
 # Rounds in which changes are fitted in turn, each beside the others; and how many snapshots to either side it takes.
 SWEEPS = 3
 REACH = 150
@@ -38,7 +38,12 @@ class Measured:
 
 
 def measure_changes(
-    x: np.ndarray, value: np.ndarray, variance: np.ndarray, fit: Fit, changes: list[tuple[int, int]]
+    x: np.ndarray,
+    value: np.ndarray,
+    variance: np.ndarray,
+    fit: Fit,
+    changes: list[tuple[int, int]],
+    settings: DetectionSettings = DEFAULTS,
 ) -> list[Measured]:
     """Date and measure changes: by a ramp between two phases where that describes them, else by the pieces themselves.
 
@@ -52,17 +57,18 @@ def measure_changes(
         variance: of each value, [T].
         fit: of the three above.
         changes: first and last index of each.
+        settings: how they are dated.
     """
     pending, changes = list(changes), []
     while pending:
         first, last = pending.pop(0)
         if pending:
             both = first, pending[0][1]
-            if _is_one_ramp(x, value, variance, fit, both, changes, pending[1:]):
+            if _is_one_ramp(x, value, variance, fit, both, changes, pending[1:], settings):
                 pending[0] = both
                 continue
         changes.append((first, last))
-    changes = _widened(x, value, variance, fit, changes)
+    changes = _widened(x, value, variance, fit, changes, settings)
     price = math.log(len(x))
     ramps: list[Ramp | None] = [None] * len(changes)
     for _ in range(SWEEPS if len(changes) > 1 else 1):
@@ -78,14 +84,14 @@ def measure_changes(
                 bool(abs(a - b) > 2 and fit.value[a] != fit.value[b]) and not _within(a, b, changes)
                 for a, b in ((phases[0], first), (last, phases[1]))
             )
-            ramps[i] = fit_ramp(x, value, variance, (first, last), window, edges, sloped)
+            ramps[i] = fit_ramp(x, value, variance, (first, last), window, edges, sloped, settings)
     draws = None
     found = []
     for i, (change, ramp) in enumerate(zip(changes, ramps, strict=True)):
         first, last = change
         delta = float(fit.value[last] - fit.value[first])
         window = _phases(fit, change, changes[:i], changes[i + 1 :])
-        fits = ramp.cost(price) <= fit.cost_within(value, variance, window) + 2 * price
+        fits = ramp.cost(price) <= fit.cost_within(value, variance, window, settings.slope_price) + 2 * price
         # Where a phase's slope has carried the levels off, the pieces' own are better.
         near = max(abs(ramp.before - fit.value[first]), abs(ramp.after - fit.value[last])) < 0.5 * abs(delta)
         if fits and near:
@@ -95,18 +101,25 @@ def measure_changes(
             found.append(Measured(begin, ramp.end, *levels, ramp.middle, ramp.low, ramp.high))
             continue
         if draws is None:
-            draws = draw_curves(x, value, variance, DRAWS, np.random.default_rng(0))
+            generator = np.random.default_rng(0)
+            draws = draw_curves(x, value, variance, settings.draws, generator, settings.slope_price)
         done = (fit.value[first : last + 1] - fit.value[first]) / delta
         # The last point before the change has begun, the first after which it is done.
-        onset, end = first + max(int(np.argmax(done > EDGE)) - 1, 0), first + int(np.argmax(done >= 1 - EDGE))
+        onset = first + max(int(np.argmax(done > settings.edge)) - 1, 0)
+        end = first + int(np.argmax(done >= 1 - settings.edge))
         error = math.sqrt(fit.variance[first] + fit.variance[last])
-        dates = _date(x, fit, change, slice(window[0], window[1] + 1), *draws)
+        dates = _date(x, fit, change, slice(window[0], window[1] + 1), *draws, settings)
         found.append(Measured(onset, end, float(fit.value[first]), float(fit.value[last]), error, *dates))
     return found
 
 
 def _widened(
-    x: np.ndarray, value: np.ndarray, variance: np.ndarray, fit: Fit, changes: list[tuple[int, int]]
+    x: np.ndarray,
+    value: np.ndarray,
+    variance: np.ndarray,
+    fit: Fit,
+    changes: list[tuple[int, int]],
+    settings: DetectionSettings = DEFAULTS,
 ) -> list[tuple[int, int]]:
     """The changes, with a phase beside one that moves its way where one ramp describes both nearly as well.
 
@@ -118,7 +131,7 @@ def _widened(
         low, high = _phases(fit, (first, last), before, after)
         for wide in ((low, last), (first, high)):
             share = (fit.value[wide[1]] - fit.value[wide[0]]) / (fit.value[last] - fit.value[first])
-            if share > 1 and _is_one_ramp(x, value, variance, fit, wide, before, after):
+            if share > 1 and _is_one_ramp(x, value, variance, fit, wide, before, after, settings):
                 changes[i] = wide
                 break
     return changes
@@ -132,11 +145,12 @@ def _is_one_ramp(
     change: tuple[int, int],
     before: list[tuple[int, int]],
     after: list[tuple[int, int]],
+    settings: DetectionSettings,
 ) -> bool:
     """Whether one ramp describes a change and the phases beside it nearly as well as the pieces of the fit do."""
     price, window = math.log(len(x)), _phases(fit, change, before, after)
-    ramp = fit_ramp(x, value, variance, change, window)
-    return ramp.cost(price) <= fit.cost_within(value, variance, window) + price
+    ramp = fit_ramp(x, value, variance, change, window, settings=settings)
+    return ramp.cost(price) <= fit.cost_within(value, variance, window, settings.slope_price) + price
 
 
 def _phases(
@@ -158,7 +172,13 @@ def _within(first: int, last: int, changes: list[tuple[int, int]]) -> bool:
 
 
 def _date(
-    x: np.ndarray, fit: Fit, change: tuple[int, int], window: slice, curves: np.ndarray, begins: np.ndarray
+    x: np.ndarray,
+    fit: Fit,
+    change: tuple[int, int],
+    window: slice,
+    curves: np.ndarray,
+    begins: np.ndarray,
+    settings: DetectionSettings,
 ) -> tuple[float, float, float]:
     """Midpoint of a change, where the curve crosses its half level: the posterior's median, and its 90 % interval.
 
@@ -173,6 +193,7 @@ def _date(
         window: where draws may have their crossing.
         curves: drawn, [draws, T].
         begins: where their pieces begin, [draws, T].
+        settings: what counts as a change.
     """
     first, last = change
     sign = math.copysign(1.0, fit.value[last] - fit.value[first])
@@ -186,7 +207,8 @@ def _date(
     error = 0.5 * math.sqrt(fit.variance[first] + fit.variance[last])
     halves = half + error * generator.standard_normal(len(curves))
     for i, (curve, begin) in enumerate(zip(curves[:, window], begins[:, window], strict=True)):
-        own = _own_change(x[window], curve, fit.variance[window], begin, (first - window.start, last - window.start))
+        inside = first - window.start, last - window.start
+        own = _own_change(x[window], curve, fit.variance[window], begin, inside, settings)
         if own is not None:
             halves[i] = 0.5 * (curve[own[0]] + curve[own[1]])
     places = generator.random(len(curves))
@@ -201,7 +223,12 @@ def _date(
 
 
 def _own_change(
-    x: np.ndarray, curve: np.ndarray, variance: np.ndarray, begins: np.ndarray, change: tuple[int, int]
+    x: np.ndarray,
+    curve: np.ndarray,
+    variance: np.ndarray,
+    begins: np.ndarray,
+    change: tuple[int, int],
+    settings: DetectionSettings = DEFAULTS,
 ) -> tuple[int, int] | None:
     """First and last index of a change as one drawn curve has it, in one part or several; None where it has none.
 
@@ -211,11 +238,12 @@ def _own_change(
         variance: of the fitted curve, [T].
         begins: where the drawn curve's pieces begin, [T].
         change: first and last index in the fitted curve.
+        settings: what counts as a change.
     """
     starts = np.flatnonzero(begins)
     drawn = Fit(curve, variance, [0, *starts[starts > 0].tolist()], 0.0)
     sign = curve[change[1]] - curve[change[0]]
-    found = find_changes(x, curve, variance, drawn)
+    found = find_changes(x, curve, variance, drawn, settings)
     parts = [(a, b) for a, b in found if (curve[b] - curve[a]) * sign > 0 and a < change[1] and b > change[0]]
     return (parts[0][0], parts[-1][1]) if parts else None
 

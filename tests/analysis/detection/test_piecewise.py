@@ -4,9 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from groktrace.analysis.detection import find_transitions
+from groktrace.analysis.detection.piecewise import _roughness
 from groktrace.analysis.llc import OFF_MINIMUM
 from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.analysis.transitions import _roughness, find_transitions
 
 STEPS = np.arange(0, 3050, 50)
 

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from groktrace.analysis.ramp import fit_ramp
+from groktrace.analysis.detection.ramp import fit_ramp
 
 
 def test_a_ramp_is_found_between_snapshots():

@@ -6,15 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from groktrace.analysis.detection.settings import DEFAULTS, DetectionSettings
+
 # Middles and widths of a ramp that are tried in each round, ever more closely.
 PLACES = 17
 ROUNDS = 3
-# Intervals of midpoints are this much wider than the posterior's: the neighbours of a change are held where they fit
-# best, and a ramp is an idealisation. As it takes for 90 % to cover 90 % on simulated curves.
-JUMP_WIDENING = 1.08
-RAMP_WIDENING = 1.3
-# A ramp has begun, and is done, but for this share of it.
-EDGE = 0.05
 # The width, in snapshots, from which on a ramp is a jump.
 NARROWEST = 0.002
 
@@ -59,6 +55,7 @@ def fit_ramp(
     window: tuple[int, int],
     others: Sequence[tuple[float, float]] = (),
     sloped: tuple[bool, bool] = (False, False),
+    settings: DetectionSettings = DEFAULTS,
 ) -> Ramp:
     """Fit a ramp to one change, over all middles and widths, for each with the best levels.
 
@@ -73,6 +70,7 @@ def fit_ramp(
         window: first and last index of the points that are fitted.
         others: edges, as abscissae, of other changes among them, whose heights are fitted too.
         sloped: whether the phases before and after have slopes of their own.
+        settings: how much wider intervals are, and where edges lie.
     """
     (first, last), (low, high) = change, window
     points = slice(low, high + 1)
@@ -125,9 +123,9 @@ def fit_ramp(
     change_variance = likelihood @ (inverse[:, 1, 1] + (coefficients[:, 1] - coefficients[best, 1]) ** 2)
     near = (at >= min(floor, a[best, 0])) & (at <= max(ceiling, b[best, 0]))
     residual = target - coefficients[best] @ design[best]
-    widen = JUMP_WIDENING if w[best] < 2.5 else RAMP_WIDENING
+    widen = settings.jump_widening if w[best] < 2.5 else settings.ramp_widening
     quantiles[[0, 2]] = np.clip(quantiles[1] + widen * (quantiles[[0, 2]] - quantiles[1]), at[0], at[-1])
-    edge = EDGE * (b[best, 0] - a[best, 0])
+    edge = settings.edge * (b[best, 0] - a[best, 0])
     bounds = np.interp([a[best, 0] + edge, b[best, 0] - edge], x, index)
     begin = min(max(math.floor(bounds[0]), low), high - 1)
     end = max(min(math.ceil(bounds[1]), high), begin + 1)

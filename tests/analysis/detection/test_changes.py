@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from groktrace.analysis.changes import find_changes
-from groktrace.analysis.segmentation import Fit
+from groktrace.analysis.detection.changes import find_changes
+from groktrace.analysis.detection.segmentation import Fit
 
 LEVEL, FALL, PHASE = np.full(10, 1000.0), 50.0 * np.arange(1, 7), 8
 

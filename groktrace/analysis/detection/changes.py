@@ -7,22 +7,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from groktrace.analysis.segmentation import Fit, Line
-
-# A change counts from this fraction of the curve's largest level on, however small its error; below it a slow drift of
-# the curvature, or of the sampler, would do.
-MIN_CHANGE = 0.05
-SIGNIFICANCE = 0.01
-# Errors by which the lines on either side of a break differ where the curve jumps.
-JUMP = 3.0
-# A phase drifts at less than this fraction of the rate of the transition beside it.
-DRIFT = 0.25
-# Between two changes it is clearly slower, by so many standard errors, than half of that; else they are one.
-PLATEAU = 0.5
-CLEARLY = 1.645
+from groktrace.analysis.detection.segmentation import Fit, Line
+from groktrace.analysis.detection.settings import DEFAULTS, DetectionSettings
 
 
-def find_changes(x: np.ndarray, value: np.ndarray, variance: np.ndarray, fit: Fit) -> list[tuple[int, int]]:
+def find_changes(
+    x: np.ndarray, value: np.ndarray, variance: np.ndarray, fit: Fit, settings: DetectionSettings = DEFAULTS
+) -> list[tuple[int, int]]:
     """First and last index of each change that is large, significant and stands out from a phase beside it.
 
     Args:
@@ -30,10 +21,11 @@ def find_changes(x: np.ndarray, value: np.ndarray, variance: np.ndarray, fit: Fi
         value: [T].
         variance: of each value, [T].
         fit: of the three above.
+        settings: what counts as a change.
     """
     # A complexity is positive: what is negative, far off any minimum, sets no scale.
-    least = MIN_CHANGE * max(float(fit.value.max()), 0.0)
-    quantile = statistics.NormalDist().inv_cdf(1 - SIGNIFICANCE / (2 * len(x)))
+    least = settings.min_change * max(float(fit.value.max()), 0.0)
+    quantile = statistics.NormalDist().inv_cdf(1 - settings.significance / (2 * len(x)))
 
     def counts(first: int, last: int) -> bool:
         size = abs(fit.value[last] - fit.value[first])
@@ -47,7 +39,9 @@ def find_changes(x: np.ndarray, value: np.ndarray, variance: np.ndarray, fit: Fi
     swings[-1] = (swings[-1][0], len(x) - 1)
     found = []
     for first, last in swings:
-        changes = _stand_out(x, value, variance, fit, _moves(fit, first, last), least, counts)
+        changes = _stand_out(
+            x, value, variance, fit, _moves(fit, first, last, settings.jump_errors), least, counts, settings
+        )
         if changes != [(0, len(x) - 1)]:  # else the curve drifts throughout
             found += [change for change in changes if counts(*change)]
     return found
@@ -87,7 +81,7 @@ def _first_swing(
     return [], 0, 0.0
 
 
-def _moves(fit: Fit, first: int, last: int) -> list[tuple[int, int]]:
+def _moves(fit: Fit, first: int, last: int, jump_errors: float) -> list[tuple[int, int]]:
     """What a swing is made of: its pieces and the significant jumps between them, as first and last index.
 
     A jump that is not significant goes with the steeper of its two pieces: it is where a bend was found late or early.
@@ -97,7 +91,7 @@ def _moves(fit: Fit, first: int, last: int) -> list[tuple[int, int]]:
     for piece in pieces[1:]:
         left, right = moves[-1][1], piece[0]
         jump = abs(fit.value[right] - fit.value[left])
-        if jump > JUMP * math.sqrt(fit.variance[left] + fit.variance[right]):
+        if jump > jump_errors * math.sqrt(fit.variance[left] + fit.variance[right]):
             moves += [(left, right), piece]
         elif _steepness(fit, piece) > _steepness(fit, moves[-1]):
             moves.append((left, piece[1]))
@@ -119,6 +113,7 @@ def _stand_out(
     moves: list[tuple[int, int]],
     least: float,
     counts: Callable[[int, int], bool],
+    settings: DetectionSettings,
 ) -> list[tuple[int, int]]:
     """The changes within one swing, apart from phases that stay or drift the same way.
 
@@ -130,6 +125,7 @@ def _stand_out(
         moves: that the swing is made of.
         least: what a change has to be.
         counts: whether a change between two points does.
+        settings: what parts a change from a phase.
     """
     first, last = moves[0][0], moves[-1][1]
     sign = math.copysign(1.0, fit.value[last] - fit.value[first])
@@ -142,14 +138,14 @@ def _stand_out(
     before = np.concatenate([[-np.inf], np.maximum.accumulate(peak)[:-1]])
     after = np.concatenate([np.maximum.accumulate(peak[::-1])[::-1][1:], [-np.inf]])
     slower = np.minimum(before, after)
-    valley = rate < DRIFT * slower
+    valley = rate < settings.drift_ratio * slower
     for between, group in itertools.groupby(range(len(moves)), key=valley.tolist().__getitem__):
         inside = list(group)
         if between:
             # A straight piece too short to tell a phase from a bend is cheap to the fit, and no phase.
             line = Line.through(x, value, variance, moves[inside[0]][0], moves[inside[-1]][1] + 1)
-            fastest = sign * line.slope + CLEARLY * math.sqrt(line.slope_variance)
-            valley[inside] = fastest < PLATEAU * slower[inside].max()
+            fastest = sign * line.slope + settings.plateau_errors * math.sqrt(line.slope_variance)
+            valley[inside] = fastest < settings.plateau_ratio * slower[inside].max()
     found = []
     for between, group in itertools.groupby(range(len(moves)), key=valley.tolist().__getitem__):
         if between:
@@ -162,7 +158,7 @@ def _stand_out(
             # so is what a change would not count without.
             while (
                 len(kept) > 1
-                and rate[kept[outer]] < DRIFT * fastest
+                and rate[kept[outer]] < settings.drift_ratio * fastest
                 and (phase == -np.inf or rate[kept[outer]] <= 2 * phase)
                 and counts(*_ends(moves, kept[1:] if outer == 0 else kept[:-1]))
             ):

@@ -4,26 +4,19 @@ import math
 
 import numpy as np
 
-from groktrace.analysis.dating import Measured
+from groktrace.analysis.detection.dating import Measured
+from groktrace.analysis.detection.settings import DEFAULTS, DetectionSettings
 from groktrace.analysis.trajectory import Trajectory
 
-# A fall, with those before it since λ rose and the drift of the phases between, is read as generalisation from this
-# fraction of the highest level: networks that merely lose weight norm after memorising fall by up to an eighth.
-MIN_GENERALISATION = 0.15
-# Where nβ follows the curvature, perceptrons with too few pairs fell by up to 17 %, those that grokked by 22 % or more.
-MIN_FOLLOWING = 0.2
-# The training loss is low once it has fallen to this fraction of the run's range.
-LOW = 0.1
-# Of the snapshots after it, so many at most are at a minimum where targets move.
-MAX_AT_MINIMUM = 0.25
-# Within these factors the largest curvature stays what it was.
-MIN_CURVATURE = 0.5
-MAX_CURVATURE = 3.0
-# Where nβ follows the curvature, so many errors tell a fall from noise: memorising transformers fell by up to 5.8.
-CLEAR = 6.0
 
-
-def doubt_of(trajectory: Trajectory, onset: int, end: int, fall: Measured, after: Measured | None) -> str | None:
+def doubt_of(
+    trajectory: Trajectory,
+    onset: int,
+    end: int,
+    fall: Measured,
+    after: Measured | None,
+    settings: DetectionSettings = DEFAULTS,
+) -> str | None:
     """Why a fall of λ is no evidence of generalisation; None where nothing speaks against it.
 
     Under cross-entropy all curvatures shrink as margins grow, and λ at one nβ falls whether or not the network
@@ -35,10 +28,12 @@ def doubt_of(trajectory: Trajectory, onset: int, end: int, fall: Measured, after
         end: point at which it is over.
         fall: the change.
         after: the next change.
+        settings: within which bounds curvature and noise speak against nothing.
     """
+    clear = settings.min_errors_following
     errors = abs(fall.after - fall.before) / max(fall.error, 1e-300)
-    if trajectory.follows_curvature and errors < CLEAR:
-        return f"that is {errors:.1f} standard errors; where nβ follows the curvature fewer than {CLEAR:g} tell nothing"
+    if trajectory.follows_curvature and errors < clear:
+        return f"that is {errors:.1f} standard errors; where nβ follows the curvature fewer than {clear:g} tell nothing"
     if trajectory.follows_curvature and trajectory.weight_decay is False:
         return "without weight decay margins grow without end, and λ may fall for that alone"
     if after is not None and after.after > after.before and after.first <= fall.last:
@@ -47,9 +42,9 @@ def doubt_of(trajectory: Trajectory, onset: int, end: int, fall: Measured, after
     begun, ended = curvature[onset], curvature[end]
     if not begun or ended is None:
         return None
-    if ended > MAX_CURVATURE * begun:
+    if ended > settings.curvature_rise * begun:
         return f"the largest curvature grows {ended / begun:.3g}-fold, and λ counts what is stiff beside it"
-    if ended >= MIN_CURVATURE * begun or trajectory.follows_curvature:
+    if ended >= settings.curvature_fall * begun or trajectory.follows_curvature:
         return None
     if ended <= 0:
         return "the curvature vanishes with it"
@@ -82,7 +77,7 @@ def peak_level(
     return min(fall.before, float(value[start])) if start < fall.last else None
 
 
-def high_loss(loss: np.ndarray) -> np.ndarray:
+def high_loss(loss: np.ndarray, low_loss: float = DEFAULTS.low_loss) -> np.ndarray:
     """Whether the training loss is known not to be low, at each point.
 
     It is low once it has fallen to a tenth of the way from where it was to its lowest; a loss that only rises is low at
@@ -90,16 +85,17 @@ def high_loss(loss: np.ndarray) -> np.ndarray:
 
     Args:
         loss: at each point of a run, [T].
+        low_loss: the fraction of the way.
     """
     known = loss[np.isfinite(loss)]
     if not len(known):
         return np.isinf(loss)
     least = known.min()
     most = np.fmax.accumulate(np.where(np.isfinite(loss), loss, least))
-    return loss > least + LOW * (most - least)
+    return loss > least + low_loss * (most - least)
 
 
-def since_risen(trajectory: Trajectory) -> int | None:
+def since_risen(trajectory: Trajectory, settings: DetectionSettings = DEFAULTS) -> int | None:
     """The point of the lowest training loss where it rises from there and stays high, off any minimum; else None.
 
     That is what targets do that move, as in reinforcement learning, and trainings that diverge: there is no one loss
@@ -107,6 +103,7 @@ def since_risen(trajectory: Trajectory) -> int | None:
 
     Args:
         trajectory: of the run.
+        settings: what is low, and how many snapshots may be at a minimum.
     """
     loss = trajectory.column("train_loss")
     position = np.flatnonzero(np.isfinite(loss))
@@ -118,10 +115,10 @@ def since_risen(trajectory: Trajectory) -> int | None:
     if len(last) < 3:
         return None
     end, fallen = float(np.median(loss[last])), float(loss[position[position <= lowest]].max() - loss[lowest])
-    if end <= max(loss[lowest] + LOW * fallen, 2 * loss[lowest]):
+    if end <= max(loss[lowest] + settings.low_loss * fallen, 2 * loss[lowest]):
         return None
     at_minimum = trajectory.column("reliable")[after].mean()
-    return lowest if at_minimum <= MAX_AT_MINIMUM else None
+    return lowest if at_minimum <= settings.max_at_minimum else None
 
 
 def risen_in_words(trajectory: Trajectory) -> str:
@@ -150,6 +147,7 @@ def label_of(
     peak: float | None,
     lowest: float,
     doubt: str | None,
+    settings: DetectionSettings = DEFAULTS,
 ) -> tuple[str | None, str]:
     """What the training loss allows to say of a change, and whether validation data agree.
 
@@ -161,13 +159,14 @@ def label_of(
         peak: the highest level since the last rise or label while the training loss is low; None where it is not low.
         lowest: the level that is reached until the next change.
         doubt: what speaks against reading a fall as generalisation.
+        settings: from which changes on there is a label.
     """
     before, after = measured.before, measured.after
     loss = trajectory.column("train_loss")
     if not np.isfinite(loss[[onset, end]]).all():
         return None, "no label: the training loss is not known"
     if after > before:
-        if loss[end] < 0.5 * loss[onset]:
+        if loss[end] < settings.memorisation_loss * loss[onset]:
             return "memorisation", f"λ rises while the training loss falls from {loss[onset]:.3g} to {loss[end]:.3g}"
         return None, "no label: λ rises, but the training loss does not fall with it"
     if peak is None:
@@ -178,7 +177,8 @@ def label_of(
             )
         return None, "no label: λ falls while the training loss is not yet low"
     share = 1 - lowest / peak if peak > 0 else 0.0
-    if share < (MIN_FOLLOWING if trajectory.follows_curvature else MIN_GENERALISATION):
+    following = trajectory.follows_curvature
+    if share < (settings.min_generalisation_following if following else settings.min_generalisation):
         return None, f"no label: λ falls by only {100 * share:.0f} % while the training loss stays low"
     if doubt is not None:
         return None, f"no label: λ falls by {100 * share:.0f} %, but {doubt}"
@@ -187,6 +187,6 @@ def label_of(
     accuracy = trajectory.column("val_accuracy")
     if np.isfinite(accuracy[end]) and np.isfinite(accuracy).any():
         start = np.nanmin(accuracy[: onset + 1]) if np.isfinite(accuracy[: onset + 1]).any() else math.nan
-        verb = "confirms" if accuracy[end] >= start + 0.2 else "contradicts"
+        verb = "confirms" if accuracy[end] >= start + settings.min_validation_gain else "contradicts"
         evidence += f"; validation {verb}: accuracy {start:.2f} before, {accuracy[end]:.2f} at its end"
     return "generalisation", evidence

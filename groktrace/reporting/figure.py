@@ -1,17 +1,18 @@
 """The trajectory as a figure, for files and for TensorBoard."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from groktrace.analysis.detection import Transition
 from groktrace.analysis.grokking import THRESHOLD, Grokking
-from groktrace.analysis.trajectory import Trajectory
-from groktrace.analysis.transitions import Transition
 from groktrace.errors import GroktraceError, SettingsError
-from groktrace.reporting.console import number
+from groktrace.reporting.numbers import number
 from groktrace.reporting.remarks import partial
+from groktrace.reporting.series import CURVE, Events, Quantity, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,18 +21,18 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".pdf", ".svg")
 # Okabe & Ito: told apart by colour-blind readers; the line styles tell them apart in grey.
 LLC, RISE, FALL, TRAIN, VAL = "#0072B2", "#E69F00", "#009E73", "#444444", "#CC79A7"
-TRACE, TOP = "#D55E00", "#56B4E9"
+# Colour and width of lines; those that are not named take the other colours in turn.
+_LINES = {
+    "train_loss": (TRAIN, 2.2),
+    "train_accuracy": (TRAIN, 2.2),
+    "val_loss": (VAL, 1.4),
+    "val_accuracy": (VAL, 1.4),
+}
+_OTHERS = ("#D55E00", "#56B4E9", "#E69F00", "#009E73")
+# Axes that share a panel, left and right; the last panel is always there.
+_PANELS = (("Hessian's trace", "largest eigenvalue"), ("accuracy", "loss"))
 DPI = 160
 SMALL = 8.5  # size of legend and labels, in points
-
-
-def shown_curve(trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
-    """The curve that charts show: that on which transitions are found, see `Trajectory.curve`.
-
-    Returns:
-        Values and standard errors, [T] each; NaN at points that are not used.
-    """
-    return trajectory.curve.value, trajectory.curve.error
 
 
 def curve_label(names: set[str]) -> str:
@@ -74,66 +75,77 @@ def empty_figure(height: float) -> "Figure":
     return figure
 
 
-def save_figure(trajectory: Trajectory, transitions: Sequence[Transition], grokking: Grokking, path: Path) -> None:
-    """Draw the trajectory into a file.
+@dataclass(frozen=True)
+class FigureReporter:
+    """Draws the trajectory into a file.
+
+    Attributes:
+        name: of the file, which ends in .png, .pdf or .svg.
+    """
+
+    name: str = "trajectory.png"
+
+    def report(self, series: Series, events: Events, place: Path) -> None:
+        """Draw the file; see `Reporter`.
+
+        Raises:
+            SettingsError: another kind of file.
+            GroktraceError: matplotlib is not installed.
+        """
+        path = place / self.name
+        check_suffix(path)
+        trajectory_figure(series, events).savefig(path)
+
+
+def trajectory_figure(series: Series, events: Events) -> "Figure":
+    """λ with its error band and transitions above, accuracies and losses below; between them what else has an axis.
 
     Args:
-        trajectory: λ̂ along the run.
-        transitions: found in it.
-        grokking: measured on it.
-        path: a .png, .pdf or .svg file.
-
-    Raises:
-        SettingsError: another kind of file.
-        GroktraceError: matplotlib is not installed.
-    """
-    check_suffix(path)
-    trajectory_figure(trajectory, transitions, grokking).savefig(path)
-
-
-def trajectory_figure(trajectory: Trajectory, transitions: Sequence[Transition], grokking: Grokking) -> "Figure":
-    """λ with its error band and transitions above, accuracies and losses below; where measured, curvature between.
-
-    Args:
-        trajectory: λ̂ along the run.
-        transitions: found in it.
-        grokking: measured on it.
+        series: of the trajectory.
+        events: along it.
 
     Raises:
         GroktraceError: matplotlib is not installed.
     """
-    curved = bool(np.isfinite(trajectory.column("hessian_trace")).any())
-    figure = empty_figure(7.5 if curved else 6)
-    panels = figure.subplots(3 if curved else 2, 1, sharex=True, height_ratios=[3, 1.5, 2] if curved else [3, 2])
-    upper, lower = panels[0], panels[-1]
-    steps = trajectory.column("step")
+    panels = _panels(series)
+    figure = empty_figure(4.5 + 1.5 * len(panels))
+    heights = [3, *[1.5] * (len(panels) - 1), 2]
+    upper, *below = every = figure.subplots(1 + len(panels), 1, sharex=True, height_ratios=heights)
+    steps = series.steps.astype(float)
     if log_spaced(steps):
-        lower.set_xscale("symlog", linthresh=max(1.0, float(steps[steps > 0].min())))
-    lower.set_xlabel("training step")
-    for axes in panels:
+        below[-1].set_xscale("symlog", linthresh=max(1.0, float(steps[steps > 0].min())))
+    below[-1].set_xlabel("training step")
+    for axes in every:
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.02)
         axes.grid(axis="y", color="0.92", lw=0.6)
         axes.set_axisbelow(True)
     handles = [
-        *_draw_llc(upper, trajectory, steps),
-        *_draw_thresholds(lower, grokking),
-        *_draw_transitions(panels, transitions),
-        *(_draw_sharpness(panels[1], trajectory, steps) if curved else []),
-        *_draw_training(lower, trajectory, steps),
+        *_draw_llc(upper, series),
+        *_draw_thresholds(below[-1], events.grokking),
+        *_draw_transitions(every, events.transitions),
     ]
+    for axes, names in zip(below, panels, strict=True):
+        handles += _draw_panel(axes, series, names)
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=SMALL)
-    _name_transitions(figure, upper, transitions)
-    if said := partial(trajectory):
+    _name_transitions(figure, upper, events.transitions)
+    if said := partial(series.trajectory):
         figure.suptitle(said.split(";")[0], fontsize=SMALL, color="0.4", ha="left", x=0.05)
     return figure
 
 
-def _draw_llc(axes: "Axes", trajectory: Trajectory, steps: np.ndarray) -> list[Any]:
-    curve = trajectory.curve
-    value, error, known = curve.value, curve.error, np.isfinite(curve.value)
-    raw = trajectory.column("llc")
+def _panels(series: Series) -> list[tuple[str, ...]]:
+    """The axes of each panel below λ's: those that share one, and one for each other axis."""
+    shared = {axis: names for names in _PANELS for axis in names}
+    found = dict.fromkeys(shared.get(each.axis, (each.axis,)) for each in series if each.axis and each.known)
+    return [*(names for names in found if names != _PANELS[-1]), _PANELS[-1]]
+
+
+def _draw_llc(axes: "Axes", series: Series) -> list[Any]:
+    trajectory, steps, raw = series.trajectory, series.steps, series["llc"].values
+    curve, value, error = trajectory.curve, series[CURVE].values, series[CURVE].errors
+    known = np.isfinite(value)
     reliable = trajectory.column("reliable") > 0
     symbol = r"$\lambda_c$" if curve.name == "llc_centred" else r"$\hat\lambda$"
     low, high = value - 1.96 * error, value + 1.96 * error
@@ -172,24 +184,6 @@ def _draw_llc(axes: "Axes", trajectory: Trajectory, steps: np.ndarray) -> list[A
         axes.set_ylim(float(frame.min()) - room, float(frame.max()) + room)
     else:
         axes.text(0.5, 0.5, "no snapshot has a usable λ̂", transform=axes.transAxes, ha="center")
-    return handles
-
-
-def _draw_sharpness(axes: "Axes", trajectory: Trajectory, steps: np.ndarray) -> list[Any]:
-    value, error = trajectory.column("hessian_trace"), trajectory.column("hessian_trace_stderr")
-    known = np.isfinite(value)
-    axes.fill_between(steps, value - 1.96 * error, value + 1.96 * error, where=known, color=TRACE, alpha=0.25, lw=0)
-    handles = axes.plot(steps[known], value[known], "o-", color=TRACE, lw=1.5, ms=2, label="Hessian's trace, 95 % band")
-    axes.set_ylabel("Hessian's trace")
-    top = trajectory.column("hessian_top")
-    known_top = np.isfinite(top)
-    right = axes.twinx()
-    handles += right.plot(steps[known_top], top[known_top], ls="--", color=TOP, lw=1.5, label="its largest eigenvalue")
-    right.set_ylabel("largest eigenvalue")
-    right.spines[["top"]].set_visible(False)
-    for panel, column in ((axes, value[known]), (right, top[known_top])):
-        if len(column) and column.min() > 0 and column.max() > 20 * column.min():
-            panel.set_yscale("log")
     return handles
 
 
@@ -277,31 +271,44 @@ def _draw_thresholds(axes: "Axes", grokking: Grokking) -> list[Any]:
     return [Line2D([], [], marker="v", ls="", color="0.5", label=f"accuracy first ≥ {THRESHOLD}")]
 
 
-def _draw_training(axes: "Axes", trajectory: Trajectory, steps: np.ndarray) -> list[Any]:
-    losses = axes.twinx()
+def _draw_panel(axes: "Axes", series: Series, names: tuple[str, ...]) -> list[Any]:
+    """The quantities along these axes: the first left and solid, the second right and dotted."""
     handles: list[Any] = []
-    for name, colour, width in (("train", TRAIN, 2.2), ("val", VAL, 1.4)):
-        label = {"train": "training", "val": "validation"}[name]
-        accuracy, loss = trajectory.column(f"{name}_accuracy"), trajectory.column(f"{name}_loss")
-        for panel, column, style, what in ((axes, accuracy, "-", "accuracy"), (losses, loss, ":", "loss")):
-            known = np.isfinite(column) & ((column > 0) | (what == "accuracy"))
-            if known.any():
-                marker = "o" if known.sum() < 3 else None  # a line through one point is not seen
-                line = {"color": colour, "ls": style, "marker": marker, "ms": 3, "lw": width}
-                handles += panel.plot(steps[known], column[known], **line, label=f"{label} {what}")
-    axes.set_ylim(-0.03, 1.05)
-    axes.set_ylabel("accuracy (solid)")
-    losses.set_ylabel("loss (dotted)")
-    losses.spines[["top"]].set_visible(False)
-    if any(line.axes is losses for line in handles):
-        losses.set_yscale("log")
-    else:
-        losses.set_axis_off()
-    if not any(line.axes is axes for line in handles):
-        axes.yaxis.set_visible(False)
+    others = iter(_OTHERS * len(series))
+    for name, style in zip(names, "-:", strict=False):
+        panel = axes if style == "-" else axes.twinx()
+        drawn = [each for each in series if each.axis == name and _drawable(each).any()]
+        for each in drawn:
+            known, values = _drawable(each), each.values
+            colour, width = _LINES.get(each.name) or (next(others), 1.5)
+            if each.errors is not None:
+                band = values - 1.96 * each.errors, values + 1.96 * each.errors
+                panel.fill_between(series.steps, *band, where=known, color=colour, alpha=0.25, lw=0)
+            marker = "o" if known.sum() < 3 else None  # a line through one point is not seen
+            line = {"color": colour, "ls": style, "marker": marker, "ms": 3, "lw": width}
+            label = (each.label or each.name) + ("" if each.errors is None else ", 95 % band")
+            handles += panel.plot(series.steps[known], values[known], **line, label=label)
+        gap = "\n" if len(name) > 10 else " "
+        panel.set_ylabel(f"{name}{gap}({'solid' if style == '-' else 'dotted'})" if len(names) > 1 else name)
+        panel.spines[["top"]].set_visible(False)
+        shown = np.concatenate([each.values[_drawable(each)] for each in drawn]) if drawn else np.array([])
+        if name == "accuracy":
+            panel.set_ylim(-0.03, 1.05)
+        elif len(shown) and (name == "loss" or (shown.min() > 0 and shown.max() > 20 * shown.min())):
+            panel.set_yscale("log")
+        if not drawn and panel is axes:
+            axes.yaxis.set_visible(False)
+        elif not drawn:
+            panel.set_axis_off()
     if not handles:
-        axes.text(0.5, 0.5, "neither accuracies nor losses are known", transform=axes.transAxes, ha="center")
+        said = "neither accuracies nor losses are known"
+        axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center")
     return handles
+
+
+def _drawable(quantity: Quantity) -> np.ndarray:
+    """At which snapshots there is a point to draw, [T]; a loss of nothing has none on a logarithmic axis."""
+    return np.isfinite(quantity.values) & ((quantity.values > 0) | (quantity.axis != "loss"))
 
 
 def _look(transition: Transition) -> tuple[str, str]:

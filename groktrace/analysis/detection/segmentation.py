@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-# The price of a slope, in those of a level.
-SLOPE = 2.0
+from groktrace.analysis.detection.settings import DEFAULTS
+
 # Sums over partitions leave out what adds less than the rounding: exp(−NEVER/2).
 NEVER = 80.0
 
@@ -32,27 +32,34 @@ class Fit:
         """First and last index of each piece."""
         return [(start, end - 1) for start, end in itertools.pairwise([*self.starts, len(self.value)])]
 
-    def cost_within(self, value: np.ndarray, variance: np.ndarray, window: tuple[int, int]) -> float:
+    def cost_within(
+        self,
+        value: np.ndarray,
+        variance: np.ndarray,
+        window: tuple[int, int],
+        slope_price: float = DEFAULTS.slope_price,
+    ) -> float:
         """χ² of the points from one index to another, and log(T) for each parameter and inner break of their pieces."""
         first, last = window
         chi2 = float(np.sum((value - self.value)[first : last + 1] ** 2 / variance[first : last + 1]))
         inside = [(a, b) for a, b in self.pieces() if a <= last and b >= first]
-        parameters = sum(2 + SLOPE * (self.value[a] != self.value[b]) for a, b in inside) - 1
+        parameters = sum(2 + slope_price * (self.value[a] != self.value[b]) for a, b in inside) - 1
         return chi2 + math.log(len(self.value)) * parameters
 
 
-def segment(x: np.ndarray, value: np.ndarray, variance: np.ndarray) -> Fit:
+def segment(x: np.ndarray, value: np.ndarray, variance: np.ndarray, slope_price: float = DEFAULTS.slope_price) -> Fit:
     """The partition into constant and linear pieces of least cost, exactly, by dynamic programming in O(T²).
 
-    A piece costs its weighted χ² and log(T) (BIC) for its place, its level and, if it is linear, its slope (twice, for
-    phases are flat unless they clearly are not); it has two points or more.
+    A piece costs its weighted χ² and log(T) (BIC) for its place, its level and, if it is linear, its slope; it has two
+    points or more.
 
     Args:
         x: abscissa, ascending, [T], T ≥ 2.
         value: [T].
         variance: of each value, positive, [T].
+        slope_price: of a slope, in units of log(T).
     """
-    count, pieces = len(value), _Pieces(x, value, variance)
+    count, pieces = len(value), _Pieces(x, value, variance, slope_price)
     best = np.full(count + 1, np.inf)
     best[0] = 0.0
     previous = np.zeros(count + 1, dtype=int)
@@ -67,24 +74,27 @@ def segment(x: np.ndarray, value: np.ndarray, variance: np.ndarray) -> Fit:
     bounds = [0, *reversed(ends)]
     fitted, spread = np.empty(count), np.empty(count)
     for start, end in itertools.pairwise(bounds):
-        line = _piece(x, value, variance, start, end)
+        line = _piece(x, value, variance, start, end, slope_price)
         fitted[start:end] = line.level + line.slope * (x[start:end] - line.centre)
         spread[start:end] = line.level_variance + line.slope_variance * (x[start:end] - line.centre) ** 2
     return Fit(fitted, spread, bounds[:-1], float(best[count]))
 
 
-def straight_cost(x: np.ndarray, value: np.ndarray, variance: np.ndarray) -> float:
+def straight_cost(
+    x: np.ndarray, value: np.ndarray, variance: np.ndarray, slope_price: float = DEFAULTS.slope_price
+) -> float:
     """What a single linear piece costs.
 
     Args:
         x: abscissa, [T].
         value: [T].
         variance: [T].
+        slope_price: see `segment`.
     """
     root = 1 / np.sqrt(variance)
     design = np.column_stack([root, root * (x - x.mean())])
     residual = value * root - design @ np.linalg.lstsq(design, value * root, rcond=None)[0]
-    return float(np.sum(residual**2)) + (2 + SLOPE) * math.log(len(x))
+    return float(np.sum(residual**2)) + (2 + slope_price) * math.log(len(x))
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,12 @@ class Line:
 
 
 def draw_curves(
-    x: np.ndarray, value: np.ndarray, variance: np.ndarray, draws: int, generator: np.random.Generator
+    x: np.ndarray,
+    value: np.ndarray,
+    variance: np.ndarray,
+    draws: int,
+    generator: np.random.Generator,
+    slope_price: float = DEFAULTS.slope_price,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Independent draws from the posterior over partitions and over the lines of their pieces.
 
@@ -139,11 +154,12 @@ def draw_curves(
         variance: of each value, positive, [T].
         draws: how many.
         generator: of the draws.
+        slope_price: see `segment`.
 
     Returns:
         The curves at the points, [draws, T], and whether a piece begins there, [draws, T].
     """
-    count, pieces = len(value), _Pieces(x, value, variance)
+    count, pieces = len(value), _Pieces(x, value, variance, slope_price)
     cost = np.full(count + 1, np.inf)  # −2·log Σ exp(−cost/2) over the partitions of the first t points
     cost[0] = 0.0
     for end in range(2, count + 1):
@@ -158,12 +174,12 @@ def draw_curves(
         end = count
         while end:
             if end not in cumulative:
-                total = cost[: end - 1] + _costs_ending(x, value, variance, end)
+                total = cost[: end - 1] + _costs_ending(x, value, variance, end, slope_price)
                 cumulative[end] = np.cumsum(np.exp(0.5 * (cost[end] - total)))
             sums = cumulative[end]
             start = min(int(np.searchsorted(sums, generator.random() * sums[-1], side="right")), end - 2)
             if (start, end) not in lines:
-                lines[start, end] = _piece(x, value, variance, start, end)
+                lines[start, end] = _piece(x, value, variance, start, end, slope_price)
             line = lines[start, end]
             noise = generator.standard_normal(2)
             level = line.level + math.sqrt(line.level_variance) * noise[0]
@@ -181,10 +197,10 @@ class _Pieces:
         most: the most that a piece costs beside its χ².
     """
 
-    def __init__(self, x: np.ndarray, value: np.ndarray, variance: np.ndarray) -> None:
+    def __init__(self, x: np.ndarray, value: np.ndarray, variance: np.ndarray, slope_price: float) -> None:
         self._points = x.tolist(), value.tolist(), (1 / variance).tolist()
-        self._price = math.log(len(x))
-        self.most = (2 + SLOPE) * self._price
+        self._price, self._slope_price = math.log(len(x)), slope_price
+        self.most = (2 + slope_price) * self._price
         # By first point: weight, means of abscissa and value, their sums of squares and products about those.
         self._moments = np.zeros((6, len(x)))
         self._scratch = np.empty((5, len(x)))
@@ -204,7 +220,7 @@ class _Pieces:
             self._add()
         live = slice(self._first, end - 1)
         *_, sxx, sxy, syy = self._moments[:, live]
-        cost = _cheaper(sxx, sxy, syy, self._price, self._scratch[0, live])
+        cost = _cheaper(sxx, sxy, syy, self._price, self._slope_price, self._scratch[0, live])
         cost += before[live]
         return self._first, cost
 
@@ -242,7 +258,7 @@ class _Pieces:
         self._end += 1
 
 
-def _costs_ending(x: np.ndarray, value: np.ndarray, variance: np.ndarray, end: int) -> np.ndarray:
+def _costs_ending(x: np.ndarray, value: np.ndarray, variance: np.ndarray, end: int, slope_price: float) -> np.ndarray:
     """Costs of the pieces [start, end) for every start ≤ end − 2, [end − 1].
 
     Moments are summed from the end backwards, about the last point, so that short pieces lose no digits.
@@ -253,10 +269,12 @@ def _costs_ending(x: np.ndarray, value: np.ndarray, variance: np.ndarray, end: i
     sxx -= sx * sx / s
     sxy -= sx * sy / s
     syy -= sy * sy / s
-    return _cheaper(sxx, sxy, np.maximum(syy, 0.0), math.log(len(x)), np.empty(end - 1))[::-1]
+    return _cheaper(sxx, sxy, np.maximum(syy, 0.0), math.log(len(x)), slope_price, np.empty(end - 1))[::-1]
 
 
-def _cheaper(sxx: np.ndarray, sxy: np.ndarray, syy: np.ndarray, price: float, out: np.ndarray) -> np.ndarray:
+def _cheaper(
+    sxx: np.ndarray, sxy: np.ndarray, syy: np.ndarray, price: float, slope_price: float, out: np.ndarray
+) -> np.ndarray:
     """What pieces cost, flat or with a slope, whichever is less; by their sums of squares and products about the means.
 
     Args:
@@ -264,22 +282,23 @@ def _cheaper(sxx: np.ndarray, sxy: np.ndarray, syy: np.ndarray, price: float, ou
         sxy: of abscissa and value, [pieces].
         syy: of the value, [pieces].
         price: log(T).
+        slope_price: of a slope, in units of that.
         out: filled and returned, [pieces].
     """
     # What a slope takes off χ², less its price.
     np.multiply(sxy, sxy, out=out)
     out /= sxx
     np.minimum(out, syy, out=out)
-    out -= SLOPE * price
+    out -= slope_price * price
     np.maximum(out, 0.0, out=out)
     np.subtract(syy, out, out=out)
     out += 2 * price
     return out
 
 
-def _piece(x: np.ndarray, value: np.ndarray, variance: np.ndarray, start: int, end: int) -> Line:
+def _piece(x: np.ndarray, value: np.ndarray, variance: np.ndarray, start: int, end: int, slope_price: float) -> Line:
     """The line of one piece: flat where its slope is not worth its price."""
     line = Line.through(x, value, variance, start, end)
-    if line.slope**2 <= SLOPE * math.log(len(value)) * line.slope_variance:
+    if line.slope**2 <= slope_price * math.log(len(value)) * line.slope_variance:
         return replace(line, slope=0.0, slope_variance=0.0)
     return line

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from groktrace.analysis.dating import _own_change, _widened
-from groktrace.analysis.segmentation import Fit
+from groktrace.analysis.detection import find_transitions
+from groktrace.analysis.detection.dating import _own_change, _widened
+from groktrace.analysis.detection.segmentation import Fit
 from groktrace.analysis.trajectory import Trajectory
-from groktrace.analysis.transitions import find_transitions
 
 
 def test_what_is_open_of_where_a_slow_fall_ends_is_open_in_its_date():

@@ -1,0 +1,138 @@
+"""A detector and a reporter from outside the package, each as short as the seams promise."""
+
+import inspect
+import io
+import json
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+import groktrace
+from groktrace.analysis import replay
+from groktrace.reporting.figure import trajectory_figure
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A detector: where λ first crosses a level."""
+
+    level: float
+
+    def detect(self, trajectory: groktrace.Trajectory) -> list[groktrace.Transition]:
+        values = trajectory.curve.value
+        for i in range(1, len(values)):
+            if (values[i - 1] - self.level) * (values[i] - self.level) < 0:
+                return [groktrace.Transition.between(trajectory, i - 1, i, label="crossing")]
+        return []
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """A reporter: one JSON object a snapshot, and one a transition."""
+
+    name: str = "report.jsonl"
+
+    def report(self, series: groktrace.Series, events: groktrace.Events, place) -> None:
+        lines = [{"step": step} for step in series.steps.tolist()]
+        for quantity in series:
+            for line, value in zip(lines, quantity.values.tolist(), strict=True):
+                line[quantity.tag] = value
+        lines += [each.to_dict() for each in events.transitions]
+        (place / self.name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("toy", [Threshold, JsonLines])
+def test_each_takes_less_than_thirty_lines(toy):
+    assert len(inspect.getsource(toy).splitlines()) < 30
+
+
+@pytest.fixture
+def curve():
+    values = [900.0] * 30 + [600.0] * 30
+    return groktrace.Trajectory.from_arrays(range(0, 600, 10), values, [5.0] * 60)
+
+
+def test_a_detector_of_ones_own_finds_the_transitions(curve):
+    (found,) = groktrace.find_transitions(curve, Threshold(700.0))
+    assert (found.label, found.kind, found.onset, found.step, found.end) == (
+        "crossing",
+        "simplification",
+        290,
+        295,
+        300,
+    )
+    assert (found.llc_before, found.llc_after, found.delta_llc) == (900.0, 600.0, -300.0)
+    assert groktrace.find_transitions(curve, Threshold(100.0)) == []
+
+
+def test_every_reporter_shows_what_such_a_detector_found(curve, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    series, events = groktrace.Series.of(curve), groktrace.Events.of(curve, Threshold(700.0))
+    own = (groktrace.ConsoleReporter(), groktrace.CsvReporter(), groktrace.FigureReporter("figure.svg"))
+    for reporter in (JsonLines(), *own, groktrace.TensorBoardReporter()):
+        reporter.report(series, events, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
+    assert len(lines) == 61
+    assert lines[0]["grokking/llc"] == 900.0
+    assert lines[-1]["label"] == "crossing"
+    assert "simplification  crossing" in capsys.readouterr().out
+    assert (tmp_path / "trajectory.csv").exists()
+    assert (tmp_path / "figure.svg").exists()
+    assert (tmp_path / "tensorboard" / "transition 1: crossing @ 295 [290, 300]").is_dir()
+
+
+def test_a_quantity_that_is_in_the_table_is_shown_by_all(curve, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    norm = groktrace.Quantity(
+        "norm", "weights/norm", np.linspace(1.0, 2.0, 60), np.full(60, 0.125), "norm_stderr", "‖w‖", "norm", "weights"
+    )
+    series = groktrace.Series.of(curve)
+    series, events = replace(series, quantities=(*series, norm)), groktrace.Events.of(curve)
+    text = io.StringIO()
+    for reporter in (groktrace.ConsoleReporter(text), groktrace.CsvReporter(), groktrace.TensorBoardReporter()):
+        reporter.report(series, events, tmp_path)
+    heading, first, *_ = text.getvalue().split("\n\n")[2].splitlines()
+    assert heading.split()[-2:] == ["‖w‖", "±"]
+    assert first.split()[-2:] == ["1", "0.125"]
+    heading, first, *_ = (tmp_path / "trajectory.csv").read_text().splitlines()
+    cells = dict(zip(heading.split(","), first.split(","), strict=True))
+    assert (cells["norm"], cells["norm_stderr"]) == ("1.0", "0.125")
+    (logs,) = (tmp_path / "tensorboard" / "trajectory").iterdir()
+    assert all(tag in logs.read_bytes() for tag in (b"weights/norm", b"weights/norm_stderr"))
+    _, panel, *_ = trajectory_figure(series, events).axes
+    assert panel.get_ylabel() == "weights"
+    assert [line.get_label() for line in panel.lines if line.get_ydata()[-1] == 2.0] == ["norm, 95 % band"]
+
+
+def test_an_analysis_takes_both(small_run):
+    trajectory = groktrace.analyze(
+        small_run, draws=20, burn_in=20, detector=Threshold(0.0), reporters=[JsonLines(), groktrace.CsvReporter()]
+    )
+    lines = [json.loads(line) for line in (small_run / "report.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "kind" not in line] == [point.step for point in trajectory]
+    assert len((small_run / "trajectory.csv").read_text().splitlines()) == 1 + len(trajectory)
+    level = float(np.nanmean(trajectory.curve.value))
+    groktrace.analyze(small_run, draws=20, burn_in=20, detector=Threshold(level), reporters=[JsonLines("again.jsonl")])
+    last = json.loads((small_run / "again.jsonl").read_text().splitlines()[-1])
+    expected = groktrace.find_transitions(trajectory, Threshold(level))
+    assert len(expected) == 1
+    assert [last] == [each.to_dict() for each in expected]
+
+
+def test_reporters_show_what_there_is_so_far(small_run, monkeypatch):
+    shown, told = [], []
+
+    class Count:
+        def report(self, series, events, place):
+            shown.append((len(series.steps), series.trajectory.unsampled, place))
+
+    monkeypatch.setattr(replay, "PARTIAL_SECONDS", 0.0)
+    monkeypatch.setattr(replay, "COARSE", 2)
+    monkeypatch.setattr(replay, "STACKS", 0)
+    monkeypatch.setattr(replay, "ROUND", 2)
+    groktrace.analyze(small_run, draws=20, burn_in=20, reporters=[Count()], partial=told.append)
+    assert len(shown) > 1
+    assert all(count + left == 6 and place == small_run for count, left, place in shown)
+    assert shown[-1][1] == 0 < shown[0][1]
+    assert len(told) == len(shown) - 1
