@@ -1,9 +1,12 @@
 """What an analysis will take, from a few seconds of trying; nothing is written."""
 
+import contextlib
+import itertools
 import resource
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,14 +96,20 @@ def forecast(
     if not wanted:
         return Forecast(*of_run, 0, _memory(place), 0.0, 0)
     with one_thread_an_operation(threads):
-        trial = _Trial(evaluator, snapshots)
+        trial = _Trial(evaluator, snapshots, threads)
         surveys, survey_seconds = trial.survey([steps[i] for i in spread(steps, COARSE)])
         scale, chosen = kept_scale(folder), 0.0
         if scale is None:
             start = time.perf_counter()
             known = list(surveys.values())
             scale = choose_sampling(
-                evaluator.task, evaluator.loss, snapshots.load, known, evaluator.settings, evaluator.chance
+                evaluator.task,
+                evaluator.loss,
+                snapshots.load,
+                known,
+                evaluator.settings,
+                evaluator.chance,
+                threads=threads,
             )
             chosen = time.perf_counter() - start
         points, seconds = trial.sample(surveys, scale)
@@ -110,7 +119,7 @@ def forecast(
         *of_run,
         round(statistics.mean(lengths)) if lengths else 0,
         _memory(place),
-        prepared + chosen + each * len(wanted) / min(threads, len(wanted)),
+        prepared + chosen + each * len(wanted),
         len(points),
     )
 
@@ -118,35 +127,45 @@ def forecast(
 class _Trial:
     """Some snapshots, measured as the analysis will."""
 
-    def __init__(self, evaluator: Evaluator, snapshots: Snapshots) -> None:
-        self._evaluator, self._prints = evaluator, snapshots.prints
+    def __init__(self, evaluator: Evaluator, snapshots: Snapshots, threads: int) -> None:
+        self._evaluators = [evaluator, *(evaluator.fork() for _ in range(threads - 1))]
+        self._prints = snapshots.prints
         self._by_step = {each.step: each for each in snapshots.run.snapshots}
 
     def survey(self, steps: list[int]) -> tuple[dict[int, Survey], float]:
         """Losses and curvature by step, and the seconds that these took."""
-        start = time.perf_counter()
-        found: dict[int, Survey] = {}
-        rows = self._evaluator.rows
-        for first in range(0, len(steps), rows):
-            results = self._evaluate(Chunk("survey", tuple(steps[first : first + rows])))
-            found |= {each.step: each for each in results if isinstance(each, Survey)}
-        return found, time.perf_counter() - start
+        start, rows = time.perf_counter(), self._evaluators[0].rows
+        chunks = [Chunk("survey", tuple(steps[first : first + rows])) for first in range(0, len(steps), rows)]
+        found = {each.step: each for each in self._evaluate(chunks) if isinstance(each, Survey)}
+        return {step: found[step] for step in steps if step in found}, time.perf_counter() - start
 
     def sample(self, surveys: dict[int, Survey], scale: Scale) -> tuple[list[Point], float]:
         """Points of snapshots from all parts of the run, and the seconds that these took."""
-        steps = list(surveys)
-        together = self._evaluator.stack(scale)
-        order = _from_all_parts(steps)
+        order, together = _from_all_parts(list(surveys)), self._evaluators[0].stack(scale)
         start, points = time.perf_counter(), []
         while order and (len(points) < _LEAST_TRIED or time.perf_counter() - start < _SECONDS):
-            some, order = order[:together], order[together:]
-            chunk = Chunk("sample", tuple(some), tuple(surveys[step] for step in some), scale)
-            points += [each for each in self._evaluate(chunk) if isinstance(each, Point)]
+            chunks = []
+            for _ in self._evaluators:
+                some, order = order[:together], order[together:]
+                if some:
+                    chunks.append(Chunk("sample", tuple(some), tuple(surveys[step] for step in some), scale))
+            points += [each for each in self._evaluate(chunks) if isinstance(each, Point)]
         return points, time.perf_counter() - start
 
-    def _evaluate(self, chunk: Chunk) -> list[Any]:
-        fingerprints = tuple(self._prints[step] for step in chunk.steps)
-        return self._evaluator.evaluate(replace(chunk, fingerprints=fingerprints), self._by_step)
+    def _evaluate(self, chunks: list[Chunk]) -> list[Any]:
+        """What is found of all chunks, by as many threads as the analysis will have."""
+
+        def work(evaluator: Evaluator) -> list[Any]:
+            found: list[Any] = []
+            while chunks:
+                with contextlib.suppress(IndexError):
+                    chunk = chunks.pop(0)
+                    fingerprints = tuple(self._prints[step] for step in chunk.steps)
+                    found += evaluator.evaluate(replace(chunk, fingerprints=fingerprints), self._by_step)
+            return found
+
+        with ThreadPoolExecutor(len(self._evaluators)) as pool:
+            return list(itertools.chain.from_iterable(pool.map(work, self._evaluators)))
 
 
 def _from_all_parts(steps: list[int]) -> list[int]:

@@ -2,7 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +18,7 @@ from groktrace.errors import SettingsError
 from groktrace.run.task import Task
 from groktrace.sampling.batches import GROUP, NoiseProfile
 from groktrace.sampling.calibration import Scale, step_size
-from groktrace.sampling.chains import profile_noise
+from groktrace.sampling.chains import interruption, profile_noise
 from groktrace.sampling.network import as_float
 from groktrace.sampling.posterior import FACTOR, StackedLoss
 from groktrace.sampling.settings import LOCALITY, SamplingSettings
@@ -43,6 +46,7 @@ def choose_sampling(
     settings: SamplingSettings,
     chance: Sequence[float],
     key: Callable[[int], int] | None = None,
+    threads: int = 1,
 ) -> Scale:
     """nβ, γ and, of large sets, samples and batch size, for all snapshots of a run.
 
@@ -54,6 +58,7 @@ def choose_sampling(
         settings: what was asked for.
         chance: training losses of networks that know nothing.
         key: gives what the noise of a snapshot is keyed by beside the seed, by its step; by default the step.
+        threads: how many may work at once; no result depends on it.
 
     Raises:
         SettingsError: nβ or γ have to be derived and cannot be, or samples are asked for of a set that is used whole.
@@ -75,25 +80,29 @@ def choose_sampling(
     if not snapshots or (loss.sample_bytes is None and not free):
         return scale
     trial = _Trial(task, loss, settings, chance, key or (lambda step: step))
+    at_once = threads if loss.sample_bytes is not None else 1  # recorded gradients have buffers that one thread can use
     if loss.sample_bytes is not None:
         scale = trial.sized(scale)
-    for number, locality in enumerate(LOCALITIES if free else (scale.locality,)):
+    for nearer, locality in enumerate(LOCALITIES if free else (scale.locality,)):
         if free:
             wider = choose_scale(replace(settings, locality=locality), task.n, loss.layout, surveys)
             scale = wider._replace(samples=scale.samples, batch_size=scale.batch_size)
-        if number == 0:
-            scale = trial.with_batches(scale, snapshots)
+        if nearer == 0:
+            scale = trial.with_batches(scale, snapshots, at_once)
         found = []
-        for about, weights in snapshots:
-            found.append((about, weights, trial.run(about, weights, scale)))
-            if trial.left(about, found[-1][2]):
+        for some in _batched(snapshots, at_once):
+            estimates = _run_threads(partial(trial.run, scale=scale), some)
+            found += [(*snapshot, estimate) for snapshot, estimate in zip(some, estimates, strict=True)]
+            left = [number for number, (about, _, estimate) in enumerate(found) if trial.left(about, estimate)]
+            if left:
+                found = found[: left[0] + 1]  # however many threads there are
                 break
         else:
             break
     if loss.sample_bytes is None:
         return scale
-    if number and scale.batch_size is not None:  # nearer to w* smaller ones may do
-        scale = trial.with_batches(scale, snapshots)
+    if nearer and scale.batch_size is not None:  # nearer to w* smaller ones may do
+        scale = trial.with_batches(scale, snapshots, at_once)
     return scale if settings.samples is not None else trial.enlarged(scale, found)
 
 
@@ -116,13 +125,17 @@ class _Trial:
         samples = min(self._settings.samples or 2 * LEAST_SAMPLES, stored)
         return _in_batches(scale, samples, self._settings.batch_size)
 
-    def with_batches(self, scale: Scale, snapshots: Sequence[tuple[Survey, dict[str, Tensor]]]) -> Scale:
+    def with_batches(self, scale: Scale, snapshots: Sequence[tuple[Survey, dict[str, Tensor]]], threads: int) -> Scale:
         """The scale with batches so large that their noise does no harm."""
         # Of large networks the batches' gradients are not kept.
         if self._loss.sample_bytes is None or self._settings.batch_size or self._loss.micro_batch is not None:
             return scale
         scale = scale._replace(batch_size=None)
-        profiles = [self._profile(about, weights, scale) for about, weights in snapshots]
+        profiles = [
+            profile
+            for some in _batched(snapshots, threads)
+            for profile in _run_threads(partial(self._profile, scale=scale), some)
+        ]
         sizes = [each.batch(scale.samples, AIMED * WANTED_HEATING) for each in profiles]
         return _in_batches(scale, scale.samples, None if None in sizes else max(sizes))
 
@@ -174,6 +187,24 @@ class _Trial:
         if hits is not None:
             return max(1.0, len(hits) / count)
         return 1.0 if outputs is None or outputs.ndim < 2 else max(1.0, outputs.numel() / count)
+
+
+def _batched(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """So many items after another."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _run_threads(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """A function's values, each found by a thread of its own."""
+    if len(arguments) == 1:
+        return [function(*arguments[0])]
+    with ThreadPoolExecutor(len(arguments)) as pool:
+        futures = [pool.submit(function, *each) for each in arguments]
+        try:
+            return [future.result() for future in futures]
+        except KeyboardInterrupt:
+            interruption.set()
+            raise
 
 
 def _in_batches(scale: Scale, samples: int, batch: int | None) -> Scale:

@@ -351,6 +351,7 @@ class Analysis:
             own.settings,
             own.chance,
             lambda step: noise_key(own.identity, self.snapshots.prints[step]),
+            self._workers.threads,
         )
         self._report("locality, samples, batches", 1, 1)
         return chosen

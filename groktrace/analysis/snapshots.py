@@ -16,7 +16,13 @@ from groktrace.run.store import Run, Snapshot
 
 
 class Workers(Protocol):
-    """Where chunks are evaluated."""
+    """Where chunks are evaluated.
+
+    Attributes:
+        threads: of this process that it keeps busy.
+    """
+
+    threads: int
 
     def evaluate(self, chunks: Sequence[Chunk], snapshots: dict[int, Snapshot], deadline: float = math.inf) -> Finished:
         """Numbers of chunks and their results, as they are finished; none is begun after the deadline."""

@@ -83,7 +83,7 @@ class Here:
     """
 
     def __init__(self, evaluators: Sequence[Evaluator], pool: ThreadPoolExecutor) -> None:
-        self._pool = pool
+        self._pool, self.threads = pool, len(evaluators)
         self._idle: queue.SimpleQueue[Evaluator] = queue.SimpleQueue()
         for each in evaluators:
             self._idle.put(each)
@@ -129,6 +129,7 @@ class Elsewhere:
 
     def __init__(self, recipe: Recipe, executor: Executor, renew: Callable[[], Executor] | None = None) -> None:
         self._recipe, self._executor, self._renew = recipe, executor, renew
+        self.threads = 1
 
     def evaluate(
         self, chunks: Sequence[Chunk], snapshots: Mapping[int, Snapshot], deadline: float = math.inf
