@@ -1,12 +1,9 @@
 """What an analysis will take, from a few seconds of trying; nothing is written."""
 
-import contextlib
-import itertools
 import resource
 import statistics
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from groktrace.analysis.pilot import choose_sampling
 from groktrace.analysis.replay import COARSE, POINTS_FILE, folder_name, kept_scale, prepare
 from groktrace.analysis.snapshots import Snapshots, read_journal
 from groktrace.analysis.trajectory import Point
-from groktrace.analysis.workers import available_threads, one_thread_an_operation
+from groktrace.analysis.workers import Here, available_threads, threads_here
 from groktrace.run import layout
 from groktrace.run.store import Run, open_run
 from groktrace.run.task import Task
@@ -95,8 +92,8 @@ def forecast(
     of_run = (len(wanted), len(steps) - len(wanted), evaluator.layout.size, evaluator.settings.chains)
     if not wanted:
         return Forecast(*of_run, 0, _memory(place), 0.0, 0)
-    with one_thread_an_operation(threads):
-        trial = _Trial(evaluator, snapshots, threads)
+    with threads_here(evaluator, threads) as workers:
+        trial = _Trial(evaluator, snapshots, workers)
         surveys, survey_seconds = trial.survey([steps[i] for i in spread(steps, COARSE)])
         scale, chosen = kept_scale(folder), 0.0
         if scale is None:
@@ -127,25 +124,24 @@ def forecast(
 class _Trial:
     """Some snapshots, measured as the analysis will."""
 
-    def __init__(self, evaluator: Evaluator, snapshots: Snapshots, threads: int) -> None:
-        self._evaluators = [evaluator, *(evaluator.fork() for _ in range(threads - 1))]
-        self._prints = snapshots.prints
+    def __init__(self, evaluator: Evaluator, snapshots: Snapshots, workers: Here) -> None:
+        self._evaluator, self._prints, self._workers = evaluator, snapshots.prints, workers
         self._by_step = {each.step: each for each in snapshots.run.snapshots}
 
     def survey(self, steps: list[int]) -> tuple[dict[int, Survey], float]:
         """Losses and curvature by step, and the seconds that these took."""
-        start, rows = time.perf_counter(), self._evaluators[0].rows
+        start, rows = time.perf_counter(), self._evaluator.rows
         chunks = [Chunk("survey", tuple(steps[first : first + rows])) for first in range(0, len(steps), rows)]
         found = {each.step: each for each in self._evaluate(chunks) if isinstance(each, Survey)}
         return {step: found[step] for step in steps if step in found}, time.perf_counter() - start
 
     def sample(self, surveys: dict[int, Survey], scale: Scale) -> tuple[list[Point], float]:
         """Points of snapshots from all parts of the run, and the seconds that these took."""
-        order, together = _from_all_parts(list(surveys)), self._evaluators[0].stack(scale)
+        order, together = _from_all_parts(list(surveys)), self._evaluator.stack(scale)
         start, points = time.perf_counter(), []
         while order and (len(points) < _LEAST_TRIED or time.perf_counter() - start < _SECONDS):
             chunks = []
-            for _ in self._evaluators:
+            for _ in range(self._workers.threads):
                 some, order = order[:together], order[together:]
                 if some:
                     chunks.append(Chunk("sample", tuple(some), tuple(surveys[step] for step in some), scale))
@@ -153,19 +149,10 @@ class _Trial:
         return points, time.perf_counter() - start
 
     def _evaluate(self, chunks: list[Chunk]) -> list[Any]:
-        """What is found of all chunks, by as many threads as the analysis will have."""
-
-        def work(evaluator: Evaluator) -> list[Any]:
-            found: list[Any] = []
-            while chunks:
-                with contextlib.suppress(IndexError):
-                    chunk = chunks.pop(0)
-                    fingerprints = tuple(self._prints[step] for step in chunk.steps)
-                    found += evaluator.evaluate(replace(chunk, fingerprints=fingerprints), self._by_step)
-            return found
-
-        with ThreadPoolExecutor(len(self._evaluators)) as pool:
-            return list(itertools.chain.from_iterable(pool.map(work, self._evaluators)))
+        """What is found of all chunks, in their order."""
+        chunks = [replace(each, fingerprints=tuple(self._prints[step] for step in each.steps)) for each in chunks]
+        found = dict(self._workers.evaluate(chunks, self._by_step))
+        return [each for number in sorted(found) for each in found[number]]
 
 
 def _from_all_parts(steps: list[int]) -> list[int]:
