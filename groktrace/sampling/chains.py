@@ -19,7 +19,9 @@ from groktrace.sampling.noise import generator_for, normal_like
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
 from groktrace.sampling.traces import (
+    MOST_HEATING,
     SLACK,
+    WANTED_HEATING,
     Looks,
     Traces,
     cooled,
@@ -142,7 +144,8 @@ def sample(
                 elif group.is_too_large(traces):
                     epsilon[s] = step_size(nbeta, localization, traces.curvature)
                 else:
-                    epsilon[s] = cooled(traces, settings.kernel, localization)
+                    most = MOST_HEATING if dear else WANTED_HEATING
+                    epsilon[s] = cooled(traces, settings.kernel, localization, most)
                 if epsilon[s] != traces.step_size:
                     again.append(s)
         pending = sorted(again)

@@ -11,8 +11,9 @@ from torch import Tensor
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.kernels import Kernel
 
-# Minibatch noise may raise λ̂ by this fraction at most.
-WANTED_HEATING = 0.02
+# Minibatch noise may raise λ̂ by this fraction at most. Of large sets it is measured from a few batches, and scatters by
+# a third: chains are not begun anew for less than the second.
+WANTED_HEATING, MOST_HEATING = 0.02, 0.03
 MIN_COOLING = 1 / 32
 # Chains whose pull and spread come to so many times D in the mean have left; so has one whose spread was once so many
 # times D and that of most draws, though some come back, to another place. Few draws of a few weights scatter by SLACK.
@@ -183,19 +184,19 @@ def most_virial(dimension: int) -> float:
     return MAX_VIRIAL * dimension + SLACK
 
 
-def cooled(traces: Traces, kernel: Kernel, localization: float, wanted: float = WANTED_HEATING) -> float:
+def cooled(traces: Traces, kernel: Kernel, localization: float, most: float = WANTED_HEATING) -> float:
     """The step at which the noise of minibatches heats the chains no more than is wanted.
 
     Args:
         traces: of the last attempt.
         kernel: of the dynamics.
         localization: γ.
-        wanted: heating.
+        most: heating that calls for a smaller step.
     """
     smaller = traces.step_size
-    if traces.heating > wanted:
+    if traces.heating > most:
         gain = partial(kernel.noise_gain, localization=localization, halvings=traces.halvings)
-        most = 0.8 * wanted / traces.heating * gain(smaller)
-        while smaller > MIN_COOLING * traces.step_size and gain(smaller) > most:
+        wanted = 0.8 * WANTED_HEATING / traces.heating * gain(smaller)
+        while smaller > MIN_COOLING * traces.step_size and gain(smaller) > wanted:
             smaller *= 0.95
     return smaller

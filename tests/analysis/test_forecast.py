@@ -40,9 +40,9 @@ def test_time_is_what_snapshots_take_times_how_many_there_are(small_run, monkeyp
     monkeypatch.setattr(forecast_module, "available_threads", lambda place: 1)
     plain = forecast_module._Trial._evaluate
 
-    def slow(self, chunk):
-        now[0] += 10.0 * len(chunk.steps) * (chunk.phase == "sample")
-        return plain(self, chunk)
+    def slow(self, chunks):
+        now[0] += 10.0 * sum(len(each.steps) for each in chunks if each.phase == "sample") / self._workers.threads
+        return plain(self, chunks)
 
     monkeypatch.setattr(forecast_module._Trial, "_evaluate", slow)
     assert forecast(small_run, **QUICK).seconds == pytest.approx(60.0)
