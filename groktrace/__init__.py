@@ -30,4 +30,8 @@ from groktrace.run.store import Run as Run
 from groktrace.run.store import Snapshot as Snapshot
 from groktrace.run.store import open_run as open_run
 from groktrace.run.task import Task as Task
+from groktrace.sampling.kernels.baoab import BAOAB as BAOAB
+from groktrace.sampling.kernels.base import Kernel as Kernel
+from groktrace.sampling.kernels.leimkuhler_matthews import LeimkuhlerMatthews as LeimkuhlerMatthews
+from groktrace.sampling.kernels.sgld import SGLD as SGLD
 from groktrace.sampling.settings import SamplingSettings as SamplingSettings

@@ -1,12 +1,14 @@
-"""A detector and a reporter from outside the package, each as short as the seams promise."""
+"""A sampler, a detector and a reporter from outside the package, each as short as the seams promise."""
 
 import inspect
 import io
 import json
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
 
 import groktrace
 from groktrace.analysis import replay
@@ -42,9 +44,60 @@ class JsonLines:
         (place / self.name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-@pytest.mark.parametrize("toy", [Threshold, JsonLines])
+@dataclass(frozen=True)
+class Euler:
+    """A sampler: a drift and fresh noise."""
+
+    name = "euler"
+    plain = False
+    forgetful = True
+
+    def coefficients(self, step_size, nbeta, localization, halvings=0):
+        return -0.5 * step_size * nbeta, 1 - 0.5 * step_size * localization, math.sqrt(step_size)
+
+    def step(self, displacement, momentum, gradient, noise, coefficients):
+        force, kept, spread = coefficients
+        displacement.mul_(kept).addcmul_(gradient, force).addcmul_(noise, spread)
+
+    def relaxation(self, step_size, localization, halvings=0):
+        return 2 / (step_size * localization)
+
+    def noise_gain(self, step_size, localization, halvings=0):
+        return 0.25 * step_size
+
+
+@pytest.mark.parametrize("toy", [Euler, Threshold, JsonLines])
 def test_each_takes_less_than_thirty_lines(toy):
     assert len(inspect.getsource(toy).splitlines()) < 30
+
+
+def test_a_sampler_of_ones_own_gives_the_soft_rank_of_a_bowl():
+    """Drift and noise make an autoregressive process, too wide by 1/(1 − εa/4) along a curvature a."""
+    curvature, nbeta, localization, step_size = torch.tensor([0.0, 0.5, 2.0, 2.0]), 100.0, 5.0, 4e-3
+
+    class Bowl(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(4))
+
+        def forward(self, x):
+            return 0.5 * (curvature * self.w.square()).sum() + 0 * x
+
+    data = torch.zeros(8, 1), torch.zeros(8, 1)
+    settings = groktrace.SamplingSettings(
+        Euler(), nbeta, localization, chains=16, draws=4000, burn_in=400, step_size=step_size
+    )
+    found = groktrace.estimate_llc(Bowl(), lambda out, y: (out - y).mean(), data, settings=settings)
+    total = nbeta * curvature + localization
+    exact = float(0.5 * (nbeta * curvature / total / (1 - step_size * total / 4)).sum())
+    assert found.llc == pytest.approx(exact, abs=4 * found.stderr)
+    assert found.llc_centred == pytest.approx(exact, abs=4 * found.stderr_centred)
+
+
+def test_results_of_a_sampler_bear_its_name(small_run):
+    trajectory = groktrace.analyze(small_run, method=Euler(), draws=20, burn_in=20)
+    assert trajectory.method == "euler"
+    assert any((small_run / "analysis").glob("euler-*"))
 
 
 @pytest.fixture

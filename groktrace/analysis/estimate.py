@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from groktrace.sampling.chains import MAX_GROWTH, sample
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.large import sample_large
 from groktrace.sampling.posterior import FACTOR, StackedLoss, WeightLayout
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 from groktrace.sampling.traces import Traces
 
 # A snapshot counts as fitted once its training loss has fallen to this fraction of the run's range.
@@ -163,17 +162,21 @@ def estimate_stack(
     return estimates
 
 
-def make_settings(settings: dict[str, Any]) -> SamplingSettings:
-    """Settings from keywords.
+def make_settings(settings: SamplingSettings | None, options: SamplingOptions) -> SamplingSettings:
+    """Settings, with what keywords say in place of their own.
+
+    Args:
+        settings: None for the defaults.
+        options: fields of `SamplingSettings`.
 
     Raises:
         SettingsError: one is unknown or outside what it may be.
     """
     known = SamplingSettings.__dataclass_fields__
-    unknown = sorted(settings.keys() - known.keys())
+    unknown = sorted(options.keys() - known.keys())
     if unknown:
         raise SettingsError(f"settings: unknown {', '.join(unknown)}; expected some of {', '.join(known)}.")
-    return SamplingSettings(**settings)
+    return replace(settings or SamplingSettings(), **options)
 
 
 def choose_scale(settings: SamplingSettings, n: int, layout: WeightLayout, surveys: Sequence[Survey]) -> Scale:

@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,11 @@ from groktrace.run import layout
 from groktrace.run.store import Run, open_run
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import Scale
+from groktrace.sampling.settings import SamplingOptions, SamplingSettings
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
 
 # Seconds that trying snapshots may take, and how many are tried at least.
 _SECONDS = 10.0
@@ -63,7 +68,8 @@ def forecast(
     *,
     task: Task | None = None,
     device: str | torch.device | None = None,
-    **settings: Any,
+    settings: SamplingSettings | None = None,
+    **options: "Unpack[SamplingOptions]",
 ) -> Forecast:
     """What `analyze` would take with the same arguments.
 
@@ -71,7 +77,8 @@ def forecast(
         run: a run directory, its path or its URL.
         task: loss and data, where the recording could not keep them.
         device: where to compute; a GPU where there is one.
-        **settings: see `groktrace.SamplingSettings`.
+        settings: of the sampling; None for the defaults.
+        **options: fields of `groktrace.SamplingSettings`, in place of those of `settings`.
 
     Raises:
         SettingsError: a setting is outside what it may be.
@@ -82,7 +89,7 @@ def forecast(
     threads = 1 if task is not None else available_threads(place)
     start = time.perf_counter()
     evaluator, snapshots, _ = prepare(
-        run if isinstance(run, Run) else open_run(run), task, make_settings(settings), place
+        run if isinstance(run, Run) else open_run(run), task, make_settings(settings, options), place
     )
     prepared = time.perf_counter() - start
     folder = snapshots.run.root / layout.ANALYSIS_FOLDER / folder_name(evaluator)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,10 @@ from groktrace.errors import TaskError
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import settle
 from groktrace.sampling.posterior import StackedLoss
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import SamplingOptions, SamplingSettings
+
+if TYPE_CHECKING:
+    from typing import Unpack
 
 
 def estimate_llc(
@@ -25,7 +28,8 @@ def estimate_llc(
     *,
     batch_loss: Callable[..., Tensor] | None = None,
     device: str | torch.device | None = None,
-    **settings: Any,
+    settings: SamplingSettings | None = None,
+    **options: "Unpack[SamplingOptions]",
 ) -> LLCEstimate:
     """Local learning coefficient of a model as it stands, without a recording.
 
@@ -36,7 +40,8 @@ def estimate_llc(
         train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader.
         batch_loss: batch_loss(model, batch) for models that compute their own loss.
         device: where to compute; a GPU where there is one.
-        **settings: see `groktrace.SamplingSettings`.
+        settings: of the sampling; None for the defaults.
+        **options: fields of `groktrace.SamplingSettings`, in place of those of `settings`.
 
     Returns:
         The estimate, with its diagnostics.
@@ -45,7 +50,7 @@ def estimate_llc(
         SettingsError: a setting is outside what it may be.
         TaskError: model, loss and data do not fit together, or are not finite.
     """
-    chosen = make_settings(settings)
+    chosen = make_settings(settings, options)
     place = choose_device(device)
     task, training, weights, surveyed, chance = prepare_point(model, loss, train, batch_loss, chosen, place)
     chosen = settle(chosen, training.layout.size, training.micro_batch is None)

@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -36,7 +36,11 @@ from groktrace.run.files import read_json, write_json
 from groktrace.run.store import Run, open_run
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import Scale, resolution
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import SamplingOptions, SamplingSettings
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
 
 if TYPE_CHECKING:
     from groktrace.analysis.detection import Detector
@@ -73,7 +77,8 @@ def analyze(
     partial: Callable[[Trajectory], None] | None = None,
     detector: "Detector | None" = None,
     reporters: Sequence["Reporter"] = (),
-    **settings: Any,
+    settings: SamplingSettings | None = None,
+    **options: "Unpack[SamplingOptions]",
 ) -> Trajectory:
     """Replay a run's snapshots through the sampler into a trajectory of λ̂.
 
@@ -99,7 +104,8 @@ def analyze(
         partial: called with the trajectory so far, every half minute or so.
         detector: of the transitions that reporters show; see `find_transitions`.
         reporters: show the trajectory so far, as often, and the final one; their files go into the run directory.
-        **settings: see `groktrace.SamplingSettings`.
+        settings: of the sampling; None for the defaults.
+        **options: fields of `groktrace.SamplingSettings`, in place of those of `settings`.
 
     Returns:
         The trajectory; snapshots that cannot be read are named in its `unreadable`.
@@ -113,7 +119,7 @@ def analyze(
         RuntimeWarning: the data of the task that was given are others than those recorded, or its loss is.
     """
     check_reference(reference)
-    chosen = make_settings(settings)
+    chosen = make_settings(settings, options)
     if time_limit is not None and not time_limit > 0:
         raise SettingsError(f"time_limit: expected a positive number of seconds, got {time_limit!r}.")
     began = time.monotonic()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,11 @@ from groktrace.run.store import Run
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import RESOLUTION, settle
 from groktrace.sampling.posterior import StackedLoss
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import SamplingOptions, SamplingSettings
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
 
 # A plateau is this many neighbouring temperatures or more whose λ̂ agree within this fraction and their errors.
 PLATEAU_POINTS = 3
@@ -61,7 +65,8 @@ def temperature_curve(
     *,
     batch_loss: Callable[..., Tensor] | None = None,
     device: str | torch.device | None = None,
-    **settings: Any,
+    settings: SamplingSettings | None = None,
+    **options: "Unpack[SamplingOptions]",
 ) -> TemperatureCurve:
     """λ̂ of a model at several nβ and one γ.
 
@@ -75,13 +80,14 @@ def temperature_curve(
         nbetas: the temperatures; by default those of resolution 1 to 300.
         batch_loss: batch_loss(model, batch) for models that compute their own loss.
         device: where to compute; a GPU where there is one.
-        **settings: see `groktrace.SamplingSettings`; `nbeta` is not among them.
+        settings: of the sampling, without `nbeta`; None for the defaults.
+        **options: fields of `groktrace.SamplingSettings`, in place of those of `settings`.
 
     Raises:
         SettingsError: a setting is outside what it may be.
         TaskError: model, loss and data do not fit together, or are not finite.
     """
-    chosen = _curve_settings(settings)
+    chosen = _curve_settings(settings, options)
     place = choose_device(device)
     task, training, weights, surveyed, chance = prepare_point(model, loss, train, batch_loss, chosen, place)
     return _measure_curve(task, training, weights, surveyed, chosen, nbetas, chance=chance)
@@ -94,7 +100,8 @@ def temperature_curve_at(
     *,
     task: Task | None = None,
     device: str | torch.device | None = None,
-    **settings: Any,
+    settings: SamplingSettings | None = None,
+    **options: "Unpack[SamplingOptions]",
 ) -> TemperatureCurve:
     """λ̂ of one recorded snapshot at several nβ and one γ, see `temperature_curve`.
 
@@ -108,14 +115,15 @@ def temperature_curve_at(
         nbetas: the temperatures; by default those of resolution 1 to 300.
         task: see `analyze`.
         device: where to compute; a GPU where there is one.
-        **settings: see `groktrace.SamplingSettings`; `nbeta` is not among them.
+        settings: of the sampling, without `nbeta`; None for the defaults.
+        **options: fields of `groktrace.SamplingSettings`, in place of those of `settings`.
 
     Raises:
         SettingsError: there is no such snapshot, or a setting is outside what it may be.
         SnapshotError: the snapshot is damaged.
         TaskError: the recording holds no loss to evaluate, or it is not finite at the snapshot.
     """
-    chosen = _curve_settings(settings)
+    chosen = _curve_settings(settings, options)
     found = [snapshot for snapshot in run.snapshots if snapshot.step == step]
     if not found:
         nearest = min((snapshot.step for snapshot in run.snapshots), key=lambda other: abs(other - step))
@@ -156,10 +164,11 @@ def _survey(evaluator: Evaluator, snapshots: Snapshots, steps: Sequence[int]) ->
     return found
 
 
-def _curve_settings(settings: dict[str, Any]) -> SamplingSettings:
-    if settings.get("nbeta") is not None:
+def _curve_settings(settings: SamplingSettings | None, options: SamplingOptions) -> SamplingSettings:
+    chosen = make_settings(settings, options)
+    if chosen.nbeta is not None:
         raise SettingsError("nbeta: a temperature curve takes several; give them as nbetas.")
-    return make_settings(settings)
+    return chosen
 
 
 def _measure_curve(
@@ -186,7 +195,7 @@ def _measure_curve(
     if nbetas is None:
         nbetas = [middle * resolution / (settings.resolution or RESOLUTION) for resolution in RESOLUTIONS]
     for nbeta in nbetas:
-        make_settings({"nbeta": nbeta})
+        make_settings(None, {"nbeta": nbeta})
     estimates = tuple(
         estimate_stack(training, [weights], [surveyed], settings, at, task.n, keys, chance)[0]
         for at in (scale._replace(nbeta=float(nbeta), curvature=None) for nbeta in sorted(nbetas))

@@ -1,8 +1,9 @@
 """What can be chosen about the sampling, checked once, here."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from groktrace.errors import SettingsError
 from groktrace.sampling.kernels import Kernel, find_kernel
@@ -106,6 +107,25 @@ class SamplingSettings:
             SettingsError: none is chosen yet.
         """
         return find_kernel(self.method or "")
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `SamplingSettings`, as keywords."""
+
+    method: str | Kernel | None
+    nbeta: float | Literal["wbic", "curvature"] | None
+    localization: float | None
+    locality: float | None
+    resolution: float | None
+    chains: int | None
+    draws: int | None
+    burn_in: int | None
+    step_size: float | None
+    samples: int | None
+    batch_size: int | None
+    rtol: float
+    parameters: Sequence[str] | str | None
+    seed: int
 
 
 def _positive(name: str, value: Any, more: str = "") -> None:
