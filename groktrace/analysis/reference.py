@@ -89,7 +89,7 @@ def jacobian_reference(
     """
     network = _Outputs(task, layout, weights).to(device)
     try:
-        found = jacobian_rank(network, task.train.to(device).tensors, centred=task.offset_free)
+        found = jacobian_rank(network, task.train.to(device).tensors, centred=task.shift_invariant)
     except GroktraceError as failure:
         raise SettingsError(f"reference: no Jacobian rank of this run, give a number instead ({failure})") from failure
     gap = found.gap if math.isfinite(found.gap) else None

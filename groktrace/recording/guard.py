@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from groktrace.run import files
 from groktrace.run.batch import Batch
-from groktrace.run.forward import Forward, evaluation_mode
+from groktrace.run.isolation import eager_and_unfused
+from groktrace.run.model_with_loss import ModelWithLoss, evaluation_mode
 
 SAMPLES = 8
 SHARE = 0.005  # of the time since the start, for all checks but the first and the last
@@ -45,7 +46,7 @@ class Guard:
         failure: why the last check could not be made, if so.
     """
 
-    def __init__(self, forward: Forward, program: Any, batch: Batch, fixed: bool) -> None:
+    def __init__(self, forward: ModelWithLoss, program: Any, batch: Batch, fixed: bool) -> None:
         self._forward, self._program = forward, program
         self._began = time.perf_counter()
         self._spent = self._last = 0.0
@@ -170,15 +171,13 @@ class Guard:
     @contextlib.contextmanager
     def _unseen(self) -> Iterator[None]:
         """Nothing of the training changes: generators, flags, buffers, and what else model and loss count with."""
-        from groktrace.run.program import undisturbed
-
         kinds = {"cpu", self._device.type}
         with contextlib.ExitStack() as held:
-            held.enter_context(undisturbed(self._device))
+            held.enter_context(eager_and_unfused(self._device))
             held.enter_context(torch.inference_mode(False))
             for kind in kinds:
                 held.enter_context(torch.autocast(kind, enabled=False))
-            held.enter_context(put_back(self._forward.model, self._forward.loss, self._forward.batch_loss))
+            held.enter_context(restored_attributes(self._forward.model, self._forward.loss, self._forward.batch_loss))
             held.enter_context(evaluation_mode(self._forward))
             yield
 
@@ -188,11 +187,11 @@ def _first(batch: Batch, count: int) -> Batch:
     return batch.take(slice(0, count) if len(batch) > 1 else torch.tensor([0, 0], device="cpu"))
 
 
-def _state(forward: Forward) -> dict[str, Tensor]:
+def _state(forward: ModelWithLoss) -> dict[str, Tensor]:
     return forward.parameters_by_name() | forward.buffers_by_name()
 
 
-def _differentiable(weights: Mapping[str, Tensor], forward: Forward) -> dict[str, Tensor]:
+def _differentiable(weights: Mapping[str, Tensor], forward: ModelWithLoss) -> dict[str, Tensor]:
     """Those of the weights that train, apart from the live ones; of what shares memory, the one that holds it."""
     names = [name for name, parameter in forward.parameters_by_name().items() if parameter.requires_grad]
     names = dict.fromkeys(forward.views[name].base if name in forward.views else name for name in names)
@@ -228,7 +227,7 @@ def _distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 
 
 @contextlib.contextmanager
-def put_back(model: nn.Module, *losses: Any) -> Iterator[None]:
+def restored_attributes(model: nn.Module, *losses: Any) -> Iterator[None]:
     """Attributes of the modules, and variables that a loss function assigns to, as they were before.
 
     A loss may count its calls, or keep what it saw: calls that are not the training's must leave no trace.

@@ -14,7 +14,7 @@ SAME = 1e-5
 Spare = tuple[int, dict[str, Tensor]]
 
 
-class Others:
+class OtherOptimizers:
     """Decides whether steps of other optimizers are updates.
 
     They are where one of them steps again, none of the watched one's having come between, and the weights are then as

@@ -13,25 +13,25 @@ from torch import Tensor, nn
 
 from groktrace.errors import SettingsError
 from groktrace.recording.capture import STORABLE, find_aliases
-from groktrace.recording.guard import Guard, put_back
+from groktrace.recording.guard import Guard, restored_attributes
 from groktrace.recording.schedule import Schedule
 from groktrace.recording.writer import now
 from groktrace.run import files, layout
 from groktrace.run.batch import Batch
 from groktrace.run.collect import collect
+from groktrace.run.isolation import without_side_effects
 from groktrace.run.loss_tensors import NO_TENSORS, LossTensors
 from groktrace.run.store import WeightSpec
 from groktrace.run.task import (
     MAX_SAMPLES,
-    Forward,
+    ModelWithLoss,
     check_forward,
     data_notes,
     evaluation_mode,
-    is_offset_free,
+    is_shift_invariant,
     make_forward,
     takes,
 )
-from groktrace.run.untouched import left_untouched
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def prepare_evaluation(
         TaskError: data, loss and model do not fit together.
         SettingsError: the data cannot be stored.
     """
-    with left_untouched(model), put_back(model, loss, batch_loss):
+    with without_side_effects(model), restored_attributes(model, loss, batch_loss):
         fits = takes(model, loss, batch_loss)
         batch, n = collect(train, "train", MAX_SAMPLES, seed, fits)
         data = {"train": _describe_batch(batch, n), "val": None}
@@ -92,7 +92,7 @@ def prepare_evaluation(
         forward = make_forward(model, loss, batch_loss, batch, held_out)
         with evaluation_mode(forward):
             notes = data_notes(check_forward(forward, batch, held_out), train, val, held_out)
-            offset_free = _offset_free(forward, batch)
+            shift_invariant = _shift_invariant(forward, batch)
             unreached: frozenset[str] = frozenset()
             try:
                 forward.find_tensors(batch)
@@ -101,11 +101,11 @@ def prepare_evaluation(
             except Exception as failure:  # whatever tracing trips over, the weights can still be recorded
                 return Evaluation(n, data, tensors, None, failure, notes, None, forward.own, unreached)
     tensors |= {f"constant.{name}": value.detach().cpu().contiguous().clone() for name, value in constants.items()}
-    program = {**program, "offset_free": offset_free}
+    program = {**program, "shift_invariant": shift_invariant}
     return Evaluation(n, data, tensors, program, None, notes, guard, forward.own, unreached)
 
 
-def _unreached(forward: Forward, batch: Batch, names: set[str]) -> frozenset[str]:
+def _unreached(forward: ModelWithLoss, batch: Batch, names: set[str]) -> frozenset[str]:
     """Those of some parameters that require a gradient and that the gradient of the loss does not reach."""
     parameters = forward.parameters_by_name()
     asked = {name: parameters[name] for name in names if name in parameters and parameters[name].requires_grad}
@@ -121,14 +121,14 @@ def _unreached(forward: Forward, batch: Batch, names: set[str]) -> frozenset[str
     return frozenset(name for name, gradient in zip(asked, found, strict=True) if gradient is None)
 
 
-def _offset_free(forward: Forward, batch: Batch) -> bool:
+def _shift_invariant(forward: ModelWithLoss, batch: Batch) -> bool:
     try:
-        return is_offset_free(forward, batch)
+        return is_shift_invariant(forward, batch)
     except Exception:  # a loss that only takes the model's own dtype, say; then nothing is known
         return False
 
 
-def _trace(forward: Forward, batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor], Guard]:
+def _trace(forward: ModelWithLoss, batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor], Guard]:
     """Model and loss as JSON, the constant tensors it refers to, and what checks them later."""
     from groktrace.run.program import Program
 

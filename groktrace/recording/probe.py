@@ -17,7 +17,7 @@ LOOKS, HABIT = 32, 20
 Reading = list[list[float] | Tensor]
 
 
-class Probe:
+class WeightProbe:
     """Reads a few elements of two tensors.
 
     Args:
@@ -96,7 +96,7 @@ class Watchdog:
 
     def __init__(
         self,
-        probe: Probe,
+        probe: WeightProbe,
         moment: Callable[[], tuple[int, bool]],
         begun: int,
         warn: Callable[[str, str], None],
@@ -139,14 +139,14 @@ class Watchdog:
                     )
 
 
-class Between:
+class BetweenUpdates:
     """What becomes of the weights between one update and the next.
 
     Args:
         probe: of the weights; None to know nothing.
     """
 
-    def __init__(self, probe: Probe | None) -> None:
+    def __init__(self, probe: WeightProbe | None) -> None:
         self._probe = probe
         self._after: Reading | None = None
         self._looks = self._moves = 0

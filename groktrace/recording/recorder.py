@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from groktrace.recording.capture import Capture
 from groktrace.recording.guard import Guard
 from groktrace.recording.hooks import Streak, UpdateHooks
-from groktrace.recording.others import Others
-from groktrace.recording.probe import HOW_TO_COUNT, Between, Probe, Reading, Watchdog, trained
-from groktrace.recording.tell import tell
-from groktrace.recording.termination import catch_termination, leave_termination, open_recorders
+from groktrace.recording.others import OtherOptimizers
+from groktrace.recording.probe import HOW_TO_COUNT, BetweenUpdates, Reading, Watchdog, WeightProbe, trained
+from groktrace.recording.termination import catch_termination, open_recorders, restore_termination
+from groktrace.recording.warning import warn_user
 from groktrace.recording.writer import Writer
 from groktrace.run import layout, loss_tensors, pending
 from groktrace.run.remote import Remote
@@ -60,7 +60,7 @@ class Recorder:
         self._first = self._steps = start
         self._skipped: Tensor | None = None
         self._copied: int | None = None
-        self._due: int | None = None
+        self._pending_step: int | None = None
         self._metrics: dict[str, float] = {}
         self._blocked = self._waited = 0.0
         self._closed = self._within = self._hurried = False
@@ -68,20 +68,20 @@ class Recorder:
         self._hooks: UpdateHooks | None = None
         # An average follows the weights by rules of its own, and of a sharded model a process sees a part.
         probed = writes and not deferred and not capture.sharded
-        self._between = Between(Probe(trained(model, optimizer)) if probed else None)
-        self._others: Others | None = None
+        self._between = BetweenUpdates(WeightProbe(trained(model, optimizer)) if probed else None)
+        self._others: OtherOptimizers | None = None
         self._streak: Streak | None = None  # what was pending at the end
         self._guarded(lambda: self._snapshot(start))
         if optimizer is not None:
             among = frozenset(map(id, model.parameters()))
-            warn = partial(self._warn, "replaced")
-            self._others = Others(optimizer, self._between.read, self._copy_for, self._replace, warn)
+            warn = partial(self._warn_once, "replaced")
+            self._others = OtherOptimizers(optimizer, self._between.read, self._copy_for, self._replace, warn)
             calls = (self._update, self._begin, self._stepped, self._again, self._return)
             self._hooks = UpdateHooks(optimizer, *calls, among)
         if self._writer is not None:
             if not capture.sharded:
-                probe = Probe(trained(model, optimizer))
-                self._writer.idle = Watchdog(probe, self._moment, start, self._warn, optimizer is None).look
+                probe = WeightProbe(trained(model, optimizer))
+                self._writer.idle = Watchdog(probe, self._moment, start, self._warn_once, optimizer is None).look
             pending.register(out, self.flush)
         open_recorders.append(self)
         catch_termination()
@@ -97,7 +97,7 @@ class Recorder:
     def step(self) -> None:
         """Tell of one update; for loops whose optimizer was not given to `watch`."""
         if self._hooks is not None:
-            self._warn("step", "recorder.step() does nothing where watch() was given the optimizer.")
+            self._warn_once("step", "recorder.step() does nothing where watch() was given the optimizer.")
         else:
             self._update(None)
 
@@ -113,17 +113,17 @@ class Recorder:
                     self._metrics[name] = float(value)
                 except Exception as failure:  # that of any type
                     reason = " ".join(str(failure).split())[:120]
-                    self._warn(f"metric {name}", f"log: '{name}' is left out, as it is no number ({reason}).")
+                    self._warn_once(f"metric {name}", f"log: '{name}' is left out, as it is no number ({reason}).")
 
     @property
-    def due(self) -> bool:
+    def has_pending(self) -> bool:
         """Whether a snapshot was deferred and is still to be taken."""
-        return self._due is not None
+        return self._pending_step is not None
 
-    def settle(self) -> None:
+    def take_pending(self) -> None:
         """Take a deferred snapshot now; the next update would do so."""
-        if self.due and not self._inert():
-            self._guarded(self._settle)
+        if self.has_pending and not self._inert():
+            self._guarded(self._take_pending)
 
     def flush(self) -> None:
         """Wait until the snapshots taken so far are written."""
@@ -137,18 +137,18 @@ class Recorder:
         """
         self._close(alone=False)
 
-    def leave(self) -> None:
+    def close_locally(self) -> None:
         """Close where other processes may not: of a sharded model the last step is then not kept."""
         self._close(alone=True)
 
-    def end(self) -> None:
+    def close_on_signal(self) -> None:
         """Close from within a signal handler, whatever it interrupted."""
         if self._closed and self._writer is not None and os.getpid() == self._pid:
             self._writer.close()  # it was being closed
         self._guard = None  # no place to run a network
         self._hurried = True
         self._within |= self._hooks is None  # whether weights and count belong together is then not known
-        self.leave()
+        self.close_locally()
 
     def _close(self, alone: bool) -> None:
         if self._inert():
@@ -163,16 +163,16 @@ class Recorder:
                 self._writer.close()
                 self._report()
                 if self._writer.unsent is not None:
-                    self._warn("unsent", f"what could not be sent to '{self.out}' is in '{self._writer.unsent}'.")
+                    self._warn_once("unsent", f"what could not be sent to '{self.out}' is in '{self._writer.unsent}'.")
         except BaseException:  # Ctrl-C while waiting; the end of the process tries again
             self._closed = False
             raise
         self._model = self._optimizer = self._capture = self._hooks = self._guard = None
-        self._between, self._others = Between(None), None
+        self._between, self._others = BetweenUpdates(None), None
         pending.forget(self.out, self.flush)
         if self in open_recorders:
             open_recorders.remove(self)
-            leave_termination()
+            restore_termination()
 
     def __enter__(self) -> "Recorder":
         return self
@@ -199,8 +199,8 @@ class Recorder:
 
     def _begin(self) -> None:
         """An update begins; until it is counted, the weights belong to no step."""
-        if self._due is not None:
-            self.settle()
+        if self._pending_step is not None:
+            self.take_pending()
         self._within = True
         self._between.begin()
 
@@ -214,7 +214,7 @@ class Recorder:
             self._within = False
             self._between.end()
             if self._is_due() and (not self.deferred or self._hooks is None):
-                self._settle()
+                self._take_pending()
         except Exception as failure:
             self._warn_failure(failure)
 
@@ -228,8 +228,8 @@ class Recorder:
         if self._keep(self._steps):
             counted = self._steps
             if self.steps == counted:
-                self._due = counted
-        return self._due is not None
+                self._pending_step = counted
+        return self._pending_step is not None
 
     def _stepped(self, streak: Streak) -> None:
         """Another optimizer has moved the weights; whether that was an update shows when it is about to do so again."""
@@ -260,25 +260,27 @@ class Recorder:
         self._count(streak.updates, streak.skipped)
         self._between.end_at(after)
         if self._is_due():
-            if copy is not None and copy[0] == self._due:
-                self._due = None
+            if copy is not None and copy[0] == self._pending_step:
+                self._pending_step = None
                 self._snapshot(*copy)
             elif self.deferred or (self._capture is not None and self._capture.sharded):
-                self._settle()
+                self._take_pending()
             else:
-                self._due = None  # what the weights were then is not known any more
+                self._pending_step = None  # what the weights were then is not known any more
 
     def _return(self) -> bool:
         """The optimizer begins its first step after others' were counted: forget those, if none was written."""
-        if self._inert() or self._copied != self._first or self.due:
+        if self._inert() or self._copied != self._first or self.has_pending:
             return False
         self._steps, self._skipped = self._first, None
-        self._warn("returned", "the watched optimizer steps after all: only its steps count, from the first one on.")
+        self._warn_once(
+            "returned", "the watched optimizer steps after all: only its steps count, from the first one on."
+        )
         return True
 
-    def _settle(self) -> None:
+    def _take_pending(self) -> None:
         """Take the snapshot that is due, if one is."""
-        step, self._due = self._due, None
+        step, self._pending_step = self._pending_step, None
         if step is not None:
             self._snapshot(step)
 
@@ -320,7 +322,7 @@ class Recorder:
         """Write down which parameters have begun to train, and tell of changes that were seen late."""
         if capture.begun:
             if names := [f"'{name}'" for name in capture.begun if name.startswith(loss_tensors.PREFIX)]:
-                self._warn(
+                self._warn_once(
                     "adversary",
                     f"another optimizer trains {', '.join(names[:3])}{', ...' if names[3:] else ''} of the loss, "
                     "which now counts as trained for it too; if it is an adversary's, analyse the model's own "
@@ -333,7 +335,7 @@ class Recorder:
                 ", ..." if len(capture.late) > 3 else ""
             )
             since, until = min(a for a, _ in capture.late.values()), max(b for _, b in capture.late.values())
-            self._warn(
+            self._warn_once(
                 "late",
                 f"what does not train was written to, which was seen only now: {names}; snapshots after step {since}, "
                 f"up to step {until}, may hold older values of it.",
@@ -345,7 +347,7 @@ class Recorder:
         writer.make_room()
         self._waited += time.perf_counter() - began
         if self._waited > SILENT_WAIT:
-            self._warn(
+            self._warn_once(
                 "slow",
                 f"training waits for snapshots to be written to '{self.out}', {self._waited:.1f} s so far; a larger "
                 "every= or a faster disk would spare it that.",
@@ -359,10 +361,10 @@ class Recorder:
             return
         for text in guard.check(tensors, gradient):
             writer.mark(step, text)
-            tell(f"at step {step} {text}")
+            warn_user(f"at step {step} {text}")
         if guard.failure is not None:
             self._guard = None
-            tell(f"from step {step} on {guard.failure}")
+            warn_user(f"from step {step} on {guard.failure}")
 
     def _finish(self) -> None:
         if (capture := self._capture) is None:
@@ -372,12 +374,12 @@ class Recorder:
         self._streak = None
         moved = self._between.moved
         if moved:
-            self._due = None
-        self._settle()
+            self._pending_step = None
+        self._take_pending()
         steps = self.steps
         if self._within:
             after = f"the weights after step {steps} are not kept."
-            self._warn("within", f"the end came within an update, or may have: {after}")
+            self._warn_once("within", f"the end came within an update, or may have: {after}")
             return
         if self._writer is not None and not capture.sharded:
             self._writer.wait()  # so that what is there can be seen
@@ -386,10 +388,10 @@ class Recorder:
             self._guarded(lambda: self._tell_changes(capture, self._writer))
         idle = self._writer is not None and not capture.sharded and steps == self._first == self._copied
         if idle and capture.moved():
-            self._warn("idle", f"the weights changed, but no update was seen; {HOW_TO_COUNT}")
+            self._warn_once("idle", f"the weights changed, but no update was seen; {HOW_TO_COUNT}")
         elif moved:
             if not layout.snapshot_path(self._root, steps).exists():
-                self._warn(
+                self._warn_once(
                     "moved",
                     f"after step {steps} the weights changed without an update that was seen, as when the best or "
                     "averaged ones take the place of the last: they are not kept as those of that step. Close the "
@@ -406,7 +408,7 @@ class Recorder:
         if self._capture is None or not self._capture.sharded:
             self._finish()
         elif self._writer is not None and self.steps != self._copied:
-            self._warn("last", "the last step of a sharded model is kept only where every process calls close().")
+            self._warn_once("last", "the last step of a sharded model is kept only where every process calls close().")
 
     def _moment(self) -> tuple[int, bool]:
         """The updates so far, and whether one is being made."""
@@ -422,12 +424,12 @@ class Recorder:
     def _report(self) -> None:
         if self._writer is not None and (failure := self._writer.error) is not None:
             reason = f"{type(failure).__name__}: {failure}"
-            self._warn("writer", f"a snapshot could not be written to '{self.out}' ({reason}); training goes on.")
+            self._warn_once("writer", f"a snapshot could not be written to '{self.out}' ({reason}); training goes on.")
 
     def _warn_failure(self, failure: Exception) -> None:
-        self._warn("recording", f"recording failed ({type(failure).__name__}: {failure}); training goes on.")
+        self._warn_once("recording", f"recording failed ({type(failure).__name__}: {failure}); training goes on.")
 
-    def _warn(self, kind: str, message: str) -> None:
+    def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            tell(message)
+            warn_user(message)

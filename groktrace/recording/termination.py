@@ -16,7 +16,7 @@ def catch_termination() -> None:
         signal.signal(signal.SIGTERM, _terminate)
 
 
-def leave_termination() -> None:
+def restore_termination() -> None:
     """Put SIGTERM back once no recording is open."""
     if _is_main_thread() and not open_recorders and signal.getsignal(signal.SIGTERM) is _terminate:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -31,7 +31,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
     try:
         for recorder in list(open_recorders):
-            recorder.end()
+            recorder.close_on_signal()
     finally:
         os.kill(os.getpid(), number)
 
@@ -40,4 +40,4 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def close_all() -> None:
     """Close what the script has not closed."""
     for recorder in list(open_recorders):
-        recorder.leave()
+        recorder.close_locally()

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from groktrace.recording.tell import tell
 from groktrace.recording.trainers import TrainerRecording, watch_trainer
+from groktrace.recording.warning import warn_user
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -47,7 +47,7 @@ class GroktraceCallback(TrainerRecording, TrainerCallback):
         found = {"train": train_dataloader, "val": _validation(trainer), "batch_loss": _own_loss}
         if trainer is None:
             if args.label_smoothing_factor:
-                tell(
+                warn_user(
                     "the loss is recorded without label smoothing, as the Trainer was not found; give the callback "
                     "batch_loss=."
                 )
@@ -68,7 +68,7 @@ class GroktraceCallback(TrainerRecording, TrainerCallback):
             if control.should_training_stop or state.global_step >= state.max_steps:
                 self.recorder.close()
             else:
-                self.recorder.settle()
+                self.recorder.take_pending()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Close the recording, if the last epoch's end has not."""

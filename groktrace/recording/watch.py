@@ -26,13 +26,13 @@ from groktrace.recording.hooks import hookable
 from groktrace.recording.prepare import Evaluation, describe_run, prepare_evaluation, write_frozen, write_start
 from groktrace.recording.recorder import Recorder, open_recorders
 from groktrace.recording.schedule import check_count, make_schedule
-from groktrace.recording.tell import tell
+from groktrace.recording.warning import warn_user
 from groktrace.recording.writer import remove_leftovers
 from groktrace.run import files, layout
+from groktrace.run.factory import refuse_while_loading
 from groktrace.run.loss_tensors import LossTensors
 from groktrace.run.remote import Remote, is_url
 from groktrace.run.store import WeightSpec, check_info
-from groktrace.run.task import refuse_while_loading
 
 _FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
@@ -111,7 +111,7 @@ def watch(
 
     source = model if weights is None else _check_weights(weights, specs)
     if any("train_mode" in group for group in getattr(optimizer, "param_groups", ())):
-        tell(
+        warn_user(
             "a schedule-free optimizer trains other weights than it evaluates, and those that it trains are kept; for "
             "the others leave optimizer out, and call recorder.step() between optimizer.eval() and optimizer.train()."
         )
@@ -151,7 +151,7 @@ def watch(
             info = describe_run(model, specs, evaluation, optimizer, plan, task, seed)
             try:
                 if write_start(root, info, evaluation):
-                    tell(f"'{place}' held other data than these; the analysis will use the new ones throughout.")
+                    warn_user(f"'{place}' held other data than these; the analysis will use the new ones throughout.")
                 if not sharded:
                     once = write_frozen(root, _frozen(specs, model, source, own))
                 remove_leftovers(root)
@@ -160,11 +160,13 @@ def watch(
             except OSError as failure:
                 raise SettingsError(f"out: '{place}' cannot be written ({failure.strerror or failure}).") from failure
             for note in evaluation.notes:
-                tell(note)
+                warn_user(note)
             if evaluation.problem is not None:
                 reason = " ".join(str(evaluation.problem).split())[:300]
                 hint = task or "package.module:factory"
-                tell(f"model and loss cannot be kept as a program, so analysis will need `--task {hint}` ({reason}).")
+                warn_user(
+                    f"model and loss cannot be kept as a program, so analysis will need `--task {hint}` ({reason})."
+                )
     unreached = evaluation.unreached
     capture = Capture(source, specs, once, trained=model, own=own, optimizer=optimizer, unreached=unreached, step=start)
     guard = None if sharded else evaluation.guard

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from groktrace.errors import TaskError
 from groktrace.run.batch import Batch
-from groktrace.run.operations import draws_numbers
-from groktrace.run.untouched import own_randomness
+from groktrace.run.isolation import seeded_rng
+from groktrace.run.program import draws_random_numbers
 
 FEW = 2
 # Networks of at most this many weights are tried in double precision, in which rounding cannot be taken for more.
@@ -22,7 +22,7 @@ MAX_DOUBLED = 1_000_000
 DRAWS = 4
 
 
-class Probe:
+class LossProbe:
     """A loss on a few samples: without gradients, with fixed random numbers, in double precision where that works.
 
     Args:
@@ -51,7 +51,7 @@ class Probe:
             else:
                 self._doubled = {}
 
-    def on(self, batch: Batch) -> "Probe":
+    def on(self, batch: Batch) -> "LossProbe":
         """The same on other samples."""
         other = copy.copy(self)
         other.batch, other.few = batch, batch.take(slice(0, FEW)).tensors
@@ -89,7 +89,7 @@ class Probe:
         buffers = {name: buffer.clone() for name, buffer in self.forward.named_buffers()}  # the model may move its own
         if self._doubled:
             placed, buffers = [_double(each) for each in placed], {name: _double(b) for name, b in buffers.items()}
-        with torch.no_grad(), own_randomness(seed, self.device), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), seeded_rng(seed, self.device), torch.compiler.set_stance("force_eager"):
             return torch.func.functional_call(self.forward, self._doubled | buffers, tuple(placed))[0]
 
 
@@ -103,11 +103,11 @@ class _RandomCalls(TorchDispatchMode):
         schema = func._schema.arguments
         given = {argument.name: argument.default_value for argument in schema}
         given |= dict(zip((argument.name for argument in schema), args, strict=False)) | passed
-        self.seen = self.seen or draws_numbers(func, given)
+        self.seen = self.seen or draws_random_numbers(func, given)
         return func(*args, **passed)
 
 
-def check_mean(probe: Probe) -> None:
+def check_mean(probe: LossProbe) -> None:
     """Refuse a loss that grows with the number of samples: ΔF would be too large by as much.
 
     Samples that come twice and three times leave a mean as it is. A sum, also with a penalty on the weights beside it,
@@ -138,7 +138,7 @@ def check_mean(probe: Probe) -> None:
         )
 
 
-def check_repeatable(probe: Probe) -> None:
+def check_repeatable(probe: LossProbe) -> None:
     """Refuse a loss that is not the same each time at the same weights and samples.
 
     Raises:
@@ -156,7 +156,7 @@ def check_repeatable(probe: Probe) -> None:
         )
 
 
-def sample_axis_note(probe: Probe, what: str) -> str | None:
+def sample_axis_note(probe: LossProbe, what: str) -> str | None:
     """A sentence where the first axis does not look like that of the samples, whose order must not matter.
 
     Args:
@@ -195,14 +195,14 @@ def shared_second_axis(tensors: Sequence[Tensor]) -> int | None:
     return sizes.pop() if len(sizes) == 1 and min(sizes) > 1 else None
 
 
-def _second_axis_fits(probe: Probe, tensors: Sequence[Tensor]) -> bool:
+def _second_axis_fits(probe: LossProbe, tensors: Sequence[Tensor]) -> bool:
     try:
         return _halves_agree(probe, [tensor[:, : 2 * FEW] for tensor in tensors], 1)
     except Exception:  # an axis of features, say
         return False
 
 
-def _halves_agree(probe: Probe, tensors: Sequence[Tensor], axis: int) -> bool:
+def _halves_agree(probe: LossProbe, tensors: Sequence[Tensor], axis: int) -> bool:
     """Whether the loss is the mean of that of two halves along an axis, in either order."""
     half = tensors[0].shape[axis] // 2
     left, right = ([each.narrow(axis, start, half) for each in tensors] for start in (0, half))

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from groktrace.errors import TaskError
 from groktrace.run.batch import Batch, check_lengths, flatten, unflatten
+from groktrace.run.isolation import seeded_rng
 from groktrace.run.samplers import trained_indices
-from groktrace.run.untouched import own_randomness
 
 # A list of more tensors of one shape than this is no batch's list of inputs and targets.
 MOST_LEAVES = 8
@@ -61,7 +61,7 @@ def collect(data: Any, what: str, max_samples: int, seed: int, fits: Fits | None
     wanted = indices if isinstance(index, slice) else [indices[i] for i in index.tolist()]
     if merge is not default_collate:
         _check_collation(dataset, wanted[:3], merge, what, seed)
-    with own_randomness(seed):
+    with seeded_rng(seed):
         items = _merge([dataset[i] for i in wanted], merge, what)
     tensors, structure = _flatten_merged(items)
     found = check_lengths(
@@ -88,7 +88,7 @@ def random_samples_note(data: Any, what: str) -> str | None:
     try:
         dataset, indices, merge = _source(data, what)
         for seed in (1, 2):
-            with own_randomness(seed):
+            with seeded_rng(seed):
                 reads.append(_flatten_merged(merge([dataset[i] for i in indices[:2]]))[0])
         if all(a.shape == b.shape and _equal(a, b) for a, b in zip(*reads, strict=True)):
             return None
@@ -160,7 +160,7 @@ def _check_collation(
     shapes = []
     for count in (len(indices) - 1, len(indices)):
         if count > 0:
-            with own_randomness(seed):  # read anew: a collate_fn may use its samples up
+            with seeded_rng(seed):  # read anew: a collate_fn may use its samples up
                 items = _merge([dataset[i] for i in indices[:count]], merge, what)
             shapes.append((count, [tuple(tensor.shape) for tensor in _flatten_merged(items)[0]]))
     for leaf, shape in enumerate(shapes[-1][1]):

@@ -42,7 +42,7 @@ _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNO
 
 
 @contextlib.contextmanager
-def appearing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A new file that becomes `path` once the body has written it, so that a reader sees the whole file or none of it.
 
     The body writes a temporary file in the same folder and syncs it (`sync`); then it is renamed. Whoever calls this
@@ -117,7 +117,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 def _write(path: Path, data: bytes) -> None:
     """`write_file` without the folder; one descriptor, as each call takes time from a training beside it."""
-    with appearing(path) as temporary, open(temporary, "xb", buffering=0) as file:
+    with atomic_write(path) as temporary, open(temporary, "xb", buffering=0) as file:
         left = memoryview(data)
         while left:  # a system may take less at a time
             left = left[file.write(left) :]
@@ -126,12 +126,12 @@ def _write(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, whole or not at all, an object with its digest; NaN and infinities are refused."""
-    value = sealed(value) if isinstance(value, dict) else value
+    value = with_digest(value) if isinstance(value, dict) else value
     write_file(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
-def sealed(value: dict[str, Any]) -> dict[str, Any]:
-    """The object with a digest of its other entries, which `unsealed` verifies."""
+def with_digest(value: dict[str, Any]) -> dict[str, Any]:
+    """The object with a digest of its other entries, which `verified` verifies."""
     content = {name: entry for name, entry in value.items() if name != DIGEST_KEY}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return {**content, DIGEST_KEY: hashlib.sha256(text.encode()).hexdigest()}
@@ -151,15 +151,15 @@ def parse_json(data: bytes) -> Any:
     return json.loads(data.decode(), parse_constant=_refuse_number, parse_float=_finite_number)
 
 
-def unsealed(value: Any) -> Any:
-    """The inverse of `sealed`; what has no digest, as in older recordings, stays as it is.
+def verified(value: Any) -> Any:
+    """The inverse of `with_digest`; what has no digest, as in older recordings, stays as it is.
 
     Raises:
         ValueError: it does not match its digest.
     """
     if not isinstance(value, dict) or DIGEST_KEY not in value:
         return value
-    if value[DIGEST_KEY] != sealed(value)[DIGEST_KEY]:
+    if value[DIGEST_KEY] != with_digest(value)[DIGEST_KEY]:
         raise ValueError("it does not match its digest")
     return {name: entry for name, entry in value.items() if name != DIGEST_KEY}
 
@@ -191,7 +191,7 @@ def read_json(path: Path, error: type[GroktraceError] = RunError) -> Any:
     """
     value = read_unverified(path, error)
     try:
-        return unsealed(value)
+        return verified(value)
     except ValueError as failure:
         raise error(f"{path}: {failure}; the file is damaged or was changed by hand.") from failure
 
@@ -237,12 +237,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     if pairs := [name for name, tensor in tensors.items() if tensor.dtype == torch.complex128]:
         tensors |= {name: torch.view_as_real(tensors[name]) for name in pairs}
         metadata = metadata | {PAIRS_KEY: json.dumps(pairs)}
-    metadata = sealed(metadata | {"digests": json.dumps({name: digest(tensor) for name, tensor in tensors.items()})})
+    metadata = with_digest(
+        metadata | {"digests": json.dumps({name: digest(tensor) for name, tensor in tensors.items()})}
+    )
     if sum(tensor.nbytes for tensor in tensors.values()) < SMALL_BYTES:
         data = save(tensors, metadata)  # the quicker way, at the price of a copy or two
         _write(path, data)
         return len(data)
-    with appearing(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)  # straight from the tensors, without a copy
         except SafetensorError as failure:  # its name for what the file system refused
@@ -289,7 +291,7 @@ def _header(path: Path, file: BinaryIO, error: type[GroktraceError]) -> dict[str
 
 
 def _metadata(header: dict[str, Any]) -> dict[str, str]:
-    metadata = unsealed(header.get("__metadata__", {}))
+    metadata = verified(header.get("__metadata__", {}))
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("expected texts as metadata")
     return metadata

@@ -55,7 +55,7 @@ NO_TENSORS = LossTensors()
 @contextlib.contextmanager
 def buffers_noted(function: Any) -> Iterator[set[int]]:
     """The ids of a loss's buffers that the body, in which it trains, moves; filled in afterwards, and put back."""
-    modules = [value for _, value in held_by(function) if isinstance(value, nn.Module)]
+    modules = [value for _, value in reachable_tensors(function) if isinstance(value, nn.Module)]
     parts = [(part, part.training) for module in modules for part in module.modules()]
     buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     moved: set[int] = set()
@@ -83,7 +83,7 @@ def find_loss_tensors(function: Any, model: nn.Module, seen: set[int], moved: se
     Args:
         function: the loss.
         model: the network, whose tensors keep their own names.
-        seen: ids of the tensors that the loss uses, see `Used`.
+        seen: ids of the tensors that the loss uses, see `UsedTensors`.
         moved: ids of the buffers that it moves, see `buffers_noted`.
     """
     mine = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
@@ -101,7 +101,7 @@ def find_loss_tensors(function: Any, model: nn.Module, seen: set[int], moved: se
             name += "_"
         return name
 
-    for path, value in held_by(function):
+    for path, value in reachable_tensors(function):
         if isinstance(value, nn.Module):
             start = f"{prefix}{path}." if path else prefix
             wanted = seen if any(True for _ in value.parameters()) else moved
@@ -130,7 +130,7 @@ def _memory(tensor: Tensor) -> int | None:
         return None
 
 
-class Used(TorchFunctionMode):
+class UsedTensors(TorchFunctionMode):
     """Notes which tensors are used while it is active, and whether pairs are seen as complex numbers.
 
     Attributes:
@@ -152,7 +152,7 @@ class Used(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def held_by(function: Any) -> Iterator[tuple[str, nn.Module | Tensor]]:
+def reachable_tensors(function: Any) -> Iterator[tuple[str, nn.Module | Tensor]]:
     """The modules and tensors that a function can reach by names of its own, each with a path of such names."""
     yield from _walk(function, "", MAX_DEPTH, set(), iter(range(MAX_VALUES)), whole=True)
 

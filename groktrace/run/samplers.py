@@ -19,7 +19,7 @@ from torch.utils.data import (
 )
 
 from groktrace.errors import TaskError
-from groktrace.run.untouched import own_randomness
+from groktrace.run.isolation import seeded_rng
 
 # Two passes over an unknown sampler, each with its own random numbers.
 _PASSES = (1, 2)
@@ -99,7 +99,7 @@ def _found(sampler: Iterable[Any], dataset: Any, what: str, in_batches: bool) ->
         held = [dataset, *(value for value in getattr(sampler, "__dict__", {}).values() if isinstance(value, Dataset))]
         duplicate = copy.deepcopy(sampler, {id(each): each for each in held})
         for seed in _PASSES:
-            with own_randomness(seed):
+            with seeded_rng(seed):
                 passes.append(_one_pass(duplicate, len(dataset), in_batches))
     except Exception as failure:  # a sampler of the user's may fail in any way
         raise TaskError(

@@ -255,12 +255,15 @@ class Run:
                 f"a function that returns groktrace.Task.from_model(model, loss=...{data})."
             )
         document, data = read_json(program_path), self.data
-        if not isinstance(document, dict) or not isinstance(document.get("offset_free"), bool):
+        document = document if isinstance(document, dict) else {}
+        # "offset_free" in recordings by older versions.
+        shift_invariant = document.get("shift_invariant", document.get("offset_free"))
+        if not isinstance(shift_invariant, bool):
             raise RunError(f"{program_path}: not a groktrace program.")
         program = Program.from_json(document, data.constants, where=str(program_path))
         if missing := [name for name in program.weights if name not in self.specs]:
             raise RunError(f"{program_path}: uses the weight '{missing[0]}', which {layout.RUN_FILE} does not list.")
-        return Task(program.forward, data.train, data.val, data.n, document["offset_free"])
+        return Task(program.forward, data.train, data.val, data.n, shift_invariant)
 
 
 def _read_batch(entry: Any, name: str, tensors: dict[str, Tensor], path: Path) -> Batch:

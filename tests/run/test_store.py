@@ -42,7 +42,7 @@ DATA = {
 def program():
     train, _ = collect((DATA["train.0"], DATA["train.1"]), "train", 100, 0)
     traced = Program.trace(make_forward(nn.Linear(3, 2), "mse", None, train), train)
-    return traced.to_json() | {"offset_free": False}
+    return traced.to_json() | {"shift_invariant": False}
 
 
 def write_snapshot(root, step, tensors=WEIGHTS, **metadata):
@@ -392,7 +392,7 @@ def test_the_task_is_that_of_the_recording(whole):
     expected = nn.functional.linear(DATA["train.0"], WEIGHTS["weight"], WEIGHTS["bias"])
     assert torch.equal(outputs, expected)
     assert torch.equal(loss, nn.functional.mse_loss(expected, DATA["train.1"]))
-    assert (task.n, len(task.train), len(task.val), task.offset_free) == (9, 4, 1, False)
+    assert (task.n, len(task.train), len(task.val), task.shift_invariant) == (9, 4, 1, False)
     assert all(torch.equal(a, b) for a, b in zip(task.val.nested(), (DATA["val.0"], DATA["val.1"]), strict=True))
 
 
@@ -417,8 +417,8 @@ def test_a_recording_that_kept_no_task_says_what_to_pass(whole, missing, hint, n
     [
         ([], r"program\.json: not a groktrace program"),
         ({}, r"program\.json: not a groktrace program"),
-        ({"offset_free": 1}, r"program\.json: not a groktrace program"),
-        ({"offset_free": True}, r"program\.json: not a program that groktrace wrote"),
+        ({"shift_invariant": 1}, r"program\.json: not a groktrace program"),
+        ({"shift_invariant": True}, r"program\.json: not a program that groktrace wrote"),
     ],
 )
 def test_a_damaged_program_is_named(whole, document, message):

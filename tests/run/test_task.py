@@ -10,7 +10,8 @@ from torch.nn import functional
 import groktrace
 from groktrace.errors import TaskError
 from groktrace.run.batch import Batch
-from groktrace.run.task import Task, load_factory
+from groktrace.run.factory import load_factory
+from groktrace.run.task import Task
 
 N = 12
 
@@ -46,7 +47,7 @@ def test_named_losses_are_those_of_torch(name, function, classes):
     loss, outputs = task.forward(weights_of(model), task.train.tensors)
     assert torch.equal(outputs, model(train[0]))
     assert torch.equal(loss, function(model(train[0]), train[1]))
-    assert (task.n, len(task.train), len(task.val), task.offset_free) == (N, N, 5, False)
+    assert (task.n, len(task.train), len(task.val), task.shift_invariant) == (N, N, 5, False)
 
 
 def test_the_loss_is_a_function_of_the_given_weights():
@@ -185,7 +186,7 @@ def test_losses_that_ignore_an_offset_are_recognised(loss, expected, scale, outp
         for parameter in model.parameters():
             parameter.mul_(output_scale)
     x, y = data()
-    assert Task.from_model(model, train=(x, scale * y), loss=loss).offset_free is expected
+    assert Task.from_model(model, train=(x, scale * y), loss=loss).shift_invariant is expected
 
 
 def test_a_converged_fit_still_sees_an_offset():
@@ -196,34 +197,34 @@ def test_a_converged_fit_still_sees_an_offset():
     with torch.no_grad():
         model[0].weight.copy_(solution[:4].T)
         model[0].bias.copy_(solution[4])
-    assert not Task.from_model(model, train=(x, y), loss="mse").offset_free
-    assert Task.from_model(model, train=(x, model(x).detach()), loss=centred).offset_free
+    assert not Task.from_model(model, train=(x, y), loss="mse").shift_invariant
+    assert Task.from_model(model, train=(x, model(x).detach()), loss=centred).shift_invariant
 
 
 def test_losses_of_classes_see_an_offset():
-    assert not Task.from_model(network(), train=data(classes=True), loss="cross_entropy").offset_free
+    assert not Task.from_model(network(), train=data(classes=True), loss="cross_entropy").shift_invariant
     weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
-    assert not Task.from_model(network(), train=data(classes=True), loss=weighted).offset_free
+    assert not Task.from_model(network(), train=data(classes=True), loss=weighted).shift_invariant
 
 
 def test_outputs_that_must_stay_in_a_range_are_not_moved_out_of_it():
     x, y = data()
     task = Task.from_model(network(nn.Sigmoid()), train=(x, y.sigmoid()), loss=functional.binary_cross_entropy)
-    assert not task.offset_free
+    assert not task.shift_invariant
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_an_offset_is_recognised_in_every_precision(dtype):
     x, y = (tensor.to(dtype) for tensor in data())
-    assert Task.from_model(network().to(dtype), train=(x, y), loss=centred).offset_free
-    assert not Task.from_model(network().to(dtype), train=(x, y), loss="mse").offset_free
+    assert Task.from_model(network().to(dtype), train=(x, y), loss=centred).shift_invariant
+    assert not Task.from_model(network().to(dtype), train=(x, y), loss="mse").shift_invariant
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (N, 3, 1)])
 def test_other_outputs_are_not_asked_for_an_offset(shape):
     x, y = torch.randn(shape[0], 4), torch.randn(shape)
     model = network() if len(shape) == 2 else network(nn.Unflatten(1, (3, 1)))
-    assert not Task.from_model(model, train=(x, y), loss=centred).offset_free
+    assert not Task.from_model(model, train=(x, y), loss=centred).shift_invariant
 
 
 class Wrapped(nn.Module):
@@ -257,7 +258,7 @@ def test_outputs_that_are_no_tensor_stay_with_the_loss():
     loss, outputs = task.forward(weights_of(model), task.train.tensors)
     assert outputs is None
     assert torch.equal(loss, functional.mse_loss(model.linear(x * x), y))
-    assert not task.offset_free
+    assert not task.shift_invariant
 
 
 def test_models_that_compute_their_own_loss():
@@ -268,7 +269,7 @@ def test_models_that_compute_their_own_loss():
     loss, outputs = task.forward(weights_of(model), task.train.tensors)
     assert outputs is None
     assert torch.equal(loss, functional.mse_loss(model(x), y))
-    assert not task.offset_free
+    assert not task.shift_invariant
 
 
 @pytest.fixture
@@ -396,7 +397,7 @@ def test_a_task_without_data_takes_those_it_is_given():
     assert (bare.train, bare.val, bare.n) == (None, None, None)
     own = Task.from_model(model, train=(x, y), loss="mse", val=(x[:3], y[:3]))
     bound = bare.with_data(own.train, own.val, 1000)
-    assert (bound.n, bound.train, bound.val, bound.offset_free) == (1000, own.train, own.val, own.offset_free)
+    assert (bound.n, bound.train, bound.val, bound.shift_invariant) == (1000, own.train, own.val, own.shift_invariant)
     given, wanted = (task.forward(weights_of(model), own.train.tensors)[0] for task in (bound, own))
     assert torch.equal(given, wanted)
     assert own.with_data(own.val, None, 3) is own

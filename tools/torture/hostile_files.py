@@ -32,7 +32,7 @@ from groktrace.analysis.replay import analyze, latest_trajectory
 from groktrace.errors import GroktraceError
 from groktrace.reporting import console, csv
 from groktrace.reporting.series import Events, Series
-from groktrace.run import demand
+from groktrace.run.program import bounds
 from groktrace.run.store import open_run
 from tools.torture.strange_files import KINDS, Case, damages, strange
 
@@ -280,8 +280,8 @@ def work(root: Path, start: int, count: int, seed: int, stride: int, progress: A
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     faulthandler.enable()
-    demand.memory_limit = lambda device: PROGRAM_MEMORY
-    demand.MAX_WORK["cpu"] = PROGRAM_WORK
+    bounds.memory_limit = lambda device: PROGRAM_MEMORY
+    bounds.MAX_WORK["cpu"] = PROGRAM_WORK
     bench = Bench(root)
     with open(log, "a") as lines:
         for i, (group, case) in enumerate(every_case(root, count, seed, stride)):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from groktrace.run import files, layout
-from groktrace.run.operations import RandomError, RefusedError, find_operation
+from groktrace.run.program.allow_list import RandomError, RefusedError, find_operation
 
 KINDS = ("run.json", "program.json", "analysis", "safetensors")
 
@@ -159,7 +159,7 @@ def written(document: Any, draw: random.Random) -> bytes:
     """The document as JSON, nearly always with a digest that fits; sometimes with a few bytes changed."""
     with contextlib.suppress(ValueError, UnicodeEncodeError):
         if isinstance(document, dict) and draw.random() < 0.95:
-            document = files.sealed(document)
+            document = files.with_digest(document)
     deep = draw.choice([100, 5000, 100_000])
     data = bytearray(json.dumps(document).encode().replace(b'"deep"', b"[" * deep + b"]" * deep))
     if draw.random() < 0.1:
@@ -267,7 +267,7 @@ def header_changed(whole: bytes, draw: random.Random) -> bytes:
                 about[name] = json.dumps(mutate(json.loads(about[name]), draw))
         header["__metadata__"] = mutate(about, draw) if draw.random() < 0.5 else about
         with contextlib.suppress(ValueError, TypeError):
-            header["__metadata__"] = files.sealed(header["__metadata__"])
+            header["__metadata__"] = files.with_digest(header["__metadata__"])
     else:
         header = mutate(header, draw)
     text = json.dumps(header).encode()

@@ -191,7 +191,7 @@ def test_the_users_own_line_is_named():
         trace(branching)
     number = branching.__code__.co_firstlineno + 2
     line = linecache.getline(__file__, number).strip()
-    assert f"at test_verify.py:{number}: `{line}`" in str(caught.value)
+    assert f"at test_verification.py:{number}: `{line}`" in str(caught.value)
     assert "it depends on what a tensor holds" in str(caught.value)
     assert "zuf" not in str(caught.value)
 
@@ -200,5 +200,5 @@ def test_the_line_within_the_model_is_named():
     def activation(x):
         return x if x.sum() > 0 else -x
 
-    with pytest.raises(TaskError, match=r"at test_verify.py:\d+: `return x if x.sum\(\) > 0 else -x`"):
+    with pytest.raises(TaskError, match=r"at test_verification.py:\d+: `return x if x.sum\(\) > 0 else -x`"):
         trace("mse", activation)

@@ -15,7 +15,7 @@ def variants(values: list[Any]) -> list[list[Any]]:
     """What the numbers might have been as well.
 
     Args:
-        values: as `noted` gave them.
+        values: as `recorded` gave them.
     """
     return [[_other(value, i) for value in values] for i in range(4)]
 
@@ -31,7 +31,7 @@ def _other(value: Any, i: int) -> Any:
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[list[Any]]:
+def recorded() -> Iterator[list[Any]]:
     """A list of the numbers that the user's code reads while the body runs."""
     values: list[Any] = []
 
@@ -45,11 +45,11 @@ def noted() -> Iterator[list[Any]]:
 
 
 @contextlib.contextmanager
-def given(values: list[Any]) -> Iterator[None]:
+def replayed(values: list[Any]) -> Iterator[None]:
     """Have the user's code read these numbers, over and over, while the body runs.
 
     Args:
-        values: in order, as `noted` gave them.
+        values: in order, as `recorded` gave them.
     """
     count = 0
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groktrace.run.forward import Forward
-from groktrace.run.operations import RefusedError
+from groktrace.run.model_with_loss import ModelWithLoss
+from groktrace.run.program.allow_list import RefusedError
 from groktrace.run.views import View, find_view
 
 INDEX = ".index"  # at the end of the names of constants that number the elements of a view
@@ -27,7 +27,7 @@ class Inputs:
         constants: the constants among them.
     """
 
-    def __init__(self, plain: Forward, signature: Any, lifted: Mapping[str, Any]) -> None:
+    def __init__(self, plain: ModelWithLoss, signature: Any, lifted: Mapping[str, Any]) -> None:
         self.entries: list[dict[str, Any]] = []
         self.constants: dict[str, Tensor] = {}
         self._views = plain.views

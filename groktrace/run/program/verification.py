@@ -13,16 +13,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from groktrace.attention import twice_differentiable
 from groktrace.run.batch import Batch
-from groktrace.run.forward import Forward
-from groktrace.run.graph import Graph
-from groktrace.run.inputs import INDEX
-from groktrace.run.operations import RandomError, RefusedError
+from groktrace.run.model_with_loss import ModelWithLoss
+from groktrace.run.program.allow_list import RandomError, RefusedError
+from groktrace.run.program.graph import Graph
+from groktrace.run.program.inputs import INDEX
 
 _SYMBOL = re.compile(r"\b(?:[us]|zuf|zf)\d+\b")  # of the tracer, for numbers and sizes that it does not know
 _OWN_BACKWARD = "does it hold a custom autograd.Function?"
 
 
-def verify(graph: Graph, plain: Forward, example: Batch, weights: Mapping[str, Tensor] | None = None) -> None:
+def verify(graph: Graph, plain: ModelWithLoss, example: Batch, weights: Mapping[str, Tensor] | None = None) -> None:
     """Compare loss and gradient with those of the live model.
 
     Args:
@@ -86,7 +86,7 @@ def verify(graph: Graph, plain: Forward, example: Batch, weights: Mapping[str, T
             verify(graph, plain, example, perturbed(plain, scale))
 
 
-def perturbed(plain: Forward, scale: float) -> dict[str, Tensor]:
+def perturbed(plain: ModelWithLoss, scale: float) -> dict[str, Tensor]:
     """Other weights, by the model's own names; without those that lie in the memory of these.
 
     Args:

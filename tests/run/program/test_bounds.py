@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from groktrace.errors import TaskError
-from groktrace.run import demand
-from groktrace.run.program import Program
+from groktrace.run.program import Program, bounds
 
 W, X = {"ref": 0}, {"ref": 1}
 
@@ -47,7 +46,7 @@ def test_doubling_a_hundred_times_is_refused_before_it_is_done(target):
 
 
 def test_what_is_inside_of_an_operation_counts(monkeypatch):
-    monkeypatch.setattr(demand, "memory_limit", lambda device: 10**6)
+    monkeypatch.setattr(bounds, "memory_limit", lambda device: 10**6)
     few = [node("aten.unsqueeze.default", X, 0)]
     attention = [*few, node("aten.scaled_dot_product_attention.default", last(few), last(few), last(few))]
     assert evaluate(attention) == 12
@@ -56,7 +55,7 @@ def test_what_is_inside_of_an_operation_counts(monkeypatch):
 
 
 def test_values_that_are_dead_count_no_more(monkeypatch):
-    monkeypatch.setattr(demand, "memory_limit", lambda device: 3 * 4 * 12_000)
+    monkeypatch.setattr(bounds, "memory_limit", lambda device: 3 * 4 * 12_000)
     nodes = [node("aten.tanh.default", X)]
     for _ in range(20):
         nodes.append(node("aten.tanh.default", last(nodes)))
@@ -64,7 +63,7 @@ def test_values_that_are_dead_count_no_more(monkeypatch):
 
 
 def test_work_without_memory_is_refused(monkeypatch):
-    monkeypatch.setitem(demand.MAX_WORK, "cpu", 10**7)
+    monkeypatch.setitem(bounds.MAX_WORK, "cpu", 10**7)
     with pytest.raises(TaskError, match=r"takes more than 1e\+07 operations, at aten.sum.default"):
         evaluate([node("aten.expand.default", W, [2**10, 2**10, 3])])
     product = [node("aten.mm.default", {"ref": 2}, X)]
@@ -73,7 +72,7 @@ def test_work_without_memory_is_refused(monkeypatch):
 
 
 def test_factories_count_and_make_nothing(monkeypatch):
-    monkeypatch.setattr(demand, "memory_limit", lambda device: 10**6)
+    monkeypatch.setattr(bounds, "memory_limit", lambda device: 10**6)
     with pytest.raises(TaskError, match=r"asks for .* at aten.zeros.default"):
         evaluate([node("aten.zeros.default", [2**20])])
 
@@ -81,7 +80,7 @@ def test_factories_count_and_make_nothing(monkeypatch):
 def test_a_limit_of_the_process_is_a_limit_of_the_memory(monkeypatch):
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(resource, "getrlimit", lambda which: (2**24, -1))
-    assert demand.memory_limit(torch.device("cpu")) == 2**23
+    assert bounds.memory_limit(torch.device("cpu")) == 2**23
 
 
 @pytest.mark.parametrize("target", ["aten.tanh.default", "aten.argmax.default"])
@@ -94,7 +93,7 @@ def test_a_loss_that_is_no_real_number_is_refused(target):
 
 
 def test_what_depends_on_values_is_counted_as_it_goes(monkeypatch):
-    monkeypatch.setattr(demand, "memory_limit", lambda device: 10**6)
+    monkeypatch.setattr(bounds, "memory_limit", lambda device: 10**6)
     mask = [node("aten.gt.Scalar", X, 0), node("aten.index.Tensor", X, [{"ref": 2}])]
     assert evaluate(mask) == 12
     grown = list(mask)
@@ -117,7 +116,7 @@ def test_values_that_are_sizes_are_looked_at(target, count):
 
 def test_small_programs_do_not_wait_for_the_compiler():
     code = (
-        "import sys, torch; sys.path.insert(0, 'tests/run'); import test_demand as t; "
+        "import sys, torch; sys.path.insert(0, 'tests/run/program'); import test_bounds as t; "
         "t.evaluate(t.doubled('aten.cat.default', 5)); sys.exit('torch._dynamo' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3]).returncode == 0

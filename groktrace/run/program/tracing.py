@@ -1,4 +1,4 @@
-"""The loss as a program: traced from the live model by torch.export, which nothing else touches, and kept as JSON."""
+"""Trace model and loss in place by torch.export, and write the trace down as a graph in JSON."""
 
 import builtins
 import cmath
@@ -7,157 +7,64 @@ import io
 import json
 import logging
 import math
-import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
-from groktrace.errors import RunError, TaskError
-from groktrace.run import numbers
+from groktrace.errors import TaskError
 from groktrace.run.batch import Batch
-from groktrace.run.forward import Forward, evaluation_mode
-from groktrace.run.graph import FORMAT, Graph, build
-from groktrace.run.inputs import Inputs
-from groktrace.run.operations import ARITHMETIC_NAMES, RandomError, RefusedError
-from groktrace.run.verify import explain, perturbed, verify
+from groktrace.run.isolation import eager_and_unfused
+from groktrace.run.model_with_loss import ModelWithLoss, evaluation_mode
+from groktrace.run.program import scalar_reads
+from groktrace.run.program.allow_list import ARITHMETIC_NAMES, RandomError, RefusedError
+from groktrace.run.program.graph import FORMAT, Graph, build
+from groktrace.run.program.inputs import Inputs
+from groktrace.run.program.verification import explain, perturbed, verify
 
 EXAMPLE_SAMPLES = 32
 
 
-@dataclass(frozen=True, eq=False)
-class Program:
-    """Model and loss as a graph of ATen calls.
+def trace(forward: ModelWithLoss, batch: Batch) -> Graph:
+    """Trace model and loss in place; weights, flags, gradients and random generators stay as they are.
 
-    Attributes:
-        graph: the calls, checked and ready.
-        where: the file that it was read from, for messages.
+    Args:
+        forward: model and loss.
+        batch: training samples; a few serve as the example.
+
+    Returns:
+        The graph, rebuilt from its own JSON and verified against the live model. Its batch size is free where that can
+        be traced, and else the size of `batch`.
+
+    Raises:
+        TaskError: model and loss cannot be traced, or are not a function of weights and data alone.
     """
-
-    graph: Graph
-    where: str | None = None
-
-    @property
-    def static_batch(self) -> int | None:
-        """The only size of batches that it takes; None where that is free."""
-        return self.graph.document["static_batch"]
-
-    @property
-    def constants(self) -> dict[str, Tensor]:
-        """Tensors that the program needs and that are neither weights nor data."""
-        return self.graph.constants
-
-    @property
-    def weights(self) -> list[str]:
-        """Names of the weights that the program uses."""
-        return [entry["weight"] for entry in self.graph.document["inputs"] if "weight" in entry]
-
-    def forward(self, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Loss and outputs on one batch.
-
-        Args:
-            weights: parameters and buffers by the model's own names; names the program does not use are ignored.
-            tensors: the batch's leaves.
-
-        Returns:
-            The mean loss, and the model's outputs if they are one tensor.
-
-        Raises:
-            TaskError: a weight or a batch tensor is missing, or the batch has a size the program was not traced for.
-        """
+    model = getattr(forward.model, "_orig_mod", forward.model)
+    plain = ModelWithLoss(model, forward.loss, forward.batch_loss, forward.structure)
+    plain.adopt(forward.own)
+    device = next(model.parameters(), batch.tensors[0]).device
+    # A trace burns in sizes of one, so a single sample is doubled.
+    few = batch.take(slice(0, EXAMPLE_SAMPLES) if len(batch) > 1 else torch.tensor([0, 0], device="cpu"))
+    with eager_and_unfused(device), _quiet(), evaluation_mode(plain):
         try:
-            return self.graph.run(weights, tensors)
-        except TaskError as failure:
-            if self.where is None:
-                raise
-            raise TaskError(f"{self.where}: {failure}") from failure
-
-    def to_json(self) -> dict[str, Any]:
-        """The program as plain JSON, without its constants; `groktrace.run.graph` says what is in it."""
-        return json.loads(json.dumps(self.graph.document))
-
-    @classmethod
-    def from_json(cls, document: Any, constants: dict[str, Tensor], where: str) -> "Program":
-        """Rebuild a program; the document is taken as hostile.
-
-        Args:
-            document: what `to_json` returned; further keys beside its own are ignored.
-            constants: the program's constants.
-            where: the file's name, for messages.
-
-        Raises:
-            RunError: the document is damaged or calls something that is not allowed.
-        """
-        try:
-            return cls(build(document, constants), where)
-        except (RefusedError, RandomError) as failure:
-            raise RunError(f"{where}: not a program that groktrace wrote: {failure}.") from failure
-
-    @classmethod
-    def trace(cls, forward: Forward, batch: Batch) -> "Program":
-        """Trace model and loss in place; weights, flags, gradients and random generators stay as they are.
-
-        Args:
-            forward: model and loss.
-            batch: training samples; a few serve as the example.
-
-        Returns:
-            The program, rebuilt from its own JSON and checked against the live model. Its batch size is free where
-            that can be traced, and else the size of `batch`.
-
-        Raises:
-            TaskError: model and loss cannot be traced, or are not a function of weights and data alone.
-        """
-        model = getattr(forward.model, "_orig_mod", forward.model)
-        plain = Forward(model, forward.loss, forward.batch_loss, forward.structure)
-        plain.adopt(forward.own)
-        device = next(model.parameters(), batch.tensors[0]).device
-        # Sizes of one are burnt into a trace, so a single sample is doubled.
-        few = batch.take(slice(0, EXAMPLE_SAMPLES) if len(batch) > 1 else torch.tensor([0, 0], device="cpu"))
-        with undisturbed(device), _quiet(), evaluation_mode(plain):
             try:
-                try:
-                    return cls(_trace_somehow(plain, few.to(device), batch.to(device)))
-                except RandomError:
-                    raise
-                except Exception as failure:
-                    return cls(_trace_with_numbers(plain, few.to(device), batch.to(device), failure))
-            except RandomError as failure:
-                raise TaskError(f"the loss is not a function of the weights alone: {failure}.") from failure
-            except RefusedError as failure:
-                raise TaskError(f"the model and loss cannot be recorded as a program: {failure}.") from failure
+                return _trace_any_size(plain, few.to(device), batch.to(device))
+            except RandomError:
+                raise
             except Exception as failure:
-                reason = explain(failure)
-                raise TaskError(f"the model and loss cannot be traced by torch.export ({reason}).") from failure
+                return _trace_with_scalar_reads(plain, few.to(device), batch.to(device), failure)
+        except RandomError as failure:
+            raise TaskError(f"the loss is not a function of the weights alone: {failure}.") from failure
+        except RefusedError as failure:
+            raise TaskError(f"the model and loss cannot be recorded as a program: {failure}.") from failure
+        except Exception as failure:
+            reason = explain(failure)
+            raise TaskError(f"the model and loss cannot be traced by torch.export ({reason}).") from failure
 
 
-def traced_forward(forward: Forward, batch: Batch) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
-    """Model and loss as a program, in which other tensors can be put in the place of those that the loss holds.
-
-    None, and a warning, where it cannot be traced.
-    """
-    try:
-        program = Program.trace(forward, batch)
-    except TaskError as failure:
-        warnings.warn(
-            f"groktrace: the loss holds tensors that train, or the model's own, and stays as it is when these move "
-            f"({failure}); make it a torch.nn.Module with parameters, or a function of outputs and targets.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return None
-    if forward.model is getattr(forward.model, "_orig_mod", forward.model):
-        return program.forward
-    return lambda weights, tensors: program.forward(
-        {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}, tensors
-    )
-
-
-def _trace_somehow(plain: Forward, few: Batch, batch: Batch) -> Graph:
+def _trace_any_size(plain: ModelWithLoss, few: Batch, batch: Batch) -> Graph:
     """The graph, for batches of any size if that can be had."""
     try:
         return _trace(plain, few, dynamic=True)
@@ -167,7 +74,7 @@ def _trace_somehow(plain: Forward, few: Batch, batch: Batch) -> Graph:
         return _trace(plain, batch, dynamic=False)
 
 
-def _trace_with_numbers(plain: Forward, few: Batch, batch: Batch, failure: Exception) -> Graph:
+def _trace_with_scalar_reads(plain: ModelWithLoss, few: Batch, batch: Batch, failure: Exception) -> Graph:
     """The graph of a loss that reads numbers off its tensors which it has no use for itself, as for a log.
 
     Whatever the numbers, the graph must be the same one, and give the live loss on other samples and at other weights.
@@ -178,16 +85,19 @@ def _trace_with_numbers(plain: Forward, few: Batch, batch: Batch, failure: Excep
     for example, dynamic in ((few, True), (batch, False)):
         known = plain.parameters_by_name() | plain.buffers_by_name()
         state = {name: tensor.detach().clone() for name, tensor in known.items()}  # it may move them
-        with torch.no_grad(), numbers.noted() as values:
+        with torch.no_grad(), scalar_reads.recorded() as values:
             plain.evaluate(state, example.tensors)
         if not values:
             break
         try:
-            with numbers.given(values):
+            with scalar_reads.replayed(values):
                 document, constants = _export(plain, example, dynamic)
             same = 0
-            for variant in numbers.variants(values):
-                with contextlib.suppress(ArithmeticError, ValueError), numbers.given(variant):  # a logarithm, say
+            for variant in scalar_reads.variants(values):
+                with (
+                    contextlib.suppress(ArithmeticError, ValueError),
+                    scalar_reads.replayed(variant),
+                ):  # of a logarithm
                     if json.dumps(_export(plain, example, dynamic)[0]) != json.dumps(document):
                         raise failure
                     same += 1
@@ -216,7 +126,7 @@ def _parts(example: Batch, dynamic: bool) -> list[Batch]:
     )
 
 
-def _trace(plain: Forward, example: Batch, dynamic: bool) -> Graph:
+def _trace(plain: ModelWithLoss, example: Batch, dynamic: bool) -> Graph:
     """The graph, rebuilt from its own JSON and compared with the live model on all and on half of the example."""
     document, constants = _export(plain, example, dynamic)
     graph = build(json.loads(json.dumps(document)), constants)
@@ -226,7 +136,7 @@ def _trace(plain: Forward, example: Batch, dynamic: bool) -> Graph:
     return graph
 
 
-def _export(plain: Forward, example: Batch, dynamic: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _export(plain: ModelWithLoss, example: Batch, dynamic: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Trace in place; the document and the constants."""
     from torch.export import Dim, export
 
@@ -305,20 +215,6 @@ def _encode(value: Any, index: Mapping[torch.fx.Node, int]) -> Any:
         case torch.layout() if value == torch.strided:
             return {"layout": "strided"}
     raise RefusedError(f"it passes a {type(value).__name__} to an operation")
-
-
-@contextlib.contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """Put every random generator back, run compiled parts as plain Python, and keep attention unfused."""
-    python, legacy, fast = random.getstate(), numpy.random.get_state(), torch.backends.mha.get_fastpath_enabled()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
-            torch.backends.mha.set_fastpath_enabled(False)
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        random.setstate(python)
-        numpy.random.set_state(legacy)
 
 
 @contextlib.contextmanager

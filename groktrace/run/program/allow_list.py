@@ -82,7 +82,7 @@ class RandomError(Exception):
     """What makes a loss more than a function of weights and data."""
 
 
-def draws_numbers(op: Any, given: Mapping[str, Any]) -> bool:
+def draws_random_numbers(op: Any, given: Mapping[str, Any]) -> bool:
     """Whether a call of an ATen operation draws random numbers.
 
     Args:
@@ -142,7 +142,7 @@ def find_operation(target: str, args: list[Any], kwargs: dict[str, Any]) -> Call
         return _SIZES[target]
     if not schema.returns or not all(str(r.type) in ("Tensor", "List[Tensor]") for r in schema.returns):
         raise RefusedError(f"it calls {target}, which does not return tensors")
-    if draws_numbers(op, given):
+    if draws_random_numbers(op, given):
         raise RandomError(f"{target} draws random numbers")
     if target in _REPLACED:
         return _REPLACED[target]

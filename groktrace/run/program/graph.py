@@ -20,8 +20,8 @@ from torch import Tensor
 
 from groktrace.attention import attention
 from groktrace.errors import TaskError
-from groktrace.run.demand import Demand, without_data
-from groktrace.run.operations import RefusedError, find_operation
+from groktrace.run.program.allow_list import RefusedError, find_operation
+from groktrace.run.program.bounds import ResourceBound, without_data
 
 FORMAT = 1
 MAX_NODES = 2**17
@@ -120,15 +120,15 @@ class Graph:
         if key in self._measured or torch._C._functorch.peek_interpreter_stack() is not None:
             return None
         self._measured.add(key)
-        demand = Demand(tensors[0].device)
+        bound = ResourceBound(tensors[0].device)
 
         def call(step: _Step, args: Any, kwargs: Any, values: list[Any]) -> Any:
-            if not demand.stays_small(args, kwargs):
+            if not bound.stays_small(args, kwargs):
                 left = self.steps[step.index - len(self.document["inputs"]) :]
-                self._carry_out(left, without_data(values), demand.foresee)
-                demand.restart()
-            if not demand.foreseen:
-                demand.foresee(step, args, kwargs, values)
+                self._carry_out(left, without_data(values), bound.count)
+                bound.restart()
+            if not bound.countable:
+                bound.count(step, args, kwargs, values)
             return step.function(*args, **kwargs)
 
         return call

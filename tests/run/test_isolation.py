@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from groktrace.run.untouched import left_untouched, own_randomness
+from groktrace.run.isolation import seeded_rng, without_side_effects
 
 
 def draw():
@@ -16,7 +16,7 @@ def test_what_is_drawn_follows_the_seed_and_moves_nothing():
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     drawn = []
     for seed in (1, 1, 2):
-        with own_randomness(seed):
+        with seeded_rng(seed):
             drawn.append(draw())
     assert drawn[0] == drawn[1]
     assert all(a != b for a, b in zip(drawn[1], drawn[2], strict=True))
@@ -28,7 +28,7 @@ def test_what_is_drawn_follows_the_seed_and_moves_nothing():
 def test_generators_of_the_users_own_are_put_back():
     own, other = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
     before = own.get_state(), other.get_state()
-    with left_untouched(nn.Linear(1, 1)):
+    with without_side_effects(nn.Linear(1, 1)):
         torch.randn(3, generator=own)
         torch.empty(3).normal_(generator=other)
         torch.randperm(3, generator=own)
@@ -40,7 +40,7 @@ def test_left_untouched_on_errors():
     model = nn.BatchNorm1d(1)
 
     def fail():
-        with left_untouched(model):
+        with without_side_effects(model):
             model.running_mean.fill_(torch.rand(1).item())
             raise ZeroDivisionError
 

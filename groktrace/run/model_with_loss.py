@@ -10,13 +10,13 @@ from torch.overrides import TorchFunctionMode
 
 from groktrace.errors import TaskError
 from groktrace.run.batch import Batch, Structure, unflatten
-from groktrace.run.loss_tensors import NO_TENSORS, PREFIX, LossTensors, Used, buffers_noted, find_loss_tensors
+from groktrace.run.loss_tensors import NO_TENSORS, PREFIX, LossTensors, UsedTensors, buffers_noted, find_loss_tensors
 from groktrace.run.views import View, find_views
 
 _MODEL_PREFIX = "model."
 
 
-class Forward(nn.Module):
+class ModelWithLoss(nn.Module):
     """Model and loss as one module: flat batch tensors in, (mean loss, outputs or None) out.
 
     Args:
@@ -59,7 +59,7 @@ class Forward(nn.Module):
             TaskError: weights overlap in a way that nothing can be made of.
         """
         function = self.batch_loss if self.loss is None else self.loss
-        used, few = Used(), batch.take(slice(0, 2))
+        used, few = UsedTensors(), batch.take(slice(0, 2))
         plainly = torch.compiler.set_stance("force_eager"), torch.no_grad(), torch.random.fork_rng(devices=[])
         with contextlib.ExitStack() as held:
             held.enter_context(evaluation_mode(self))

@@ -43,7 +43,7 @@ _CUBIC = (
 )
 
 
-class Demand:
+class ResourceBound:
     """Adds up what one evaluation of a program asks for, and refuses what is out of all proportion.
 
     As long as the sizes of all arguments, multiplied, stay small, nothing is looked into: PyTorch loads its compiler,
@@ -53,14 +53,14 @@ class Demand:
         device: where it is evaluated.
 
     Attributes:
-        foreseen: whether what is not small could be told beforehand.
+        countable: whether every call so far could be counted.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._memory = memory_limit(device)
         self._work_limit = MAX_WORK.get(device.type, MAX_WORK["cuda"])
         self._small: float | None = 0.0
-        self.foreseen = True
+        self.countable = True
         self.restart()
 
     def restart(self) -> None:
@@ -84,7 +84,7 @@ class Demand:
         self._small = None
         return False
 
-    def foresee(self, step: Any, args: Any, kwargs: Any, values: list[Any]) -> Any:
+    def count(self, step: Any, args: Any, kwargs: Any, values: list[Any]) -> Any:
         """Count a call, and return its results without data; None where that cannot be told.
 
         Args:
@@ -104,7 +104,7 @@ class Demand:
             with torch.no_grad(), meter:
                 results = step.function(*args, **kwargs)
         except Exception:  # sizes that depend on values, operations without a rule for sizes, arguments that do not fit
-            self.foreseen = False
+            self.countable = False
         self._work += meter.work
         if self._work > self._work_limit:
             raise TaskError(
