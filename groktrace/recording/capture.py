@@ -1,7 +1,7 @@
 """Weights and buffers off the model, under the plain model's own names."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from groktrace.errors import SettingsError, TaskError
 from groktrace.recording.frozen import FrozenTensors
-from groktrace.run.loss_tensors import NO_TENSORS, LossTensors
+from groktrace.run.loss_tensors import NO_TENSORS, PREFIX, LossTensors
 from groktrace.run.store import WeightSpec
 from groktrace.run.views import View, find_views
 
@@ -194,10 +194,11 @@ class Capture:
         step: the training step.
 
     Attributes:
-        begun: parameters that were seen to begin to train, with the step at which they were; whoever has written that
-            down clears it.
-        late: parameters whose change was seen late, with the step after which snapshots may hold older values, and the
-            last that may; whoever has told of them clears it.
+        begun: parameters that were seen to begin to train since the last report, with the step.
+        late: parameters whose change was seen late since then, with the step after which snapshots may hold older
+            values, and the last that may.
+        sharded: whether weights lie in shards on several processes.
+        buffers: the copies, by name.
     """
 
     def __init__(
@@ -252,6 +253,35 @@ class Capture:
                 self.late[name] = known, self._copied
             if name in candidates:
                 self._begin(name)
+
+    def report(
+        self, warn_once: Callable[[str, str], None], mark_trainable: Callable[[Mapping[str, int]], None]
+    ) -> None:
+        """Report the changes that `look` and `copy` have found since the last report.
+
+        Args:
+            warn_once: takes a kind of warning and its text.
+            mark_trainable: takes the parameters that have begun to train, with the step from which they do.
+        """
+        if names := [f"'{name}'" for name in self.begun if name.startswith(PREFIX)]:
+            warn_once(
+                "adversary",
+                f"another optimizer trains {', '.join(names[:3])}{', ...' if names[3:] else ''} of the loss, "
+                "which now counts as trained for it too; if it is an adversary's, analyse the model's own "
+                "weights alone (--parameters).",
+            )
+        if self.late:
+            names = [f"'{name}'" for name in self.late]
+            since, until = min(a for a, _ in self.late.values()), max(b for _, b in self.late.values())
+            warn_once(
+                "late",
+                f"what does not train was written to, which was seen only now: {', '.join(names[:3])}"
+                f"{', ...' if names[3:] else ''}; snapshots after step {since}, up to step {until}, may hold older "
+                "values of it.",
+            )
+        if self.begun:
+            mark_trainable(self.begun)
+        self.begun, self.late = {}, {}
 
     def copy(self) -> dict[str, Tensor]:
         """The network's tensors as they are now; valid until the next call.

@@ -220,8 +220,7 @@ def _check_out(out: Any) -> Path | str:
 def _earlier(model: nn.Module, optimizer: Any, place: Path | str) -> Recorder | None:
     """The open recording of the same training into the same folder."""
     for recorder in open_recorders:
-        same = recorder._model is model if optimizer is None else recorder._optimizer is optimizer
-        if same and recorder.out == place and not recorder._inert():
+        if recorder.out == place and recorder.records(model, optimizer):
             return recorder
     return None
 
