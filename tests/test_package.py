@@ -14,6 +14,7 @@ ROOT = Path(groktrace.__file__).parent
 # A package may import those before it. `run` comes first: recording writes what analysis reads.
 ORDER = [
     "errors",
+    "records",
     "attention",
     "theory",
     "run",

@@ -124,7 +124,7 @@ def describe_weights(model: nn.Module, optimizer: Any = None, own: LossTensors =
             )
     training = training_names(parameters, views, optimizer)
     return {
-        name: WeightSpec(tuple(tensor.shape), tensor.dtype, name in training, of_loss=name in of_loss)
+        name: WeightSpec(tuple(tensor.shape), tensor.dtype, name in training, loss=name in of_loss)
         for name, tensor in (tensors | of_loss).items()
     }
 

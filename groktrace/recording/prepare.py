@@ -193,7 +193,7 @@ def _describe_weight(spec: WeightSpec) -> dict[str, Any]:
     entry: dict[str, Any] = {"shape": list(spec.shape), "dtype": dtype, "trainable": spec.trainable}
     if spec.trainable_from:
         entry["trainable_from"] = spec.trainable_from
-    return entry | {"loss": True} if spec.of_loss else entry
+    return entry | {"loss": True} if spec.loss else entry
 
 
 def _version() -> str:

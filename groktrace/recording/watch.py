@@ -256,7 +256,7 @@ def _check_folder(
         if names - begun:
             raise SettingsError(f"out: '{place}' holds files, but is not a groktrace run; choose another out=.")
         return
-    known = {name: spec for name, spec in check_info(files.read_json(path), path).items() if not spec.of_loss}
+    known = {name: spec for name, spec in check_info(files.read_json(path), path).items() if not spec.loss}
     if _shapes(known) != _shapes(specs):
         raise SettingsError(f"out: '{place}' is the run of another network; choose another out=.")
     steps = layout.snapshot_steps(root)

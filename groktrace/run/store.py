@@ -51,7 +51,7 @@ class Snapshot:
             RunError: the file of frozen tensors is damaged.
         """
         tensors = self._read()
-        return {name: tensor for name, tensor in tensors.items() if with_loss or not self.specs[name].of_loss}
+        return {name: tensor for name, tensor in tensors.items() if with_loss or not self.specs[name].loss}
 
     def fingerprint(self) -> str:
         """A digest of step and weights, from the file's header alone.

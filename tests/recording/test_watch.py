@@ -475,7 +475,7 @@ def test_weights_of_the_loss_are_recorded_beside_the_models(training, tmp_path):
             criterion(training.model(training.x), training.y).backward()
             optimizer.step()
     run = open_run(tmp_path / "run")
-    assert {name: spec.trainable for name, spec in run.specs.items() if spec.of_loss} == {
+    assert {name: spec.trainable for name, spec in run.specs.items() if spec.loss} == {
         "loss.scale": True,
         "loss.calls": False,
     }
