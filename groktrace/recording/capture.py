@@ -1,4 +1,4 @@
-"""Weights and buffers off the model, under the plain model's own names."""
+"""Copy weights and buffers from a model, under the plain model's own names."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +22,7 @@ STORABLE = frozenset(
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """The user's own network under torch.compile and data-parallel wrappers."""
+    """Unwrap torch.compile and data-parallel wrappers."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
@@ -56,7 +56,7 @@ def parameters_of(model: nn.Module, own: LossTensors = NO_TENSORS) -> dict[str, 
 
 
 def views_of(model: nn.Module, own: LossTensors = NO_TENSORS) -> dict[str, View]:
-    """The tensors of a plain model and its loss that lie in the memory of others; none where that is not clear."""
+    """The views among the tensors of a plain model and its loss; none where that is not clear."""
     parameters = parameters_of(model, own)
     try:
         return find_views(parameters | dict(model.named_buffers()) | own.buffers(), parameters)
@@ -71,7 +71,7 @@ def held_parameters(optimizer: Any) -> frozenset[int] | None:
     held: set[int] = set()
     for _ in range(8):
         groups = getattr(optimizer, "param_groups", None)
-        held.update(id(each) for group in groups or () for each in group["params"])
+        held.update(id(parameter) for group in groups or () for parameter in group["params"])
         optimizer = getattr(optimizer, "optimizer", None)
         if optimizer is None:
             break
@@ -79,9 +79,9 @@ def held_parameters(optimizer: Any) -> frozenset[int] | None:
 
 
 def training_names(parameters: Mapping[str, Tensor], views: Mapping[str, View], optimizer: Any) -> set[str]:
-    """Those parameters that train: that require a gradient, and that the optimizer, if there is one, holds.
+    """The names of parameters that train: that require a gradient, and that the optimizer, if any, holds.
 
-    What lies in the memory of another trains as that one, so that each number counts once.
+    A view trains as its base, so that shared numbers count once.
     """
     held = held_parameters(optimizer)
     names = (
@@ -95,7 +95,7 @@ def training_names(parameters: Mapping[str, Tensor], views: Mapping[str, View], 
 
 
 def describe_weights(model: nn.Module, optimizer: Any = None, own: LossTensors = NO_TENSORS) -> dict[str, WeightSpec]:
-    """Shape, dtype and trainability of what a snapshot of `model` and its loss holds.
+    """Describe the tensors that a snapshot of `model` and its loss holds.
 
     Args:
         model: the plain model.
@@ -139,7 +139,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether weights lie in pieces on several processes, so that all have to take part in reading them."""
+    """Whether weights are sharded over processes, all of which must take part in reading them."""
     return any(_in_pieces(tensor) for _, tensor in named_tensors(model))
 
 
@@ -149,7 +149,7 @@ def _in_pieces(tensor: Tensor) -> bool:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """A sharded model as the plain one that it was, while the body runs; every process has to take part."""
+    """Unshard a model within; every process has to take part."""
     if not is_sharded(model):
         yield
         return
@@ -234,7 +234,7 @@ class Capture:
             self._allocate(name)
 
     def look(self, step: int, whole: bool = False) -> None:
-        """See what trains now, and which of the tensors that are kept elsewhere were written to.
+        """Find out what trains now, and which of the tensors kept elsewhere were modified.
 
         Args:
             step: the training step, which the next copy is of.
@@ -284,12 +284,12 @@ class Capture:
         self.begun, self.late = {}, {}
 
     def copy(self) -> dict[str, Tensor]:
-        """The network's tensors as they are now; valid until the next call.
+        """Copy the network's tensors; the copies are valid until the next call.
 
         Raises:
             SettingsError: the model no longer has the tensors it had.
         """
-        # Looked up anew each time: a script may replace parameters, or move the model to another device.
+        # Looked up anew, as a script may replace parameters or move the model to another device.
         kept = self._once.names
         current = {name: tensor for name, tensor in self._current().items() if name not in kept}
         for name in current.keys() - self.buffers.keys():
@@ -300,7 +300,7 @@ class Capture:
         with torch.inference_mode(False), torch.no_grad():
             if self.sharded:
                 for name, tensor in current.items():
-                    whole = _whole(tensor)  # one after the other: whole, they may not fit the device
+                    whole = _whole(tensor)  # one by one, as together they may not fit the device
                     if name in candidates:
                         self._compare(name, whole)
                     buffers[name].copy_(whole)
@@ -318,7 +318,7 @@ class Capture:
         return buffers
 
     def _begin(self, name: str) -> None:
-        """Note that a parameter trains from now on."""
+        """Mark a parameter as training from now on."""
         if name in self._still:
             self._still.discard(name)
             self._once.forget(name)
@@ -326,7 +326,7 @@ class Capture:
             self.begun[name] = self._step
 
     def _candidates(self) -> set[str]:
-        """Parameters that get a gradient and of which nothing says that they train; another optimizer may hold them."""
+        """Parameters with a gradient that are not known to train; another optimizer may hold them."""
         parameters = parameters_of(self._trained, self._own)
         return (training_names(parameters, self._views, None) & self._still) - self._unreached
 
@@ -335,13 +335,13 @@ class Capture:
             self._begin(name)
 
     def take_part(self) -> None:
-        """Give the process that copies a sharded model this one's pieces."""
+        """Take part in the collectives of the process that copies a sharded model."""
         with torch.inference_mode(False), torch.no_grad():
             for tensor in self._current().values():
                 _whole(tensor)
 
     def moved(self) -> bool:
-        """Whether a trainable tensor differs from its last copy."""
+        """Whether a trainable tensor has changed since its last copy."""
         with torch.inference_mode(False), torch.no_grad():
             return any(
                 spec.trainable and not torch.equal(tensor.cpu(), self.buffers[name])
@@ -377,9 +377,9 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _allocate(spec: WeightSpec, pinned: bool) -> Tensor:
-    """One CPU buffer, in memory that the GPU can write to directly where that helps."""
+    """Allocate one CPU buffer, pinned where a GPU copies into it."""
     if pinned:
-        with contextlib.suppress(RuntimeError):  # where there is no more of it, the other kind works, only slower
+        with contextlib.suppress(RuntimeError):  # out of pinned memory: pageable memory is only slower
             return torch.empty(spec.shape, dtype=spec.dtype, device="cpu", pin_memory=True)
-    # Zeros, not empty: the pages are touched here and not during the first snapshot.
+    # Zeros instead of empty: touch the pages here and not during the first snapshot.
     return torch.zeros(spec.shape, dtype=spec.dtype, device="cpu")

@@ -1,4 +1,4 @@
-"""What a recording writes at its start: the network's description, the data, and the loss as a program."""
+"""Prepare and write what a recording holds besides weights: run.json, the data, and the loss as a program."""
 
 import importlib.metadata
 import math
@@ -44,7 +44,7 @@ class Evaluation:
         tensors: contents of data.safetensors.
         program: contents of program.json, or None where the model could not be traced.
         problem: why it could not.
-        notes: what the user ought to know of the data, a sentence each.
+        notes: warnings about the data.
         guard: checks while training that the program still gives the live loss; None without a program.
         own: the tensors of the loss.
         unreached: parameters that the loss's gradient does not reach.
@@ -106,7 +106,7 @@ def prepare_evaluation(
 
 
 def _unreached(forward: ModelWithLoss, batch: Batch, names: set[str]) -> frozenset[str]:
-    """Those of some parameters that require a gradient and that the gradient of the loss does not reach."""
+    """The parameters, among some, that require a gradient but get none from the loss."""
     parameters = forward.parameters_by_name()
     asked = {name: parameters[name] for name in names if name in parameters and parameters[name].requires_grad}
     if not asked:
@@ -129,11 +129,11 @@ def _shift_invariant(forward: ModelWithLoss, batch: Batch) -> bool:
 
 
 def _trace(forward: ModelWithLoss, batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor], Guard]:
-    """Model and loss as JSON, the constant tensors it refers to, and what checks them later."""
+    """Trace model and loss: the program as JSON, its constants, and the guard that checks it later."""
     from groktrace.run.program import Program
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's own remarks mean nothing to who trains
+        warnings.simplefilter("ignore")  # the tracer's warnings mean nothing to the user
         program = Program.trace(forward, batch)
         guard = Guard(forward, program, batch, program.static_batch is not None)
         return program.to_json(), program.constants, guard
@@ -212,7 +212,7 @@ def _describe_optimizer(optimizer: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON, or None if it is no plain value."""
+    """Convert a setting to JSON; None if it is no plain value."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
@@ -223,7 +223,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_start(root: Path, info: dict[str, Any], evaluation: Evaluation) -> bool:
-    """Write run.json and what belongs to it, run.json last; a recording that is there already is brought up to date.
+    """Write data, program and, last, run.json; an existing recording is updated.
 
     Args:
         root: the run directory; made if missing.
@@ -262,7 +262,7 @@ def write_start(root: Path, info: dict[str, Any], evaluation: Evaluation) -> boo
 
 
 def write_frozen(root: Path, frozen: Mapping[str, Tensor]) -> frozenset[str]:
-    """Write the parameters that do not train, once for all snapshots; what an earlier recording wrote stays.
+    """Write the parameters that do not train once for all snapshots; an earlier recording's file stays.
 
     Args:
         root: the run directory.

@@ -1,4 +1,4 @@
-"""The end of the process, by itself or by SIGTERM, with which schedulers end a job: recordings are closed first."""
+"""Close open recordings at exit, and on SIGTERM, with which schedulers end a job."""
 
 import atexit
 import os
@@ -17,7 +17,7 @@ def catch_termination() -> None:
 
 
 def restore_termination() -> None:
-    """Put SIGTERM back once no recording is open."""
+    """Restore SIGTERM once no recording is open."""
     if _is_main_thread() and not open_recorders and signal.getsignal(signal.SIGTERM) is _terminate:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -27,7 +27,7 @@ def _is_main_thread() -> bool:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """Close what is open, then end the process as the signal alone would have; a second one does so at once."""
+    """Close open recordings, then end the process as the signal would; a second signal ends it at once."""
     signal.signal(number, signal.SIG_DFL)
     try:
         for recorder in list(open_recorders):

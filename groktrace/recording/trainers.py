@@ -1,4 +1,4 @@
-"""What the adapters to trainers share."""
+"""The common part of the adapters to trainers."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -49,7 +49,7 @@ class TrainerRecording:
 
 
 def watch_trainer(model: nn.Module, optimizer: Any, given: dict[str, Any], found: dict[str, Any]) -> Recorder:
-    """Record a training whose loop belongs to a trainer; snapshots wait until the trainer has done with a step.
+    """Record a training whose loop belongs to a trainer; snapshots are deferred until it has finished a step.
 
     Args:
         model: the network.

@@ -100,7 +100,7 @@ def _trainers_loss(trainer: Trainer) -> Callable[[nn.Module, Any], Tensor]:
 
 
 def _find_trainer(callback: TrainerCallback) -> Trainer | None:
-    """The trainer that calls: callbacks are not told of it, but its methods are on the stack."""
+    """Find the calling trainer on the stack; it does not pass itself to callbacks."""
     frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
@@ -117,7 +117,7 @@ def _validation(trainer: Trainer | None) -> Any:
     kept = len(trainer.accelerator._dataloaders)
     try:
         return trainer.get_eval_dataloader()
-    except Exception:  # then it has none for the evaluation either
+    except Exception:  # then the evaluation has none either
         return None
     finally:
         del trainer.accelerator._dataloaders[kept:]  # the trainer will make its own

@@ -1,4 +1,4 @@
-"""watch(): the one line in a training script."""
+"""watch(): record a training run with one line in its script."""
 
 import contextlib
 import os
@@ -137,7 +137,11 @@ def watch(
     evaluation = Evaluation()
     if train is not None:
         with gathered(model):
-            idle = [name for name, each in model.named_parameters() if each.requires_grad and not specs[name].trainable]
+            idle = [
+                name
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad and not specs[name].trainable
+            ]
             evaluation = prepare_evaluation(model, train, val, loss, batch_loss, seed, idle)
     own = evaluation.own
     specs = describe_weights(model, optimizer, own)
@@ -177,7 +181,7 @@ def watch(
 
 @contextlib.contextmanager
 def _agreed(sharded: bool) -> Iterator[None]:
-    """What the first process refuses, all refuse; of a sharded model the others would wait for it forever."""
+    """Raise the first process's refusal in all; for a sharded model the others would wait for it forever."""
     refusal: list[GroktraceError | None] = [None]
     try:
         yield
@@ -237,7 +241,7 @@ def _first_step(start_step: int | None, optimizer: Any, earlier: Recorder | None
 
 
 def _is_writer() -> bool:
-    """Whether this process writes: of several that train together, the first."""
+    """Whether this process writes: the first of a process group."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
@@ -272,7 +276,7 @@ def _shapes(specs: dict[str, WeightSpec]) -> dict[str, tuple[tuple[int, ...], to
 
 
 def _with_earlier(place: Path | str, root: Path, specs: dict[str, WeightSpec], start: int) -> dict[str, WeightSpec]:
-    """The tensors, with what an earlier recording knows of when they train.
+    """Merge the tensors' specs with those of an earlier recording, which knows when they train.
 
     Raises:
         SettingsError: its loss had other weights.
@@ -298,7 +302,9 @@ def _with_earlier(place: Path | str, root: Path, specs: dict[str, WeightSpec], s
 
 
 def _frozen(specs: dict[str, WeightSpec], model: nn.Module, source: nn.Module, own: LossTensors) -> dict[str, Tensor]:
-    """The parameters that do not train; not those that lie in the memory of others, which may."""
+    """The parameters that do not train, without views, whose base may train."""
     views = views_of(model, own)
     parameters = parameters_of(source, own)
-    return {name: each for name, each in parameters.items() if not specs[name].trainable and name not in views}
+    return {
+        name: parameter for name, parameter in parameters.items() if not specs[name].trainable and name not in views
+    }

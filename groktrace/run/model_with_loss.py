@@ -1,4 +1,4 @@
-"""Model and loss as one module, whose weights others can take the place of."""
+"""Model and loss as one module that can be evaluated at other weights."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ class ModelWithLoss(nn.Module):
 
     Attributes:
         own: the loss's own tensors, once `find_tensors` has found them.
-        views: the tensors that lie in the memory of others, by name.
+        views: the tensors that are views of others, by name.
         pairs: whether pairs of real numbers are seen as complex ones.
     """
 
@@ -50,7 +50,7 @@ class ModelWithLoss(nn.Module):
         self._places = self._find_places()
 
     def find_tensors(self, batch: Batch) -> None:
-        """Find the tensors that belong to the loss alone, and those that lie in the memory of others.
+        """Find the tensors that belong to the loss alone, and those that are views of others.
 
         Args:
             batch: training samples; a few are used.
@@ -74,10 +74,10 @@ class ModelWithLoss(nn.Module):
         self.adopt(find_loss_tensors(function, self.model, used.seen, moved))
 
     def adopt(self, own: LossTensors) -> None:
-        """Take in the tensors of the loss, and find those that lie in the memory of others; errors as above."""
+        """Register the tensors of the loss, and find views; errors as `find_tensors`."""
         self.own = own
-        # Their modules become parts of this one, so that other weights can be put in their place; once each, as the
-        # tracer takes no buffer that is moved and hangs in two places.
+        # Their modules become submodules, so that functional_call can replace their weights; only once, as the tracer
+        # refuses a modified buffer that is registered twice.
         self.loss_modules = nn.ModuleList()
         parts = {*self.modules(), *(part for whole in own.modules for part in list(whole.modules())[1:])}
         self.loss_modules.extend(module for module in own.modules if module not in parts)
@@ -97,7 +97,7 @@ class ModelWithLoss(nn.Module):
         """Loss and outputs at other weights.
 
         Args:
-            weights: by the names that a recording gives them; what lies in the memory of others follows from these.
+            weights: by the names that a recording gives them; views follow from their bases.
             tensors: the batch's leaves.
 
         Raises:
@@ -116,7 +116,7 @@ class ModelWithLoss(nn.Module):
             return torch.func.functional_call(self, named, tuple(tensors), tie_weights=False)
 
     def gather(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients by name, those of what lies in the memory of others added to these others' own."""
+        """Gradients by name, those of views added to their bases'."""
         found = {name: gradient for name, gradient in gradients.items() if name not in self.views}
         tensors = self.buffers_by_name() | self.parameters_by_name()
         for name in gradients.keys() & self.views.keys():
@@ -129,9 +129,9 @@ class ModelWithLoss(nn.Module):
         return found
 
     def _find_places(self) -> dict[str, list[str]]:
-        """Where each tensor hangs, by its name: tied ones in several modules, but in each module once.
+        """The qualified names of every tensor: tied ones are in several modules.
 
-        PyTorch's own way would put back into a module that hangs in two places what it was given the first time.
+        torch.func's own tying would restore a module that is registered twice to the replaced weights.
         """
         places: dict[int, list[str]] = {}
         for path, module in self.named_modules():
@@ -158,7 +158,7 @@ class ModelWithLoss(nn.Module):
 
 
 class _Pairs(TorchFunctionMode):
-    """Sees pairs of numbers as complex ones wherever they lie; torch.view_as_complex asks for even places."""
+    """Reads pairs of numbers as complex ones at any alignment; torch.view_as_complex requires even offsets."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -170,7 +170,7 @@ class _Pairs(TorchFunctionMode):
 
 @contextlib.contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Dropout off and normalisation by saved statistics; every training flag is put back."""
+    """Set evaluation mode within, and restore every training flag."""
     flags = [(child, child.training) for child in module.modules()]
     try:
         for child, _ in flags:

@@ -1,4 +1,4 @@
-"""Reading a run directory; everything in it is checked before it is used."""
+"""Read a run directory as hostile input: everything is checked before use."""
 
 import hashlib
 import math

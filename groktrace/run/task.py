@@ -170,7 +170,7 @@ def _traced_forward(forward: ModelWithLoss, batch: Batch) -> Callable[..., tuple
 
 
 def _without_data(weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Stands for the loss of a task that has no data yet: how the samples nest is not known."""
+    """The loss of a task without data, whose nesting is not known yet."""
     raise TaskError("train: the task has no data of its own; analyse a run with it, or give it some.")
 
 
@@ -181,7 +181,7 @@ def make_forward(
     train: Batch,
     val: Batch | None = None,
 ) -> ModelWithLoss:
-    """Model and loss as one module, with everything that can be checked without running it checked.
+    """Combine model and loss into one module, after all checks that need no evaluation.
 
     Raises:
         TaskError: no loss, two losses, an unknown name, or data that the loss cannot take.
@@ -202,7 +202,7 @@ def make_forward(
 
 
 def _probe(module: ModelWithLoss, batch: Batch, held_out: Batch | None) -> LossProbe:
-    """The loss, tried on a few samples and found to be a function of the weights."""
+    """Evaluate the loss on a few samples, and check that it is a function of the weights."""
     with evaluation_mode(module):
         probe = check_forward(module, batch, held_out)
         check_repeatable(probe)
@@ -212,7 +212,7 @@ def _probe(module: ModelWithLoss, batch: Batch, held_out: Batch | None) -> LossP
 def find_loss(
     loss: Callable[..., Tensor] | str | None, batch_loss: Callable[..., Tensor] | None
 ) -> Callable[..., Tensor] | None:
-    """The function that `loss` names, or that it is.
+    """Resolve a loss given by name or as a function.
 
     Raises:
         TaskError: no loss, two losses, an unknown name, or no function.
@@ -289,7 +289,7 @@ def _advice(forward: ModelWithLoss, batch: Batch, failure: Exception) -> str:
 
 
 def takes(model: nn.Module, loss: Callable[..., Tensor] | str | None, batch_loss: Callable[..., Tensor] | None) -> Fits:
-    """What tells whether the model and the loss take a batch, see `collect`."""
+    """A function that tells whether the model and the loss accept a batch, see `collect`."""
 
     def fits(batch: Batch) -> bool:
         try:
@@ -304,7 +304,7 @@ def takes(model: nn.Module, loss: Callable[..., Tensor] | str | None, batch_loss
 
 
 def data_notes(probe: LossProbe, train: Any, val: Any, held_out: Batch | None) -> tuple[str, ...]:
-    """What the user ought to know of the data that were collected, a sentence each.
+    """Warnings about the data that were collected.
 
     Args:
         probe: the loss on the training samples.
@@ -345,7 +345,7 @@ def is_shift_invariant(forward: ModelWithLoss, batch: Batch) -> bool:
 
 @contextlib.contextmanager
 def failures_in_words(what: str, advice: str) -> Iterator[None]:
-    """Turn whatever a loss raises into one error.
+    """Convert whatever a loss raises to one TaskError.
 
     Args:
         what: that it cannot do.

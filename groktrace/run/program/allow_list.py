@@ -11,28 +11,28 @@ from torch import Tensor
 
 from groktrace.errors import TaskError
 
-MAX_LITERAL_ELEMENTS = 2**28  # that a document may ask for in so many words
+MAX_LITERAL_ELEMENTS = 2**28  # that the document itself may ask for
 MAX_ELEMENTS = 2**31
 MAX_PARTS = 2**16  # tensors that one call may return, each of which takes memory even if it is empty
 
 _TARGET = re.compile(r"aten\.([A-Za-z0-9_]{1,80})\.([A-Za-z0-9_]{1,80})", re.ASCII)
-# Of the operations with a leading underscore some check no bounds; these do, and traces hold them.
+# Some operations with a leading underscore check no bounds; these do, and traces contain them.
 _PRIVATE = re.compile(
     "_(to_copy|unsafe_view|conj|softmax|log_softmax|safe_softmax|prelu_kernel|trilinear|native_batch_norm_legit"
     "|native_batch_norm_legit_no_training|weight_norm|adaptive_avg_pool[23]d"
     "|upsample_(bilinear|bicubic)2d_aa|cdist_forward|euclidean_dist|linalg_(det|slogdet|svd|eigh))"
 )
-# Of the public ones, these trust indices, sizes or statistics that they are given and leave memory or hang on wrong
-# ones (found by calling every operation with wrong arguments), or make as much as they are told to without a word to
-# PyTorch of how much that is; a traced loss has hardly a use for them.
+# These public operations do not check their indices, sizes or statistics, and read out of bounds or hang on wrong ones
+# (found by calling every operation with wrong arguments), or allocate what they are asked for without a meta kernel
+# that says how much; a traced loss hardly needs them.
 _TRUSTING = re.compile(
     ".*(backward|mkldnn|fbgemm|quanti|qparams|sparse|cudnn|miopen|mps_|gather_stats|batch_norm_(stats|elemt|update)).*"
     "|special_.*_polynomial_.*|ctc_loss|_?embedding_bag.*|segment_reduce|lu_unpack|resize.*|set|pin_memory"
     "|to_padded_tensor|combinations|histogram.*"
 )
-# What may stand for each kind of argument; a dtype by its number would not be checked by anything.
+# The literals that each kind of argument accepts; nothing would check a dtype given by its number.
 _KINDS: dict[str, tuple[type, ...]] = {
-    "Tensor": (bool, int, float, complex),  # traces hold numbers there
+    "Tensor": (bool, int, float, complex),  # traces pass numbers there
     "int": (int,),
     "float": (int, float),
     "number": (bool, int, float, complex),
@@ -96,7 +96,7 @@ def draws_random_numbers(op: Any, given: Mapping[str, Any]) -> bool:
 
 
 def find_operation(target: str, args: list[Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
-    """What a node's target names, if it does nothing but compute.
+    """Look up the operation that a node names, if it does nothing but compute.
 
     Args:
         target: as in the document.
@@ -127,12 +127,12 @@ def find_operation(target: str, args: list[Any], kwargs: dict[str, Any]) -> Call
             raise RefusedError(f"it calls {target} with a {argument.name} of the wrong kind")
     given |= passed
     private = re.match("_[^_]", name) and not _PRIVATE.fullmatch(name)
-    # Normalisation moves its running statistics without saying so in its schema.
+    # Normalisation updates its running statistics, which its schema does not say.
     moves = given.get("running_mean") is not None and given.get("training", given.get("use_input_stats", False))
     # The tag sets operations on tensors apart from TorchScript's own, such as aten::save.
     if torch.Tag.pt2_compliant_tag not in op.tags or schema.is_mutable or private or moves or "filename" in names:
         raise RefusedError(f"it calls {target}, which may do more than compute")
-    # Without statistics to normalise by, some kernels read from nowhere.
+    # Without running statistics, some kernels read uninitialised memory.
     bare = "batch_norm" in name and given.get("running_mean") is None and given.get("training") is not True
     packed = overload == "data" and name in _RECURRENT  # sequences of several lengths
     valued = overload == "tensor_indices_or_sections"  # as many results as a value says
@@ -218,9 +218,9 @@ def _sized_by_values(op: Any) -> Callable[..., Any]:
     """The operation, where the values that say how much it makes are in bounds."""
 
     def bounded(*args: Any, **kwargs: Any) -> Any:
-        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-        counts = [float(each.double().abs().sum()) for each in tensors if not each.is_floating_point()]
-        numbers = [abs(each) for each in (*args, *kwargs.values()) if type(each) in (int, float)]
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        counts = [float(tensor.double().abs().sum()) for tensor in tensors if not tensor.is_floating_point()]
+        numbers = [abs(value) for value in (*args, *kwargs.values()) if type(value) in (int, float)]
         if max(tensors[0].numel(), 1) * max([1.0, *counts, *numbers]) > MAX_ELEMENTS:
             raise TaskError(f"the recorded program calls {op} for an absurd size.")
         return op(*args, **kwargs)
@@ -294,7 +294,7 @@ def _slice_scatter(
 def _weight_norm(direction: Tensor, size: Tensor, dim: int = 0) -> Tensor:
     if not direction.numel() or not size.numel() or not direction.ndim:  # the kernel divides by these
         raise TaskError("the recorded program normalises an empty weight.")
-    if dim in (0, direction.ndim - 1) and size.numel() != direction.size(dim):  # and reads as many without a look
+    if dim in (0, direction.ndim - 1) and size.numel() != direction.size(dim):  # and reads that many unchecked
         raise TaskError("the recorded program normalises a weight to sizes that it does not have.")
     return torch._weight_norm(direction, size, dim)
 
@@ -307,10 +307,10 @@ def _normalise(tensor: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor
 def _complex_of_pairs(tensor: Tensor) -> Tensor:
     if tensor.shape[-1:] != (2,):
         raise TaskError("the recorded program takes numbers as complex ones that are no pairs.")
-    return torch.complex(tensor[..., 0], tensor[..., 1])  # wherever they lie; a view would need even places
+    return torch.complex(tensor[..., 0], tensor[..., 1])  # at any alignment; a view would need even offsets
 
 
-# What vmap cannot stack, or only row by row, in other words.
+# Equivalents of what vmap cannot batch, or only row by row.
 _REPLACED: dict[str, Callable[..., Any]] = {
     "aten.view.default": torch.ops.aten.reshape.default,  # stacked tensors may have strides that no view can keep
     "aten._unsafe_view.default": torch.ops.aten.reshape.default,

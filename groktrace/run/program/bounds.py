@@ -1,4 +1,4 @@
-"""What a program asks for in memory and work, found on tensors without data before any of its calls is made."""
+"""Bounds on the memory and work of a program, found on meta tensors before any of its calls is made."""
 
 import contextlib
 import math
@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from groktrace.errors import TaskError
 
-# Multiplications in one evaluation; an analysis repeats it thousands of times, so that even one that takes minutes is
-# out of reach. What is not a product counts ten a number, for it is read and written.
+# Multiplications in one evaluation; an analysis repeats it thousands of times, so even minutes would be too long.
+# Elementwise operations count ten a number, as they read and write memory.
 MAX_WORK = {"cpu": 10**13, "cuda": 10**16}
 WORK_OF_ONE = 10
 
@@ -44,10 +44,10 @@ _CUBIC = (
 
 
 class ResourceBound:
-    """Adds up what one evaluation of a program asks for, and refuses what is out of all proportion.
+    """Adds up the memory and work of one evaluation of a program, and refuses excessive ones.
 
-    As long as the sizes of all arguments, multiplied, stay small, nothing is looked into: PyTorch loads its compiler,
-    for seconds, before it says of some operations how large their results are.
+    While the product of all arguments' sizes stays small, nothing is counted: for some operations PyTorch loads its
+    compiler, for seconds, before it can infer the sizes of their results.
 
     Args:
         device: where it is evaluated.
@@ -64,12 +64,12 @@ class ResourceBound:
         self.restart()
 
     def restart(self) -> None:
-        """Count from nothing, for the same calls with data."""
+        """Reset the counts, for the same calls with data."""
         self._allocated = 0
         self._work = 0.0
 
     def stays_small(self, args: Any, kwargs: Any) -> bool:
-        """Whether no call so far, with this one, can have made much; False once, when it is time to look ahead.
+        """Whether all calls so far, with this one, must be small; False once, when it is time to count.
 
         Args:
             args: of the call.
@@ -85,7 +85,7 @@ class ResourceBound:
         return False
 
     def count(self, step: Any, args: Any, kwargs: Any, values: list[Any]) -> Any:
-        """Count a call, and return its results without data; None where that cannot be told.
+        """Count a call, and return its results as meta tensors; None where they cannot be inferred.
 
         Args:
             step: its `target`, for the message, and its `function`.
@@ -147,7 +147,7 @@ class _Meter(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # asked for when the class is made; yes would import all of the compiler at the first use
+        return False  # True would import the whole compiler at the first use
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
@@ -166,7 +166,7 @@ class _Meter(TorchDispatchMode):
 
 
 def without_data(values: Any) -> Any:
-    """Any nesting of values with its tensors, and places for them, on a device that has shapes only."""
+    """The same nesting of values with its tensors and devices replaced by meta ones."""
     return pytree.tree_map(_without_data, values)
 
 
@@ -177,7 +177,7 @@ def _without_data(value: Any) -> Any:
 
 
 def _makes_tensors(target: str) -> bool:
-    """Whether the call takes a device, on which it would make a tensor of data."""
+    """Whether the call takes a device, on which it would allocate a tensor."""
     name, _, overload = target.removeprefix("aten.").partition(".")
     op = getattr(getattr(_aten, name, None), overload, None) if overload else None
     return op is not None and any(argument.name == "device" for argument in op._schema.arguments)
@@ -188,6 +188,6 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _bytes_of(values: list[Any]) -> int:
-    """Bytes that these hold, each storage once."""
+    """Bytes of all storages, shared ones counted once."""
     storages = [tensor.untyped_storage() for tensor in _tensors(values)]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

@@ -30,7 +30,7 @@ MAX_DEPTH = 6
 MAX_INTEGER = 2**40
 
 _TEXT = re.compile(r"[A-Za-z0-9_,.>\- ]{0,200}", re.ASCII)  # einsum equations and modes; no paths
-# What operations raise on arguments that do not fit, besides the RuntimeError that says why.
+# Raised by operations on arguments that do not fit, besides RuntimeError with its reason.
 _CONFUSIONS = (TypeError, AttributeError, KeyError, ArithmeticError, AssertionError, MemoryError, BufferError)
 _OPEN_ENDS = (2**63 - 1, -(2**63))  # of slices
 _DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
@@ -64,7 +64,7 @@ class _Step:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """Checked calls, ready to run; made by `build`.
+    """Checked calls, ready to run; `build` makes them.
 
     Attributes:
         document: the graph as JSON.
@@ -81,7 +81,7 @@ class Graph:
     _measured: set[Any] = field(default_factory=set)
 
     def run(self, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The two outputs.
+        """Run all calls, and return loss and outputs.
 
         Raises:
             TaskError: weights or data are not those the graph takes, its arguments do not fit its operations, or it
@@ -96,7 +96,7 @@ class Graph:
         return loss, outputs if isinstance(outputs, Tensor) else None
 
     def _carry_out(self, steps: Sequence[_Step], values: list[Any], call: Callable[..., Any]) -> None:
-        """Fill in the results of steps, each by `call(step, args, kwargs, values)`."""
+        """Compute the results of steps by `call(step, args, kwargs, values)`, and drop dead values."""
         for step in steps:
             args, kwargs = step.args, step.kwargs
             if step.holes:
@@ -115,7 +115,7 @@ class Graph:
                 values[index] = None
 
     def _counting(self, tensors: Sequence[Tensor]) -> Callable[..., Any] | None:
-        """A call that counts; None where batches of this size were counted before, or a transform repeats them."""
+        """A call that counts memory and work; None for sizes counted before, and inside functorch transforms."""
         key = tuple((tensor.shape, tensor.device) for tensor in tensors)
         if key in self._measured or torch._C._functorch.peek_interpreter_stack() is not None:
             return None
@@ -134,7 +134,7 @@ class Graph:
         return call
 
     def _load(self, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> list[Any]:
-        """Room for every value, with the inputs, the device and the weights' dtypes in place."""
+        """Allocate the list of values, and fill in the inputs, the device and the weights' dtypes."""
         document = self.document
         if len(tensors) != document["data"]:
             raise TaskError(f"the recorded program takes {document['data']} batch tensors, got {len(tensors)}.")
@@ -166,18 +166,18 @@ class Graph:
         return values
 
     def _constant(self, name: str, device: torch.device, moved: dict[torch.dtype, torch.dtype]) -> Tensor:
-        """A constant where and in the dtype in which it is needed, kept for the next call."""
+        """Return a constant on the device and in the dtype that are needed; cached."""
         tensor = self.constants[name]
         key = (name, device, moved.get(tensor.dtype, tensor.dtype))
         if key not in self._placed:
-            # What is kept must outlive the transforms and the inference mode that this call may run under.
+            # The cached tensor must outlive the transforms and inference mode of this call.
             with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
                 self._placed[key] = tensor.to(device=device, dtype=key[2])
         return self._placed[key]
 
 
 def build(document: Any, constants: Mapping[str, Tensor]) -> Graph:
-    """Check a document and make the calls it names ready.
+    """Check a document, and prepare its calls.
 
     Raises:
         RefusedError: it is malformed or calls something that does more than compute.
@@ -241,7 +241,7 @@ def _references(template: Any) -> Iterator[int]:
 
 
 def _step(node: Any, index: int, special: dict[str, int]) -> _Step:
-    """One node, checked; `dead` is still to be found."""
+    """Check and prepare one node; `dead` is filled in later."""
     match node:
         case {"target": str(target), "args": list(args), "kwargs": dict(kwargs), **rest} if not rest:
             pass
@@ -258,7 +258,7 @@ def _step(node: Any, index: int, special: dict[str, int]) -> _Step:
 
 
 def _decode(value: Any, index: int, special: dict[str, int], depth: int = 0) -> Any:
-    """An argument, with references for what is known only when the program runs."""
+    """Decode an argument, with references to values known only at run time."""
     match value:
         case None | bool() | float():
             return value

@@ -1,4 +1,4 @@
-"""The inputs of a traced graph: which are weights, which are data, and which are constants."""
+"""Classify the inputs of a traced graph as weights, data and constants."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ class Inputs:
         self._lifted = lifted
 
     def take(self, placeholders: Sequence[torch.fx.Node]) -> tuple[dict[torch.fx.Node, int], list[dict[str, Any]]]:
-        """The number of each placeholder's value, and nodes that compute those that follow from other weights."""
+        """Number the placeholders' values, and make nodes that compute views of other weights."""
         data: dict[torch.fx.Node, int] = {}
         weights: dict[str, dict[str, Any]] = {}
         direct: dict[torch.fx.Node, tuple[str, str]] = {}
@@ -91,7 +91,7 @@ class Inputs:
 
 
 def _calls(view: View, base: int, index: int | None, first: int) -> list[dict[str, Any]]:
-    """The nodes that compute a view.
+    """Make the nodes that compute a view.
 
     Args:
         view: what to compute.

@@ -1,4 +1,4 @@
-"""Numbers that a loss reads off its tensors, for a log say: .item(), float(), if."""
+"""Record and replay the Python numbers that a loss reads from tensors, as for a log: .item(), float(), if."""
 
 import contextlib
 import sys
@@ -12,7 +12,7 @@ READERS = ("item", "tolist", "__float__", "__int__", "__bool__", "__format__")
 
 
 def variants(values: list[Any]) -> list[list[Any]]:
-    """What the numbers might have been as well.
+    """Other numbers that the loss might have read.
 
     Args:
         values: as `recorded` gave them.
@@ -22,17 +22,17 @@ def variants(values: list[Any]) -> list[list[Any]]:
 
 def _other(value: Any, i: int) -> Any:
     if isinstance(value, list):
-        return [_other(each, i) for each in value]
+        return [_other(item, i) for item in value]
     if isinstance(value, bool):
         return value is (i == 2)
     if isinstance(value, int):
-        return (3 * value + 1, value + 1, -value - 1, value + 2)[i]  # not large: there may be a loop over it
+        return (3 * value + 1, value + 1, -value - 1, value + 2)[i]  # small, as the loss may loop over it
     return (3 * value + 1, value / 3 + 1e-3, -value - 1, 1e9 * (abs(value) + 1))[i]
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Any]]:
-    """A list of the numbers that the user's code reads while the body runs."""
+    """Record the numbers that the user's code reads within."""
     values: list[Any] = []
 
     def read(tensor: Tensor, name: str, original: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -46,7 +46,7 @@ def recorded() -> Iterator[list[Any]]:
 
 @contextlib.contextmanager
 def replayed(values: list[Any]) -> Iterator[None]:
-    """Have the user's code read these numbers, over and over, while the body runs.
+    """Replay these numbers, cyclically, to the user's code within.
 
     Args:
         values: in order, as `recorded` gave them.

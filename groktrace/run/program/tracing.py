@@ -45,7 +45,7 @@ def trace(forward: ModelWithLoss, batch: Batch) -> Graph:
     plain = ModelWithLoss(model, forward.loss, forward.batch_loss, forward.structure)
     plain.adopt(forward.own)
     device = next(model.parameters(), batch.tensors[0]).device
-    # A trace burns in sizes of one, so a single sample is doubled.
+    # A size of one becomes a constant of the trace, so a single sample is doubled.
     few = batch.take(slice(0, EXAMPLE_SAMPLES) if len(batch) > 1 else torch.tensor([0, 0], device="cpu"))
     with eager_and_unfused(device), _quiet(), evaluation_mode(plain):
         try:
@@ -65,7 +65,7 @@ def trace(forward: ModelWithLoss, batch: Batch) -> Graph:
 
 
 def _trace_any_size(plain: ModelWithLoss, few: Batch, batch: Batch) -> Graph:
-    """The graph, for batches of any size if that can be had."""
+    """Trace for batches of any size, or of the one size if that fails."""
     try:
         return _trace(plain, few, dynamic=True)
     except RandomError:
@@ -75,16 +75,16 @@ def _trace_any_size(plain: ModelWithLoss, few: Batch, batch: Batch) -> Graph:
 
 
 def _trace_with_scalar_reads(plain: ModelWithLoss, few: Batch, batch: Batch, failure: Exception) -> Graph:
-    """The graph of a loss that reads numbers off its tensors which it has no use for itself, as for a log.
+    """Trace a loss that reads Python numbers from tensors, as for a log, without using them itself.
 
-    Whatever the numbers, the graph must be the same one, and give the live loss on other samples and at other weights.
+    Other numbers must give the same graph, and the graph must match the live loss on other samples and weights.
 
     Raises:
         Exception: `failure`, where there is no such graph.
     """
     for example, dynamic in ((few, True), (batch, False)):
         known = plain.parameters_by_name() | plain.buffers_by_name()
-        state = {name: tensor.detach().clone() for name, tensor in known.items()}  # it may move them
+        state = {name: tensor.detach().clone() for name, tensor in known.items()}  # it may modify them
         with torch.no_grad(), scalar_reads.recorded() as values:
             plain.evaluate(state, example.tensors)
         if not values:
@@ -94,10 +94,8 @@ def _trace_with_scalar_reads(plain: ModelWithLoss, few: Batch, batch: Batch, fai
                 document, constants = _export(plain, example, dynamic)
             same = 0
             for variant in scalar_reads.variants(values):
-                with (
-                    contextlib.suppress(ArithmeticError, ValueError),
-                    scalar_reads.replayed(variant),
-                ):  # of a logarithm
+                # An ArithmeticError may be that of a logarithm.
+                with contextlib.suppress(ArithmeticError, ValueError), scalar_reads.replayed(variant):
                     if json.dumps(_export(plain, example, dynamic)[0]) != json.dumps(document):
                         raise failure
                     same += 1
@@ -117,7 +115,7 @@ def _trace_with_scalar_reads(plain: ModelWithLoss, few: Batch, batch: Batch, fai
 
 
 def _parts(example: Batch, dynamic: bool) -> list[Batch]:
-    """The whole, and where that is possible each half."""
+    """The whole example, and both halves where sizes are free."""
     half = len(example) // 2
     return (
         [example]
@@ -127,7 +125,7 @@ def _parts(example: Batch, dynamic: bool) -> list[Batch]:
 
 
 def _trace(plain: ModelWithLoss, example: Batch, dynamic: bool) -> Graph:
-    """The graph, rebuilt from its own JSON and compared with the live model on all and on half of the example."""
+    """Trace, rebuild the graph from its own JSON, and verify it on all and on half of the example."""
     document, constants = _export(plain, example, dynamic)
     graph = build(json.loads(json.dumps(document)), constants)
     verify(graph, plain, example)
@@ -137,14 +135,14 @@ def _trace(plain: ModelWithLoss, example: Batch, dynamic: bool) -> Graph:
 
 
 def _export(plain: ModelWithLoss, example: Batch, dynamic: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Trace in place; the document and the constants."""
+    """Trace in place, and return the document and its constants."""
     from torch.export import Dim, export
 
     shapes = (tuple({0: Dim("batch")} for _ in example.tensors),) if dynamic else None
     with torch.enable_grad(), _symbolic_len():
         exported = export(plain, example.tensors, strict=False, dynamic_shapes=shapes)
     _keep_detached(exported.graph)
-    exported = exported.run_decompositions({})  # makes every call functional, and decomposes nothing
+    exported = exported.run_decompositions({})  # makes every call functional
     graph, signature = exported.graph, exported.graph_signature
     results = graph.output_node().args[0]
     outputs: list[torch.fx.Node | None] = []
@@ -156,7 +154,7 @@ def _export(plain: ModelWithLoss, example: Batch, dynamic: bool) -> tuple[dict[s
     live = {node for node in outputs if node is not None}
     for node in reversed(graph.nodes):
         if node in live:
-            live.update(node.all_input_nodes)  # leaves out assertions and what only moves buffers
+            live.update(node.all_input_nodes)  # drops assertions and pure buffer updates
 
     inputs = Inputs(plain, signature, exported.constants)
     placeholders = [node for node in graph.nodes if node.op == "placeholder" and node in live]
@@ -182,7 +180,7 @@ def _export(plain: ModelWithLoss, example: Batch, dynamic: bool) -> tuple[dict[s
 
 
 def _keep_detached(graph: torch.fx.Graph) -> None:
-    """Write down what torch.no_grad() blocks do to gradients; decomposing would forget it."""
+    """Insert detach() where torch.no_grad() blocks cut gradients; decomposing would lose them."""
     for node in list(graph.nodes):
         if getattr(node.target, "__name__", "") == "wrap_with_set_grad_enabled" and node.args[0] is False:
             for user in list(node.users):
@@ -194,7 +192,7 @@ def _keep_detached(graph: torch.fx.Graph) -> None:
 
 
 def _encode(value: Any, index: Mapping[torch.fx.Node, int]) -> Any:
-    """An argument of a traced call as JSON."""
+    """Encode an argument of a traced call as JSON."""
     match value:
         case None | bool() | int() | str():
             return value
@@ -219,7 +217,7 @@ def _encode(value: Any, index: Mapping[torch.fx.Node, int]) -> Any:
 
 @contextlib.contextmanager
 def _symbolic_len() -> Iterator[None]:
-    """Let len(tensor) be the free batch size; by itself it is a plain number, which would be burnt into the trace."""
+    """Let len(tensor) return the symbolic batch size; as a plain number it would become a constant of the trace."""
     plain_len = builtins.len
 
     def tensor_len(value: Any, /) -> Any:
@@ -234,7 +232,7 @@ def _symbolic_len() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing of torch.export's warnings, log lines and printed graphs reaches the user's terminal."""
+    """Suppress the warnings, log lines and printed graphs of torch.export."""
     loggers = [item for name, item in logging.root.manager.loggerDict.items() if name.split(".")[0] == "torch"]
     loggers = [item for item in loggers if isinstance(item, logging.Logger) and not item.disabled]
     try:

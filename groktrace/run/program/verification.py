@@ -1,4 +1,4 @@
-"""Whether a traced program is the live model and loss, and in which line of the user's code tracing failed."""
+"""Verify a traced graph against the live model and loss, and name the line of user code where tracing failed."""
 
 import linecache
 import math
@@ -18,7 +18,7 @@ from groktrace.run.program.allow_list import RandomError, RefusedError
 from groktrace.run.program.graph import Graph
 from groktrace.run.program.inputs import INDEX
 
-_SYMBOL = re.compile(r"\b(?:[us]|zuf|zf)\d+\b")  # of the tracer, for numbers and sizes that it does not know
+_SYMBOL = re.compile(r"\b(?:[us]|zuf|zf)\d+\b")  # the tracer's names of unknown numbers and sizes
 _OWN_BACKWARD = "does it hold a custom autograd.Function?"
 
 
@@ -33,17 +33,19 @@ def verify(graph: Graph, plain: ModelWithLoss, example: Batch, weights: Mapping[
 
     Raises:
         RandomError: the live loss differs from one evaluation to the next.
-        RefusedError: the program's loss or gradient is another one.
+        RefusedError: the program's loss or gradient differs.
     """
 
     def buffers() -> dict[str, Tensor]:
-        return {name: buffer.clone() for name, buffer in plain.buffers_by_name().items()}  # the model may move its own
+        return {
+            name: buffer.clone() for name, buffer in plain.buffers_by_name().items()
+        }  # the model may modify its own
 
     parameters = plain.parameters_by_name() | dict(weights or {})
     tensors = plain.buffers_by_name() | parameters
     training = {name for name, tensor in parameters.items() if tensor.requires_grad}
     training = {plain.views[name].base if name in plain.views else name for name in training}
-    # What lies in the memory of another is made of that one, which may not say itself that it trains.
+    # Views are computed from their base, which may not require a gradient itself.
     bases = {view.base: tensors[view.base] for view in plain.views.values()}
     for name in bases.keys() & training:
         bases[name] = bases[name] if bases[name].requires_grad else bases[name].detach().requires_grad_()
@@ -61,7 +63,7 @@ def verify(graph: Graph, plain: ModelWithLoss, example: Batch, weights: Mapping[
         loss = recorded()
     if not _same(expected, again):
         raise RandomError("two evaluations of it differ")
-    # Elements that are gathered lie otherwise in memory than those live, and may be summed in another order.
+    # Gathered elements have another memory layout than the live ones, and may be summed in another order.
     if not _same(expected, loss, 1e-5 if any(name.endswith(INDEX) for name in graph.constants) else 0.0):
         raise RefusedError(f"traced, the loss is {loss.item()!r}; live, it is {expected.item()!r}")
     moving = {name: bases.get(name, parameters[name]) for name in parameters if name in training}
@@ -71,23 +73,23 @@ def verify(graph: Graph, plain: ModelWithLoss, example: Batch, weights: Mapping[
         found, got = _gradients(expected, moving | held), _gradients(loss, moving)
     except RuntimeError as failure:
         raise RefusedError(f"its gradient with respect to the weights fails ({first_line(failure)})") from failure
-    wanted = plain.gather(found)  # a loss may hold what lies in the memory of another by itself
+    wanted = plain.gather(found)  # a loss may hold views itself
     # A custom autograd.Function, such as a straight-through estimator, is traced without its own backward.
     if not _distance([wanted[name] for name in moving], list(got.values())) <= 1e-3 * _size(list(wanted.values())):
         raise RefusedError(f"traced, the loss has another gradient than live; {_OWN_BACKWARD}")
     if own_backward:
         with torch.enable_grad():
             curved = [_curvature(loss, list(moving.values())) for loss in (live(), recorded())]
-        # One that is written by hand to be free of NaN may be that only as it stands. Where the live one is finite, it
-        # need not be right: that of a function that is once differentiable leaves out what it does not know.
+        # A backward written by hand to avoid NaN may do so at first order only. A finite live second derivative may be
+        # wrong, too: that of a once-differentiable function drops terms.
         if curved[1] is not None and not _finite(curved[1]) and (curved[0] is None or _finite(curved[0])):
             raise RefusedError(f"traced, the loss's gradient has a derivative that is not finite; {_OWN_BACKWARD}")
-        for scale in (1.0, 3.0) if weights is None else ():  # it may be that of the forward pass only here
+        for scale in (1.0, 3.0) if weights is None else ():  # it may equal the plain gradient only here
             verify(graph, plain, example, perturbed(plain, scale))
 
 
 def perturbed(plain: ModelWithLoss, scale: float) -> dict[str, Tensor]:
-    """Other weights, by the model's own names; without those that lie in the memory of these.
+    """Perturb the weights, by the model's own names; views follow from their bases.
 
     Args:
         plain: model and loss.
@@ -101,7 +103,7 @@ def perturbed(plain: ModelWithLoss, scale: float) -> dict[str, Tensor]:
         size = tensor.detach().abs().mean()
         return (tensor.detach() + scale * size * noise).requires_grad_(tensor.requires_grad)
 
-    # Nobody can put others in place of tensors that a loss holds by themselves.
+    # Tensors that a loss holds itself cannot be replaced.
     names = plain.parameters_by_name().keys() - plain.views.keys() - plain.own.loose.keys()
     return {
         name: other(tensor) if tensor.is_floating_point() or tensor.is_complex() else tensor
@@ -116,11 +118,11 @@ def _gradients(value: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:
-    return all(bool(each.isfinite().all()) for each in tensors)
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _curvature(loss: Tensor, moving: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-    """The Hessian times one direction; None where it cannot be had."""
+    """The Hessian times one random direction; None where it cannot be computed."""
     generator = torch.Generator("cpu").manual_seed(0)
     try:
         slopes = torch.autograd.grad(loss, moving, create_graph=True, allow_unused=True, materialize_grads=True)
@@ -147,7 +149,7 @@ def _nodes(loss: Tensor) -> Iterator[object]:
 
 
 def _distance(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    """Norm of the difference; what is not finite in the same way in both is the user's own, and does not count."""
+    """Norm of the difference; elements that are non-finite alike in both are the user's own, and do not count."""
 
     def apart(a: Tensor, b: Tensor) -> float:
         same = (a == b) | (a.isnan() & b.isnan())
@@ -157,12 +159,12 @@ def _distance(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
 
 
 def _size(wanted: Sequence[Tensor]) -> float:
-    """Norm of what is finite."""
-    return math.hypot(*(float(each.abs().float().nan_to_num(0, 0, 0).norm()) for each in wanted))
+    """Norm of the finite elements."""
+    return math.hypot(*(float(tensor.abs().float().nan_to_num(0, 0, 0).norm()) for tensor in wanted))
 
 
 def _same(left: Tensor, right: Tensor, rtol: float = 0.0) -> bool:
-    """Bitwise on the CPU, or as told; sums on other devices may run in any order."""
+    """Equal bitwise, or to `rtol`, on the CPU; sums on other devices may run in any order."""
     return torch.allclose(left, right, rtol=rtol if left.device.type == "cpu" else 1e-4, atol=0, equal_nan=True)
 
 
@@ -173,7 +175,7 @@ def first_line(failure: Exception) -> str:
 
 
 def explain(failure: Exception) -> str:
-    """Why tracing failed, with the line of the user's code where it did.
+    """Explain why tracing failed, with the line of the user's code where it did.
 
     Args:
         failure: what the tracer raised.
