@@ -139,7 +139,7 @@ def no_program(run):
 
 
 def bad_program(run):
-    (run / "program.json").write_text('{"shift_invariant": false}')
+    (run / "program.json").write_text('{"offset_free": false}')
 
 
 def bad_data(run):

@@ -24,6 +24,7 @@ from groktrace.run.loss_tensors import NO_TENSORS, LossTensors
 from groktrace.run.store import WeightSpec
 from groktrace.run.task import (
     MAX_SAMPLES,
+    SHIFT_INVARIANT_KEY,
     ModelWithLoss,
     check_forward,
     data_notes,
@@ -101,7 +102,7 @@ def prepare_evaluation(
             except Exception as failure:  # whatever tracing trips over, the weights can still be recorded
                 return Evaluation(n, data, tensors, None, failure, notes, None, forward.own, unreached)
     tensors |= {f"constant.{name}": value.detach().cpu().contiguous().clone() for name, value in constants.items()}
-    program = {**program, "shift_invariant": shift_invariant}
+    program = {**program, SHIFT_INVARIANT_KEY: shift_invariant}
     return Evaluation(n, data, tensors, program, None, notes, guard, forward.own, unreached)
 
 

@@ -17,7 +17,7 @@ from groktrace.run.batch import Batch, check_lengths, unflatten
 from groktrace.run.files import parse_json, read_json, read_metadata, read_tensors, read_unverified
 from groktrace.run.info import WeightSpec, check_format, check_info
 from groktrace.run.remote import Remote, is_url
-from groktrace.run.task import Task
+from groktrace.run.task import SHIFT_INVARIANT_KEY, Task
 
 LINK_ADVICE = "out of the run directory, outside of which nothing is read or written; copy the run with cp -rL."
 
@@ -255,15 +255,12 @@ class Run:
                 f"a function that returns groktrace.Task.from_model(model, loss=...{data})."
             )
         document, data = read_json(program_path), self.data
-        document = document if isinstance(document, dict) else {}
-        # "offset_free" in recordings by older versions.
-        shift_invariant = document.get("shift_invariant", document.get("offset_free"))
-        if not isinstance(shift_invariant, bool):
+        if not isinstance(document, dict) or not isinstance(document.get(SHIFT_INVARIANT_KEY), bool):
             raise RunError(f"{program_path}: not a groktrace program.")
         program = Program.from_json(document, data.constants, where=str(program_path))
         if missing := [name for name in program.weights if name not in self.specs]:
             raise RunError(f"{program_path}: uses the weight '{missing[0]}', which {layout.RUN_FILE} does not list.")
-        return Task(program.forward, data.train, data.val, data.n, shift_invariant)
+        return Task(program.forward, data.train, data.val, data.n, document[SHIFT_INVARIANT_KEY])
 
 
 def _read_batch(entry: Any, name: str, tensors: dict[str, Tensor], path: Path) -> Batch:

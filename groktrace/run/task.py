@@ -20,6 +20,8 @@ from groktrace.run.isolation import seeded_rng, without_side_effects
 from groktrace.run.model_with_loss import ModelWithLoss, evaluation_mode, on_device_of
 
 MAX_SAMPLES = 8192
+# What program.json calls `Task.shift_invariant`; another name would change its digest, and so the random draws.
+SHIFT_INVARIANT_KEY = "offset_free"
 NAMED_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": functional.cross_entropy,
     "mse": functional.mse_loss,

@@ -39,7 +39,7 @@ def test_what_is_written_at_the_start(make_training, tmp_path):
     assert tensors.keys() == {"train.0", "train.1", "val.0", "val.1", "constant.offset"}
     assert torch.equal(tensors["train.1"], training.y)
     program = files.read_json(tmp_path / "run" / layout.PROGRAM_FILE)
-    assert program == {"nodes": [], "shift_invariant": False}
+    assert program == {"nodes": [], "offset_free": False}
 
 
 def test_weights_alone(training, tmp_path):
@@ -72,9 +72,9 @@ def test_shift_invariant_losses_are_recognised_and_odd_ones_tolerated():
         assert outputs.dtype == torch.float32
         return nn.functional.cross_entropy(outputs, targets)
 
-    assert not prepare_evaluation(model, (x, y), None, singles_only, None, 0).program["shift_invariant"]
+    assert not prepare_evaluation(model, (x, y), None, singles_only, None, 0).program["offset_free"]
     mse = prepare_evaluation(model, (x, x), None, "mse", None, 0)
-    assert not mse.program["shift_invariant"]
+    assert not mse.program["offset_free"]
 
 
 def test_models_with_their_own_loss():
@@ -84,7 +84,7 @@ def test_models_with_their_own_loss():
     batch = {"x": torch.randn(4, 2), "y": torch.randn(4, 1)}
     evaluation = prepare_evaluation(nn.Linear(2, 1), batch, None, None, batch_loss, 0)
     assert evaluation.data["train"]["structure"] == {"dict": {"x": 0, "y": 1}}
-    assert evaluation.program["shift_invariant"] is False
+    assert evaluation.program["offset_free"] is False
 
 
 def test_data_sets_that_draw_random_numbers_leave_the_generators_alone():

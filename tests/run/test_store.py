@@ -42,7 +42,7 @@ DATA = {
 def program():
     train, _ = collect((DATA["train.0"], DATA["train.1"]), "train", 100, 0)
     traced = Program.trace(make_forward(nn.Linear(3, 2), "mse", None, train), train)
-    return traced.to_json() | {"shift_invariant": False}
+    return traced.to_json() | {"offset_free": False}
 
 
 def write_snapshot(root, step, tensors=WEIGHTS, **metadata):
@@ -417,8 +417,8 @@ def test_a_recording_that_kept_no_task_says_what_to_pass(whole, missing, hint, n
     [
         ([], r"program\.json: not a groktrace program"),
         ({}, r"program\.json: not a groktrace program"),
-        ({"shift_invariant": 1}, r"program\.json: not a groktrace program"),
-        ({"shift_invariant": True}, r"program\.json: not a program that groktrace wrote"),
+        ({"offset_free": 1}, r"program\.json: not a groktrace program"),
+        ({"offset_free": True}, r"program\.json: not a program that groktrace wrote"),
     ],
 )
 def test_a_damaged_program_is_named(whole, document, message):
