@@ -36,7 +36,7 @@ def test_generators_of_the_users_own_are_put_back():
     assert torch.equal(other.get_state(), before[1])
 
 
-def test_left_untouched_on_errors():
+def test_side_effects_are_undone_on_errors():
     model = nn.BatchNorm1d(1)
 
     def fail():
