@@ -157,8 +157,8 @@ def analyze(
     from groktrace.reporting import console
     from groktrace.reporting.live import show_events
     from groktrace.reporting.progress import Progress
+    from groktrace.run.factory import load_factory
     from groktrace.run.store import open_run
-    from groktrace.run.task import load_factory
     from groktrace.sampling.settings import PAPER, SamplingSettings
 
     if threads is not None:

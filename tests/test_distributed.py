@@ -1,8 +1,10 @@
 """Two processes that train one model over gloo, by data parallelism and with sharded weights."""
 
+import contextlib
 import datetime
 import os
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import groktrace
+from groktrace.recording.writer import Writer
 from groktrace.run import layout
 
 FEW = {"chains": 1, "burn_in": 4, "draws": 8}
@@ -136,18 +139,19 @@ def sharded_and_failing(rank, folder):
     with pytest.warns(RuntimeWarning) as caught:  # noqa: PT031
         recorder = groktrace.watch(model, optimizer, out=out, every=1)
         train(model, optimizer, x, y, 1)
-        if rank == 0:
-            recorder._writer.make_room = lambda: 1 / 0
-        train(model, optimizer, x, y, 2)
-        if rank == 0:
-            del recorder._writer.make_room
+        with (
+            mock.patch.object(Writer, "make_room", side_effect=ZeroDivisionError)
+            if rank == 0
+            else contextlib.nullcontext()
+        ):
+            train(model, optimizer, x, y, 2)
         train(model, optimizer, x, y, 1)
         recorder._keep = lambda step: False
         train(model, optimizer, x, y, 1)
         with pytest.raises(KeyError), recorder:
             raise KeyError
         if rank == 1:
-            groktrace.recording.recorder.tell("nothing: this process has nothing to say")
+            groktrace.recording.recorder.warn_user("nothing: this process has nothing to say")
     if rank == 0:
         messages = [str(warning.message) for warning in caught]
         assert ["ZeroDivisionError" in messages[0], "every process calls close()" in messages[1]] == [True, True]

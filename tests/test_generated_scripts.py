@@ -1,4 +1,4 @@
-"""A few of the scripts of tools/torture_scripts.py, and that its judgement tells outcomes apart."""
+"""A few of the scripts of tools/torture/training_scripts.py, and that its judgement tells outcomes apart."""
 
 import itertools
 import subprocess
@@ -12,12 +12,12 @@ import torch
 
 import groktrace
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-from strange_scripts.generate import generate
-from strange_scripts.truth import Directions
-from torture_scripts import Result, attempt
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tools.torture.strange_scripts.generate import generate
+from tools.torture.strange_scripts.truth import Directions
+from tools.torture.training_scripts import Result, attempt
 
-TOOLS = Path(__file__).parents[1] / "tools"
+ROOT = Path(__file__).parents[1]
 PLAIN = next(generate(0))
 REAL_WATCH = groktrace.watch
 
@@ -31,7 +31,7 @@ def judged(monkeypatch, watch):
 def test_plain_scripts_are_right():
     parts = [part for number in range(3) for part in ("--only", str(number))]
     done = subprocess.run(
-        [sys.executable, str(TOOLS / "torture.py"), "scripts", *parts], capture_output=True, text=True
+        [sys.executable, "-m", "tools.torture", "scripts", *parts], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "training scripts: 3 right; 0 failures"

@@ -14,6 +14,7 @@ ROOT = Path(groktrace.__file__).parent
 # A package may import those before it. `run` comes first: recording writes what analysis reads.
 ORDER = [
     "errors",
+    "records",
     "attention",
     "theory",
     "run",
@@ -60,6 +61,13 @@ def test_imports_point_one_way(path):
         assert other not in MAY_NOT.get(part, ()), f"{path} imports {other}"
 
 
+def test_programs_are_reached_by_their_door():
+    house = ROOT / "run" / "program"
+    for path in ROOT.rglob("*.py"):
+        if not path.is_relative_to(house):
+            assert "groktrace.run.program." not in path.read_text(), path
+
+
 def test_import_is_light():
     heavy = ("tensorboard", "click", "matplotlib", "pandas", "torch._dynamo", "torch.utils.tensorboard", "PIL")
     code = f"import groktrace, sys; print([name for name in {heavy!r} if name in sys.modules])"
@@ -69,7 +77,7 @@ def test_import_is_light():
 
 def test_only_one_module_touches_torch_export():
     users = [path.name for path in ROOT.rglob("*.py") if "torch.export" in path.read_text()]
-    assert users == ["program.py"]
+    assert users == ["tracing.py"]
 
 
 def test_public_names_are_documented():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import fsspec
 import pytest
@@ -75,7 +76,7 @@ def names(url):
 def test_recording_resuming_and_analysing(url):
     training = Training()
     recorder = training.record(url, 4)
-    assert f"3 snapshots, {recorder._writer.bytes} bytes" in repr(recorder)
+    assert re.search(r" 3 snapshots, [1-9]\d* bytes", repr(recorder))
     assert url in repr(recorder)
     assert not recorder._root.exists()
     weights = {f"weights/{step:012d}.safetensors" for step in (0, 2, 4)}
@@ -135,7 +136,7 @@ def test_what_cannot_be_sent_stays_here(monkeypatch, tmp_path):
     training = Training()
     recorder = groktrace.watch(training.model, training.optimizer, out="memory://runs/lost", every=1)
     recorder.flush()
-    monkeypatch.setattr(recorder._writer._remote._files, "put_file", lambda *_: 1 / 0, raising=False)
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "put_file", lambda *_: 1 / 0)
     training.optimizer.step()
     with pytest.warns(RuntimeWarning) as caught:
         recorder.close()

@@ -1,4 +1,4 @@
-"""A short run of each part of tools/torture.py."""
+"""A short run of each part of tools/torture."""
 
 import os
 import subprocess
@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parent.parent / "tools" / "torture.py"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills copies of its own process")
 def test_nothing_is_lost():
     parts = ["kill", "--trials", "6", "signals", "--trials", "3", "disk"]
     parts += ["analyze", "--trials", "3", "determinism", "--tiny", "network"]
-    done = subprocess.run([sys.executable, str(TOOL), *parts], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.torture", *parts], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if not line.startswith("|")]
     assert len(lines) == 6, done.stdout

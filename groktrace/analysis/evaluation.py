@@ -321,7 +321,7 @@ def measure_point(
         targets = pair[1]
         if targets.dtype == torch.long and isinstance(pair[0], Tensor) and torch.equal(targets, pair[0]):
             return None  # the loss shifts its targets itself, and where each belongs is not known
-        if task.offset_free and training:
+        if task.shift_invariant and training:
             # The loss cannot see this mean, so neither may the predictions (Gromov 2023's network has it at 30-50 %).
             offset = (outputs - targets).mean(0) if targets.shape == outputs.shape else None
         return _hits(outputs, targets, offset)

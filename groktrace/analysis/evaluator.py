@@ -17,8 +17,9 @@ from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.sharpness import Sharpness, measure_sharpness
 from groktrace.analysis.trajectory import Point
 from groktrace.errors import RunError, SnapshotError, TaskError
+from groktrace.run.factory import load_factory
 from groktrace.run.store import Run, Snapshot, open_run
-from groktrace.run.task import Task, failures_in_words, load_factory
+from groktrace.run.task import Task, failures_in_words
 from groktrace.sampling.calibration import Scale, settle
 from groktrace.sampling.chains import rows_per_stack
 from groktrace.sampling.network import as_float

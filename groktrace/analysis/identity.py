@@ -133,7 +133,7 @@ def identify(run: Run, given: Task | None, task: Task, layout: WeightLayout, wei
         return Identity(recorded, _digest(content))
     data = [None if batch is None else _describe(batch) for batch in (task.train, task.val)]
     return Identity(
-        recorded, _digest([*content, data, task.n, task.offset_free]), measure_behaviour(task, layout, weights)
+        recorded, _digest([*content, data, task.n, task.shift_invariant]), measure_behaviour(task, layout, weights)
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from groktrace.errors import RunError
-from groktrace.run.files import MAX_JSON_BYTES, TEMPORARY_PREFIX, open_plain, parse_json, sealed, sync, unsealed
+from groktrace.run.files import MAX_JSON_BYTES, TEMPORARY_PREFIX, open_plain, parse_json, sync, verified, with_digest
 from groktrace.run.layout import MAX_STEP
 
 MAX_NUMBER = sys.float_info.max
@@ -29,7 +29,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         with open_plain(path) as file:
             while (line := file.readline(MAX_JSON_BYTES)).endswith(b"\n"):
-                record = unsealed(parse_json(line))
+                record = verified(parse_json(line))
                 if not isinstance(record, dict):
                     raise ValueError("not an object")
                 records.append(record)
@@ -67,7 +67,7 @@ def check_step(record: dict[str, Any]) -> None:
 
 def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
     """Append records, each on its own line, and wait until they are on disk."""
-    data = b"".join(json.dumps(sealed(record), allow_nan=False).encode() + b"\n" for record in records)
+    data = b"".join(json.dumps(with_digest(record), allow_nan=False).encode() + b"\n" for record in records)
     with open(path, "ab+") as file:
         file.truncate(_end_of_lines(file))  # what follows was cut short by an interruption
         file.write(data)

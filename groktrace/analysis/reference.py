@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from groktrace.analysis.journal import check_numbers, check_step
 from groktrace.errors import GroktraceError, SettingsError
+from groktrace.records import read_record
+from groktrace.run.layout import Step
 from groktrace.run.task import Task
 from groktrace.sampling.network import as_float
 from groktrace.sampling.posterior import WeightLayout
@@ -31,7 +32,7 @@ class Reference:
 
     llc: float
     source: Literal["value", "jacobian"]
-    step: int | None = None
+    step: Step | None = None
     rank: int | None = None
     tolerance: float | None = None
     gap: float | None = None
@@ -47,16 +48,7 @@ class Reference:
         Raises:
             ValueError: a key is missing, unknown, or of the wrong kind.
         """
-        if not isinstance(value, dict) or value.keys() != cls.__dataclass_fields__.keys():
-            raise ValueError("not a reference")
-        if value["source"] not in ("value", "jacobian"):
-            raise ValueError("source")
-        if value["llc"] is None:
-            raise ValueError("llc")
-        check_numbers(value, value.keys() - {"source"})
-        if value["step"] is not None:
-            check_step(value)
-        return cls(**value)
+        return read_record(cls, value)
 
 
 def check_reference(value: Any) -> None:
@@ -89,7 +81,7 @@ def jacobian_reference(
     """
     network = _Outputs(task, layout, weights).to(device)
     try:
-        found = jacobian_rank(network, task.train.to(device).tensors, centred=task.offset_free)
+        found = jacobian_rank(network, task.train.to(device).tensors, centred=task.shift_invariant)
     except GroktraceError as failure:
         raise SettingsError(f"reference: no Jacobian rank of this run, give a number instead ({failure})") from failure
     gap = found.gap if math.isfinite(found.gap) else None

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from groktrace.analysis.evaluation import stack_weights
-from groktrace.analysis.journal import check_numbers, check_step
+from groktrace.records import between, read_record
+from groktrace.run.layout import Step
 from groktrace.sampling.curvature import top_eigenvalue
 from groktrace.sampling.hutchinson import hessian_trace
 from groktrace.sampling.large import hessian_trace_large, top_eigenvalue_large
@@ -34,9 +35,9 @@ class Sharpness:
         hessian_top: the largest |eigenvalue| of ∇²L_n, by 24 Lanczos iterations.
     """
 
-    step: int
+    step: Step
     hessian_trace: float | None
-    hessian_trace_stderr: float | None
+    hessian_trace_stderr: Annotated[float, between(0)] | None
     hessian_top: float | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,14 +49,9 @@ class Sharpness:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: a value is of the wrong kind.
-            TypeError: a value is missing or unknown.
+            ValueError: a key is missing, unknown, or of the wrong kind.
         """
-        check_step(value)
-        check_numbers(value, value)
-        if (value.get("hessian_trace_stderr") or 0) < 0:
-            raise ValueError("hessian_trace_stderr")
-        return cls(**value)
+        return read_record(cls, value)
 
 
 def measure_sharpness(

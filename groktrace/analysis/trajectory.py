@@ -3,23 +3,26 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from groktrace.analysis.journal import check_numbers, check_step
 from groktrace.analysis.llc import NOT_THE_BASIN, OFF_MINIMUM, PERHAPS_OFF
 from groktrace.analysis.reference import Reference
-from groktrace.errors import GroktraceError, RunError, SettingsError, printable
+from groktrace.errors import GroktraceError, RunError, SettingsError
+from groktrace.records import between, read_record
 from groktrace.run.files import read_json, write_json
+from groktrace.run.layout import Step
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
     from groktrace.analysis.detection import Detector
+
+Error = Annotated[float, between(0)]  # a standard error
 
 
 @dataclass(frozen=True)
@@ -37,21 +40,21 @@ class Point:
         hessian_trace, hessian_trace_stderr, hessian_top: see `groktrace.analysis.sharpness`; where they were asked for.
     """
 
-    step: int
+    step: Step
     llc: float | None
-    stderr: float | None
+    stderr: Error | None
     llc_centred: float | None = None
-    stderr_centred: float | None = None
+    stderr_centred: Error | None = None
     reliable: bool = True
     reasons: tuple[str, ...] = ()
     train_loss: float | None = None
     train_accuracy: float | None = None
     val_loss: float | None = None
     val_accuracy: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
     diagnostics: dict[str, float | None] = field(default_factory=dict)
     hessian_trace: float | None = None
-    hessian_trace_stderr: float | None = None
+    hessian_trace_stderr: Error | None = None
     hessian_top: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,21 +68,9 @@ class Point:
         Raises:
             ValueError: a key is missing, unknown, or of the wrong kind.
         """
-        if not isinstance(value, dict) or value.keys() - cls.__dataclass_fields__.keys():
-            raise ValueError("not a point")
-        check_step(value)
-        if type(value.get("reliable")) is not bool:
-            raise ValueError("reliable")
-        check_numbers(value, _NUMBERS)
-        if any((value.get(name) or 0) < 0 for name in _ERRORS):
-            raise ValueError(f"one of {', '.join(_ERRORS)} is negative")
-        parsed: dict[str, Any] = {"reasons": _texts(value["reasons"])}
-        for name in ("metrics", "diagnostics"):
-            if not isinstance(value.get(name), dict):
-                raise ValueError(name)
-            check_numbers(value[name], value[name])
-            parsed[name] = {printable(key): number for key, number in value[name].items()}
-        return cls(**{**value, **parsed})
+        if isinstance(value, dict) and not {"reliable", "reasons"} <= value.keys():
+            raise ValueError("does not say whether it is reliable")
+        return read_record(cls, value)
 
 
 def with_logged(point: Point, metrics: dict[str, float]) -> Point:
@@ -106,8 +97,6 @@ def with_logged(point: Point, metrics: dict[str, float]) -> Point:
 
 
 _ERROR_OF = {"llc": "stderr", "llc_centred": "stderr_centred"}
-_NUMBERS = tuple(each.name for each in fields(Point) if each.type == float | None)
-_ERRORS = tuple(name for name in _NUMBERS if "stderr" in name)
 
 
 # What the curves are called in text.
@@ -166,7 +155,7 @@ class Trajectory:
     unreadable: tuple[str, ...] = ()
     reference: Reference | None = None
     weight_decay: bool | None = None
-    unsampled: int = 0
+    unsampled: Annotated[int, between(0)] = 0
 
     @property
     def follows_curvature(self) -> bool:
@@ -334,30 +323,12 @@ class Trajectory:
         path = Path(path)
         value = read_json(path)
         try:
-            points = tuple(Point.from_dict(point) for point in value["points"])
-            if any(after.step <= before.step for before, after in itertools.pairwise(points)):
+            trajectory = read_record(cls, value)
+            if any(after.step <= before.step for before, after in itertools.pairwise(trajectory.points)):
                 raise ValueError("steps do not ascend")
-            check_numbers(value, ("n", "nbeta", "localization", "resolution", "locality"))
-            for name in ("method", "run"):
-                if not isinstance(value.get(name), str | None):
-                    raise ValueError(name)
-                value[name] = None if value.get(name) is None else printable(value[name])
-            unreadable = _texts(value.get("unreadable", []))
-            reference = value.get("reference")
-            reference = None if reference is None else Reference.from_dict(reference)
-            unsampled = value.get("unsampled", 0)
-            if type(unsampled) is not int or unsampled < 0:
-                raise ValueError("unsampled")
-            parsed = {"points": points, "unreadable": unreadable, "reference": reference, "unsampled": unsampled}
-            return cls(**{name: value.get(name) for name in cls.__dataclass_fields__} | parsed)
-        except (KeyError, TypeError, ValueError, AttributeError) as failure:
+        except ValueError as failure:
             raise RunError(f"{path}: damaged ({failure}); remove it and analyse again.") from failure
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise ValueError("expected a list of lines")
-    return tuple(printable(str(line)) for line in value)
+        return trajectory
 
 
 def _finite(value: Any) -> float | None:

@@ -1,7 +1,7 @@
-"""Weights and buffers off the model, under the plain model's own names."""
+"""Copy weights and buffers from a model, under the plain model's own names."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from groktrace.errors import SettingsError, TaskError
 from groktrace.recording.frozen import FrozenTensors
-from groktrace.run.loss_tensors import NO_TENSORS, LossTensors
+from groktrace.run.loss_tensors import NO_TENSORS, PREFIX, LossTensors
 from groktrace.run.store import WeightSpec
 from groktrace.run.views import View, find_views
 
@@ -22,7 +22,7 @@ STORABLE = frozenset(
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """The user's own network under torch.compile and data-parallel wrappers."""
+    """Unwrap torch.compile and data-parallel wrappers."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
@@ -56,7 +56,7 @@ def parameters_of(model: nn.Module, own: LossTensors = NO_TENSORS) -> dict[str, 
 
 
 def views_of(model: nn.Module, own: LossTensors = NO_TENSORS) -> dict[str, View]:
-    """The tensors of a plain model and its loss that lie in the memory of others; none where that is not clear."""
+    """The views among the tensors of a plain model and its loss; none where that is not clear."""
     parameters = parameters_of(model, own)
     try:
         return find_views(parameters | dict(model.named_buffers()) | own.buffers(), parameters)
@@ -71,7 +71,7 @@ def held_parameters(optimizer: Any) -> frozenset[int] | None:
     held: set[int] = set()
     for _ in range(8):
         groups = getattr(optimizer, "param_groups", None)
-        held.update(id(each) for group in groups or () for each in group["params"])
+        held.update(id(parameter) for group in groups or () for parameter in group["params"])
         optimizer = getattr(optimizer, "optimizer", None)
         if optimizer is None:
             break
@@ -79,9 +79,9 @@ def held_parameters(optimizer: Any) -> frozenset[int] | None:
 
 
 def training_names(parameters: Mapping[str, Tensor], views: Mapping[str, View], optimizer: Any) -> set[str]:
-    """Those parameters that train: that require a gradient, and that the optimizer, if there is one, holds.
+    """The names of parameters that train: that require a gradient, and that the optimizer, if any, holds.
 
-    What lies in the memory of another trains as that one, so that each number counts once.
+    A view trains as its base, so that shared numbers count once.
     """
     held = held_parameters(optimizer)
     names = (
@@ -95,7 +95,7 @@ def training_names(parameters: Mapping[str, Tensor], views: Mapping[str, View], 
 
 
 def describe_weights(model: nn.Module, optimizer: Any = None, own: LossTensors = NO_TENSORS) -> dict[str, WeightSpec]:
-    """Shape, dtype and trainability of what a snapshot of `model` and its loss holds.
+    """Describe the tensors that a snapshot of `model` and its loss holds.
 
     Args:
         model: the plain model.
@@ -124,7 +124,7 @@ def describe_weights(model: nn.Module, optimizer: Any = None, own: LossTensors =
             )
     training = training_names(parameters, views, optimizer)
     return {
-        name: WeightSpec(tuple(tensor.shape), tensor.dtype, name in training, of_loss=name in of_loss)
+        name: WeightSpec(tuple(tensor.shape), tensor.dtype, name in training, loss=name in of_loss)
         for name, tensor in (tensors | of_loss).items()
     }
 
@@ -139,7 +139,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether weights lie in pieces on several processes, so that all have to take part in reading them."""
+    """Whether weights are sharded over processes, all of which must take part in reading them."""
     return any(_in_pieces(tensor) for _, tensor in named_tensors(model))
 
 
@@ -149,7 +149,7 @@ def _in_pieces(tensor: Tensor) -> bool:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """A sharded model as the plain one that it was, while the body runs; every process has to take part."""
+    """Unshard a model within; every process has to take part."""
     if not is_sharded(model):
         yield
         return
@@ -194,10 +194,11 @@ class Capture:
         step: the training step.
 
     Attributes:
-        begun: parameters that were seen to begin to train, with the step at which they were; whoever has written that
-            down clears it.
-        late: parameters whose change was seen late, with the step after which snapshots may hold older values, and the
-            last that may; whoever has told of them clears it.
+        begun: parameters that were seen to begin to train since the last report, with the step.
+        late: parameters whose change was seen late since then, with the step after which snapshots may hold older
+            values, and the last that may.
+        sharded: whether weights lie in shards on several processes.
+        buffers: the copies, by name.
     """
 
     def __init__(
@@ -233,7 +234,7 @@ class Capture:
             self._allocate(name)
 
     def look(self, step: int, whole: bool = False) -> None:
-        """See what trains now, and which of the tensors that are kept elsewhere were written to.
+        """Find out what trains now, and which of the tensors kept elsewhere were modified.
 
         Args:
             step: the training step, which the next copy is of.
@@ -253,13 +254,42 @@ class Capture:
             if name in candidates:
                 self._begin(name)
 
+    def report(
+        self, warn_once: Callable[[str, str], None], mark_trainable: Callable[[Mapping[str, int]], None]
+    ) -> None:
+        """Report the changes that `look` and `copy` have found since the last report.
+
+        Args:
+            warn_once: takes a kind of warning and its text.
+            mark_trainable: takes the parameters that have begun to train, with the step from which they do.
+        """
+        if names := [f"'{name}'" for name in self.begun if name.startswith(PREFIX)]:
+            warn_once(
+                "adversary",
+                f"another optimizer trains {', '.join(names[:3])}{', ...' if names[3:] else ''} of the loss, "
+                "which now counts as trained for it too; if it is an adversary's, analyse the model's own "
+                "weights alone (--parameters).",
+            )
+        if self.late:
+            names = [f"'{name}'" for name in self.late]
+            since, until = min(a for a, _ in self.late.values()), max(b for _, b in self.late.values())
+            warn_once(
+                "late",
+                f"what does not train was written to, which was seen only now: {', '.join(names[:3])}"
+                f"{', ...' if names[3:] else ''}; snapshots after step {since}, up to step {until}, may hold older "
+                "values of it.",
+            )
+        if self.begun:
+            mark_trainable(self.begun)
+        self.begun, self.late = {}, {}
+
     def copy(self) -> dict[str, Tensor]:
-        """The network's tensors as they are now; valid until the next call.
+        """Copy the network's tensors; the copies are valid until the next call.
 
         Raises:
             SettingsError: the model no longer has the tensors it had.
         """
-        # Looked up anew each time: a script may replace parameters, or move the model to another device.
+        # Looked up anew, as a script may replace parameters or move the model to another device.
         kept = self._once.names
         current = {name: tensor for name, tensor in self._current().items() if name not in kept}
         for name in current.keys() - self.buffers.keys():
@@ -270,7 +300,7 @@ class Capture:
         with torch.inference_mode(False), torch.no_grad():
             if self.sharded:
                 for name, tensor in current.items():
-                    whole = _whole(tensor)  # one after the other: whole, they may not fit the device
+                    whole = _whole(tensor)  # one by one, as together they may not fit the device
                     if name in candidates:
                         self._compare(name, whole)
                     buffers[name].copy_(whole)
@@ -288,7 +318,7 @@ class Capture:
         return buffers
 
     def _begin(self, name: str) -> None:
-        """Note that a parameter trains from now on."""
+        """Mark a parameter as training from now on."""
         if name in self._still:
             self._still.discard(name)
             self._once.forget(name)
@@ -296,7 +326,7 @@ class Capture:
             self.begun[name] = self._step
 
     def _candidates(self) -> set[str]:
-        """Parameters that get a gradient and of which nothing says that they train; another optimizer may hold them."""
+        """Parameters with a gradient that are not known to train; another optimizer may hold them."""
         parameters = parameters_of(self._trained, self._own)
         return (training_names(parameters, self._views, None) & self._still) - self._unreached
 
@@ -305,13 +335,13 @@ class Capture:
             self._begin(name)
 
     def take_part(self) -> None:
-        """Give the process that copies a sharded model this one's pieces."""
+        """Take part in the collectives of the process that copies a sharded model."""
         with torch.inference_mode(False), torch.no_grad():
             for tensor in self._current().values():
                 _whole(tensor)
 
     def moved(self) -> bool:
-        """Whether a trainable tensor differs from its last copy."""
+        """Whether a trainable tensor has changed since its last copy."""
         with torch.inference_mode(False), torch.no_grad():
             return any(
                 spec.trainable and not torch.equal(tensor.cpu(), self.buffers[name])
@@ -347,9 +377,9 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _allocate(spec: WeightSpec, pinned: bool) -> Tensor:
-    """One CPU buffer, in memory that the GPU can write to directly where that helps."""
+    """Allocate one CPU buffer, pinned where a GPU copies into it."""
     if pinned:
-        with contextlib.suppress(RuntimeError):  # where there is no more of it, the other kind works, only slower
+        with contextlib.suppress(RuntimeError):  # out of pinned memory: pageable memory is only slower
             return torch.empty(spec.shape, dtype=spec.dtype, device="cpu", pin_memory=True)
-    # Zeros, not empty: the pages are touched here and not during the first snapshot.
+    # Zeros instead of empty: touch the pages here and not during the first snapshot.
     return torch.zeros(spec.shape, dtype=spec.dtype, device="cpu")

@@ -1,4 +1,4 @@
-"""Tensors that do not train, kept once, and whether they still are as they were kept."""
+"""Detect changes of tensors that do not train and are kept once for all snapshots."""
 
 from collections.abc import Mapping, Sequence, Set
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 from groktrace.run import files
 
-# Larger tensors are compared by a sample at each snapshot, and wholly from time to time.
+# Larger tensors are compared by a sample of elements at every snapshot, and wholly from time to time.
 WHOLE_BYTES = 2**16
 SAMPLE = 512
 
 
 class FrozenTensors:
-    """What is kept of tensors, to tell whether they were written to since.
+    """Samples and digests of tensors, to detect later changes.
 
-    A tensor's version counter says nothing of what `.data` or a kernel of somebody's own wrote.
+    A tensor's version counter misses writes through `.data` and by custom kernels.
 
     Args:
         tensors: by name, as they were kept.
@@ -27,25 +27,25 @@ class FrozenTensors:
         large = {name: tensor for name, tensor in tensors.items() if tensor.nbytes > WHOLE_BYTES}
         self._digests = {name: files.digest(tensor) for name, tensor in large.items()}
         self._marks = {name: _mark(tensor) for name, tensor in large.items()}
-        # Until when each is known to have been as it was kept; in the order in which they are compared wholly.
+        # The last step at which a tensor was known to be unchanged, in the order of whole comparisons.
         self._known = dict.fromkeys(large, step)
 
     @property
     def names(self) -> Set[str]:
-        """Those that are as they were kept."""
+        """Names of the unchanged ones."""
         return self._probes.keys()
 
     def compare(self, tensors: Mapping[str, Tensor], step: int, whole: bool = False) -> dict[str, int]:
-        """Find tensors that were written to, which count no longer.
+        """Find changed tensors, and forget them.
 
         Args:
-            tensors: all that are left, by name, as they are now.
+            tensors: the current ones, by name.
             step: the training step.
-            whole: whether to look at all of every tensor.
+            whole: whether to compare all elements.
 
         Returns:
-            Their names, with the step until which each is known to have been as it was kept; the present one where
-            the change was seen at once.
+            The names of changed tensors, with the last step at which they are known to have been unchanged; the
+            present one if the change was detected at once.
         """
         tensors = {name: tensors[name] for name in self._probes}
         found = dict.fromkeys(self._differing(tensors), step)
@@ -63,12 +63,12 @@ class FrozenTensors:
         return found
 
     def forget(self, name: str) -> None:
-        """Compare a tensor no longer."""
+        """Stop comparing a tensor."""
         for kept in (self._probes, self._digests, self._marks, self._known):
             kept.pop(name, None)
 
     def _differing(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Those whose probes are others; one look for all that lie on one device."""
+        """Names of tensors whose probes differ; one comparison a device."""
         groups: dict[torch.device, list[str]] = {}
         for name, tensor in tensors.items():
             groups.setdefault(tensor.device, []).append(name)
@@ -88,21 +88,21 @@ def _equal(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
 
 
 def _probe(tensor: Tensor) -> Tensor:
-    """The bytes of a small tensor, and of elements spread over a large one."""
+    """The bytes of a small tensor, or of elements spread over a large one."""
     with torch.inference_mode(False), torch.no_grad():
         part = tensor.detach()
         if part.nbytes > WHOLE_BYTES:
             part = _spread(part)
-        # A copy, also of what is contiguous: it is to stay as it is.
+        # Copy also what is contiguous, as the tensor may change.
         return part.reshape(-1).clone().view(torch.uint8)
 
 
 def _spread(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous():
-        # Odd, so that columns of which there are a power of two are all met with.
+        # An odd stride, so that it meets all columns where their number is a power of two.
         return tensor.view(-1)[:: (tensor.numel() // SAMPLE) | 1]
     left = SAMPLE
-    for dim, size in sorted(enumerate(tensor.shape), key=lambda each: each[1]):
+    for dim, size in sorted(enumerate(tensor.shape), key=lambda item: item[1]):
         step = -(-size // max(left, 1))
         tensor = tensor[(slice(None),) * dim + (slice(None, None, step),)]
         left //= max(tensor.shape[dim], 1)
@@ -110,5 +110,5 @@ def _spread(tensor: Tensor) -> Tensor:
 
 
 def _mark(tensor: Tensor) -> tuple[int, int, int | None]:
-    """What changes when a tensor is replaced, or written to in most ways."""
+    """A mark that changes when a tensor is replaced, or modified in most ways."""
     return id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version

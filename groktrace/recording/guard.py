@@ -1,4 +1,4 @@
-"""What the recorded program gives, held against the loss and gradient that train, now and then."""
+"""Compare the recorded program with the live loss and gradient, from time to time."""
 
 import contextlib
 import math
@@ -14,16 +14,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from groktrace.run import files
 from groktrace.run.batch import Batch
-from groktrace.run.forward import Forward, evaluation_mode
+from groktrace.run.isolation import eager_and_unfused
+from groktrace.run.model_with_loss import ModelWithLoss, evaluation_mode
 
 SAMPLES = 8
-SHARE = 0.005  # of the time since the start, for all checks but the first and the last
-# Relative differences beyond rounding, of the loss and of the gradient: on a processor, and elsewhere or in half
-# precision.
+SHARE = 0.005  # of the training time, for all checks but the first and the last
+# Relative tolerances of loss and gradient: on a CPU, and elsewhere or in half precision.
 EXACT, ROUGH = (1e-4, 1e-3), (1e-2, 1e-1)
-# What rounding leaves of a loss or a gradient that has all but vanished, relative to those at the start.
+# Absolute tolerances of a vanishing loss and gradient, relative to those at the start.
 FLOOR = (1e-7, 1e-5)
-LARGE = 2**26  # bytes of weights that are not copied, read or differentiated again for a check
+LARGE = 2**26  # bytes of weights, above which a check copies, reads and differentiates none
 CAUSES = (
     "Does the loss read a number that changes while training, or weights that are not the model's own? In a buffer of "
     "the model (register_buffer) each snapshot keeps them."
@@ -45,7 +45,7 @@ class Guard:
         failure: why the last check could not be made, if so.
     """
 
-    def __init__(self, forward: Forward, program: Any, batch: Batch, fixed: bool) -> None:
+    def __init__(self, forward: ModelWithLoss, program: Any, batch: Batch, fixed: bool) -> None:
         self._forward, self._program = forward, program
         self._began = time.perf_counter()
         self._spent = self._last = 0.0
@@ -82,7 +82,7 @@ class Guard:
         return True
 
     def check(self, tensors: Mapping[str, Tensor], gradient: bool = False) -> list[str]:
-        """What differs between the live loss and the program at a snapshot; each thing once.
+        """Describe how the program differs from the live loss at a snapshot; loss and gradient once.
 
         Args:
             tensors: as recorded; what was frozen may be missing.
@@ -92,7 +92,7 @@ class Guard:
             return []
         try:
             return self._compare(tensors, gradient)
-        except Exception as failure:  # that of the user's code, or of too little memory
+        except Exception as failure:  # of the user's code, or for lack of memory
             reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
             self.failure = (
                 "it cannot be checked whether the recorded program still gives the loss that trains: on samples on "
@@ -103,7 +103,7 @@ class Guard:
     def _compare(self, tensors: Mapping[str, Tensor], gradient: bool) -> list[str]:
         began = time.perf_counter()
         with self._unseen():
-            # Where a loss holds weights of the model by themselves, it has none but those that train.
+            # A loss that captures weights of the model can only be evaluated at the live ones.
             average = self.average and not self._forward.own.holds_weights
             weights = self._complete(tensors if average or not self.average else {})
             gradient = gradient and not self._large(weights)
@@ -134,7 +134,7 @@ class Guard:
         return [text] if new else []
 
     def _complete(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All tensors of a snapshot, where the live ones are."""
+        """All tensors of a snapshot, on the device of the live ones."""
         weights = {name: tensor.detach() for name, tensor in _state(self._forward).items()}
         if not tensors or (self._device.type != "cpu" and self._large(weights)):
             return weights
@@ -148,8 +148,8 @@ class Guard:
         return sum(tensor.nbytes for tensor in weights.values()) > LARGE
 
     def _live(self, weights: Mapping[str, Tensor] | None, gradient: bool) -> tuple[float, dict[str, Tensor]]:
-        """Loss and gradient of the model as it trains, or of its code at other weights."""
-        # Whatever the forward pass does to buffers, it does to copies.
+        """Loss and gradient of the live model, or of its code at other weights."""
+        # The forward pass may modify buffers, so it gets copies.
         state = {name: buffer.clone() for name, buffer in self._forward.buffers_by_name().items()}
         known = self._forward.parameters_by_name()
         if weights is not None:
@@ -169,16 +169,14 @@ class Guard:
 
     @contextlib.contextmanager
     def _unseen(self) -> Iterator[None]:
-        """Nothing of the training changes: generators, flags, buffers, and what else model and loss count with."""
-        from groktrace.run.program import undisturbed
-
+        """Leave no trace in the training: generators, flags, buffers, and attributes of model and loss."""
         kinds = {"cpu", self._device.type}
         with contextlib.ExitStack() as held:
-            held.enter_context(undisturbed(self._device))
+            held.enter_context(eager_and_unfused(self._device))
             held.enter_context(torch.inference_mode(False))
             for kind in kinds:
                 held.enter_context(torch.autocast(kind, enabled=False))
-            held.enter_context(put_back(self._forward.model, self._forward.loss, self._forward.batch_loss))
+            held.enter_context(restored_attributes(self._forward.model, self._forward.loss, self._forward.batch_loss))
             held.enter_context(evaluation_mode(self._forward))
             yield
 
@@ -188,12 +186,12 @@ def _first(batch: Batch, count: int) -> Batch:
     return batch.take(slice(0, count) if len(batch) > 1 else torch.tensor([0, 0], device="cpu"))
 
 
-def _state(forward: Forward) -> dict[str, Tensor]:
+def _state(forward: ModelWithLoss) -> dict[str, Tensor]:
     return forward.parameters_by_name() | forward.buffers_by_name()
 
 
-def _differentiable(weights: Mapping[str, Tensor], forward: Forward) -> dict[str, Tensor]:
-    """Those of the weights that train, apart from the live ones; of what shares memory, the one that holds it."""
+def _differentiable(weights: Mapping[str, Tensor], forward: ModelWithLoss) -> dict[str, Tensor]:
+    """Detached copies of the weights that train, views replaced by their bases."""
     names = [name for name, parameter in forward.parameters_by_name().items() if parameter.requires_grad]
     names = dict.fromkeys(forward.views[name].base if name in forward.views else name for name in names)
     return {name: weights[name].detach().requires_grad_() for name in names if name in weights}
@@ -213,12 +211,12 @@ def _close(live: float, recorded: float, rtol: float, floor: float) -> bool:
 
 
 def _norm(gradient: Mapping[str, Tensor]) -> float:
-    """Of what is finite."""
-    return math.hypot(*(float(each.abs().float().nan_to_num(0, 0, 0).norm()) for each in gradient.values()))
+    """Norm of the finite elements."""
+    return math.hypot(*(float(tensor.abs().float().nan_to_num(0, 0, 0).norm()) for tensor in gradient.values()))
 
 
 def _distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Norm of the difference, where what is not finite in the same way in both does not count."""
+    """Norm of the difference; elements that are non-finite alike in both do not count."""
 
     def apart(a: Tensor, b: Tensor) -> float:
         same = (a == b) | (a.isnan() & b.isnan())
@@ -228,16 +226,16 @@ def _distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 
 
 @contextlib.contextmanager
-def put_back(model: nn.Module, *losses: Any) -> Iterator[None]:
-    """Attributes of the modules, and variables that a loss function assigns to, as they were before.
+def restored_attributes(model: nn.Module, *losses: Any) -> Iterator[None]:
+    """Restore attributes of modules, and variables that a loss function assigns to.
 
-    A loss may count its calls, or keep what it saw: calls that are not the training's must leave no trace.
+    A loss may count its calls or cache what it saw; calls that are not the training's must leave no trace.
 
     Args:
         model: the network.
         losses: functions or modules; anything else is left alone.
     """
-    modules = [each for root in (model, *losses) if isinstance(root, nn.Module) for each in root.modules()]
+    modules = [module for root in (model, *losses) if isinstance(root, nn.Module) for module in root.modules()]
     places: list[tuple[dict[str, Any], Iterable[str] | None]] = [(vars(module), None) for module in modules]
     places += [(module._buffers, None) for root in losses if isinstance(root, nn.Module) for module in root.modules()]
     cells: list[tuple[types.CellType, Any]] = []

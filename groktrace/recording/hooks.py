@@ -1,4 +1,4 @@
-"""Being told of every update that an optimizer makes, once each."""
+"""Hooks that count every update of an optimizer exactly once."""
 
 import contextlib
 import sys
@@ -15,7 +15,7 @@ from groktrace.errors import SettingsError
 
 
 def hookable(optimizer: Any) -> Any:
-    """The optimizer that takes step hooks: the argument itself, or the one it wraps.
+    """Find the optimizer that takes step hooks: the argument itself, or one that it wraps.
 
     Raises:
         SettingsError: there is none.
@@ -44,21 +44,21 @@ def _nothing(*_: Any) -> None:
     """A hook that does nothing."""
 
 
-# Rounds of other optimizers' steps until the counted one must be taken to be replaced: where the weights change between
-# these rounds too, and where one of them was seen to make updates together with the counted one.
+# Rounds of other optimizers' steps after which the counted one is taken to be replaced: if the weights also change
+# between the rounds, and if one of them has made updates together with the counted one before.
 CHANGED_BETWEEN, COMPANION = 4, 50
 
 
 @dataclass
 class Streak:
-    """Steps of other optimizers that no update has followed yet.
+    """Consecutive steps of other optimizers, without an update of the counted one since.
 
     Attributes:
-        round: those that stepped since the first of them did so last.
-        before: the rounds before this one.
-        longest: the most rounds that an update did follow; 0 where all are new.
+        round: the optimizers that have stepped in the current round, which ends when the first steps again.
+        before: the number of earlier rounds.
+        longest: the most rounds before an update of the counted optimizer so far; 0 if there was none.
         skip: the last step's `found_inf`.
-        skips: how many rounds before this one a gradient scaler made them skip; None without one.
+        skips: the number of earlier rounds that a gradient scaler skipped; None without one.
     """
 
     round: list[Any] = field(default_factory=list)
@@ -69,17 +69,17 @@ class Streak:
 
     @property
     def last(self) -> Any:
-        """The optimizer that stepped last: where several make one update together, it ends there."""
+        """The optimizer that stepped last, where an update of several together ends."""
         return self.round[-1]
 
     @property
     def updates(self) -> int:
-        """How many updates the steps are, those that were skipped included."""
+        """The number of updates, skipped ones included."""
         return self.before + bool(self.round)
 
     @property
     def skipped(self) -> Tensor | None:
-        """How many of them were skipped."""
+        """The number of skipped updates."""
         if self.skip is None:
             return self.skips
         flag = (self.skip > 0).sum()
@@ -87,11 +87,11 @@ class Streak:
 
     @property
     def is_long(self) -> bool:
-        """Whether an update can hardly be still to come."""
+        """Whether an update of the counted optimizer is no longer to be expected."""
         return self.updates >= (4 * self.longest + COMPANION if self.longest else CHANGED_BETWEEN)
 
     def end_round(self) -> None:
-        """The first of them steps again."""
+        """End the round, as its first optimizer steps again."""
         self.skips, self.before = self.skipped, self.updates
         self.round, self.skip = [], None
 
@@ -128,14 +128,14 @@ class UpdateHooks:
         self._early = False  # whether others were counted before the optimizer's own first step
         self._counted: list[Any] = []  # the optimizers whose steps are updates
         self._depth = self._updates = 0
-        # Of the others: how deep in their steps we are, and the updates that there were when the outermost began.
+        # Nesting depth of other optimizers' steps, and the number of updates when the outermost began.
         self._other_depth = self._other_updates = 0
         self._sharing: weakref.WeakKeyDictionary[Any, tuple[int, bool]] = weakref.WeakKeyDictionary()
-        self._longest: dict[type, int] = {}  # streak that an update followed, by type: inner loops make theirs anew
+        self._longest: dict[type, int] = {}  # streak before an update, by type: inner loops make new optimizers
         self.streak: Streak | None = None
         self._handles: list[Any] = []
         self._count(optimizer)
-        if on_other is not None:  # global ones, since the script may make its next optimizer at any time
+        if on_other is not None:  # global, as the script may make another optimizer at any time
             self._handles += [
                 register_optimizer_step_pre_hook(self._before_other),
                 register_optimizer_step_post_hook(self._after_other),
@@ -162,8 +162,8 @@ class UpdateHooks:
         del self._handles[4:], self._counted[1:]
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        # A subclass whose step() calls super().step() comes here twice per update, the second time from within the
-        # first. A step that raised never reaches `_after`, and looks the same but for the call stack.
+        # A subclass whose step() calls super().step() comes here twice per update, nested. A step that raised never
+        # reaches `_after`, and can be told from that by the call stack alone.
         if self._depth and not _within_step_of(self._counted):
             self._depth = 0
         self._depth += 1
@@ -185,7 +185,7 @@ class UpdateHooks:
             self._updates += 1
             self._on_update(getattr(optimizer, "found_inf", None))
 
-    # These two every optimizer of the process calls: a compiled step of another one stays whole, and is not seen.
+    # Every optimizer of the process calls these two. Compiled steps of others are ignored, to keep their graphs whole.
     def _before_other(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if optimizer is self._counted[0] or torch.compiler.is_compiling() or not self._is_other(optimizer):
             return
@@ -197,7 +197,7 @@ class UpdateHooks:
         if self._other_depth > 1:
             return
         self._other_updates = self._updates
-        if self.streak is not None and any(optimizer is each for each in self.streak.round):
+        if self.streak is not None and any(optimizer is other for other in self.streak.round):
             if self._on_again(self.streak):
                 last, self.streak = self.streak.last, None
                 self._early |= not self._updates
@@ -216,7 +216,7 @@ class UpdateHooks:
         self._other_depth -= 1
         if self._other_depth:
             return
-        if self._updates != self._other_updates:  # it holds the counted one and steps it
+        if self._updates != self._other_updates:  # it wraps the counted one, and steps it
             self.streak = None
             return
         if self.streak is None:
@@ -228,7 +228,7 @@ class UpdateHooks:
 
     def _is_other(self, optimizer: Any) -> bool:
         """Whether this optimizer holds some of the counted one's parameters, and is not counted itself."""
-        if any(optimizer is each for each in self._counted):
+        if any(optimizer is counted for counted in self._counted):
             return False
         try:
             size = _size(optimizer) + _size(self._counted[0])
@@ -238,7 +238,7 @@ class UpdateHooks:
                 known = (size, bool(common if self._among is None else common & self._among))
                 self._sharing[optimizer] = known
             return known[1]
-        except (AttributeError, KeyError, TypeError):  # some wrapper that is no whole optimizer
+        except (AttributeError, KeyError, TypeError):  # an incomplete wrapper
             return False
 
 
@@ -258,14 +258,14 @@ def _within_step_of(optimizers: list[Any] | None) -> bool:
         while frame is not None:
             if frame.f_code is wrapper.f_code:
                 owner = frame.f_locals.get("self")
-                if owner is None or optimizers is None or any(owner is each for each in optimizers):
+                if owner is None or optimizers is None or any(owner is candidate for candidate in optimizers):
                     return True
             frame = frame.f_back
     return False
 
 
 def _spare_compiler() -> None:
-    """For scripts that compile optimizer.step: the compiler calls the hooks as they are instead of tracing them."""
+    """Keep torch.compile from tracing the hooks of a compiled optimizer.step."""
     # The mark that torch.compiler.disable sets; that function itself would put a frame between hook and step.
     UpdateHooks._before._torchdynamo_disable = UpdateHooks._after._torchdynamo_disable = True
     with contextlib.suppress(ImportError, AttributeError, TypeError):  # not public; without it, it compiles them apart

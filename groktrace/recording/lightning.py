@@ -61,11 +61,11 @@ class GroktraceCallback(TrainerRecording, pl.Callback):
     def on_train_batch_start(self, *_: Any) -> None:
         """Take the snapshot that is due: validation, if it followed the last batch, is over."""
         if self.recorder is not None:
-            self.recorder.settle()
+            self.recorder.take_pending()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Note what was logged for the snapshot that is due."""
-        if self.recorder is not None and self.recorder.due:
+        if self.recorder is not None and self.recorder.has_pending:
             self._log(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -77,13 +77,13 @@ class GroktraceCallback(TrainerRecording, pl.Callback):
         found = {name: value for name, value in trainer.callback_metrics.items() if self._before.get(name) is not value}
         self._validated |= found.keys()
         self._validation = trainer.global_step, found
-        if self.recorder is not None and self.recorder.due:
+        if self.recorder is not None and self.recorder.has_pending:
             self._log(trainer)
 
     def on_train_epoch_end(self, *_: Any) -> None:
         """Take the snapshot that is due before others put other weights in."""
         if self.recorder is not None:
-            self.recorder.settle()
+            self.recorder.take_pending()
 
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Keep the last step."""
@@ -94,7 +94,7 @@ class GroktraceCallback(TrainerRecording, pl.Callback):
     def on_exception(self, *_: Any) -> None:
         """Keep the last step of a training that was broken off."""
         if self.recorder is not None:
-            self.recorder.leave()
+            self.recorder.close_locally()
 
     def _log(self, trainer: pl.Trainer) -> None:
         metrics = {name: value for name, value in trainer.callback_metrics.items() if name not in self._validated}

@@ -1,4 +1,4 @@
-"""Other optimizers that move the weights of the one that is watched."""
+"""Decide whether other optimizers have taken the place of the watched one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,24 +8,24 @@ from torch import Tensor
 from groktrace.recording.hooks import Streak
 from groktrace.recording.probe import Reading, differ
 
-# Of the largest of some weights, what a perturbation that was taken back may leave.
+# Relative rounding error that an undone perturbation of the weights may leave.
 SAME = 1e-5
 
 Spare = tuple[int, dict[str, Tensor]]
 
 
-class Others:
+class OtherOptimizers:
     """Decides whether steps of other optimizers are updates.
 
-    They are where one of them steps again, none of the watched one's having come between, and the weights are then as
-    the first step left them: not where these two make one update together, as in sharpness-aware training.
+    They are if one of them steps again without a step of the watched one between, and the weights are as its last step
+    left them. They are not if both make one update together, as in sharpness-aware training.
 
     Args:
         optimizer: the watched one.
         read: the weights as they are.
         keep: the step and the weights that are due, if the streak's last step is an update; None without.
         replace: called where they are updates, with the streak, the weights after it, and what `keep` gave.
-        warn: called with what to tell.
+        warn: called with a warning's text.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class Others:
         self._spare: Spare | None = None
 
     def stepped(self, streak: Streak) -> None:
-        """One of them has stepped."""
+        """Note a step of one of them."""
         self._spare, self._after = None, self._read()
         if not streak.longest:
             self._spare = self._keep(streak)
 
     def again(self, streak: Streak) -> bool:
-        """One of them is about to step again: whether they have taken the watched one's place."""
+        """Before one of them steps again: whether they have taken the watched one's place."""
         still = self._inner(streak) or not differ(self._after, self._read(), SAME)
         if ascends(streak.last) != ascends(self._optimizer) or not (streak.is_long or (still and not streak.longest)):
             return False
@@ -55,14 +55,14 @@ class Others:
         return True
 
     def ended(self, streak: Streak) -> None:
-        """The recording ends with steps of theirs."""
+        """Decide on steps of theirs at the end of the recording."""
         alike = ascends(streak.last) == ascends(self._optimizer)
         if streak.round and not streak.longest and alike and not differ(self._after, self._read()):
             self._count(streak)
 
     def _inner(self, streak: Streak) -> bool:
-        """Whether the watched one holds the other, as sharpness-aware ones do, and steps it out of a method's own."""
-        return any(each is streak.last for each in vars(self._optimizer).values())
+        """Whether the watched one wraps the other, as sharpness-aware ones do."""
+        return any(value is streak.last for value in vars(self._optimizer).values())
 
     def _count(self, streak: Streak) -> None:
         spare, self._spare = self._spare, None
@@ -77,5 +77,5 @@ class Others:
 
 
 def ascends(optimizer: Any) -> bool:
-    """Whether it goes up the gradient, as one does that perturbs the weights in sharpness-aware training."""
+    """Whether it ascends the gradient, as the perturbing step of sharpness-aware training does."""
     return any(group.get("maximize") for group in optimizer.param_groups)

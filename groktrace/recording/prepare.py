@@ -1,4 +1,4 @@
-"""What a recording writes at its start: the network's description, the data, and the loss as a program."""
+"""Prepare and write what a recording holds besides weights: run.json, the data, and the loss as a program."""
 
 import importlib.metadata
 import math
@@ -13,25 +13,26 @@ from torch import Tensor, nn
 
 from groktrace.errors import SettingsError
 from groktrace.recording.capture import STORABLE, find_aliases
-from groktrace.recording.guard import Guard, put_back
+from groktrace.recording.guard import Guard, restored_attributes
 from groktrace.recording.schedule import Schedule
 from groktrace.recording.writer import now
 from groktrace.run import files, layout
 from groktrace.run.batch import Batch
 from groktrace.run.collect import collect
+from groktrace.run.isolation import without_side_effects
 from groktrace.run.loss_tensors import NO_TENSORS, LossTensors
 from groktrace.run.store import WeightSpec
 from groktrace.run.task import (
     MAX_SAMPLES,
-    Forward,
+    SHIFT_INVARIANT_KEY,
+    ModelWithLoss,
     check_forward,
     data_notes,
     evaluation_mode,
-    is_offset_free,
+    is_shift_invariant,
     make_forward,
     takes,
 )
-from groktrace.run.untouched import left_untouched
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Evaluation:
         tensors: contents of data.safetensors.
         program: contents of program.json, or None where the model could not be traced.
         problem: why it could not.
-        notes: what the user ought to know of the data, a sentence each.
+        notes: warnings about the data.
         guard: checks while training that the program still gives the live loss; None without a program.
         own: the tensors of the loss.
         unreached: parameters that the loss's gradient does not reach.
@@ -79,7 +80,7 @@ def prepare_evaluation(
         TaskError: data, loss and model do not fit together.
         SettingsError: the data cannot be stored.
     """
-    with left_untouched(model), put_back(model, loss, batch_loss):
+    with without_side_effects(model), restored_attributes(model, loss, batch_loss):
         fits = takes(model, loss, batch_loss)
         batch, n = collect(train, "train", MAX_SAMPLES, seed, fits)
         data = {"train": _describe_batch(batch, n), "val": None}
@@ -92,7 +93,7 @@ def prepare_evaluation(
         forward = make_forward(model, loss, batch_loss, batch, held_out)
         with evaluation_mode(forward):
             notes = data_notes(check_forward(forward, batch, held_out), train, val, held_out)
-            offset_free = _offset_free(forward, batch)
+            shift_invariant = _shift_invariant(forward, batch)
             unreached: frozenset[str] = frozenset()
             try:
                 forward.find_tensors(batch)
@@ -101,12 +102,12 @@ def prepare_evaluation(
             except Exception as failure:  # whatever tracing trips over, the weights can still be recorded
                 return Evaluation(n, data, tensors, None, failure, notes, None, forward.own, unreached)
     tensors |= {f"constant.{name}": value.detach().cpu().contiguous().clone() for name, value in constants.items()}
-    program = {**program, "offset_free": offset_free}
+    program = {**program, SHIFT_INVARIANT_KEY: shift_invariant}
     return Evaluation(n, data, tensors, program, None, notes, guard, forward.own, unreached)
 
 
-def _unreached(forward: Forward, batch: Batch, names: set[str]) -> frozenset[str]:
-    """Those of some parameters that require a gradient and that the gradient of the loss does not reach."""
+def _unreached(forward: ModelWithLoss, batch: Batch, names: set[str]) -> frozenset[str]:
+    """The parameters, among some, that require a gradient but get none from the loss."""
     parameters = forward.parameters_by_name()
     asked = {name: parameters[name] for name in names if name in parameters and parameters[name].requires_grad}
     if not asked:
@@ -121,19 +122,19 @@ def _unreached(forward: Forward, batch: Batch, names: set[str]) -> frozenset[str
     return frozenset(name for name, gradient in zip(asked, found, strict=True) if gradient is None)
 
 
-def _offset_free(forward: Forward, batch: Batch) -> bool:
+def _shift_invariant(forward: ModelWithLoss, batch: Batch) -> bool:
     try:
-        return is_offset_free(forward, batch)
+        return is_shift_invariant(forward, batch)
     except Exception:  # a loss that only takes the model's own dtype, say; then nothing is known
         return False
 
 
-def _trace(forward: Forward, batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor], Guard]:
-    """Model and loss as JSON, the constant tensors it refers to, and what checks them later."""
+def _trace(forward: ModelWithLoss, batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor], Guard]:
+    """Trace model and loss: the program as JSON, its constants, and the guard that checks it later."""
     from groktrace.run.program import Program
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's own remarks mean nothing to who trains
+        warnings.simplefilter("ignore")  # the tracer's warnings mean nothing to the user
         program = Program.trace(forward, batch)
         guard = Guard(forward, program, batch, program.static_batch is not None)
         return program.to_json(), program.constants, guard
@@ -193,7 +194,7 @@ def _describe_weight(spec: WeightSpec) -> dict[str, Any]:
     entry: dict[str, Any] = {"shape": list(spec.shape), "dtype": dtype, "trainable": spec.trainable}
     if spec.trainable_from:
         entry["trainable_from"] = spec.trainable_from
-    return entry | {"loss": True} if spec.of_loss else entry
+    return entry | {"loss": True} if spec.loss else entry
 
 
 def _version() -> str:
@@ -212,7 +213,7 @@ def _describe_optimizer(optimizer: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON, or None if it is no plain value."""
+    """Convert a setting to JSON; None if it is no plain value."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
@@ -223,7 +224,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_start(root: Path, info: dict[str, Any], evaluation: Evaluation) -> bool:
-    """Write run.json and what belongs to it, run.json last; a recording that is there already is brought up to date.
+    """Write data, program and, last, run.json; an existing recording is updated.
 
     Args:
         root: the run directory; made if missing.
@@ -262,7 +263,7 @@ def write_start(root: Path, info: dict[str, Any], evaluation: Evaluation) -> boo
 
 
 def write_frozen(root: Path, frozen: Mapping[str, Tensor]) -> frozenset[str]:
-    """Write the parameters that do not train, once for all snapshots; what an earlier recording wrote stays.
+    """Write the parameters that do not train once for all snapshots; an earlier recording's file stays.
 
     Args:
         root: the run directory.

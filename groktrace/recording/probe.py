@@ -1,4 +1,4 @@
-"""A few of the weights, read in about a microsecond: enough to see that training, or something else, moved them."""
+"""Detect changes of the weights by reading a few of them, in about a microsecond."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 HOW_TO_COUNT = "give watch() the optimizer that trains, or call recorder.step() once per update."
 RUN = 8  # neighbouring elements of one tensor
-# Readings, a second apart, that all differ while no update is counted. Few of them can be an average that is swapped in
-# for validation, or weights that are clamped; many can be a landscape of the loss, or a strategy of many perturbations.
+# Distinct readings, a second apart, without a counted update, before a warning. A few may come from an average swapped
+# in for validation, or from clamping; many also from a plot of the loss landscape, or an evolution strategy.
 SOON, LATE = 4, 60
-# Begins of updates that are looked at one by one, and of how many at most one has to differ for that to be a habit.
+# Updates before which the weights are always read; and one in how many of them must differ for that to be a habit.
 LOOKS, HABIT = 32, 20
 
 Reading = list[list[float] | Tensor]
 
 
-class Probe:
+class WeightProbe:
     """Reads a few elements of two tensors.
 
     Args:
@@ -38,7 +38,7 @@ class Probe:
         return [reader() for reader in self._readers]
 
     def read_here(self) -> Reading | None:
-        """The same for another thread, from which a GPU must not be asked: there versions stand for the elements."""
+        """Read from another thread, which must not use a GPU: there version counters stand for the elements."""
         if all(tensor.is_cpu for tensor in self._tensors):
             return self.read()
         return [[float(tensor._version)] for tensor in self._tensors]
@@ -60,19 +60,19 @@ class Probe:
 
 
 def differ(before: Reading | None, after: Reading | None, rtol: float = 0.0) -> bool:
-    """Whether two readings are of other weights; not where one is missing.
+    """Whether two readings differ; False if one is missing.
 
     Args:
         before: one.
         after: the other.
-        rtol: of the largest element of a tensor, what counts as the same.
+        rtol: tolerance, relative to the largest element of a tensor.
     """
     if before is None or after is None:
         return False
-    if rtol == 0 and all(type(each) is list for each in before) and before == after:
+    if rtol == 0 and all(type(values) is list for values in before) and before == after:
         return False
     for one, other in zip(before, after, strict=True):
-        a, b = (torch.as_tensor(each).detach().cpu() for each in (one, other))
+        a, b = (torch.as_tensor(values).detach().cpu() for values in (one, other))
         if a.shape != b.shape:
             return False
         if a.is_complex():
@@ -84,19 +84,19 @@ def differ(before: Reading | None, after: Reading | None, rtol: float = 0.0) -> 
 
 
 class Watchdog:
-    """Notices that weights keep changing while no update is counted.
+    """Warns if weights keep changing while no update is counted.
 
     Args:
         probe: of the weights.
-        moment: the updates counted so far, and whether one is being made.
+        moment: the number of updates so far, and whether one is in progress.
         begun: the updates counted when the recording began.
-        warn: called once, with a word for the kind and what to tell.
-        patient: whether even from the start many readings have to differ.
+        warn: called once, with a kind of warning and its text.
+        patient: whether many readings must differ even before the first update.
     """
 
     def __init__(
         self,
-        probe: Probe,
+        probe: WeightProbe,
         moment: Callable[[], tuple[int, bool]],
         begun: int,
         warn: Callable[[str, str], None],
@@ -113,7 +113,7 @@ class Watchdog:
         try:
             if not self._done:
                 self._look()
-        except Exception:  # it is not worth more than not being there
+        except Exception:  # then there is no warning
             self._done = True
 
     def _look(self) -> None:
@@ -125,7 +125,7 @@ class Watchdog:
             self._step, self._seen = step, [reading]
         elif differ(self._seen[-1], reading):
             # Training does not come back to where it was.
-            returned = any(not differ(each, reading) for each in self._seen)
+            returned = any(not differ(earlier, reading) for earlier in self._seen)
             self._seen = [reading] if returned else [*self._seen, reading]
             never = step == self._begun
             if len(self._seen) >= (SOON if never and not self._patient else LATE):
@@ -139,44 +139,44 @@ class Watchdog:
                     )
 
 
-class Between:
-    """What becomes of the weights between one update and the next.
+class BetweenUpdates:
+    """Detects changes of the weights between one update and the next.
 
     Args:
-        probe: of the weights; None to know nothing.
+        probe: of the weights; None to detect nothing.
     """
 
-    def __init__(self, probe: Probe | None) -> None:
+    def __init__(self, probe: WeightProbe | None) -> None:
         self._probe = probe
         self._after: Reading | None = None
         self._looks = self._moves = 0
         self._ended = 0
 
     def end(self) -> None:
-        """An update has ended."""
+        """Note the end of an update."""
         if self._probe is not None:
             self.end_at(self._probe.read())
 
     def end_at(self, reading: Reading | None) -> None:
-        """An update ended when the weights were read so."""
+        """Note the end of an update, with the reading of its weights."""
         self._after = reading
         self._ended += 1
 
     def begin(self) -> None:
-        """The next one begins."""
-        # At first always, then at powers of two: enough to know the script's habits.
+        """Note the beginning of the next update."""
+        # Always at first, then at powers of two, which is enough to know the script's habits.
         if self._ended <= LOOKS or not self._ended & (self._ended - 1):
             self._looks += 1
             try:
                 self._moves += differ(self._after, self.read())
-            except Exception:  # then nothing is known of it
+            except Exception:  # then nothing is detected
                 self._probe = None
 
     @property
     def moved(self) -> bool:
-        """Whether the weights have changed since the last update, where scripts leave them alone as a rule.
+        """Whether the weights have changed since the last update, in a script that does not change them regularly.
 
-        One that clamps its weights, say, does so after every update or after every tenth; then that belongs to it.
+        Scripts that clamp weights do so after every update or every tenth; then the change belongs to the update.
         """
         if self._probe is None or (self._moves > 1 and HABIT * self._moves >= self._looks):
             return False

@@ -1,4 +1,4 @@
-"""A recording in progress."""
+"""A recording in progress: counts updates, decides which steps to keep, and hands their weights to the writer."""
 
 import os
 import time
@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from groktrace.recording.capture import Capture
 from groktrace.recording.guard import Guard
 from groktrace.recording.hooks import Streak, UpdateHooks
-from groktrace.recording.others import Others
-from groktrace.recording.probe import HOW_TO_COUNT, Between, Probe, Reading, Watchdog, trained
-from groktrace.recording.tell import tell
-from groktrace.recording.termination import catch_termination, leave_termination, open_recorders
+from groktrace.recording.others import OtherOptimizers
+from groktrace.recording.probe import HOW_TO_COUNT, BetweenUpdates, Reading, Watchdog, WeightProbe, trained
+from groktrace.recording.termination import catch_termination, open_recorders, restore_termination
+from groktrace.recording.warning import WarnOnce, warn_user
 from groktrace.recording.writer import Writer
-from groktrace.run import layout, loss_tensors, pending
+from groktrace.run import layout, pending
 from groktrace.run.remote import Remote
 
-# Waiting for the disk is told from this many seconds on.
-SILENT_WAIT = 1.0
+SILENT_WAIT = 1.0  # seconds that training may wait for the disk without a warning
 
 
 class Recorder:
@@ -30,8 +29,8 @@ class Recorder:
 
     Attributes:
         out: the run directory, or its URL.
-        deferred: whether a snapshot that is due is taken only when the next update begins, so that what belongs to
-            the last one is done: an average of the weights brought up to date, metrics logged.
+        deferred: whether to take a snapshot only when the next update begins, after the script has updated an average
+            of the weights or logged metrics.
     """
 
     def __init__(
@@ -60,28 +59,28 @@ class Recorder:
         self._first = self._steps = start
         self._skipped: Tensor | None = None
         self._copied: int | None = None
-        self._due: int | None = None
+        self._pending_step: int | None = None
         self._metrics: dict[str, float] = {}
         self._blocked = self._waited = 0.0
-        self._closed = self._within = self._hurried = False
-        self._warned: set[str] = set()
+        self._closed = self._in_update = self._on_signal = False
+        self._warn_once = WarnOnce()
         self._hooks: UpdateHooks | None = None
         # An average follows the weights by rules of its own, and of a sharded model a process sees a part.
         probed = writes and not deferred and not capture.sharded
-        self._between = Between(Probe(trained(model, optimizer)) if probed else None)
-        self._others: Others | None = None
-        self._streak: Streak | None = None  # what was pending at the end
-        self._guarded(lambda: self._snapshot(start))
+        self._between = BetweenUpdates(WeightProbe(trained(model, optimizer)) if probed else None)
+        self._others: OtherOptimizers | None = None
+        self._streak: Streak | None = None  # of other optimizers, at the end
+        self._warn_once.on_failure(lambda: self._snapshot(start))
         if optimizer is not None:
             among = frozenset(map(id, model.parameters()))
-            warn = partial(self._warn, "replaced")
-            self._others = Others(optimizer, self._between.read, self._copy_for, self._replace, warn)
+            warn = partial(self._warn_once, "replaced")
+            self._others = OtherOptimizers(optimizer, self._between.read, self._copy_for, self._replace, warn)
             calls = (self._update, self._begin, self._stepped, self._again, self._return)
             self._hooks = UpdateHooks(optimizer, *calls, among)
         if self._writer is not None:
             if not capture.sharded:
-                probe = Probe(trained(model, optimizer))
-                self._writer.idle = Watchdog(probe, self._moment, start, self._warn, optimizer is None).look
+                probe = WeightProbe(trained(model, optimizer))
+                self._writer.idle = Watchdog(probe, self._moment, start, self._warn_once, optimizer is None).look
             pending.register(out, self.flush)
         open_recorders.append(self)
         catch_termination()
@@ -95,14 +94,14 @@ class Recorder:
         return self._steps
 
     def step(self) -> None:
-        """Tell of one update; for loops whose optimizer was not given to `watch`."""
+        """Count one update; for loops whose optimizer was not given to `watch`."""
         if self._hooks is not None:
-            self._warn("step", "recorder.step() does nothing where watch() was given the optimizer.")
+            self._warn_once("step", "recorder.step() does nothing where watch() was given the optimizer.")
         else:
             self._update(None)
 
     def log(self, **metrics: float) -> None:
-        """Numbers to be kept with the next snapshot.
+        """Keep numbers with the next snapshot.
 
         Args:
             metrics: names and values; one-element tensors are fine too.
@@ -111,46 +110,46 @@ class Recorder:
             for name, value in metrics.items():
                 try:
                     self._metrics[name] = float(value)
-                except Exception as failure:  # that of any type
+                except Exception as failure:  # of any type
                     reason = " ".join(str(failure).split())[:120]
-                    self._warn(f"metric {name}", f"log: '{name}' is left out, as it is no number ({reason}).")
+                    self._warn_once(f"metric {name}", f"log: '{name}' is left out, as it is no number ({reason}).")
 
     @property
-    def due(self) -> bool:
-        """Whether a snapshot was deferred and is still to be taken."""
-        return self._due is not None
+    def has_pending(self) -> bool:
+        """Whether a deferred snapshot is still to be taken."""
+        return self._pending_step is not None
 
-    def settle(self) -> None:
-        """Take a deferred snapshot now; the next update would do so."""
-        if self.due and not self._inert():
-            self._guarded(self._settle)
+    def take_pending(self) -> None:
+        """Take the deferred snapshot now instead of when the next update begins."""
+        if self.has_pending and not self._inert():
+            self._warn_once.on_failure(self._take_pending)
 
     def flush(self) -> None:
-        """Wait until the snapshots taken so far are written."""
+        """Wait until all snapshots taken so far are written."""
         if self._writer is not None and not self._inert():
-            self._guarded(self._writer.wait)
+            self._warn_once.on_failure(self._writer.wait)
 
     def close(self) -> None:
-        """Keep the last step, wait for the writer, and let go of model and optimizer; twice is once.
+        """Keep the last step, wait for the writer, and release model and optimizer; further calls do nothing.
 
-        Of a sharded model every process has to call it, before the process group ends.
+        For a sharded model, every process has to call this before the process group ends.
         """
-        self._close(alone=False)
+        self._close(collective=True)
 
-    def leave(self) -> None:
-        """Close where other processes may not: of a sharded model the last step is then not kept."""
-        self._close(alone=True)
+    def close_locally(self) -> None:
+        """Close without the other processes of the group; the last step of a sharded model is then not kept."""
+        self._close(collective=False)
 
-    def end(self) -> None:
+    def close_on_signal(self) -> None:
         """Close from within a signal handler, whatever it interrupted."""
         if self._closed and self._writer is not None and os.getpid() == self._pid:
-            self._writer.close()  # it was being closed
-        self._guard = None  # no place to run a network
-        self._hurried = True
-        self._within |= self._hooks is None  # whether weights and count belong together is then not known
-        self.leave()
+            self._writer.close()  # the signal interrupted a close()
+        self._guard = None  # a signal handler is no place to run a network
+        self._on_signal = True
+        self._in_update |= self._hooks is None  # without hooks, weights may be ahead of the count
+        self.close_locally()
 
-    def _close(self, alone: bool) -> None:
+    def _close(self, collective: bool) -> None:
         if self._inert():
             return
         self._closed = True
@@ -158,21 +157,21 @@ class Recorder:
             if self._hooks is not None:
                 self._streak = self._hooks.streak or self._streak
                 self._hooks.remove()
-            self._guarded(self._finish if not alone else self._finish_alone)
+            self._warn_once.on_failure(self._finish if collective else self._finish_locally)
             if self._writer is not None:
                 self._writer.close()
                 self._report()
                 if self._writer.unsent is not None:
-                    self._warn("unsent", f"what could not be sent to '{self.out}' is in '{self._writer.unsent}'.")
-        except BaseException:  # Ctrl-C while waiting; the end of the process tries again
+                    self._warn_once("unsent", f"what could not be sent to '{self.out}' is in '{self._writer.unsent}'.")
+        except BaseException:  # Ctrl-C while waiting; closing at exit tries again
             self._closed = False
             raise
         self._model = self._optimizer = self._capture = self._hooks = self._guard = None
-        self._between, self._others = Between(None), None
+        self._between, self._others = BetweenUpdates(None), None
         pending.forget(self.out, self.flush)
         if self in open_recorders:
             open_recorders.remove(self)
-            leave_termination()
+            restore_termination()
 
     def __enter__(self) -> "Recorder":
         return self
@@ -180,9 +179,9 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._within |= error is not None and self._hooks is None
+        self._in_update |= error is not None and self._hooks is None
         self._guard = self._guard if error is None else None
-        self._close(alone=error is not None)
+        self._close(collective=error is None)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
@@ -193,30 +192,34 @@ class Recorder:
             f"{self._writer.bytes} bytes, training blocked {self._blocked:.3f} s, in '{self.out}'>"
         )
 
+    def records(self, model: nn.Module, optimizer: Any) -> bool:
+        """Whether this recording is open, and of that optimizer, or of that model where there is none."""
+        return not self._inert() and (self._model is model if optimizer is None else self._optimizer is optimizer)
+
     def _inert(self) -> bool:
         # A forked child inherits hooks and buffers, but not the writer's thread.
         return self._closed or os.getpid() != self._pid
 
     def _begin(self) -> None:
-        """An update begins; until it is counted, the weights belong to no step."""
-        if self._due is not None:
-            self.settle()
-        self._within = True
+        """Begin an update; until it is counted, the weights belong to no step."""
+        if self._pending_step is not None:
+            self.take_pending()
+        self._in_update = True
         self._between.begin()
 
     def _update(self, found_inf: Tensor | None) -> None:
         if self._inert():
             return
         try:
-            # Reading the flag would wait for the GPU at every step, so updates are counted as if none were skipped and
-            # the count is set right when it says that a snapshot is due, which is never too late.
+            # Reading found_inf would wait for the GPU at every step, so every update is counted, and the skipped ones
+            # are taken off when a snapshot seems due, which is never too late.
             self._count(1, None if found_inf is None else (found_inf > 0).sum())
-            self._within = False
+            self._in_update = False
             self._between.end()
             if self._is_due() and (not self.deferred or self._hooks is None):
-                self._settle()
+                self._take_pending()
         except Exception as failure:
-            self._warn_failure(failure)
+            self._warn_once.of_failure(failure)
 
     def _count(self, updates: int, skipped: Tensor | None) -> None:
         self._steps += updates
@@ -224,66 +227,68 @@ class Recorder:
             self._skipped = skipped if self._skipped is None else self._skipped + skipped
 
     def _is_due(self) -> bool:
-        """Whether the step counted last is to be kept; then it is noted."""
+        """Whether the step counted last is to be kept, or an earlier one still is."""
         if self._keep(self._steps):
             counted = self._steps
             if self.steps == counted:
-                self._due = counted
-        return self._due is not None
+                self._pending_step = counted
+        return self._pending_step is not None
 
     def _stepped(self, streak: Streak) -> None:
-        """Another optimizer has moved the weights; whether that was an update shows when it is about to do so again."""
+        """Note a step of another optimizer; whether it is an update shows when that optimizer steps again."""
         others, apart = self._others, self._capture is None or self._capture.sharded
         if others is not None and not (apart or self._writer is None or self._inert()):
-            self._guarded(lambda: others.stepped(streak))
+            self._warn_once.on_failure(lambda: others.stepped(streak))
 
     def _again(self, streak: Streak) -> bool:
-        """Whether others have taken the optimizer's place."""
+        """Whether other optimizers have taken the place of the watched one."""
         try:
             return self._others is not None and not self._inert() and self._others.again(streak)
         except Exception as failure:
-            self._warn_failure(failure)
+            self._warn_once.of_failure(failure)
             return False
 
     def _copy_for(self, streak: Streak) -> tuple[int, dict[str, Tensor]] | None:
-        """The weights as others have left them, where the step that this may prove to be is due."""
+        """Copy the weights after another optimizer's step, if the step that this may prove to be is due."""
         step = self.steps + streak.updates - int(streak.skipped or 0)
         if self._capture is None or self._writer is None or self.deferred or step == self.steps or not self._keep(step):
             return None
         self._writer.make_room()
         capture = self._capture
-        self._guarded(lambda: capture.look(step))
+        self._warn_once.on_failure(lambda: capture.look(step))
         return step, capture.copy()
 
     def _replace(self, streak: Streak, after: Reading | None, copy: tuple[int, dict[str, Tensor]] | None) -> None:
-        """Count what others have done in the optimizer's place."""
+        """Count the steps that other optimizers have made in place of the watched one."""
         self._count(streak.updates, streak.skipped)
         self._between.end_at(after)
         if self._is_due():
-            if copy is not None and copy[0] == self._due:
-                self._due = None
+            if copy is not None and copy[0] == self._pending_step:
+                self._pending_step = None
                 self._snapshot(*copy)
             elif self.deferred or (self._capture is not None and self._capture.sharded):
-                self._settle()
+                self._take_pending()
             else:
-                self._due = None  # what the weights were then is not known any more
+                self._pending_step = None  # the weights of that step are lost
 
     def _return(self) -> bool:
-        """The optimizer begins its first step after others' were counted: forget those, if none was written."""
-        if self._inert() or self._copied != self._first or self.due:
+        """Discard the counted steps of other optimizers, if none was kept, as the watched one steps after all."""
+        if self._inert() or self._copied != self._first or self.has_pending:
             return False
         self._steps, self._skipped = self._first, None
-        self._warn("returned", "the watched optimizer steps after all: only its steps count, from the first one on.")
+        self._warn_once(
+            "returned", "the watched optimizer steps after all: only its steps count, from the first one on."
+        )
         return True
 
-    def _settle(self) -> None:
-        """Take the snapshot that is due, if one is."""
-        step, self._due = self._due, None
+    def _take_pending(self) -> None:
+        """Take the pending snapshot, if there is one."""
+        step, self._pending_step = self._pending_step, None
         if step is not None:
             self._snapshot(step)
 
     def _snapshot(self, step: int, tensors: dict[str, Tensor] | None = None) -> None:
-        """Hand the weights to the writer, those given or a copy of them now, unless the step is there already."""
+        """Hand tensors, or a copy of the weights now, to the writer, unless the step is on disk already."""
         capture, writer = self._capture, self._writer
         if capture is None or step > layout.MAX_STEP or (writer is None and not capture.sharded):
             return
@@ -303,9 +308,9 @@ class Recorder:
             if writer is not None and wanted:
                 current = tensors is None
                 if tensors is None:
-                    self._guarded(lambda: capture.look(step))
+                    self._warn_once.on_failure(lambda: capture.look(step))
                     tensors = capture.copy()
-                self._guarded(lambda: self._tell_changes(capture, writer))
+                self._warn_once.on_failure(lambda: capture.report(self._warn_once, writer.mark_trainable))
                 metrics, self._metrics = self._metrics, {}
                 writer.submit(step, tensors, metrics)
                 self._copied = step
@@ -316,36 +321,12 @@ class Recorder:
         finally:
             self._blocked += time.perf_counter() - began
 
-    def _tell_changes(self, capture: Capture, writer: Writer) -> None:
-        """Write down which parameters have begun to train, and tell of changes that were seen late."""
-        if capture.begun:
-            if names := [f"'{name}'" for name in capture.begun if name.startswith(loss_tensors.PREFIX)]:
-                self._warn(
-                    "adversary",
-                    f"another optimizer trains {', '.join(names[:3])}{', ...' if names[3:] else ''} of the loss, "
-                    "which now counts as trained for it too; if it is an adversary's, analyse the model's own "
-                    "weights alone (--parameters).",
-                )
-            writer.mark_trainable(capture.begun)
-            capture.begun.clear()
-        if capture.late:
-            names = ", ".join(f"'{name}'" for name in list(capture.late)[:3]) + (
-                ", ..." if len(capture.late) > 3 else ""
-            )
-            since, until = min(a for a, _ in capture.late.values()), max(b for _, b in capture.late.values())
-            self._warn(
-                "late",
-                f"what does not train was written to, which was seen only now: {names}; snapshots after step {since}, "
-                f"up to step {until}, may hold older values of it.",
-            )
-            capture.late.clear()
-
     def _wanted(self, writer: Writer, step: int, began: float) -> bool:
-        """Whether the step is still to be written, once the buffers are free."""
+        """Wait for free buffers; whether the step is still to be written."""
         writer.make_room()
         self._waited += time.perf_counter() - began
         if self._waited > SILENT_WAIT:
-            self._warn(
+            self._warn_once(
                 "slow",
                 f"training waits for snapshots to be written to '{self.out}', {self._waited:.1f} s so far; a larger "
                 "every= or a faster disk would spare it that.",
@@ -354,42 +335,43 @@ class Recorder:
         return not layout.snapshot_path(self._root, step).exists()
 
     def _check(self, step: int, tensors: dict[str, Tensor], gradient: bool = False) -> None:
-        """Hold the program against the live loss; what differs is told, and kept with the run."""
+        """Compare the recorded program with the live loss; warn of differences, and keep them with the run."""
         if (guard := self._guard) is None or (writer := self._writer) is None:
             return
         for text in guard.check(tensors, gradient):
             writer.mark(step, text)
-            tell(f"at step {step} {text}")
+            warn_user(f"at step {step} {text}")
         if guard.failure is not None:
             self._guard = None
-            tell(f"from step {step} on {guard.failure}")
+            warn_user(f"from step {step} on {guard.failure}")
 
     def _finish(self) -> None:
         if (capture := self._capture) is None:
             return
-        if self._streak is not None and self._others is not None and not self._within and not capture.sharded:
+        writer = self._writer
+        if self._streak is not None and self._others is not None and not self._in_update and not capture.sharded:
             self._others.ended(self._streak)
         self._streak = None
         moved = self._between.moved
         if moved:
-            self._due = None
-        self._settle()
+            self._pending_step = None
+        self._take_pending()
         steps = self.steps
-        if self._within:
+        if self._in_update:
             after = f"the weights after step {steps} are not kept."
-            self._warn("within", f"the end came within an update, or may have: {after}")
+            self._warn_once("within", f"the end came within an update, or may have: {after}")
             return
-        if self._writer is not None and not capture.sharded:
-            self._writer.wait()  # so that what is there can be seen
-        if self._writer is not None and not self._hurried:
-            self._guarded(lambda: capture.look(steps, whole=True))
-            self._guarded(lambda: self._tell_changes(capture, self._writer))
-        idle = self._writer is not None and not capture.sharded and steps == self._first == self._copied
+        if writer is not None and not capture.sharded:
+            writer.wait()  # so that the steps on disk are known
+        if writer is not None and not self._on_signal:
+            self._warn_once.on_failure(lambda: capture.look(steps, whole=True))
+            self._warn_once.on_failure(lambda: capture.report(self._warn_once, writer.mark_trainable))
+        idle = writer is not None and not capture.sharded and steps == self._first == self._copied
         if idle and capture.moved():
-            self._warn("idle", f"the weights changed, but no update was seen; {HOW_TO_COUNT}")
+            self._warn_once("idle", f"the weights changed, but no update was seen; {HOW_TO_COUNT}")
         elif moved:
             if not layout.snapshot_path(self._root, steps).exists():
-                self._warn(
+                self._warn_once(
                     "moved",
                     f"after step {steps} the weights changed without an update that was seen, as when the best or "
                     "averaged ones take the place of the last: they are not kept as those of that step. Close the "
@@ -397,37 +379,22 @@ class Recorder:
                 )
         else:
             self._snapshot(steps)  # where the last write failed, this tries once more
-            if self._guard is not None and self._writer is not None and steps != self._first:
-                self._writer.wait()
+            if self._guard is not None and writer is not None and steps != self._first:
+                writer.wait()
                 self._check(steps, capture.copy(), gradient=True)
 
-    def _finish_alone(self) -> None:
-        """The same where the other processes may be elsewhere, so that their pieces cannot be had."""
+    def _finish_locally(self) -> None:
+        """Finish without the other processes of the group, whose shards cannot be gathered."""
         if self._capture is None or not self._capture.sharded:
             self._finish()
         elif self._writer is not None and self.steps != self._copied:
-            self._warn("last", "the last step of a sharded model is kept only where every process calls close().")
+            self._warn_once("last", "the last step of a sharded model is kept only where every process calls close().")
 
     def _moment(self) -> tuple[int, bool]:
-        """The updates so far, and whether one is being made."""
-        return self._steps, self._within or self._closed
-
-    def _guarded(self, action: Callable[[], None]) -> None:
-        """Run `action`; what goes wrong in it is told, once, and never reaches the training."""
-        try:
-            action()
-        except Exception as failure:
-            self._warn_failure(failure)
+        """The number of updates so far, and whether one is in progress."""
+        return self._steps, self._in_update or self._closed
 
     def _report(self) -> None:
         if self._writer is not None and (failure := self._writer.error) is not None:
             reason = f"{type(failure).__name__}: {failure}"
-            self._warn("writer", f"a snapshot could not be written to '{self.out}' ({reason}); training goes on.")
-
-    def _warn_failure(self, failure: Exception) -> None:
-        self._warn("recording", f"recording failed ({type(failure).__name__}: {failure}); training goes on.")
-
-    def _warn(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            tell(message)
+            self._warn_once("writer", f"a snapshot could not be written to '{self.out}' ({reason}); training goes on.")

@@ -29,7 +29,7 @@ class Schedule:
 
 
 def make_schedule(every: Any = None, schedule: Any = None) -> Schedule:
-    """The schedule that the arguments of `watch` ask for.
+    """Make the schedule from the arguments of `watch`.
 
     Args:
         every: keep each step that this many updates divide; 100 if neither argument is given.

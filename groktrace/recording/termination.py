@@ -1,4 +1,4 @@
-"""The end of the process, by itself or by SIGTERM, with which schedulers end a job: recordings are closed first."""
+"""Close open recordings at exit, and on SIGTERM, with which schedulers end a job."""
 
 import atexit
 import os
@@ -16,8 +16,8 @@ def catch_termination() -> None:
         signal.signal(signal.SIGTERM, _terminate)
 
 
-def leave_termination() -> None:
-    """Put SIGTERM back once no recording is open."""
+def restore_termination() -> None:
+    """Restore SIGTERM once no recording is open."""
     if _is_main_thread() and not open_recorders and signal.getsignal(signal.SIGTERM) is _terminate:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -27,11 +27,11 @@ def _is_main_thread() -> bool:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """Close what is open, then end the process as the signal alone would have; a second one does so at once."""
+    """Close open recordings, then end the process as the signal would; a second signal ends it at once."""
     signal.signal(number, signal.SIG_DFL)
     try:
         for recorder in list(open_recorders):
-            recorder.end()
+            recorder.close_on_signal()
     finally:
         os.kill(os.getpid(), number)
 
@@ -40,4 +40,4 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def close_all() -> None:
     """Close what the script has not closed."""
     for recorder in list(open_recorders):
-        recorder.leave()
+        recorder.close_locally()

@@ -1,4 +1,4 @@
-"""What the adapters to trainers share."""
+"""The common part of the adapters to trainers."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from groktrace.errors import GroktraceError, TaskError
 from groktrace.recording.recorder import Recorder
-from groktrace.recording.tell import tell
+from groktrace.recording.warning import warn_user
 from groktrace.recording.watch import watch
 
 
@@ -49,7 +49,7 @@ class TrainerRecording:
 
 
 def watch_trainer(model: nn.Module, optimizer: Any, given: dict[str, Any], found: dict[str, Any]) -> Recorder:
-    """Record a training whose loop belongs to a trainer; snapshots wait until the trainer has done with a step.
+    """Record a training whose loop belongs to a trainer; snapshots are deferred until it has finished a step.
 
     Args:
         model: the network.
@@ -71,7 +71,7 @@ def watch_trainer(model: nn.Module, optimizer: Any, given: dict[str, Any], found
     except TaskError as failure:
         if any(given[name] is not None for name in ("train", "val", "loss", "batch_loss")):
             raise
-        tell(
+        warn_user(
             f"the trainer's own data and loss cannot be used ({failure}); only weights are kept. Give the callback "
             "train= and loss=, or the analysis --task."
         )
@@ -90,5 +90,7 @@ def _watch_with_val(model: nn.Module, optimizer: Any, given: dict[str, Any], cho
     except GroktraceError as failure:
         recorder = watch(model, optimizer, **(chosen | {"val": None}))
         reason = " ".join(str(failure).split())[:200]
-        tell(f"the trainer's own validation data are left out, as they cannot be used ({reason}); val= takes others.")
+        warn_user(
+            f"the trainer's own validation data are left out, as they cannot be used ({reason}); val= takes others."
+        )
         return recorder

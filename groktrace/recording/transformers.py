@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from groktrace.recording.tell import tell
 from groktrace.recording.trainers import TrainerRecording, watch_trainer
+from groktrace.recording.warning import warn_user
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -47,7 +47,7 @@ class GroktraceCallback(TrainerRecording, TrainerCallback):
         found = {"train": train_dataloader, "val": _validation(trainer), "batch_loss": _own_loss}
         if trainer is None:
             if args.label_smoothing_factor:
-                tell(
+                warn_user(
                     "the loss is recorded without label smoothing, as the Trainer was not found; give the callback "
                     "batch_loss=."
                 )
@@ -68,7 +68,7 @@ class GroktraceCallback(TrainerRecording, TrainerCallback):
             if control.should_training_stop or state.global_step >= state.max_steps:
                 self.recorder.close()
             else:
-                self.recorder.settle()
+                self.recorder.take_pending()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Close the recording, if the last epoch's end has not."""
@@ -100,7 +100,7 @@ def _trainers_loss(trainer: Trainer) -> Callable[[nn.Module, Any], Tensor]:
 
 
 def _find_trainer(callback: TrainerCallback) -> Trainer | None:
-    """The trainer that calls: callbacks are not told of it, but its methods are on the stack."""
+    """Find the calling trainer on the stack; it does not pass itself to callbacks."""
     frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
@@ -117,7 +117,7 @@ def _validation(trainer: Trainer | None) -> Any:
     kept = len(trainer.accelerator._dataloaders)
     try:
         return trainer.get_eval_dataloader()
-    except Exception:  # then it has none for the evaluation either
+    except Exception:  # then the evaluation has none either
         return None
     finally:
         del trainer.accelerator._dataloaders[kept:]  # the trainer will make its own

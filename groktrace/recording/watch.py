@@ -1,4 +1,4 @@
-"""watch(): the one line in a training script."""
+"""watch(): record a training run with one line in its script."""
 
 import contextlib
 import os
@@ -26,13 +26,13 @@ from groktrace.recording.hooks import hookable
 from groktrace.recording.prepare import Evaluation, describe_run, prepare_evaluation, write_frozen, write_start
 from groktrace.recording.recorder import Recorder, open_recorders
 from groktrace.recording.schedule import check_count, make_schedule
-from groktrace.recording.tell import tell
+from groktrace.recording.warning import warn_user
 from groktrace.recording.writer import remove_leftovers
 from groktrace.run import files, layout
+from groktrace.run.factory import refuse_while_loading
 from groktrace.run.loss_tensors import LossTensors
 from groktrace.run.remote import Remote, is_url
 from groktrace.run.store import WeightSpec, check_info
-from groktrace.run.task import refuse_while_loading
 
 _FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
@@ -111,7 +111,7 @@ def watch(
 
     source = model if weights is None else _check_weights(weights, specs)
     if any("train_mode" in group for group in getattr(optimizer, "param_groups", ())):
-        tell(
+        warn_user(
             "a schedule-free optimizer trains other weights than it evaluates, and those that it trains are kept; for "
             "the others leave optimizer out, and call recorder.step() between optimizer.eval() and optimizer.train()."
         )
@@ -137,7 +137,11 @@ def watch(
     evaluation = Evaluation()
     if train is not None:
         with gathered(model):
-            idle = [name for name, each in model.named_parameters() if each.requires_grad and not specs[name].trainable]
+            idle = [
+                name
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad and not specs[name].trainable
+            ]
             evaluation = prepare_evaluation(model, train, val, loss, batch_loss, seed, idle)
     own = evaluation.own
     specs = describe_weights(model, optimizer, own)
@@ -151,7 +155,7 @@ def watch(
             info = describe_run(model, specs, evaluation, optimizer, plan, task, seed)
             try:
                 if write_start(root, info, evaluation):
-                    tell(f"'{place}' held other data than these; the analysis will use the new ones throughout.")
+                    warn_user(f"'{place}' held other data than these; the analysis will use the new ones throughout.")
                 if not sharded:
                     once = write_frozen(root, _frozen(specs, model, source, own))
                 remove_leftovers(root)
@@ -160,11 +164,13 @@ def watch(
             except OSError as failure:
                 raise SettingsError(f"out: '{place}' cannot be written ({failure.strerror or failure}).") from failure
             for note in evaluation.notes:
-                tell(note)
+                warn_user(note)
             if evaluation.problem is not None:
                 reason = " ".join(str(evaluation.problem).split())[:300]
                 hint = task or "package.module:factory"
-                tell(f"model and loss cannot be kept as a program, so analysis will need `--task {hint}` ({reason}).")
+                warn_user(
+                    f"model and loss cannot be kept as a program, so analysis will need `--task {hint}` ({reason})."
+                )
     unreached = evaluation.unreached
     capture = Capture(source, specs, once, trained=model, own=own, optimizer=optimizer, unreached=unreached, step=start)
     guard = None if sharded else evaluation.guard
@@ -175,7 +181,7 @@ def watch(
 
 @contextlib.contextmanager
 def _agreed(sharded: bool) -> Iterator[None]:
-    """What the first process refuses, all refuse; of a sharded model the others would wait for it forever."""
+    """Raise the first process's refusal in all; for a sharded model the others would wait for it forever."""
     refusal: list[GroktraceError | None] = [None]
     try:
         yield
@@ -218,8 +224,7 @@ def _check_out(out: Any) -> Path | str:
 def _earlier(model: nn.Module, optimizer: Any, place: Path | str) -> Recorder | None:
     """The open recording of the same training into the same folder."""
     for recorder in open_recorders:
-        same = recorder._model is model if optimizer is None else recorder._optimizer is optimizer
-        if same and recorder.out == place and not recorder._inert():
+        if recorder.out == place and recorder.records(model, optimizer):
             return recorder
     return None
 
@@ -236,7 +241,7 @@ def _first_step(start_step: int | None, optimizer: Any, earlier: Recorder | None
 
 
 def _is_writer() -> bool:
-    """Whether this process writes: of several that train together, the first."""
+    """Whether this process writes: the first of a process group."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
@@ -255,7 +260,7 @@ def _check_folder(
         if names - begun:
             raise SettingsError(f"out: '{place}' holds files, but is not a groktrace run; choose another out=.")
         return
-    known = {name: spec for name, spec in check_info(files.read_json(path), path).items() if not spec.of_loss}
+    known = {name: spec for name, spec in check_info(files.read_json(path), path).items() if not spec.loss}
     if _shapes(known) != _shapes(specs):
         raise SettingsError(f"out: '{place}' is the run of another network; choose another out=.")
     steps = layout.snapshot_steps(root)
@@ -271,7 +276,7 @@ def _shapes(specs: dict[str, WeightSpec]) -> dict[str, tuple[tuple[int, ...], to
 
 
 def _with_earlier(place: Path | str, root: Path, specs: dict[str, WeightSpec], start: int) -> dict[str, WeightSpec]:
-    """The tensors, with what an earlier recording knows of when they train.
+    """Merge the tensors' specs with those of an earlier recording, which knows when they train.
 
     Raises:
         SettingsError: its loss had other weights.
@@ -297,7 +302,9 @@ def _with_earlier(place: Path | str, root: Path, specs: dict[str, WeightSpec], s
 
 
 def _frozen(specs: dict[str, WeightSpec], model: nn.Module, source: nn.Module, own: LossTensors) -> dict[str, Tensor]:
-    """The parameters that do not train; not those that lie in the memory of others, which may."""
+    """The parameters that do not train, without views, whose base may train."""
     views = views_of(model, own)
     parameters = parameters_of(source, own)
-    return {name: each for name, each in parameters.items() if not specs[name].trainable and name not in views}
+    return {
+        name: parameter for name, parameter in parameters.items() if not specs[name].trainable and name not in views
+    }

@@ -40,10 +40,10 @@ def remove_leftovers(root: Path) -> None:
 
 
 class Writer:
-    """Writes snapshots in the background; whoever has the next one waits while one is in flight.
+    """Writes snapshots in a background thread; the training waits while a large one is in flight.
 
-    Small ones queue up, and are written together once a second: each awakening of a thread takes a core from those that
-    train, which costs more than the writing.
+    Small ones are queued and written together once a second: waking the thread takes a core from the training, which
+    costs more than the writing.
 
     Args:
         root: the run directory; its weights folder exists.
@@ -67,11 +67,11 @@ class Writer:
         self.unsent: Path | None = None
         self.idle: Callable[[], None] | None = None
         self._root = root
-        self._marks: list[dict[str, Any]] = []  # doubts that are still to be written
-        self._begun: dict[str, int] = {}  # since when what was seen to begin to train does
-        self._begins = False  # whether that is still to be written
+        self._marks: list[dict[str, Any]] = []  # doubts not yet written
+        self._begun: dict[str, int] = {}  # the step from which parameters train, by name
+        self._begins = False  # whether that is not yet written
         self._jobs: deque[tuple[int, dict[str, Tensor], dict[str, float]]] = deque()
-        self._queued = 0  # bytes of the jobs that wait, QUEUE_BYTES and more where one is not small
+        self._queued = 0  # bytes of the queued jobs; at least QUEUE_BYTES if one is not small
         self._hurry = self._stopping = self._ended = False
         self._changed = threading.Condition()
         # Daemon: a writer stuck on a dead file system must not keep the process from ending.
@@ -79,7 +79,7 @@ class Writer:
         self._thread.start()
 
     def make_room(self) -> None:
-        """Return once the tensors that were handed over last may be overwritten.
+        """Wait until the tensors submitted last may be overwritten.
 
         Raises:
             RuntimeError: the thread is gone.
@@ -89,7 +89,7 @@ class Writer:
                 self._drain()
 
     def wait(self) -> None:
-        """Return once nothing is in flight.
+        """Wait until everything is written.
 
         Raises:
             RuntimeError: the thread is gone.
@@ -98,11 +98,11 @@ class Writer:
             self._drain()
 
     def mark(self, step: int, text: str) -> None:
-        """Have a doubt kept in run.json.
+        """Write a doubt into run.json.
 
         Args:
-            step: at which it arose.
-            text: what it is.
+            step: the training step.
+            text: how the recorded program differs from the live loss.
         """
         with self._changed:
             self._marks.append({"step": step, "text": text[:MAX_DOUBT]})
@@ -118,7 +118,7 @@ class Writer:
             self._changed.wait(1.0)
 
     def submit(self, step: int, tensors: dict[str, Tensor], metrics: dict[str, float]) -> None:
-        """Hand over a snapshot; `tensors` must stay as they are until `make_room` returns.
+        """Submit a snapshot; `tensors` must not change until `make_room` returns.
 
         Raises:
             RuntimeError: the thread is gone.
@@ -129,17 +129,19 @@ class Writer:
         if small:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         with self._changed:
-            self._queued += size if small else QUEUE_BYTES  # first, so that an interruption between leaves it too large
+            self._queued += (
+                size if small else QUEUE_BYTES
+            )  # before the append, so that an interruption leaves it too large
             self._jobs.append((step, tensors, metrics))
             if 2 * self._queued >= QUEUE_BYTES or not self.written:  # the first at once, to show that it works
                 self._hurry = True
                 self._changed.notify_all()
 
     def mark_trainable(self, begun: Mapping[str, int]) -> None:
-        """Have it said in run.json, before the next snapshot is written, that tensors train.
+        """Write into run.json, before the next snapshot, that parameters train.
 
         Args:
-            begun: the step from which each does, by name.
+            begun: the step from which they do, by name.
         """
         with self._changed:
             self._begun = {**self._begun, **begun}
@@ -155,9 +157,9 @@ class Writer:
             while not self._ended and self._thread.is_alive():
                 self._changed.wait(1.0)
         self._thread.join()
-        self.idle = None  # which holds on to weights
+        self.idle = None  # it refers to the weights
         try:
-            # Who follows the recording learns from this, written last, that nothing more will come.
+            # Written last; tells followers that nothing more will come.
             self._describe(closed=now())
         except Exception as failure:
             self.error = failure
@@ -191,7 +193,7 @@ class Writer:
     def _keep(self, marks: list[dict[str, Any]]) -> None:
         """Write doubts, and which tensors have begun to train, into run.json."""
         with self._changed:
-            self._begins = False  # whether or not it can be written now: each later change of run.json tries again
+            self._begins = False  # even on failure, as every later change of run.json writes it again
         try:
             self._describe(marks)
         except Exception as failure:
@@ -201,7 +203,7 @@ class Writer:
             self._changed.notify_all()
 
     def _describe(self, marks: Sequence[dict[str, Any]] = (), **entries: Any) -> None:
-        """Change entries of run.json; only the thread does so, or whoever has seen it end."""
+        """Change entries of run.json; only in the thread, or after it has ended."""
         path = self._root / layout.RUN_FILE
         info = {**files.read_json(path), **entries}
         if marks:
@@ -213,7 +215,7 @@ class Writer:
             self._remote.send(path, forget=True)
 
     def _write_first(self) -> None:
-        """Write the job that waits longest."""
+        """Write the oldest job."""
         with self._changed:
             step, tensors, metrics = self._jobs[0]
             last = len(self._jobs) == 1
@@ -223,11 +225,11 @@ class Writer:
         except Exception as failure:  # the training thread reports it; later snapshots are still tried
             self.error = failure
         del tensors
-        if last:  # once for all that came together
+        if last:  # once a batch
             files.sync_folder(self._root / layout.WEIGHTS_FOLDER)
         with self._changed:
             self._jobs.popleft()
-            self._hurry = bool(self._jobs)  # those that came meanwhile go with this batch
+            self._hurry = bool(self._jobs)  # jobs that came meanwhile join this batch
             if not self._jobs:
                 self._queued = 0
                 self._changed.notify_all()

@@ -42,7 +42,7 @@ class Batch:
 
 
 def flatten(data: Any) -> tuple[list[Tensor], Structure]:
-    """Leaves of nested tuples, lists and dicts of tensors, and the structure that `unflatten` takes.
+    """Flatten nested tuples, lists and dicts of tensors into leaves and a structure.
 
     Raises:
         TaskError: something in `data` is neither of these.
@@ -86,7 +86,7 @@ def unflatten(structure: Structure, tensors: Sequence[Tensor]) -> Any:
 
 
 def check_lengths(tensors: Sequence[Tensor], what: str) -> int:
-    """The number of samples, checked to be the same, and not zero, in all tensors.
+    """Check that all tensors have equally many samples, and return the number.
 
     Raises:
         TaskError: no tensors, no samples, a tensor without a sample axis, or unequal lengths.

@@ -1,4 +1,4 @@
-"""What a loss has to be, tried on a few samples: a mean over them, in any order, and a function of the weights."""
+"""Check on a few samples that a loss is a mean over them, in any order, and a function of the weights."""
 
 import copy
 import math
@@ -12,17 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from groktrace.errors import TaskError
 from groktrace.run.batch import Batch
-from groktrace.run.operations import draws_numbers
-from groktrace.run.untouched import own_randomness
+from groktrace.run.isolation import seeded_rng
+from groktrace.run.program import draws_random_numbers
 
 FEW = 2
-# Networks of at most this many weights are tried in double precision, in which rounding cannot be taken for more.
+# Networks of at most this many weights are evaluated in double precision, to tell differences from rounding.
 MAX_DOUBLED = 1_000_000
-# Evaluations with other random numbers each: a loss that flips a coin would often give the same twice.
+# Evaluations with different random numbers: a loss that flips a coin often gives the same value twice.
 DRAWS = 4
 
 
-class Probe:
+class LossProbe:
     """A loss on a few samples: without gradients, with fixed random numbers, in double precision where that works.
 
     Args:
@@ -36,11 +36,11 @@ class Probe:
         self.few = batch.take(slice(0, FEW)).tensors
         parameters = list(forward.parameters())
         self.device = parameters[0].device if parameters else torch.device("cpu")
-        epsilons = [torch.finfo(each.dtype).eps for each in parameters if each.is_floating_point()]
-        self.tolerance, self.floor = max([1e-3, *(8 * each for each in epsilons)]), 1e-6
+        epsilons = [torch.finfo(parameter.dtype).eps for parameter in parameters if parameter.is_floating_point()]
+        self.tolerance, self.floor = max([1e-3, *(8 * epsilon for epsilon in epsilons)]), 1e-6
         self._doubled: dict[str, Tensor] = {}
         self._drew = False
-        if sum(each.numel() for each in parameters) <= MAX_DOUBLED:
+        if sum(parameter.numel() for parameter in parameters) <= MAX_DOUBLED:
             self._doubled = {name: _double(tensor.detach()) for name, tensor in forward.named_parameters()}
             try:
                 exact = self._run(self.few, 0).dtype == torch.float64
@@ -51,7 +51,7 @@ class Probe:
             else:
                 self._doubled = {}
 
-    def on(self, batch: Batch) -> "Probe":
+    def on(self, batch: Batch) -> "LossProbe":
         """The same on other samples."""
         other = copy.copy(self)
         other.batch, other.few = batch, batch.take(slice(0, FEW)).tensors
@@ -62,7 +62,7 @@ class Probe:
         return float(self._run(tensors, seed))
 
     def same(self, *losses: float) -> bool:
-        """Whether losses differ by no more than rounding; what is not finite says nothing."""
+        """Whether losses differ by no more than rounding; always, if one is not finite."""
         allowed = self.tolerance * max(map(abs, losses)) + self.floor
         return not all(map(math.isfinite, losses)) or max(losses) - min(losses) <= allowed
 
@@ -81,20 +81,22 @@ class Probe:
 
     @property
     def random(self) -> bool:
-        """Whether it draws random numbers, be it the same each time: then samples that change places get others."""
+        """Whether the loss draws random numbers, even equal ones every time: permuted samples then get others."""
         return self.draws is not None or self._drew
 
     def _run(self, tensors: Sequence[Tensor], seed: int) -> Tensor:
         placed = [tensor.to(self.device) for tensor in tensors]
-        buffers = {name: buffer.clone() for name, buffer in self.forward.named_buffers()}  # the model may move its own
+        buffers = {
+            name: buffer.clone() for name, buffer in self.forward.named_buffers()
+        }  # the model may modify its own
         if self._doubled:
-            placed, buffers = [_double(each) for each in placed], {name: _double(b) for name, b in buffers.items()}
-        with torch.no_grad(), own_randomness(seed, self.device), torch.compiler.set_stance("force_eager"):
+            placed, buffers = [_double(tensor) for tensor in placed], {name: _double(b) for name, b in buffers.items()}
+        with torch.no_grad(), seeded_rng(seed, self.device), torch.compiler.set_stance("force_eager"):
             return torch.func.functional_call(self.forward, self._doubled | buffers, tuple(placed))[0]
 
 
 class _RandomCalls(TorchDispatchMode):
-    """Notices operations that draw from a generator of torch."""
+    """Detects operations that draw from a torch generator."""
 
     seen = False
 
@@ -103,12 +105,12 @@ class _RandomCalls(TorchDispatchMode):
         schema = func._schema.arguments
         given = {argument.name: argument.default_value for argument in schema}
         given |= dict(zip((argument.name for argument in schema), args, strict=False)) | passed
-        self.seen = self.seen or draws_numbers(func, given)
+        self.seen = self.seen or draws_random_numbers(func, given)
         return func(*args, **passed)
 
 
-def check_mean(probe: Probe) -> None:
-    """Refuse a loss that grows with the number of samples: ΔF would be too large by as much.
+def check_mean(probe: LossProbe) -> None:
+    """Refuse a loss that grows with the number of samples, which would inflate ΔF.
 
     Samples that come twice and three times leave a mean as it is. A sum, also with a penalty on the weights beside it,
     grows by the same amount each time, and a norm by a power; a contrastive loss does neither.
@@ -119,12 +121,12 @@ def check_mean(probe: Probe) -> None:
     try:
         if probe.random:
             return
-        once, twice, thrice = (probe.loss([torch.cat([each] * times) for each in probe.few]) for times in (1, 2, 3))
+        once, twice, thrice = (probe.loss([torch.cat([tensor] * times) for tensor in probe.few]) for times in (1, 2, 3))
     except Exception:  # a batch size that the model does not take
         return
     if not all(map(math.isfinite, (once, twice, thrice))) or probe.same(once, twice, thrice):
         return
-    rounding = max(1e-4, probe.tolerance)  # so small that no other loss grows evenly by chance
+    rounding = max(1e-4, probe.tolerance)  # no other loss grows so evenly by chance
     summed = math.isclose(twice - once, thrice - twice, rel_tol=rounding)
     power = False
     if once * twice > 0 and once * thrice > 0:
@@ -138,8 +140,8 @@ def check_mean(probe: Probe) -> None:
         )
 
 
-def check_repeatable(probe: Probe) -> None:
-    """Refuse a loss that is not the same each time at the same weights and samples.
+def check_repeatable(probe: LossProbe) -> None:
+    """Refuse a loss that varies between evaluations at the same weights and samples.
 
     Raises:
         TaskError: it is not.
@@ -156,8 +158,8 @@ def check_repeatable(probe: Probe) -> None:
         )
 
 
-def sample_axis_note(probe: Probe, what: str) -> str | None:
-    """A sentence where the first axis does not look like that of the samples, whose order must not matter.
+def sample_axis_note(probe: LossProbe, what: str) -> str | None:
+    """Describe the problem where the first axis does not look like the samples, whose order must not matter.
 
     Args:
         probe: model, loss and data.
@@ -169,7 +171,7 @@ def sample_axis_note(probe: Probe, what: str) -> str | None:
     try:
         if probe.random:
             return None
-        any_order = probe.same(probe.loss(few), probe.loss([each.flip(0) for each in few]))
+        any_order = probe.same(probe.loss(few), probe.loss([tensor.flip(0) for tensor in few]))
         number = shared_second_axis(few)
         if any_order and (number is None or _halves_agree(probe, few, 0)):
             return None
@@ -190,22 +192,22 @@ def sample_axis_note(probe: Probe, what: str) -> str | None:
 
 
 def shared_second_axis(tensors: Sequence[Tensor]) -> int | None:
-    """The size of the second axis, where all tensors have one of the same size."""
+    """The size of the second axis, if all tensors share it."""
     sizes = {tensor.shape[1] if tensor.ndim > 1 else 0 for tensor in tensors}
     return sizes.pop() if len(sizes) == 1 and min(sizes) > 1 else None
 
 
-def _second_axis_fits(probe: Probe, tensors: Sequence[Tensor]) -> bool:
+def _second_axis_fits(probe: LossProbe, tensors: Sequence[Tensor]) -> bool:
     try:
         return _halves_agree(probe, [tensor[:, : 2 * FEW] for tensor in tensors], 1)
     except Exception:  # an axis of features, say
         return False
 
 
-def _halves_agree(probe: Probe, tensors: Sequence[Tensor], axis: int) -> bool:
+def _halves_agree(probe: LossProbe, tensors: Sequence[Tensor], axis: int) -> bool:
     """Whether the loss is the mean of that of two halves along an axis, in either order."""
     half = tensors[0].shape[axis] // 2
-    left, right = ([each.narrow(axis, start, half) for each in tensors] for start in (0, half))
+    left, right = ([tensor.narrow(axis, start, half) for tensor in tensors] for start in (0, half))
     whole, swapped = (
         probe.loss([torch.cat(pair, axis) for pair in zip(*halves, strict=True)])
         for halves in ((left, right), (right, left))

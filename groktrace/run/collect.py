@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from groktrace.errors import TaskError
 from groktrace.run.batch import Batch, check_lengths, flatten, unflatten
+from groktrace.run.isolation import seeded_rng
 from groktrace.run.samplers import trained_indices
-from groktrace.run.untouched import own_randomness
 
 # A list of more tensors of one shape than this is no batch's list of inputs and targets.
 MOST_LEAVES = 8
 
-# Whether the model and the loss take a batch.
+# Whether the model and the loss accept a batch.
 Fits = Callable[[Batch], bool]
 
 
@@ -61,7 +61,7 @@ def collect(data: Any, what: str, max_samples: int, seed: int, fits: Fits | None
     wanted = indices if isinstance(index, slice) else [indices[i] for i in index.tolist()]
     if merge is not default_collate:
         _check_collation(dataset, wanted[:3], merge, what, seed)
-    with own_randomness(seed):
+    with seeded_rng(seed):
         items = _merge([dataset[i] for i in wanted], merge, what)
     tensors, structure = _flatten_merged(items)
     found = check_lengths(
@@ -76,7 +76,7 @@ def collect(data: Any, what: str, max_samples: int, seed: int, fits: Fits | None
 
 
 def random_samples_note(data: Any, what: str) -> str | None:
-    """A sentence where the samples are drawn anew each time that they are read; it looks at two of them.
+    """Describe the problem where two samples change every time that they are read, as by augmentation.
 
     Args:
         data: what `collect` has taken.
@@ -88,7 +88,7 @@ def random_samples_note(data: Any, what: str) -> str | None:
     try:
         dataset, indices, merge = _source(data, what)
         for seed in (1, 2):
-            with own_randomness(seed):
+            with seeded_rng(seed):
                 reads.append(_flatten_merged(merge([dataset[i] for i in indices[:2]]))[0])
         if all(a.shape == b.shape and _equal(a, b) for a, b in zip(*reads, strict=True)):
             return None
@@ -112,14 +112,14 @@ def _choose(n: int, max_samples: int, seed: int) -> Tensor | slice:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, laid out as any other: what is a view of other data would else be traced with its strides."""
+    """Copy to the CPU in contiguous layout, so that the strides of a view do not enter the trace."""
     if tensor.layout != torch.strided:
         return tensor.cpu().clone()
     return tensor.cpu().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
 def _source(data: Any, what: str) -> tuple[Any, Sequence[Any], Callable[[list[Any]], Any]]:
-    """The dataset, the indices of what is trained on, and what merges samples."""
+    """The dataset, the indices that are trained on, and the collate function."""
     loader = data if isinstance(data, DataLoader) else None
     if loader is not None and loader.batch_sampler is None:
         raise TaskError(
@@ -160,14 +160,14 @@ def _check_collation(
     shapes = []
     for count in (len(indices) - 1, len(indices)):
         if count > 0:
-            with own_randomness(seed):  # read anew: a collate_fn may use its samples up
+            with seeded_rng(seed):  # read anew: a collate_fn may use its samples up
                 items = _merge([dataset[i] for i in indices[:count]], merge, what)
             shapes.append((count, [tuple(tensor.shape) for tensor in _flatten_merged(items)[0]]))
     for leaf, shape in enumerate(shapes[-1][1]):
-        if all(each[leaf][:1] == (count,) for count, each in shapes):
+        if all(found[leaf][:1] == (count,) for count, found in shapes):
             continue
-        sizes = [each[leaf] for _, each in shapes]
-        axes = [axis for axis in range(len(shape)) if all(each[leaf][axis] == count for count, each in shapes)]
+        sizes = [found[leaf] for _, found in shapes]
+        axes = [axis for axis in range(len(shape)) if all(found[leaf][axis] == count for count, found in shapes)]
         place = f"axis {axes[0]} is that of the samples" if axes else "no axis is that of the samples"
         raise TaskError(
             f"{what}: in tensor {leaf} of what collate_fn makes {place}, of shape {' and '.join(map(str, sizes))} for "
@@ -177,7 +177,7 @@ def _check_collation(
 
 
 def _read_list(data: list[Any], what: str, fits: Fits | None) -> Any:
-    """A list as one nesting of tensors; the rule is this module's docstring."""
+    """Read a list as one nesting of tensors, by the rule in this module's docstring."""
     if isinstance(data[0], Tensor):
         alike = all(isinstance(t, Tensor) and (t.dtype, t.shape) == (data[0].dtype, data[0].shape) for t in data)
         if alike and len(data) > MOST_LEAVES:
@@ -197,7 +197,7 @@ def _read_list(data: list[Any], what: str, fits: Fits | None) -> Any:
 
 
 def _are_samples(entries: list[list[Tensor]], structure: Any, what: str, fits: Fits | None) -> bool:
-    """Whether the entries of a list are samples, or else batches."""
+    """Whether the entries of a list are samples; otherwise they are batches."""
 
     def fit(samples: bool) -> bool:
         return fits is not None and fits(Batch(tuple(_join(entries, samples, what)), structure))
@@ -236,7 +236,7 @@ def _ambiguous(what: str, sizes: str) -> TaskError:
 
 
 def _as_tensors(node: Any) -> Any:
-    """Numbers and arrays in an entry of a list as tensors."""
+    """Convert numbers and arrays in an entry of a list to tensors."""
     if isinstance(node, np.ndarray | np.number | np.bool_ | bool | int | float):
         return torch.as_tensor(node)
     if isinstance(node, Mapping):
@@ -248,7 +248,7 @@ def _as_tensors(node: Any) -> Any:
 
 
 def _join(entries: list[list[Tensor]], samples: bool, what: str) -> list[Tensor]:
-    """One tensor of each leaf."""
+    """Stack samples, or concatenate batches, leaf by leaf."""
     join = torch.stack if samples else torch.cat
     try:
         return [join(column) for column in zip(*entries, strict=True)]

@@ -1,4 +1,4 @@
-"""Writing and reading single files: whole or not at all, JSON and safetensors only."""
+"""Atomic writes and verified reads of single files: JSON and safetensors only."""
 
 import contextlib
 import errno
@@ -24,7 +24,7 @@ from groktrace.errors import GroktraceError, RunError
 TEMPORARY_PREFIX = ".tmp"  # safetensors has names of its own that begin so
 SMALL_BYTES = 2**18
 MAX_JSON_BYTES = 64 * 2**20
-# What a parsed file may take beside its bytes.
+# Memory that a parsed file may take.
 MAX_PARSED_BYTES = 100 * 10**6
 DIGEST_KEY = "digest"
 # The names of tensors of complex128, for which safetensors has no name: they are written as pairs of float64.
@@ -37,17 +37,17 @@ DTYPES = {
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
     **{"F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz},
 }
-# What file systems answer that cannot do a thing at all, such as those of object stores.
+# Errors of file systems that do not support an operation at all, such as object stores.
 _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 
 
 @contextlib.contextmanager
-def appearing(path: Path) -> Iterator[Path]:
-    """A new file that becomes `path` once the body has written it, so that a reader sees the whole file or none of it.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Write a file so that readers see all of it or none.
 
-    The body writes a temporary file in the same folder and syncs it (`sync`); then it is renamed. Whoever calls this
-    syncs the folder (`sync_folder`). A file system without fsync decides itself when the bytes are on disk; one without
-    rename gets a copy under the final name, so that a kill in the midst of it leaves a file that is refused when read.
+    The body writes a temporary file in the same folder and syncs it (`sync`); then it is renamed to `path`. The caller
+    syncs the folder (`sync_folder`). Without fsync, the file system decides when the bytes are on disk; without rename,
+    the file is copied to its final name, and a kill during the copy leaves a file that readers refuse.
 
     Raises:
         OSError: the file system refused; `path` is then as it was (but for one without rename).
@@ -91,7 +91,7 @@ def sync(descriptor: int) -> None:
 
 
 def _copy(temporary: Path, path: Path) -> None:
-    """Write to the final name itself what lies under the temporary one, and remove that."""
+    """Copy the temporary file to its final name, and remove it."""
     new = not path.exists()
     try:
         shutil.copyfile(temporary, path)
@@ -116,50 +116,50 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """`write_file` without the folder; one descriptor, as each call takes time from a training beside it."""
-    with appearing(path) as temporary, open(temporary, "xb", buffering=0) as file:
+    """`write_file` without syncing the folder; with one descriptor, as every call slows a training beside it."""
+    with atomic_write(path) as temporary, open(temporary, "xb", buffering=0) as file:
         left = memoryview(data)
-        while left:  # a system may take less at a time
+        while left:  # a write may be partial
             left = left[file.write(left) :]
         sync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, whole or not at all, an object with its digest; NaN and infinities are refused."""
-    value = sealed(value) if isinstance(value, dict) else value
+    value = with_digest(value) if isinstance(value, dict) else value
     write_file(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
-def sealed(value: dict[str, Any]) -> dict[str, Any]:
-    """The object with a digest of its other entries, which `unsealed` verifies."""
+def with_digest(value: dict[str, Any]) -> dict[str, Any]:
+    """Add a digest of the other entries, which `verified` checks."""
     content = {name: entry for name, entry in value.items() if name != DIGEST_KEY}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return {**content, DIGEST_KEY: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse JSON that a stranger may have written.
+    """Parse JSON as hostile input.
 
     Raises:
         ValueError: it is not JSON, holds a number that is not finite, or would take much more memory than its bytes.
         RecursionError: it is nested too deeply.
     """
-    # Bounds what Python's objects take, which is up to thirty times the bytes that stand for them.
+    # An upper bound of what the Python objects take, up to thirty times their bytes in JSON.
     parsed = 240 * data.count(b"{") + 64 * data.count(b",") + 56 * data.count(b"[")
     if parsed + len(data) * (1 if data.isascii() else 4) > MAX_PARSED_BYTES:
         raise ValueError(f"it would take more than {MAX_PARSED_BYTES} bytes of memory")
     return json.loads(data.decode(), parse_constant=_refuse_number, parse_float=_finite_number)
 
 
-def unsealed(value: Any) -> Any:
-    """The inverse of `sealed`; what has no digest, as in older recordings, stays as it is.
+def verified(value: Any) -> Any:
+    """Check and remove the digest of `with_digest`; objects without one, of older recordings, pass.
 
     Raises:
         ValueError: it does not match its digest.
     """
     if not isinstance(value, dict) or DIGEST_KEY not in value:
         return value
-    if value[DIGEST_KEY] != sealed(value)[DIGEST_KEY]:
+    if value[DIGEST_KEY] != with_digest(value)[DIGEST_KEY]:
         raise ValueError("it does not match its digest")
     return {name: entry for name, entry in value.items() if name != DIGEST_KEY}
 
@@ -173,7 +173,7 @@ def _finite_number(text: str) -> float:
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """Open a file for reading; what may never end, or never begin, is refused.
+    """Open a regular file for reading; pipes and devices, which may block forever, are refused.
 
     Raises:
         OSError: it is missing, cannot be read, or is a pipe, a device or the like.
@@ -191,13 +191,13 @@ def read_json(path: Path, error: type[GroktraceError] = RunError) -> Any:
     """
     value = read_unverified(path, error)
     try:
-        return unsealed(value)
+        return verified(value)
     except ValueError as failure:
         raise error(f"{path}: {failure}; the file is damaged or was changed by hand.") from failure
 
 
 def read_unverified(path: Path, error: type[GroktraceError] = RunError) -> Any:
-    """Parse a JSON file, whose digest may be of another format than this one's.
+    """Parse a JSON file without verifying its digest, which may be of another format.
 
     Raises:
         error: the file is missing, too large, or not JSON.
@@ -218,13 +218,13 @@ def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype and shape, such as "float32[46, 128]:", and its row-major bytes; hexadecimal."""
     whole = tensor.detach().cpu().contiguous()
     state = hashlib.sha256(f"{str(whole.dtype).removeprefix('torch.')}{list(whole.shape)}:".encode())
-    flat = whole.as_strided((whole.numel(),), (1,))  # one element alone is contiguous with any stride
+    flat = whole.as_strided((whole.numel(),), (1,))  # a single element is contiguous with any stride
     state.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
     return state.hexdigest()
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
-    """Write named tensors as safetensors with a digest of each; whoever calls this syncs the folder.
+    """Write named tensors as safetensors with a digest of each; the caller syncs the folder.
 
     Returns:
         The bytes written.
@@ -232,20 +232,22 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     Raises:
         OSError: the file system refused; `path` is then as it was.
     """
-    # The file holds raw bytes, and so no tensor that is conjugated or negated only when read.
+    # Raw bytes lose the lazy conjugate and negative bits.
     tensors = {name: tensor.resolve_conj().resolve_neg() for name, tensor in tensors.items()}
     if pairs := [name for name, tensor in tensors.items() if tensor.dtype == torch.complex128]:
         tensors |= {name: torch.view_as_real(tensors[name]) for name in pairs}
         metadata = metadata | {PAIRS_KEY: json.dumps(pairs)}
-    metadata = sealed(metadata | {"digests": json.dumps({name: digest(tensor) for name, tensor in tensors.items()})})
+    metadata = with_digest(
+        metadata | {"digests": json.dumps({name: digest(tensor) for name, tensor in tensors.items()})}
+    )
     if sum(tensor.nbytes for tensor in tensors.values()) < SMALL_BYTES:
-        data = save(tensors, metadata)  # the quicker way, at the price of a copy or two
+        data = save(tensors, metadata)  # faster, at the price of a copy or two
         _write(path, data)
         return len(data)
-    with appearing(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)  # straight from the tensors, without a copy
-        except SafetensorError as failure:  # its name for what the file system refused
+        except SafetensorError as failure:  # how safetensors reports file system errors
             number = re.search(r"os error (\d+)", str(failure))
             refusal = OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(failure))
             if refusal.errno not in _UNSUPPORTED | {errno.EPERM}:
@@ -257,7 +259,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def read_metadata(path: Path, error: type[GroktraceError] = RunError) -> dict[str, str]:
-    """Metadata of a safetensors file, without reading its tensors.
+    """Read the metadata of a safetensors file without its tensors.
 
     Raises:
         error: the file is missing or its header is damaged.
@@ -268,7 +270,7 @@ def read_metadata(path: Path, error: type[GroktraceError] = RunError) -> dict[st
 
 @contextlib.contextmanager
 def _reading(path: Path, error: type[GroktraceError]) -> Iterator[None]:
-    """What may fail while a safetensors file is read, as `error`."""
+    """Convert failures while reading a safetensors file to `error`."""
     try:
         yield
     except OSError as failure:
@@ -289,14 +291,17 @@ def _header(path: Path, file: BinaryIO, error: type[GroktraceError]) -> dict[str
 
 
 def _metadata(header: dict[str, Any]) -> dict[str, str]:
-    metadata = unsealed(header.get("__metadata__", {}))
+    metadata = verified(header.get("__metadata__", {}))
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("expected texts as metadata")
     return metadata
 
 
 def _tensors(header: dict[str, Any], data: bytearray) -> dict[str, Tensor]:
-    """Views of the data, which hold one tensor after another without a gap; safetensors itself would copy them.
+    """Make views of the data, in which the tensors lie one after another without gaps.
+
+    safetensors.safe_open would map the file, so that one truncated while it is read ends the process (SIGBUS), and
+    safetensors.deserialize would take twice the memory.
 
     Raises:
         ValueError: they do not.

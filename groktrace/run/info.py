@@ -1,15 +1,16 @@
 """What run.json says, checked before it is used."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from groktrace.errors import RunError
+from groktrace.records import at_most, between, read_record
 from groktrace.run import layout
 
-MAX_DOUBTS, MAX_DOUBT = 1000, 2000  # marks, and characters of one
+MAX_DOUBTS, MAX_DOUBT = 1000, 2000  # entries, and characters of one
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,30 @@ class WeightSpec:
         dtype: its dtype.
         trainable: whether training moves it at some time, and so whether sampling does.
         trainable_from: the step at which that was first seen.
-        of_loss: whether it belongs to the loss, and not to the model.
+        loss: whether it belongs to the loss, and not to the model.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[Annotated[int, between(0, 2**40)], ...]
     dtype: torch.dtype
     trainable: bool
-    trainable_from: int = 0
-    of_loss: bool = False
+    trainable_from: layout.Step = 0
+    loss: bool = False
+
+
+@dataclass(frozen=True)
+class _Doubt:
+    step: int
+    text: Annotated[str, at_most(MAX_DOUBT)]
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """The other entries of run.json that readers rely on."""
+
+    weights: Any  # one by one, as their names stay as they are
+    n: Annotated[int, between(1)] | None
+    data: dict[str, Any] | None
+    doubts: Annotated[tuple[_Doubt, ...], at_most(MAX_DOUBTS)] | None = None
 
 
 def check_format(info: Any, path: Path) -> None:
@@ -54,52 +71,19 @@ def check_info(info: Any, path: Path) -> dict[str, WeightSpec]:
     """
     check_format(info, path)
     try:
-        specs = {
-            str(name): WeightSpec(
-                _shape(entry["shape"]),
-                _dtype(entry["dtype"]),
-                _flag("trainable", entry["trainable"]),
-                _step(entry.get("trainable_from", 0)),
-                _flag("loss", entry.get("loss", False)),
-            )
-            for name, entry in info["weights"].items()
-        }
-        n, data = info["n"], info["data"]
-        if not (n is None or (type(n) is int and 0 < n < 2**63)) or (data is not None and n is None):
-            raise ValueError("n")
-        if data is not None and not (isinstance(data, dict) and "train" in data):
-            raise ValueError("data")
-        doubts = info.get("doubts") or []
-        if not isinstance(doubts, list) or len(doubts) > MAX_DOUBTS:
-            raise ValueError("doubts")
-        for mark in doubts:
-            if type(mark["step"]) is not int or not (isinstance(mark["text"], str) and len(mark["text"]) <= MAX_DOUBT):
-                raise ValueError("doubts")
-    except (KeyError, TypeError, ValueError, AttributeError) as failure:
-        raise RunError(f"{path}: damaged: {failure} is missing or not what it should be.") from failure
+        entries = _read_known(_Entries, info)
+        if not isinstance(weights := entries.weights, dict):
+            raise ValueError("weights: expected an object")
+        specs = {name: _read_known(WeightSpec, entry) for name, entry in weights.items()}
+        if entries.data is not None and (entries.n is None or "train" not in entries.data):
+            raise ValueError("data: expected training samples, and their number n")
+    except ValueError as failure:
+        raise RunError(f"{path}: damaged ({failure}).") from failure
     return specs
 
 
-def _shape(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(type(size) is int and 0 <= size < 2**40 for size in value):
-        raise ValueError(f"shape {value!r}")
-    return tuple(value)
-
-
-def _dtype(value: Any) -> torch.dtype:
-    dtype = vars(torch).get(value) if isinstance(value, str) else None
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype {value!r}")
-    return dtype
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} {value!r}")
-    return value
-
-
-def _step(value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= layout.MAX_STEP:
-        raise ValueError(f"trainable_from {value!r}")
-    return value
+def _read_known(kind: Any, value: Any) -> Any:
+    """A record of the entries that it has; run.json may hold others."""
+    if isinstance(value, dict):
+        value = {field.name: value[field.name] for field in fields(kind) if field.name in value}
+    return read_record(kind, value)

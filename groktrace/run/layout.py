@@ -4,6 +4,9 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
+
+from groktrace.records import between
 
 FORMAT_VERSION = 1
 
@@ -16,6 +19,7 @@ ANALYSIS_FOLDER = "analysis"
 TENSORBOARD_FOLDER = "tensorboard"
 
 MAX_STEP = 10**12 - 1
+Step = Annotated[int, between(0, MAX_STEP)]
 _SNAPSHOT_NAME = re.compile(r"(\d{12})\.safetensors", re.ASCII)
 
 

@@ -1,4 +1,4 @@
-"""The tensors of a loss: parameters of a module, or what a function holds without being told of it."""
+"""Find the tensors of a loss: parameters of a module, or tensors that a function captures."""
 
 import contextlib
 import functools
@@ -21,15 +21,13 @@ MAX_VALUES = 100_000
 
 @dataclass(frozen=True, eq=False)
 class LossTensors:
-    """The tensors that a loss uses and that are not the model's.
+    """The tensors of a loss that are not the model's.
 
     Attributes:
         modules: whose parameters and buffers they are.
-        places: of each, by the name that it has among the network's tensors: the number of its module, and its name
-            there.
-        loose: others that require a gradient, by such names.
-        holds_weights: whether the loss holds tensors of the model by themselves, which nobody can put others in
-            place of.
+        places: the index of a tensor's module and its name there, by its name among the network's tensors.
+        loose: captured tensors that require a gradient, by such names.
+        holds_weights: whether the loss captures tensors of the model itself, which cannot be replaced.
     """
 
     modules: tuple[nn.Module, ...] = ()
@@ -54,8 +52,8 @@ NO_TENSORS = LossTensors()
 
 @contextlib.contextmanager
 def buffers_noted(function: Any) -> Iterator[set[int]]:
-    """The ids of a loss's buffers that the body, in which it trains, moves; filled in afterwards, and put back."""
-    modules = [value for _, value in held_by(function) if isinstance(value, nn.Module)]
+    """Collect the ids of a loss's buffers that the body modifies in training mode; their values are restored."""
+    modules = [value for _, value in reachable_tensors(function) if isinstance(value, nn.Module)]
     parts = [(part, part.training) for module in modules for part in module.modules()]
     buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     moved: set[int] = set()
@@ -76,14 +74,14 @@ def buffers_noted(function: Any) -> Iterator[set[int]]:
 
 
 def find_loss_tensors(function: Any, model: nn.Module, seen: set[int], moved: set[int]) -> LossTensors:
-    """The tensors of a loss beside the model's.
+    """Find the tensors of a loss beside the model's.
 
-    What a module without parameters holds, such as the weights of classes, is a constant unless the loss moves it.
+    Buffers of a module without parameters, such as class weights, are constants unless the loss modifies them.
 
     Args:
         function: the loss.
         model: the network, whose tensors keep their own names.
-        seen: ids of the tensors that the loss uses, see `Used`.
+        seen: ids of the tensors that the loss uses, see `UsedTensors`.
         moved: ids of the buffers that it moves, see `buffers_noted`.
     """
     mine = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
@@ -101,7 +99,7 @@ def find_loss_tensors(function: Any, model: nn.Module, seen: set[int], moved: se
             name += "_"
         return name
 
-    for path, value in held_by(function):
+    for path, value in reachable_tensors(function):
         if isinstance(value, nn.Module):
             start = f"{prefix}{path}." if path else prefix
             wanted = seen if any(True for _ in value.parameters()) else moved
@@ -123,15 +121,15 @@ def find_loss_tensors(function: Any, model: nn.Module, seen: set[int], moved: se
 
 
 def _memory(tensor: Tensor) -> int | None:
-    """Where the memory begins that a tensor lies in; None where that cannot be told."""
+    """The address of a tensor's storage; None where it has none."""
     try:
         return tensor.untyped_storage().data_ptr() or None
     except (RuntimeError, ValueError, NotImplementedError):  # sharded, sparse, lazy, or a subclass without memory
         return None
 
 
-class Used(TorchFunctionMode):
-    """Notes which tensors are used while it is active, and whether pairs are seen as complex numbers.
+class UsedTensors(TorchFunctionMode):
+    """Records which tensors are used while it is active, and whether pairs are viewed as complex numbers.
 
     Attributes:
         seen: the ids of the tensors.
@@ -152,15 +150,15 @@ class Used(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def held_by(function: Any) -> Iterator[tuple[str, nn.Module | Tensor]]:
-    """The modules and tensors that a function can reach by names of its own, each with a path of such names."""
+def reachable_tensors(function: Any) -> Iterator[tuple[str, nn.Module | Tensor]]:
+    """Yield the modules and tensors that a function can reach by name, with their paths."""
     yield from _walk(function, "", MAX_DEPTH, set(), iter(range(MAX_VALUES)), whole=True)
 
 
 def _walk(
     value: Any, path: str, depth: int, visited: set[int], left: Iterator[int], whole: bool = False
 ) -> Iterator[tuple[str, Any]]:
-    """Modules and tensors in a value; `whole` where also the attributes of a plain object count."""
+    """Yield modules and tensors in a value; with `whole`, also in the attributes of a plain object."""
     if id(value) in visited or depth < 0 or next(left, None) is None:
         return
     visited.add(id(value))
@@ -206,7 +204,7 @@ def _walk(
 
 
 def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """The variables that a function reads and that are not its own, with their values."""
+    """Yield the free and global variables that a function reads, with their values."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents

@@ -1,4 +1,4 @@
-"""What this process is still recording: who reads a run here sees every snapshot that is due."""
+"""Recordings in progress in this process, flushed before a run is read, so that readers see every snapshot."""
 
 import contextlib
 import os

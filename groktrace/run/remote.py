@@ -1,4 +1,4 @@
-"""Run directories at fsspec URLs: their files pass through a local folder."""
+"""Run directories at fsspec URLs, cached file by file in a local folder."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 from groktrace.run import layout
 
-# What is small, and needed at once; weights are fetched one by one.
+# Small files that are needed at once; weights are fetched one by one.
 _SMALL = (layout.RUN_FILE, layout.PROGRAM_FILE, layout.DATA_FILE, layout.FROZEN_FILE)
 
 
@@ -21,7 +21,7 @@ def is_url(place: Any) -> bool:
 
 
 class Remote:
-    """A run directory at a URL. Whatever it holds has its place in a local folder, empty until it is fetched.
+    """A run directory at a URL; in the local folder its files are empty until they are fetched.
 
     Args:
         url: such as s3://bucket/run; what fsspec takes.
@@ -50,7 +50,7 @@ class Remote:
             self.fetch(self.folder / name)
 
     def refresh(self) -> None:
-        """Learn what has come since; of the files that are here, run.json alone may have changed."""
+        """Fetch run.json and the list of snapshots anew; other files do not change."""
         self._files.invalidate_cache()
         path = self.folder / layout.RUN_FILE
         with _reaching(self.url):
@@ -64,13 +64,13 @@ class Remote:
             path.touch()
 
     def fetch(self, path: Path) -> None:
-        """Bring a file whose place is known, unless it is here already."""
+        """Download a listed file, unless it is here already."""
         if path.exists() and not path.stat().st_size:
             with _reaching(self.url):
                 self._files.get_file(self._place(path), str(path))
 
     def fetch_results(self) -> None:
-        """Bring the results of earlier analyses, with the times at which they were written."""
+        """Download the results of earlier analyses, with their modification times."""
         with _reaching(self.url):
             found = self._files.find(f"{self._root}/{layout.ANALYSIS_FOLDER}")
             for place in found:
@@ -152,7 +152,7 @@ class Remote:
 
 @contextlib.contextmanager
 def _reaching(url: str) -> Iterator[None]:
-    """Failures of any file system as OSErrors that say what was to be reached."""
+    """Convert failures of any file system to OSErrors that name the URL."""
     try:
         yield
     except ImportError as failure:

@@ -1,4 +1,4 @@
-"""Which samples of its dataset a DataLoader trains on."""
+"""Determine which samples of its dataset a DataLoader trains on."""
 
 import contextlib
 import copy
@@ -19,16 +19,16 @@ from torch.utils.data import (
 )
 
 from groktrace.errors import TaskError
-from groktrace.run.untouched import own_randomness
+from groktrace.run.isolation import seeded_rng
 
-# Two passes over an unknown sampler, each with its own random numbers.
+# Seeds of two passes over an unknown sampler.
 _PASSES = (1, 2)
 
 
 def trained_indices(loader: DataLoader, what: str) -> Sequence[Any]:
-    """The indices of the samples that `loader` trains on over time; neither it nor its generators move.
+    """The indices of the samples that `loader` trains on over time; it and its generators stay as they are.
 
-    Samplers of torch are read off; any other is copied, and two passes over the copy have to give the same samples.
+    The samplers of torch are known; any other is copied, and two passes over the copy must give the same samples.
 
     Args:
         loader: with a batch sampler.
@@ -61,7 +61,7 @@ def trained_indices(loader: DataLoader, what: str) -> Sequence[Any]:
 
 
 def _is(sampler: Any, kind: type) -> bool:
-    """Whether it iterates as that class of torch does."""
+    """Whether it inherits that class's `__iter__`."""
     return getattr(type(sampler), "__iter__", None) is kind.__iter__
 
 
@@ -70,8 +70,8 @@ def _of_all_processes(sampler: DistributedSampler, size: int, drop: bool) -> Seq
     n = len(sampler.dataset)
     if sampler.shuffle:
         return range(n)
-    each = sampler.num_samples // size * size if drop else sampler.num_samples
-    return range(min(n, each * sampler.num_replicas))
+    of_one = sampler.num_samples // size * size if drop else sampler.num_samples
+    return range(min(n, of_one * sampler.num_replicas))
 
 
 def _equally_weighted(sampler: WeightedRandomSampler, what: str) -> Sequence[int]:
@@ -88,18 +88,18 @@ def _equally_weighted(sampler: WeightedRandomSampler, what: str) -> Sequence[int
 
 
 def _found(sampler: Iterable[Any], dataset: Any, what: str, in_batches: bool) -> tuple[list[Any], bool]:
-    """What two passes over a copy give, and whether in the same order."""
+    """The indices that two passes over a copy give, and whether in the same order."""
     name = type(sampler).__name__
     remedy = (
         f"give {what}= the samples that are trained on, as torch.utils.data.Subset(dataset, indices) or as tensors."
     )
     passes = []
     try:
-        # Data sets that the sampler refers to may be large, and are only looked at.
+        # Do not copy the data sets that the sampler refers to.
         held = [dataset, *(value for value in getattr(sampler, "__dict__", {}).values() if isinstance(value, Dataset))]
-        duplicate = copy.deepcopy(sampler, {id(each): each for each in held})
+        duplicate = copy.deepcopy(sampler, {id(kept): kept for kept in held})
         for seed in _PASSES:
-            with own_randomness(seed):
+            with seeded_rng(seed):
                 passes.append(_one_pass(duplicate, len(dataset), in_batches))
     except Exception as failure:  # a sampler of the user's may fail in any way
         raise TaskError(

@@ -1,4 +1,4 @@
-"""Reading a run directory; everything in it is checked before it is used."""
+"""Read a run directory as hostile input: everything is checked before use."""
 
 import hashlib
 import math
@@ -17,7 +17,7 @@ from groktrace.run.batch import Batch, check_lengths, unflatten
 from groktrace.run.files import parse_json, read_json, read_metadata, read_tensors, read_unverified
 from groktrace.run.info import WeightSpec, check_format, check_info
 from groktrace.run.remote import Remote, is_url
-from groktrace.run.task import Task
+from groktrace.run.task import SHIFT_INVARIANT_KEY, Task
 
 LINK_ADVICE = "out of the run directory, outside of which nothing is read or written; copy the run with cp -rL."
 
@@ -51,7 +51,7 @@ class Snapshot:
             RunError: the file of frozen tensors is damaged.
         """
         tensors = self._read()
-        return {name: tensor for name, tensor in tensors.items() if with_loss or not self.specs[name].of_loss}
+        return {name: tensor for name, tensor in tensors.items() if with_loss or not self.specs[name].loss}
 
     def fingerprint(self) -> str:
         """A digest of step and weights, from the file's header alone.
@@ -255,12 +255,12 @@ class Run:
                 f"a function that returns groktrace.Task.from_model(model, loss=...{data})."
             )
         document, data = read_json(program_path), self.data
-        if not isinstance(document, dict) or not isinstance(document.get("offset_free"), bool):
+        if not isinstance(document, dict) or not isinstance(document.get(SHIFT_INVARIANT_KEY), bool):
             raise RunError(f"{program_path}: not a groktrace program.")
         program = Program.from_json(document, data.constants, where=str(program_path))
         if missing := [name for name in program.weights if name not in self.specs]:
             raise RunError(f"{program_path}: uses the weight '{missing[0]}', which {layout.RUN_FILE} does not list.")
-        return Task(program.forward, data.train, data.val, data.n, document["offset_free"])
+        return Task(program.forward, data.train, data.val, data.n, document[SHIFT_INVARIANT_KEY])
 
 
 def _read_batch(entry: Any, name: str, tensors: dict[str, Tensor], path: Path) -> Batch:

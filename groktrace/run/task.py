@@ -1,10 +1,8 @@
 """A task: the loss of a network as a function of its weights, with the data it is measured on."""
 
 import contextlib
-import importlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,12 +14,14 @@ from torch.nn import functional
 from groktrace.attention import for_live_models
 from groktrace.errors import TaskError
 from groktrace.run.batch import Batch, unflatten
-from groktrace.run.checks import Probe, check_mean, check_repeatable, sample_axis_note, shared_second_axis
+from groktrace.run.checks import LossProbe, check_mean, check_repeatable, sample_axis_note, shared_second_axis
 from groktrace.run.collect import Fits, collect, random_samples_note
-from groktrace.run.forward import Forward, evaluation_mode, on_device_of
-from groktrace.run.untouched import left_untouched, own_randomness
+from groktrace.run.isolation import seeded_rng, without_side_effects
+from groktrace.run.model_with_loss import ModelWithLoss, evaluation_mode, on_device_of
 
 MAX_SAMPLES = 8192
+# What program.json calls `Task.shift_invariant`; another name would change its digest, and so the random draws.
+SHIFT_INVARIANT_KEY = "offset_free"
 NAMED_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": functional.cross_entropy,
     "mse": functional.mse_loss,
@@ -41,8 +41,8 @@ class Task:
         train: the training samples that the analysis uses; None for those that a run holds.
         val: validation samples, or None.
         n: number of training samples in truth; `train` may hold a random subset. None without `train`.
-        offset_free: whether the loss ignores a constant added to every sample's outputs, so that predictions have to
-            be read after removing their mean offset over the training set.
+        shift_invariant: whether the loss ignores a constant added to every sample's outputs, so that predictions are
+            read after removing their mean offset over the training set.
         bind: makes the task on data, where it has none of its own; see `with_data`.
         parameters: those of the live model and loss by the names that `forward` takes, and so the buffers.
         buffers: see `parameters`.
@@ -53,7 +53,7 @@ class Task:
     train: Batch | None
     val: Batch | None
     n: int | None
-    offset_free: bool
+    shift_invariant: bool
     bind: Callable[[Batch, Batch | None, int], "Task"] | None = field(default=None, repr=False, compare=False)
     parameters: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     buffers: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -90,7 +90,7 @@ class Task:
                 raise TaskError("val: of no use without train; give the training data too, or neither.")
             find_loss(loss, batch_loss)
             return cls(_without_data, None, None, None, False, partial(cls._from_batches, model, loss, batch_loss))
-        with left_untouched(model):
+        with without_side_effects(model):
             fits = takes(model, loss, batch_loss)
             batch, n = collect(train, "train", MAX_SAMPLES, seed, fits)
             held_out = None if val is None else collect(val, "val", MAX_SAMPLES, seed, fits)[0]
@@ -124,15 +124,15 @@ class Task:
         held_out: Batch | None,
         n: int,
     ) -> "Task":
-        with left_untouched(model):
+        with without_side_effects(model):
             probe = _probe(make_forward(model, loss, batch_loss, batch, held_out), batch, held_out)
         return cls._of(probe, held_out, n)
 
     @classmethod
-    def _of(cls, probe: Probe, held_out: Batch | None, n: int) -> "Task":
+    def _of(cls, probe: LossProbe, held_out: Batch | None, n: int) -> "Task":
         module, batch = probe.forward, probe.batch
-        with left_untouched(module), evaluation_mode(module):
-            offset_free = is_offset_free(module, batch)
+        with without_side_effects(module), evaluation_mode(module):
+            shift_invariant = is_shift_invariant(module, batch)
             module.find_tensors(batch)
 
         def forward(weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -141,19 +141,38 @@ class Task:
 
         parameters, buffers = module.parameters_by_name(), module.buffers_by_name()
         if module.own.loose or module.own.holds_weights:
-            from groktrace.run.program import traced_forward
-
-            traced = traced_forward(module, batch)
+            traced = _traced_forward(module, batch)
             if traced is not None:
                 forward = traced
             else:
                 parameters = {name: tensor for name, tensor in parameters.items() if name not in module.own.loose}
         follow = {name: view.base for name, view in module.views.items()}
-        return cls(forward, batch, held_out, n, offset_free, parameters=parameters, buffers=buffers, follow=follow)
+        return cls(forward, batch, held_out, n, shift_invariant, parameters=parameters, buffers=buffers, follow=follow)
+
+
+def _traced_forward(forward: ModelWithLoss, batch: Batch) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """Trace a loss that holds tensors itself, so that others can take their place; None, and a warning, on failure."""
+    from groktrace.run.program import Program
+
+    try:
+        program = Program.trace(forward, batch)
+    except TaskError as failure:
+        warnings.warn(
+            f"groktrace: the loss holds tensors that train, or the model's own, and stays as it is when these move "
+            f"({failure}); make it a torch.nn.Module with parameters, or a function of outputs and targets.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+    if forward.model is getattr(forward.model, "_orig_mod", forward.model):
+        return program.forward
+    return lambda weights, tensors: program.forward(
+        {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}, tensors
+    )
 
 
 def _without_data(weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Stands for the loss of a task that has no data yet: how the samples nest is not known."""
+    """The loss of a task without data, whose nesting is not known yet."""
     raise TaskError("train: the task has no data of its own; analyse a run with it, or give it some.")
 
 
@@ -163,8 +182,8 @@ def make_forward(
     batch_loss: Callable[..., Tensor] | None,
     train: Batch,
     val: Batch | None = None,
-) -> Forward:
-    """Model and loss as one module, with everything that can be checked without running it checked.
+) -> ModelWithLoss:
+    """Combine model and loss into one module, after all checks that need no evaluation.
 
     Raises:
         TaskError: no loss, two losses, an unknown name, or data that the loss cannot take.
@@ -181,11 +200,11 @@ def make_forward(
                     "train: with loss=f(outputs, targets) expected a pair (inputs, targets); for batches of another "
                     "form give batch_loss=f(model, batch)."
                 )
-    return Forward(model, loss, batch_loss, train.structure)
+    return ModelWithLoss(model, loss, batch_loss, train.structure)
 
 
-def _probe(module: Forward, batch: Batch, held_out: Batch | None) -> Probe:
-    """The loss, tried on a few samples and found to be a function of the weights."""
+def _probe(module: ModelWithLoss, batch: Batch, held_out: Batch | None) -> LossProbe:
+    """Evaluate the loss on a few samples, and check that it is a function of the weights."""
     with evaluation_mode(module):
         probe = check_forward(module, batch, held_out)
         check_repeatable(probe)
@@ -195,7 +214,7 @@ def _probe(module: Forward, batch: Batch, held_out: Batch | None) -> Probe:
 def find_loss(
     loss: Callable[..., Tensor] | str | None, batch_loss: Callable[..., Tensor] | None
 ) -> Callable[..., Tensor] | None:
-    """The function that `loss` names, or that it is.
+    """Resolve a loss given by name or as a function.
 
     Raises:
         TaskError: no loss, two losses, an unknown name, or no function.
@@ -212,7 +231,7 @@ def find_loss(
     return loss
 
 
-def check_forward(forward: Forward, batch: Batch, held_out: Batch | None = None) -> Probe:
+def check_forward(forward: ModelWithLoss, batch: Batch, held_out: Batch | None = None) -> LossProbe:
     """Try the loss on a few samples.
 
     Args:
@@ -239,20 +258,20 @@ def check_forward(forward: Forward, batch: Batch, held_out: Batch | None = None)
         if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TaskError(f"loss: expected one number, the mean over the batch, got {got}.")
-    probe = Probe(forward, batch)
+    probe = LossProbe(forward, batch)
     check_mean(probe)
     return probe
 
 
-def _first_loss(forward: Forward, batch: Batch, axis: int = 0) -> Any:
+def _first_loss(forward: ModelWithLoss, batch: Batch, axis: int = 0) -> Any:
     """The loss of two samples along an axis."""
     few = Batch(tuple(tensor.narrow(axis, 0, min(2, tensor.shape[axis])) for tensor in batch.tensors), batch.structure)
     placed = on_device_of(forward, few)
-    with torch.no_grad(), own_randomness(0, placed.tensors[0].device):
+    with torch.no_grad(), seeded_rng(0, placed.tensors[0].device):
         return forward(*placed.tensors)[0]
 
 
-def _advice(forward: Forward, batch: Batch, failure: Exception) -> str:
+def _advice(forward: ModelWithLoss, batch: Batch, failure: Exception) -> str:
     if forward.loss is functional.cross_entropy and "target size" in str(failure):
         return (
             "cross_entropy takes classes on the second axis: for sequences with classes on the last axis give "
@@ -272,7 +291,7 @@ def _advice(forward: Forward, batch: Batch, failure: Exception) -> str:
 
 
 def takes(model: nn.Module, loss: Callable[..., Tensor] | str | None, batch_loss: Callable[..., Tensor] | None) -> Fits:
-    """What tells whether the model and the loss take a batch, see `collect`."""
+    """A function that tells whether the model and the loss accept a batch, see `collect`."""
 
     def fits(batch: Batch) -> bool:
         try:
@@ -286,8 +305,8 @@ def takes(model: nn.Module, loss: Callable[..., Tensor] | str | None, batch_loss
     return fits
 
 
-def data_notes(probe: Probe, train: Any, val: Any, held_out: Batch | None) -> tuple[str, ...]:
-    """What the user ought to know of the data that were collected, a sentence each.
+def data_notes(probe: LossProbe, train: Any, val: Any, held_out: Batch | None) -> tuple[str, ...]:
+    """Warnings about the data that were collected.
 
     Args:
         probe: the loss on the training samples.
@@ -301,7 +320,7 @@ def data_notes(probe: Probe, train: Any, val: Any, held_out: Batch | None) -> tu
     return tuple(note for note in notes if note is not None)
 
 
-def is_offset_free(forward: Forward, batch: Batch) -> bool:
+def is_shift_invariant(forward: ModelWithLoss, batch: Batch) -> bool:
     """Whether the loss stays as it is when one constant per output is added to every sample's outputs."""
     if forward.loss is None or len(batch) < 2:
         return False
@@ -328,7 +347,7 @@ def is_offset_free(forward: Forward, batch: Batch) -> bool:
 
 @contextlib.contextmanager
 def failures_in_words(what: str, advice: str) -> Iterator[None]:
-    """Turn whatever a loss raises into one error.
+    """Convert whatever a loss raises to one TaskError.
 
     Args:
         what: that it cannot do.
@@ -344,53 +363,3 @@ def failures_in_words(what: str, advice: str) -> Iterator[None]:
     except Exception as failure:
         line = str(failure).splitlines()[0] if str(failure) else ""
         raise TaskError(f"{what} ({type(failure).__name__}: {line}); {advice}") from failure
-
-
-_loading: ContextVar[str | None] = ContextVar("_loading", default=None)
-
-
-def refuse_while_loading() -> None:
-    """Refuse to record while a factory is loaded: it would train for hours, into the folder of the run itself.
-
-    Raises:
-        TaskError: a factory is being loaded.
-    """
-    if (reference := _loading.get()) is not None:
-        raise TaskError(
-            f"--task {reference}: loading it calls groktrace.watch(), so that it would train anew; put what trains "
-            'under `if __name__ == "__main__":`, or the factory into a module of its own.'
-        )
-
-
-def load_factory(reference: str) -> Task:
-    """Import "package.module:factory" and call it; the only way that user code enters an analysis.
-
-    Raises:
-        TaskError: it cannot be imported, fails, begins to record, or returns something else than a Task.
-    """
-    module_name, _, function_name = reference.partition(":")
-    if not module_name or not function_name:
-        raise TaskError(f"--task: expected package.module:factory, got '{reference}'.")
-    token = _loading.set(reference)
-    try:
-        try:
-            factory = getattr(importlib.import_module(module_name), function_name)
-        except TaskError:
-            raise
-        except (Exception, SystemExit) as failure:  # a module may fail in any way while it is imported
-            raise TaskError(
-                f"--task {reference}: cannot be imported ({failure}); run from the folder that holds it."
-            ) from failure
-        try:
-            task = factory()
-        except TaskError:
-            raise
-        except (Exception, SystemExit) as failure:
-            raise TaskError(f"--task {reference}: failed ({type(failure).__name__}: {failure}).") from failure
-    finally:
-        _loading.reset(token)
-    if not isinstance(task, Task):
-        raise TaskError(
-            f"--task {reference}: expected it to return groktrace.Task.from_model(...), got {type(task).__name__}."
-        )
-    return task

@@ -1,4 +1,4 @@
-"""Tensors that lie in the memory of another: one set of numbers, which counts once."""
+"""Tensors that share memory: views of a base, whose numbers count once."""
 
 import itertools
 import math
@@ -13,14 +13,14 @@ from groktrace.errors import TaskError
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """How a tensor follows from the one whose memory it lies in.
+    """How a tensor is computed from the base whose memory it shares.
 
     Attributes:
         base: the name of that one.
         shape: of the tensor.
-        dims: the base's dimensions in the tensor's order, where it is the base transposed or the base itself.
-        start: else, the first of a run of the base's elements; None where they are no run.
-        index: else, the number of each element among the base's.
+        dims: the permutation of the base's dimensions, if it is a transposed base or the base itself.
+        start: else, the offset of its contiguous elements in the base; None if they are not contiguous.
+        index: else, the indices of its elements in the flattened base.
     """
 
     base: str
@@ -30,7 +30,7 @@ class View:
     index: Tensor | None = None
 
     def of(self, base: Tensor) -> Tensor:
-        """The tensor, as a function of its base."""
+        """Compute the tensor from its base."""
         if self.dims is not None:
             return base.permute(self.dims)
         flat = base.reshape(-1)
@@ -40,15 +40,15 @@ class View:
 
 
 class OverlapError(TaskError):
-    """Weights share some of their memory in a way that no one tensor covers."""
+    """Weights overlap partially, so that none is a view of the other."""
 
 
 def find_views(tensors: Mapping[str, Tensor], first: Iterable[str] = ()) -> dict[str, View]:
-    """Which of these tensors lie in the memory of another one of them, and how they follow from it.
+    """Find the tensors that are views of others among them.
 
     Args:
         tensors: by name.
-        first: names of those that are rather the base than others of their size, such as parameters.
+        first: names to prefer as bases among tensors of equal size, such as parameters.
 
     Raises:
         OverlapError: tensors that train overlap, and neither covers the other.
@@ -66,7 +66,7 @@ def find_views(tensors: Mapping[str, Tensor], first: Iterable[str] = ()) -> dict
 
 
 def find_view(tensor: Tensor, bases: Mapping[str, Tensor]) -> View | None:
-    """How a tensor follows from that of several in whose memory it lies; None where there is none.
+    """Find the base, among several, that a tensor is a view of; None if there is none.
 
     Raises:
         OverlapError: it lies partly in one's memory, and partly outside.
@@ -93,13 +93,13 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor's memory begins, and where it ends."""
+    """The first and the last address of a tensor's memory."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _overlapping(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """Names of tensors whose memory may overlap, in groups of at least two, and those that overlap themselves."""
+    """Group names of tensors whose memory ranges overlap, and those that overlap themselves."""
     extents = {name: (tensor.device, *_extent(tensor)) for name, tensor in tensors.items()}
     groups: list[list[str]] = []
     device, end = None, 0
@@ -152,7 +152,7 @@ def _relate(group: list[str], tensors: Mapping[str, Tensor], preferred: set[str]
 
 
 def _view(name: str, base: Tensor, what: str, part: Tensor) -> View | None:
-    """How a part follows from its base; None where they only lie between one another.
+    """How a part is a view of its base; None if they only interleave.
 
     Raises:
         OverlapError: some of its elements lie in the base and others do not, or are cut out of its elements.
@@ -185,7 +185,7 @@ def _view(name: str, base: Tensor, what: str, part: Tensor) -> View | None:
 
 
 def _transposition(base: Tensor, part: Tensor) -> tuple[int, ...] | None:
-    """The order of the base's dimensions that gives a part of the same elements; None where there is none."""
+    """The permutation of the base's dimensions that gives the part; None if there is none."""
     if base.dim() != part.dim() or base.numel() != part.numel():
         return None
     left = list(range(base.dim()))
@@ -201,7 +201,7 @@ def _transposition(base: Tensor, part: Tensor) -> tuple[int, ...] | None:
 
 
 def _places(tensor: Tensor) -> Tensor:
-    """The number of each element in memory, from that of the first."""
+    """Memory offsets of all elements, relative to the first."""
     places = torch.zeros((), dtype=torch.long, device="cpu")
     for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         steps = torch.arange(size, device="cpu") * stride

@@ -16,7 +16,7 @@ import groktrace
 from groktrace.analysis import evaluator, workers
 from groktrace.errors import RunError, SettingsError, TaskError
 from groktrace.run import layout
-from groktrace.run.task import load_factory
+from groktrace.run.factory import load_factory
 
 FAST = {"draws": 20, "burn_in": 20}
 

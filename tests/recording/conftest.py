@@ -7,8 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from groktrace.run.program import undisturbed
-
 
 class FakeProgram:
     """What recording needs of groktrace.run.program.Program."""
@@ -41,7 +39,6 @@ def program(monkeypatch):
     """The class that recording gets for Program; set `failure` to make tracing fail."""
     module = types.ModuleType("groktrace.run.program")
     module.Program = type("Program", (FakeProgram,), {})
-    module.undisturbed = undisturbed
     monkeypatch.setitem(sys.modules, "groktrace.run.program", module)
     return module.Program
 

@@ -197,7 +197,7 @@ def test_checks_leave_no_trace_in_the_training(tmp_path):
 def test_tensors_that_are_no_buffers_are_put_back():
     loss = Counting()
     loss.centre = torch.zeros(1)
-    with guard_module.put_back(nn.Linear(1, 1), loss, None, "mse"):
+    with guard_module.restored_attributes(nn.Linear(1, 1), loss, None, "mse"):
         loss.centre += 1
         loss.later, loss.calls = 3, 9
     assert (loss.centre.item(), loss.calls, hasattr(loss, "later")) == (0.0, 0, False)

@@ -324,7 +324,7 @@ def test_updates_by_hand_beside_an_idle_optimizer_are_told_while_they_go_on(loop
 
 def test_weights_that_come_back_are_no_updates(loop):
     told, moment = [], [0]
-    probe = probe_module.Probe(loop.parameters)
+    probe = probe_module.WeightProbe(loop.parameters)
     dog = probe_module.Watchdog(probe, lambda: (moment[0], False), 0, lambda *words: told.append(words), False)
     before = loop.copy()
     for _ in range(200):  # an average that validates, and goes
@@ -344,7 +344,7 @@ def test_weights_that_come_back_are_no_updates(loop):
 
 
 def test_a_probe_follows_weights_to_other_memory(loop):
-    probe = probe_module.Probe(loop.parameters)
+    probe = probe_module.WeightProbe(loop.parameters)
     before = probe.read()
     loop.parameters[0].data = loop.parameters[0].data.clone()
     assert not probe_module.differ(before, probe.read())

@@ -64,7 +64,7 @@ def test_awkward_data_can_be_written(tmp_path):
     assert torch.equal(files.read_tensors(tmp_path / "d")[0]["train.1"], x)
 
 
-def test_offset_free_losses_are_recognised_and_odd_ones_tolerated():
+def test_shift_invariant_losses_are_recognised_and_odd_ones_tolerated():
     x, y = torch.randn(6, 2), torch.tensor([0, 1, 1, 0, 1, 0])
     model = nn.Linear(2, 2)
 

@@ -81,7 +81,7 @@ def test_a_recorded_training_is_bitwise_the_same(tmp_path, monkeypatch, traced):
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # forking is what this test is about
 def test_a_forked_child_records_nothing(training, tmp_path):
     recorder = watch(training.model, training.optimizer, out=tmp_path / "run", every=1)
-    recorder._writer.wait()
+    recorder.flush()
     child = os.fork()
     if child == 0:
         failed = 1

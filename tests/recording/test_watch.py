@@ -147,10 +147,10 @@ def test_a_full_disk_is_told_once_and_later_snapshots_are_written(training, tmp_
     recorder = watch(training.model, training.optimizer, out=tmp_path / "run", every=1)
 
     def train():
-        recorder._writer.wait()
+        recorder.flush()
         full[0] = True
         training.update(3)
-        recorder._writer.wait()
+        recorder.flush()
         full[0] = False
         training.update(2)
         recorder.close()
@@ -191,11 +191,11 @@ def test_copies_of_an_optimizer_are_not_counted_and_loading_its_state_changes_no
 
 def test_the_last_step_is_tried_again_on_close(training, tmp_path, monkeypatch):
     recorder = watch(training.model, training.optimizer, out=tmp_path / "run", every=1)
-    recorder._writer.wait()
+    recorder.flush()
     with monkeypatch.context() as patch:
         patch.setattr(files, "save", lambda *_: 1 / 0)
         training.update()
-        recorder._writer.wait()
+        recorder.flush()
     with pytest.warns(RuntimeWarning, match="ZeroDivisionError"):
         recorder.close()
     assert steps_of(recorder) == [0, 1]
@@ -205,6 +205,7 @@ def test_an_interrupted_close_is_made_up_for_at_exit(training, tmp_path, monkeyp
     def interrupt():
         raise KeyboardInterrupt
 
+    threads = set(threading.enumerate())
     recorder = watch(training.model, training.optimizer, out=tmp_path / "run")
     training.update(3)
     with monkeypatch.context() as patch:
@@ -215,7 +216,7 @@ def test_an_interrupted_close_is_made_up_for_at_exit(training, tmp_path, monkeyp
     close_all()
     assert steps_of(recorder) == [0, 3]
     assert recorder not in open_recorders
-    assert not recorder._writer._thread.is_alive()
+    assert set(threading.enumerate()) <= threads
 
 
 def test_our_errors_do_not_reach_the_training(training, tmp_path):
@@ -474,7 +475,7 @@ def test_weights_of_the_loss_are_recorded_beside_the_models(training, tmp_path):
             criterion(training.model(training.x), training.y).backward()
             optimizer.step()
     run = open_run(tmp_path / "run")
-    assert {name: spec.trainable for name, spec in run.specs.items() if spec.of_loss} == {
+    assert {name: spec.trainable for name, spec in run.specs.items() if spec.loss} == {
         "loss.scale": True,
         "loss.calls": False,
     }

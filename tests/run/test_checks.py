@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from groktrace.errors import TaskError
-from groktrace.run.checks import Probe, check_mean, check_repeatable, sample_axis_note
+from groktrace.run.checks import LossProbe, check_mean, check_repeatable, sample_axis_note
 from groktrace.run.collect import collect
 from groktrace.run.task import Task, evaluation_mode, make_forward
 
@@ -27,7 +27,7 @@ def network(inputs=6, outputs=3):
 
 def probe(model, train, loss=None, batch_loss=None):
     batch, _ = collect(train, "train", 1000, 0)
-    return Probe(make_forward(model, loss, batch_loss, batch).eval(), batch)
+    return LossProbe(make_forward(model, loss, batch_loss, batch).eval(), batch)
 
 
 def penalty(model):
@@ -313,5 +313,5 @@ def test_flags_of_the_model_stay(sentences):
     batch, _ = collect(sentences, "train", 100, 0)
     forward = make_forward(model, per_word, None, batch)
     with evaluation_mode(forward):
-        assert sample_axis_note(Probe(forward, batch), "train") is None
+        assert sample_axis_note(LossProbe(forward, batch), "train") is None
     assert all(module.training for module in model.modules())

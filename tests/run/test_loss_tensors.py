@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from groktrace.run.batch import Batch
-from groktrace.run.loss_tensors import held_by
+from groktrace.run.loss_tensors import reachable_tensors
 from groktrace.run.task import make_forward
 
 X, Y = torch.randn(6, 3), torch.randn(6, 2)
@@ -168,7 +168,7 @@ def test_a_function_that_holds_itself_is_read_once():
         return loss
 
     loss.parts = [loss]
-    assert list(held_by(loss)) == []
+    assert list(reachable_tensors(loss)) == []
 
 
 def test_weights_in_the_place_of_the_losses_own_are_put_back():
@@ -188,5 +188,5 @@ def test_weights_in_the_place_of_the_losses_own_are_put_back():
 def test_a_loss_that_holds_a_heap_of_numbers_is_read_in_no_time():
     numbers = [[[float(i + j + k) for k in range(30)] for j in range(100)] for i in range(500)]
     start = time.perf_counter()
-    assert list(held_by(lambda outputs, targets: outputs.sum() * len(numbers))) == []
+    assert list(reachable_tensors(lambda outputs, targets: outputs.sum() * len(numbers))) == []
     assert time.perf_counter() - start < 5

@@ -1,5 +1,3 @@
-import sys
-import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-import groktrace
 from groktrace.errors import TaskError
 from groktrace.run.batch import Batch
-from groktrace.run.task import Task, load_factory
+from groktrace.run.task import Task
 
 N = 12
 
@@ -46,7 +43,7 @@ def test_named_losses_are_those_of_torch(name, function, classes):
     loss, outputs = task.forward(weights_of(model), task.train.tensors)
     assert torch.equal(outputs, model(train[0]))
     assert torch.equal(loss, function(model(train[0]), train[1]))
-    assert (task.n, len(task.train), len(task.val), task.offset_free) == (N, N, 5, False)
+    assert (task.n, len(task.train), len(task.val), task.shift_invariant) == (N, N, 5, False)
 
 
 def test_the_loss_is_a_function_of_the_given_weights():
@@ -185,7 +182,7 @@ def test_losses_that_ignore_an_offset_are_recognised(loss, expected, scale, outp
         for parameter in model.parameters():
             parameter.mul_(output_scale)
     x, y = data()
-    assert Task.from_model(model, train=(x, scale * y), loss=loss).offset_free is expected
+    assert Task.from_model(model, train=(x, scale * y), loss=loss).shift_invariant is expected
 
 
 def test_a_converged_fit_still_sees_an_offset():
@@ -196,34 +193,34 @@ def test_a_converged_fit_still_sees_an_offset():
     with torch.no_grad():
         model[0].weight.copy_(solution[:4].T)
         model[0].bias.copy_(solution[4])
-    assert not Task.from_model(model, train=(x, y), loss="mse").offset_free
-    assert Task.from_model(model, train=(x, model(x).detach()), loss=centred).offset_free
+    assert not Task.from_model(model, train=(x, y), loss="mse").shift_invariant
+    assert Task.from_model(model, train=(x, model(x).detach()), loss=centred).shift_invariant
 
 
 def test_losses_of_classes_see_an_offset():
-    assert not Task.from_model(network(), train=data(classes=True), loss="cross_entropy").offset_free
+    assert not Task.from_model(network(), train=data(classes=True), loss="cross_entropy").shift_invariant
     weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
-    assert not Task.from_model(network(), train=data(classes=True), loss=weighted).offset_free
+    assert not Task.from_model(network(), train=data(classes=True), loss=weighted).shift_invariant
 
 
 def test_outputs_that_must_stay_in_a_range_are_not_moved_out_of_it():
     x, y = data()
     task = Task.from_model(network(nn.Sigmoid()), train=(x, y.sigmoid()), loss=functional.binary_cross_entropy)
-    assert not task.offset_free
+    assert not task.shift_invariant
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_an_offset_is_recognised_in_every_precision(dtype):
     x, y = (tensor.to(dtype) for tensor in data())
-    assert Task.from_model(network().to(dtype), train=(x, y), loss=centred).offset_free
-    assert not Task.from_model(network().to(dtype), train=(x, y), loss="mse").offset_free
+    assert Task.from_model(network().to(dtype), train=(x, y), loss=centred).shift_invariant
+    assert not Task.from_model(network().to(dtype), train=(x, y), loss="mse").shift_invariant
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (N, 3, 1)])
 def test_other_outputs_are_not_asked_for_an_offset(shape):
     x, y = torch.randn(shape[0], 4), torch.randn(shape)
     model = network() if len(shape) == 2 else network(nn.Unflatten(1, (3, 1)))
-    assert not Task.from_model(model, train=(x, y), loss=centred).offset_free
+    assert not Task.from_model(model, train=(x, y), loss=centred).shift_invariant
 
 
 class Wrapped(nn.Module):
@@ -257,7 +254,7 @@ def test_outputs_that_are_no_tensor_stay_with_the_loss():
     loss, outputs = task.forward(weights_of(model), task.train.tensors)
     assert outputs is None
     assert torch.equal(loss, functional.mse_loss(model.linear(x * x), y))
-    assert not task.offset_free
+    assert not task.shift_invariant
 
 
 def test_models_that_compute_their_own_loss():
@@ -268,126 +265,7 @@ def test_models_that_compute_their_own_loss():
     loss, outputs = task.forward(weights_of(model), task.train.tensors)
     assert outputs is None
     assert torch.equal(loss, functional.mse_loss(model(x), y))
-    assert not task.offset_free
-
-
-@pytest.fixture
-def factories(tmp_path, monkeypatch):
-    """Importable modules with factories in them."""
-
-    def module(name, text):
-        (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
-
-    module(
-        "factories_of_a_user",
-        """
-        import torch
-        import groktrace
-        from groktrace.errors import TaskError
-
-        number = 3
-
-        def good():
-            x = torch.ones(2, 1)
-            return groktrace.Task.from_model(torch.nn.Linear(1, 1), train=(x, x), loss="mse")
-
-        def bare():
-            return torch.nn.Linear(1, 1)
-
-        def failing():
-            raise RuntimeError("no weights here")
-
-        def needing(argument):
-            return argument
-
-        def misfit():
-            return groktrace.Task.from_model(torch.nn.Linear(1, 1), train=torch.ones(2, 1))
-        """,
-    )
-    module(
-        "factories_in_a_script",
-        """
-        import pathlib
-        import torch
-        import groktrace
-
-        model = torch.nn.Linear(1, 1)
-        x = torch.ones(2, 1)
-
-        def make():
-            return groktrace.Task.from_model(model, loss="mse")
-
-        with groktrace.watch(model, train=(x, x), loss="mse", out="recorded") as recorder:
-            pathlib.Path("trained").touch()
-        """,
-    )
-    module(
-        "factories_that_train",
-        """
-        import torch
-        import groktrace
-
-        def make():
-            model = torch.nn.Linear(1, 1)
-            groktrace.watch(model, out="recorded").close()
-            return groktrace.Task.from_model(model, loss="mse")
-        """,
-    )
-    module("factories_that_end_the_process", "import sys; sys.exit('usage: script')\n")
-    module("factories_that_cannot_be_parsed", "def broken(:\n")
-    module("factories_that_fail_at_once", "raise ValueError('too early')\n")
-    module("factories_that_lack_something", "import a_module_that_is_nowhere\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    yield
-    for name in [name for name in sys.modules if name.startswith("factories_")]:
-        del sys.modules[name]
-
-
-def test_a_factory_makes_the_task(factories):
-    task = load_factory("factories_of_a_user:good")
-    assert isinstance(task, Task)
-    assert task.n == 2
-
-
-@pytest.mark.parametrize(
-    ("reference", "message"),
-    [
-        ("", "--task: expected package.module:factory, got ''"),
-        ("module", "--task: expected package.module:factory, got 'module'"),
-        ("module:", "--task: expected package.module:factory, got 'module:'"),
-        (":factory", "--task: expected package.module:factory, got ':factory'"),
-        ("factories_nowhere:good", r"--task .*: cannot be imported \(No module named .*run from the folder that holds"),
-        ("factories_of_a_user:missing", r"--task .*: cannot be imported \(module .* has no attribute 'missing'"),
-        ("factories_of_a_user:good:x", r"--task .*: cannot be imported \(module .* has no attribute 'good:x'"),
-        (".relative:good", "--task .relative:good: cannot be imported"),
-        ("factories_that_cannot_be_parsed:good", r"cannot be imported \(invalid syntax"),
-        ("factories_that_fail_at_once:good", r"cannot be imported \(too early\)"),
-        ("factories_that_lack_something:good", r"cannot be imported \(No module named 'a_module_that_is_nowhere'\)"),
-        ("factories_that_end_the_process:good", r"cannot be imported \(usage: script\)"),
-        ("factories_of_a_user:failing", r"failed \(RuntimeError: no weights here\)"),
-        ("factories_of_a_user:needing", r"failed \(TypeError: needing\(\) missing 1 required positional argument"),
-        ("factories_of_a_user:number", r"failed \(TypeError: 'int' object is not callable\)"),
-        ("factories_of_a_user:bare", r"expected it to return groktrace.Task.from_model\(...\), got Linear"),
-        ("factories_of_a_user:misfit", "loss: give exactly one of loss="),
-    ],
-)
-def test_factories_that_cannot_be_used_are_named(factories, reference, message):
-    with pytest.raises(TaskError, match=message):
-        load_factory(reference)
-
-
-@pytest.mark.parametrize("name", ["factories_in_a_script", "factories_that_train"])
-def test_loading_a_factory_records_nothing(factories, tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        TaskError, match=rf"--task {name}:make: loading it calls groktrace\.watch\(\).* under `if __name__ =="
-    ):
-        load_factory(f"{name}:make")
-    assert not (tmp_path / "recorded").exists()
-    assert not (tmp_path / "trained").exists()
-    # Afterwards recordings are as ever.
-    groktrace.watch(nn.Linear(1, 1), out=tmp_path / "later").close()
-    assert (tmp_path / "later" / "run.json").exists()
+    assert not task.shift_invariant
 
 
 def test_a_task_without_data_takes_those_it_is_given():
@@ -396,7 +274,7 @@ def test_a_task_without_data_takes_those_it_is_given():
     assert (bare.train, bare.val, bare.n) == (None, None, None)
     own = Task.from_model(model, train=(x, y), loss="mse", val=(x[:3], y[:3]))
     bound = bare.with_data(own.train, own.val, 1000)
-    assert (bound.n, bound.train, bound.val, bound.offset_free) == (1000, own.train, own.val, own.offset_free)
+    assert (bound.n, bound.train, bound.val, bound.shift_invariant) == (1000, own.train, own.val, own.shift_invariant)
     given, wanted = (task.forward(weights_of(model), own.train.tensors)[0] for task in (bound, own))
     assert torch.equal(given, wanted)
     assert own.with_data(own.val, None, 3) is own

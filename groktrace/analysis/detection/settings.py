@@ -10,7 +10,7 @@ from groktrace.errors import SettingsError
 class DetectionSettings:
     """What counts as a change of phase, how it is dated, and when it is labelled.
 
-    "Simulated curves" are those of `tools/bench_transitions.py synthetic`; the networks are those of the same program,
+    "Simulated curves" are those of `python -m tools.detection synthetic`; the networks are those of the same program,
     with the tables in the README.
 
     Attributes:

@@ -1,0 +1,37 @@
+"""Warnings to the user whose training is recorded; none of them ever raises."""
+
+import sys
+import warnings
+from collections.abc import Callable
+
+
+def warn_user(message: str) -> None:
+    """Issue a RuntimeWarning, or print it where warnings are errors: recording must not stop a training."""
+    try:
+        warnings.warn(f"groktrace: {message}", RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:
+        print(f"groktrace: {message}", file=sys.stderr)
+
+
+class WarnOnce:
+    """Warns of each kind of trouble once."""
+
+    def __init__(self) -> None:
+        self._kinds: set[str] = set()
+
+    def __call__(self, kind: str, message: str) -> None:
+        """Warn, unless there was a warning of this kind before."""
+        if kind not in self._kinds:
+            self._kinds.add(kind)
+            warn_user(message)
+
+    def on_failure(self, action: Callable[[], None]) -> None:
+        """Run an action, and warn where it fails."""
+        try:
+            action()
+        except Exception as failure:
+            self.of_failure(failure)
+
+    def of_failure(self, failure: Exception) -> None:
+        """Warn that recording failed."""
+        self("recording", f"recording failed ({type(failure).__name__}: {failure}); training goes on.")

@@ -1,0 +1,259 @@
+"""Networks that people bring, as they were recorded: time a snapshot, and error, beside devinterp.
+
+    python -m tools.speed.workloads RUN...            # three snapshots of each run; about ten minutes a run
+    python -m tools.speed.workloads --growth RUN...   # the time with the data 1, 4, 16, 64 times as many
+    python -m tools.speed.workloads --whole RUN...    # the whole analysis with no option, beside what --dry-run says
+
+Each RUN is a run directory. Snapshots are measured at the settings that the analysis finds, on one thread; the error is
+that of λ_c beside a chain of many more draws at half the step, on all stored samples, in batches twice as large, at the
+same nβ and γ. devinterp is called as its documentation says, at four chains of 100 + 200 steps on batches of 32, at the
+same nβ and γ; its error is that of λ̂ beside the same long chain's. Times are of the processor.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from groktrace.analysis.estimate import estimate_stack
+from groktrace.analysis.evaluation import Survey, survey
+from groktrace.analysis.evaluator import Evaluator
+from groktrace.analysis.llc import LLCEstimate
+from groktrace.analysis.passes import spread
+from groktrace.analysis.pilot import choose_sampling
+from groktrace.analysis.replay import COARSE
+from groktrace.run.store import Run, open_run
+from groktrace.sampling.calibration import Scale, step_size
+from groktrace.sampling.network import as_float
+from groktrace.sampling.settings import SamplingSettings
+from tools.common.measurements import markdown
+from tools.common.peers import has_devinterp
+
+CHAINS, BURN_IN, DRAWS, BATCH = 4, 100, 200, 32
+LR = 1e-4
+MEASURED = (1.0, 0.75, 0.5)  # which snapshots, as shares of the run
+LONG_DRAWS = 150
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """A result, and the processor seconds that it took."""
+    start = time.process_time()
+    return function(), time.process_time() - start
+
+
+class Recorded(nn.Module):
+    """A recorded network with the weights of one snapshot, as a module whose output is its loss."""
+
+    def __init__(self, evaluator: Evaluator, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._task, self._names = evaluator.task, evaluator.layout.names
+        self._fixed = {name: as_float(each) for name, each in weights.items() if name not in self._names}
+        self.weights = nn.ParameterList(nn.Parameter(as_float(weights[name]).clone()) for name in self._names)
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """The mean loss of a batch."""
+        named = dict(zip(self._names, self.weights, strict=True))
+        return self._task.forward(named | self._fixed, tensors)[0]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Recorded":
+        twin = object.__new__(Recorded)
+        nn.Module.__init__(twin)
+        twin._task, twin._names, twin._fixed = self._task, self._names, self._fixed
+        twin.weights = nn.ParameterList(nn.Parameter(each.detach().clone()) for each in self.weights)
+        return twin
+
+
+def by_devinterp(evaluator: Evaluator, weights: dict[str, Tensor], estimate: LLCEstimate, loss: float) -> float:
+    """λ̂ by devinterp's SGLD; NaN where a chain diverged."""
+    from devinterp.optim.sgmcmc import SGMCMC
+    from devinterp.slt.sampler import estimate_learning_coeff
+
+    generator = torch.Generator().manual_seed(0)
+    loader = DataLoader(TensorDataset(*evaluator.task.train.tensors), BATCH, shuffle=True, generator=generator)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        try:
+            return estimate_learning_coeff(
+                Recorded(evaluator, weights),
+                loader,
+                evaluate=lambda model, batch: model(*batch),
+                sampling_method=SGMCMC.sgld,
+                optimizer_kwargs={"lr": LR, "nbeta": estimate.nbeta, "localization": estimate.localization},
+                num_draws=DRAWS,
+                num_chains=CHAINS,
+                num_burnin_steps=BURN_IN,
+                init_loss=loss,
+                seed=0,
+                device="cpu",
+                verbose=False,
+            )
+        except RuntimeError as failure:
+            if "NaN" not in str(failure):
+                raise
+            return math.nan
+
+
+class Bench:
+    """One recorded run at the settings that its analysis finds.
+
+    Args:
+        run: opened.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.snapshots = {each.step: each for each in run.snapshots}
+        self.steps = list(self.snapshots)
+        first = self.snapshots[self.steps[0]].load()
+        self.own = Evaluator(run, None, run.task, SamplingSettings(), torch.device("cpu"), first)
+        coarse = [self.steps[i] for i in spread(self.steps, COARSE)]
+        self.surveys = [self.survey(step) for step in coarse]
+        own = self.own
+        self.scale, self.pilot = timed(
+            lambda: choose_sampling(own.task, own.loss, self.load, self.surveys, own.settings, own.chance)
+        )
+
+    def load(self, step: int) -> dict[str, Tensor]:
+        """A snapshot's tensors."""
+        return self.snapshots[step].load()
+
+    def survey(self, step: int) -> Survey:
+        """Losses and curvature of a snapshot."""
+        return survey(self.own.task, self.own.loss, [self.load(step)], [step], 0)[0]
+
+    def estimate(
+        self, step: int, about: Survey, scale: Scale | None = None, settings: SamplingSettings | None = None
+    ) -> LLCEstimate:
+        """λ̂ of a snapshot; by default as the analysis estimates it."""
+        scale, settings = scale or self.scale, settings or self.own.settings
+        loss, n, chance = self.own.loss, self.own.task.n, self.own.chance
+        return estimate_stack(loss, [self.load(step)], [about], settings, scale, n, chance=chance)[0]
+
+    def long(self, step: int, about: Survey) -> LLCEstimate:
+        """The same from many more draws, at half the step, on all stored samples and with larger batches."""
+        scale, top = self.scale, self.scale.curvature or about.top_curvature
+        size = 0.5 * step_size(scale.nbeta, scale.localization, top)
+        settings = replace(self.own.settings, step_size=size, draws=LONG_DRAWS, seed=1)
+        if scale.samples is not None:
+            stored = len(self.own.loss.tensors[0])
+            batch = None if scale.batch_size is None else min(2 * scale.batch_size, stored)
+            samples = stored if batch is None else stored - stored % batch
+            scale = scale._replace(samples=samples, batch_size=batch)
+        return self.estimate(step, about, scale, settings)
+
+
+def measure(path: Path) -> list[dict[str, str]]:
+    """Rows of one run: time and error of some snapshots."""
+    bench = Bench(open_run(path))
+    rows = []
+    for share in MEASURED:
+        step = bench.steps[round(share * (len(bench.steps) - 1))]
+        about, surveyed = timed(partial(bench.survey, step))
+        ours, sampled = timed(
+            lambda step=step, about=about: bench.estimate(step, about, bench.scale, bench.own.settings)
+        )
+        exact = bench.long(step, about)
+        row = {
+            "run": path.name,
+            "step": str(step),
+            "seconds": f"{surveyed + sampled:.2f}",
+            "λ_c": _number(ours.llc_centred),
+            "long λ_c": _number(exact.llc_centred),
+            "error": _error(ours.llc_centred, exact.llc_centred),
+            "λ̂": _number(ours.llc),
+            "long λ̂": _number(exact.llc),
+            "samples, batch": f"{bench.scale.samples or 'all'}, {bench.scale.batch_size or 'all'}",
+            "locality": f"{bench.scale.locality:g}",
+        }
+        if has_devinterp():
+            weights = bench.load(step)
+            theirs, seconds = timed(partial(by_devinterp, bench.own, weights, ours, about.train_loss))
+            row |= {"devinterp": f"{seconds:.1f}", "its λ̂": _number(theirs), "its error": _error(theirs, exact.llc)}
+            row["times"] = f"{seconds / (surveyed + sampled):.1f}"
+        rows.append(row)
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    return rows
+
+
+def grow(path: Path) -> list[dict[str, str]]:
+    """Rows of one run: time of its last snapshot with the data so many times as many."""
+    run = open_run(path)
+    rows = []
+    for times in (1, 4, 16, 64):
+        bench = Bench(run) if times == 1 else Bench(_grown(run, times))
+        step = bench.steps[-1]
+        about, surveyed = timed(partial(bench.survey, step))
+        _, sampled = timed(partial(bench.estimate, step, about))
+        rows.append({"run": path.name, "times": str(times), "seconds": f"{surveyed + sampled:.2f}"})
+        print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    return rows
+
+
+def analyse(path: Path) -> list[dict[str, str]]:
+    """One row: seconds by the clock until the first curve stands and until all is done, beside what was forecast."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(shutil.copytree(path, Path(folder) / path.name, ignore=shutil.ignore_patterns("analysis")))
+        command = [sys.executable, "-m", "groktrace.cli", "analyze", str(run)]
+        start = time.monotonic()
+        said = json.loads(subprocess.run([*command, "--dry-run", "--json"], capture_output=True, check=True).stdout)
+        forecasting, start, first = time.monotonic() - start, time.monotonic(), math.nan
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None:
+                time.sleep(0.1)
+                if math.isnan(first) and any(run.glob("analysis/*/trajectory.json")):
+                    first = time.monotonic() - start
+        taken = time.monotonic() - start
+        sampled = len(next(run.glob("analysis/*/points.jsonl")).read_text().splitlines())
+    row = {"run": path.name, "snapshots": f"{sampled} of {said['snapshots']}", "first curve": f"{first:.0f} s"}
+    row |= {"all": f"{taken:.0f} s", "forecast": f"{said['seconds']:.0f} s", "forecasting": f"{forecasting:.0f} s"}
+    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    return [row]
+
+
+def _grown(run: Run, times: int) -> Run:
+    """The run with each sample so many times; what is stored of a large set is 8192 at most."""
+    task = run.task
+    tensors = tuple(tensor.repeat(times, *[1] * (tensor.ndim - 1))[:8192] for tensor in task.train.tensors)
+    twin = replace(run)
+    vars(twin)["task"] = replace(task, train=replace(task.train, tensors=tensors), n=times * task.n)
+    return twin
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def _error(value: float | None, exact: float | None) -> str:
+    if value is None or exact is None or not math.isfinite(value) or not exact:
+        return "–"
+    return f"{100 * abs(value - exact) / abs(exact):.1f} %"
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--growth", dest="part", action="store_const", const=grow, default=measure)
+    kind.add_argument("--whole", dest="part", action="store_const", const=analyse)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [row for path in options.runs for row in options.part(path)]
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
