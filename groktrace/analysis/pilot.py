@@ -88,7 +88,8 @@ def choose_sampling(
             wider = choose_scale(replace(settings, locality=locality), task.n, loss.layout, surveys)
             scale = wider._replace(samples=scale.samples, batch_size=scale.batch_size)
         if nearer == 0:
-            scale = trial.with_batches(scale, snapshots, at_once)
+            profiles = trial.profiles(scale, snapshots, at_once)
+            scale = trial.in_batches(scale, profiles)
         found = []
         for some in _batched(snapshots, at_once):
             estimates = _run_threads(partial(trial.run, scale=scale), some)
@@ -101,9 +102,9 @@ def choose_sampling(
             break
     if loss.sample_bytes is None:
         return scale
-    if nearer and scale.batch_size is not None:  # nearer to w* smaller ones may do
-        scale = trial.with_batches(scale, snapshots, at_once)
-    return scale if settings.samples is not None else trial.enlarged(scale, found)
+    if nearer and profiles is not None:  # nearer to w* there is less noise
+        profiles = trial.profiles(scale, snapshots, at_once)
+    return trial.in_batches(trial.enlarged(scale, found), profiles)
 
 
 class _Trial:
@@ -125,17 +126,23 @@ class _Trial:
         samples = min(self._settings.samples or 2 * LEAST_SAMPLES, stored)
         return _in_batches(scale, samples, self._settings.batch_size)
 
-    def with_batches(self, scale: Scale, snapshots: Sequence[tuple[Survey, dict[str, Tensor]]], threads: int) -> Scale:
-        """The scale with batches so large that their noise does no harm."""
+    def profiles(
+        self, scale: Scale, snapshots: Sequence[tuple[Survey, dict[str, Tensor]]], threads: int
+    ) -> list[NoiseProfile] | None:
+        """How noisy gradients of few samples are; None where batches are given or have to be all samples."""
         # Of large networks the batches' gradients are not kept.
         if self._loss.sample_bytes is None or self._settings.batch_size or self._loss.micro_batch is not None:
-            return scale
-        scale = scale._replace(batch_size=None)
-        profiles = [
+            return None
+        return [
             profile
             for some in _batched(snapshots, threads)
             for profile in _run_threads(partial(self._profile, scale=scale), some)
         ]
+
+    def in_batches(self, scale: Scale, profiles: Sequence[NoiseProfile] | None) -> Scale:
+        """The scale with batches so large that their noise does no harm."""
+        if profiles is None:
+            return scale
         sizes = [each.batch(scale.samples, AIMED * WANTED_HEATING) for each in profiles]
         return _in_batches(scale, scale.samples, None if None in sizes else max(sizes))
 
@@ -170,6 +177,8 @@ class _Trial:
 
     def enlarged(self, scale: Scale, found: Sequence[tuple[Survey, dict[str, Tensor], LLCEstimate]]) -> Scale:
         """The scale with so many samples that the posterior of all would hardly be another one."""
+        if self._settings.samples is not None:
+            return scale
         stored = len(self._loss.tensors[0])
         value = max((each.llc_centred or each.llc or 0.0 for _, _, each in found), default=0.0)
         wanted = value / (MOST_MISSED * self._targets(found[0][1]))

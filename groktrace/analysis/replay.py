@@ -32,7 +32,7 @@ from groktrace.analysis.trajectory import Point, Trajectory, with_logged
 from groktrace.analysis.workers import Elsewhere, available_threads, process_pool, threads_here
 from groktrace.errors import RunError, SettingsError
 from groktrace.run import layout
-from groktrace.run.files import read_json, write_json
+from groktrace.run.files import read_json, write_file, write_json
 from groktrace.run.store import Run, open_run
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import Scale, resolution
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from groktrace.reporting.base import Reporter
 
 SETTINGS_FILE = "settings.json"
-_SURVEY_FILE = "survey.jsonl"
 POINTS_FILE = "points.jsonl"
 _SHARPNESS_FILE = "sharpness.jsonl"
 _REFERENCE_FILE = "reference.jsonl"
@@ -176,6 +175,7 @@ def open_analysis(
         folder = run.root / layout.ANALYSIS_FOLDER / folder_name(evaluator)
         folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(exclusive(folder))
+        _take_surveys(folder, survey_file(evaluator))
         again = partial(open_analysis, run.name, settings, task, task_name, device, progress, jobs, executor)
         yield Analysis(evaluator, snapshots, workers, folder, progress or (lambda phase, done, total: None), again)
 
@@ -230,6 +230,7 @@ class Analysis:
     ) -> None:
         self.again = again
         self.evaluator, self.snapshots, self.folder = evaluator, snapshots, folder
+        self.surveys = folder / survey_file(evaluator)
         self._workers, self._report = workers, report
 
     def complete(
@@ -311,7 +312,7 @@ class Analysis:
             quiet: whether to report nothing.
         """
         return self.snapshots.replay(
-            self.folder / _SURVEY_FILE,
+            self.surveys,
             self.evaluator.rows,
             self._workers,
             lambda steps: Chunk("survey", steps),
@@ -503,6 +504,23 @@ def kept_scale(folder: Path) -> Scale | None:
         return Scale.from_dict(kept["chosen"])
     except (KeyError, TypeError, ValueError) as failure:
         raise RunError(f"{path}: damaged ({failure}); remove the folder {folder} and analyse again.") from failure
+
+
+def survey_file(evaluator: Evaluator) -> str:
+    """Where losses and curvatures lie: they depend on few of the settings.
+
+    Args:
+        evaluator: of the run, with its settings.
+    """
+    content = [layout.FORMAT_VERSION, _ESTIMATOR, evaluator.settings.seed, evaluator.identity.key]
+    return f"survey-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]}.jsonl"
+
+
+def _take_surveys(folder: Path, name: str) -> None:
+    """Begin with what analyses at other settings measured, where nothing is there yet."""
+    found = sorted(folder.parent.glob(f"*/{name}"), key=lambda path: (path.stat().st_size, path))
+    if found and not (folder / name).exists():
+        write_file(folder / name, found[-1].read_bytes())
 
 
 def folder_name(evaluator: Evaluator) -> str:

@@ -518,3 +518,21 @@ def test_where_the_curvature_falls_away_nbeta_follows_it_by_default(tmp_path, lo
     assert found.follows_curvature is follows
     assert found.resolution == (100.0 if follows else 10.0)
     assert found.weight_decay is None
+
+
+def test_losses_and_curvatures_are_measured_once_for_all_settings(small_run, monkeypatch):
+    measured = []
+    plain = evaluator.Evaluator._survey
+
+    def counting(self, group, chunk):
+        measured.extend(chunk.steps)
+        return plain(self, group, chunk)
+
+    monkeypatch.setattr(evaluator.Evaluator, "_survey", counting)
+    first = groktrace.analyze(small_run, draws=20, burn_in=20)
+    assert len(measured) == 6
+    second = groktrace.analyze(small_run, draws=25, burn_in=20, chains=2)
+    assert len(measured) == 6
+    assert [point.train_loss for point in second] == [point.train_loss for point in first]
+    groktrace.analyze(small_run, draws=20, burn_in=20, parameters=["0.weight"])  # other weights, another curvature
+    assert len(measured) == 12

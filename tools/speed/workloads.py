@@ -3,6 +3,7 @@
     python -m tools.speed.workloads RUN...            # three snapshots of each run; about ten minutes a run
     python -m tools.speed.workloads --growth RUN...   # the time with the data 1, 4, 16, 64 times as many
     python -m tools.speed.workloads --whole RUN...    # the whole analysis with no option, beside what --dry-run says
+    python -m tools.speed.workloads --busy RUN...     # its time idle, and beside a busy process on each core
 
 Each RUN is a run directory. Snapshots are measured at the settings that the analysis finds, on one thread; the error is
 that of λ_c beside a chain of many more draws at half the step, on all stored samples, in batches twice as large, at the
@@ -11,8 +12,10 @@ same nβ and γ; its error is that of λ̂ beside the same long chain's. Times a
 """
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -209,18 +212,51 @@ def analyse(path: Path) -> list[dict[str, str]]:
         command = [sys.executable, "-m", "groktrace.cli", "analyze", str(run)]
         start = time.monotonic()
         said = json.loads(subprocess.run([*command, "--dry-run", "--json"], capture_output=True, check=True).stdout)
-        forecasting, start, first = time.monotonic() - start, time.monotonic(), math.nan
+        forecasting, start, first, memory = time.monotonic() - start, time.monotonic(), math.nan, 0
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             while process.poll() is None:
                 time.sleep(0.1)
+                memory = max(memory, _memory(process.pid))
                 if math.isnan(first) and any(run.glob("analysis/*/trajectory.json")):
                     first = time.monotonic() - start
         taken = time.monotonic() - start
         sampled = len(next(run.glob("analysis/*/points.jsonl")).read_text().splitlines())
     row = {"run": path.name, "snapshots": f"{sampled} of {said['snapshots']}", "first curve": f"{first:.0f} s"}
     row |= {"all": f"{taken:.0f} s", "forecast": f"{said['seconds']:.0f} s", "forecasting": f"{forecasting:.0f} s"}
+    row["memory"] = f"{memory / 2**20:.0f} MiB"
     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     return [row]
+
+
+def crowd(path: Path) -> list[dict[str, str]]:
+    """One row: seconds of the whole analysis on an idle machine, and beside a busy process on each core."""
+    seconds = []
+    for count in (0, os.cpu_count() or 1):
+        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                run = shutil.copytree(path, Path(folder) / path.name, ignore=shutil.ignore_patterns("analysis"))
+                start = time.monotonic()
+                command = [sys.executable, "-m", "groktrace.cli", "analyze", str(run)]
+                subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+                seconds.append(time.monotonic() - start)
+        finally:
+            for process in busy:
+                process.kill()
+                process.wait()
+    idle, crowded = seconds
+    row = {"run": path.name, "idle": f"{idle:.1f} s", "busy": f"{crowded:.1f} s", "times": f"{crowded / idle:.2f}"}
+    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    return [row]
+
+
+def _memory(process: int) -> int:
+    """Bytes that a process has in memory at most so far; 0 where the system does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return 0
 
 
 def _grown(run: Run, times: int) -> Run:
@@ -249,6 +285,7 @@ def main() -> None:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--growth", dest="part", action="store_const", const=grow, default=measure)
     kind.add_argument("--whole", dest="part", action="store_const", const=analyse)
+    kind.add_argument("--busy", dest="part", action="store_const", const=crowd)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = [row for path in options.runs for row in options.part(path)]
