@@ -27,7 +27,7 @@ def bowl_traces(chains, seed, draws=200, slope=0.0):
 
 
 def judged(traces, chains, **more):
-    settings = SamplingSettings(chains=chains)
+    settings = SamplingSettings("leimkuhler_matthews", chains=chains)
     scale = {"nbeta": 1.0, "localization": 1.0}
     return summarise(traces, settings, n=10, loss=0.0, norm=1e3, dimension=DIMENSION, **scale, **more)
 
@@ -99,7 +99,10 @@ def climbed(excess, half_pull, seed=0, chains=2, **more):
     pull, spread = 2 * half_pull * (1 + 0.1 * noise[1]), 4000 - 2 * half_pull * (1 + 0.1 * noise[2])
     paired = half_pull + 0.1 * noise[0][:, : chains - 1]
     traces = Traces(excess * (1 + 0.1 * noise[0]), pull, spread, paired, step_size=0.1, burn_in=0)
-    settings, scale = SamplingSettings(chains=chains), {"nbeta": 100.0, "localization": 1.0, "dimension": 4000}
+    settings, scale = (
+        SamplingSettings("leimkuhler_matthews", chains=chains),
+        {"nbeta": 100.0, "localization": 1.0, "dimension": 4000},
+    )
     return summarise(traces, settings, n=10, loss=1.0, norm=1e3, **scale, **more)
 
 
