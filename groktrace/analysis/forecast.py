@@ -28,7 +28,6 @@ from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 if TYPE_CHECKING:
     from typing import Unpack
 
-
 # Seconds that trying snapshots may take, and how many are tried at least.
 _SECONDS = 10.0
 _LEAST_TRIED = 2

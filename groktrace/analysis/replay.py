@@ -21,7 +21,6 @@ from groktrace.analysis.evaluator import Chunk, Evaluator, Recipe, choose_task
 from groktrace.analysis.identity import noise_key
 from groktrace.analysis.journal import append_lines, exclusive
 from groktrace.analysis.latest import TRAJECTORY_FILE, note_latest
-from groktrace.analysis.latest import latest_trajectory as latest_trajectory
 from groktrace.analysis.passes import sample_adaptively, sample_in_passes, spread
 from groktrace.analysis.pilot import choose_sampling
 from groktrace.analysis.reference import Reference, check_reference, jacobian_reference
@@ -41,8 +40,6 @@ from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 if TYPE_CHECKING:
     from typing import Unpack
 
-
-if TYPE_CHECKING:
     from groktrace.analysis.detection import Detector
     from groktrace.reporting.base import Reporter
 
