@@ -27,7 +27,8 @@ class Command(click.Command):
         basic: list[tuple[str, str]] = []
         expert: list[tuple[str, str]] = []
         for parameter in self.get_params(ctx):
-            if (record := parameter.get_help_record(ctx)) is not None:
+            record = parameter.get_help_record(ctx)
+            if record is not None and not isinstance(parameter, click.Argument):  # which the usage line shows
                 (expert if isinstance(parameter, ExpertOption) else basic).append(record)
         for title, records in (("Basic options" if expert else "Options", basic), ("Expert options", expert)):
             if records:
