@@ -28,7 +28,7 @@ from groktrace.sampling.calibration import Scale
 from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from typing_extensions import Unpack
 
 LIVE_FILE = "live.json"
 POLL_SECONDS = 1.0

@@ -38,7 +38,7 @@ from groktrace.sampling.calibration import Scale, resolution
 from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from typing_extensions import Unpack
 
     from groktrace.analysis.detection import Detector
     from groktrace.reporting.base import Reporter
@@ -395,10 +395,8 @@ class Analysis:
 
     def _with_metrics(self, points: dict[int, Point]) -> dict[int, Point]:
         """Points with what was logged for the snapshots that are there: a journal knows them by their weights alone."""
-        found = {step: self.snapshots.metrics(step) for step in points}
-        return {
-            step: point if found[step] is None else with_logged(point, found[step]) for step, point in points.items()
-        }
+        found = ((step, point, self.snapshots.metrics(step)) for step, point in points.items())
+        return {step: point if logged is None else with_logged(point, logged) for step, point, logged in found}
 
     def _sample_some(self, surveys: dict[int, Survey], scale: Scale) -> dict[int, Point]:
         def report(done: int, total: int) -> None:
@@ -480,7 +478,7 @@ class Analysis:
         trajectory.save(self.folder / TRAJECTORY_FILE)
         run.publish(self.folder / TRAJECTORY_FILE)
         last = max(points, default=None)
-        note_latest(run, self.folder, last, self.snapshots.prints.get(last))
+        note_latest(run, self.folder, last, None if last is None else self.snapshots.prints.get(last))
         return trajectory
 
 

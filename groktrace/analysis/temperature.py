@@ -27,7 +27,7 @@ from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from typing_extensions import Unpack
 
 
 # A plateau is this many neighbouring temperatures or more whose λ̂ agree within this fraction and their errors.
@@ -206,7 +206,7 @@ def _measure_curve(
     if span is None:
         return TemperatureCurve(estimates, None, None)
     level = estimates[span[0] : span[1]]
-    value = float(np.mean([estimate.llc for estimate in level]))
+    value = float(np.mean([estimate.llc for estimate in level if estimate.llc is not None]))
     return TemperatureCurve(estimates, value, (level[0].nbeta, level[-1].nbeta))
 
 
@@ -223,7 +223,7 @@ def find_plateau(estimates: Sequence[LLCEstimate]) -> tuple[int, int] | None:
             if any(each.llc is None for each in run):
                 continue
             values = np.array([each.llc for each in run])
-            allowed = PLATEAU_WIDTH * values.mean() + 2 * max(each.stderr for each in run)
+            allowed = PLATEAU_WIDTH * values.mean() + 2 * max(each.stderr or 0.0 for each in run)
             if np.ptp(values) <= allowed and (best is None or end - start > best[1] - best[0]):
                 best = (start, end)
     return best

@@ -15,7 +15,7 @@ from groktrace.errors import SettingsError
 from groktrace.reporting.console import aligned, as_json
 from groktrace.reporting.figure import SMALL, check_suffix, curve_label, empty_figure, log_spaced
 from groktrace.reporting.numbers import number
-from groktrace.reporting.series import CURVE, Events, Series
+from groktrace.reporting.series import Events, Series
 from groktrace.run.store import Run, open_run
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ class Comparison:
         for i, (name, (_, series, events)) in enumerate(zip(_short_names(self.results), self.results, strict=True)):
             colour = _COLOURS[i % len(_COLOURS)]
             look = {"color": colour, "ls": _STYLES[i % len(_STYLES)], "marker": _MARKERS[i % len(_MARKERS)], "ms": 3}
-            steps, value, error = series.steps, series[CURVE].values, series[CURVE].errors
+            curve = series.trajectory.curve
+            steps, value, error = series.steps, curve.value, curve.error
             known = np.isfinite(value)
             panels[0].plot(steps[known], value[known], **look, label=name)
             low, high = value - 1.96 * error, value + 1.96 * error

@@ -273,19 +273,20 @@ class Run:
         from groktrace.run.program import Program
 
         hint = self.info.get("task") or "package.module:factory"
-        program_path, data_path = self.root / layout.PROGRAM_FILE, self.root / layout.DATA_FILE
-        if not (program_path.exists() and data_path.exists()):
-            data = "" if data_path.exists() else ", train=..."
+        program_path = self.root / layout.PROGRAM_FILE
+        data = self.data if program_path.exists() else None
+        if data is None:
+            missing = "" if (self.root / layout.DATA_FILE).exists() else ", train=..."
             raise TaskError(
                 f"{self.root}: the recording holds no model and loss to evaluate; pass --task {hint}, "
-                f"a function that returns groktrace.Task.from_model(model, loss=...{data})."
+                f"a function that returns groktrace.Task.from_model(model, loss=...{missing})."
             )
-        document, data = read_json(program_path), self.data
+        document = read_json(program_path)
         if not isinstance(document, dict) or not isinstance(document.get(SHIFT_INVARIANT_KEY), bool):
             raise RunError(f"{program_path}: not a groktrace program.")
         program = Program.from_json(document, data.constants, where=str(program_path))
-        if missing := [name for name in program.weights if name not in self.specs]:
-            raise RunError(f"{program_path}: uses the weight '{missing[0]}', which {layout.RUN_FILE} does not list.")
+        if unknown := [name for name in program.weights if name not in self.specs]:
+            raise RunError(f"{program_path}: uses the weight '{unknown[0]}', which {layout.RUN_FILE} does not list.")
         return Task(program.forward, data.train, data.val, data.n, document[SHIFT_INVARIANT_KEY])
 
 
