@@ -20,6 +20,7 @@ from groktrace.cli.options import (
     load_task,
     options,
     sampling_settings,
+    set_threads,
 )
 from groktrace.cli.results import finish, write_logs
 
@@ -45,6 +46,7 @@ def command(
     adaptive: bool,
     preset: str,
     device: str | None,
+    threads: int | None,
     task: str | None,
     jobs: int,
     dask: str | None,
@@ -59,6 +61,7 @@ def command(
     from groktrace.reporting.console import opening_line
     from groktrace.run.store import open_run
 
+    set_threads(threads)
     if not minutes > 0:
         raise click.UsageError(f"--time: expected a positive number of minutes, got {minutes:g}")
     settings, opened = sampling_settings(given, preset), open_run(run)

@@ -20,6 +20,7 @@ from groktrace.cli.options import (
     load_task,
     options,
     sampling_settings,
+    set_threads,
 )
 from groktrace.cli.results import finish, write_logs
 
@@ -35,6 +36,7 @@ def command(
     timeout: float | None,
     preset: str,
     device: str | None,
+    threads: int | None,
     task: str | None,
     jobs: int,
     dask: str | None,
@@ -49,6 +51,7 @@ def command(
     from groktrace.reporting.live import show_events
     from groktrace.run.store import open_run
 
+    set_threads(threads)
     settings = sampling_settings(given, preset)
     if isinstance(run, Path):
         wait_for_run(run, timeout)

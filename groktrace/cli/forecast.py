@@ -17,6 +17,7 @@ from groktrace.cli.options import (
     load_task,
     options,
     sampling_settings,
+    set_threads,
 )
 
 
@@ -24,13 +25,16 @@ from groktrace.cli.options import (
 @RUN
 @JSON
 @options(PRESET, *COMPUTING, NBETA, *SAMPLING)
-def command(run: Path | str, as_json: bool, preset: str, device: str | None, task: str | None, **given: Any) -> None:
+def command(
+    run: Path | str, as_json: bool, preset: str, device: str | None, threads: int | None, task: str | None, **given: Any
+) -> None:
     """Say what `analyze` would take for RUN: snapshots, steps, memory, time; after a few seconds of trying."""
     from groktrace.analysis.forecast import forecast
     from groktrace.reporting.console import forecast_text
     from groktrace.reporting.progress import Progress
     from groktrace.run.store import open_run
 
+    set_threads(threads)
     settings, opened = sampling_settings(given, preset), open_run(run)
     loaded = load_task(task)
     with Progress(1, "trying a few snapshots") as progress:

@@ -65,13 +65,6 @@ def number_or(*words: str) -> Callable[[click.Context, click.Parameter, str | No
     return parse
 
 
-def _set_threads(ctx: click.Context, parameter: click.Parameter, threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
 def _expert(*names: str, **more: Any) -> Decorator:
     return click.option(*names, cls=ExpertOption, **more)
 
@@ -117,9 +110,7 @@ SAMPLING = (
 # Where to compute, and with whose code.
 COMPUTING = (
     click.option("--device", help="Where to compute, such as cpu or cuda:0; a GPU where there is one."),
-    click.option(
-        "--threads", type=click.IntRange(1), callback=_set_threads, expose_value=False, help="Cores to use [all]."
-    ),
+    click.option("--threads", type=click.IntRange(1), help="Cores to use [all]."),
     click.option(
         "--task",
         metavar="M:F",
@@ -162,6 +153,14 @@ def sampling_settings(given: dict[str, Any], preset: str = "auto") -> "SamplingS
 
     chosen = {name: value for name, value in given.items() if value not in (None, ())}
     return replace(PAPER if preset == "paper" else SamplingSettings(), **chosen)
+
+
+def set_threads(threads: int | None) -> None:
+    """Use as many threads as --threads says."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def load_task(reference: str | None) -> "Task | None":

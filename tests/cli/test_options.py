@@ -91,3 +91,11 @@ def test_the_module_is_the_command():
         [sys.executable, "-m", "groktrace.cli", "--help"], capture_output=True, text=True, check=True
     )
     assert found.stdout.startswith("Usage: python -m groktrace.cli ")
+
+
+def test_threads_are_set_before_anything_is_computed(recorded, monkeypatch):
+    given = []
+    monkeypatch.setattr("torch.set_num_threads", given.append)
+    for command, *more in (["analyze"], ["follow"], ["forecast"], ["temperature", "51"]):
+        result = CliRunner().invoke(main, [command, str(recorded), *more, "--threads", "3", "--device", "tpu9"])
+        assert (result.exit_code, given.pop(0)) == (1, 3), command
