@@ -45,7 +45,7 @@ class Snapshot:
     remote: Remote | None = None
 
     def load(self, *, with_loss: bool = False) -> dict[str, Tensor]:
-        """The model's tensors by name, on the CPU, as `load_state_dict` takes them.
+        """The model's tensors by name, on the CPU: tied ones once, non-persistent buffers too; see `load_into`.
 
         Args:
             with_loss: with those of the loss, where it has weights of its own; the run's task needs them.
