@@ -22,19 +22,21 @@ ORDER = [
     "sampling",
     "analysis",
     "reporting",
-    "theory_commands",
     "cli",
 ]
 MAY_NOT = {
     "sampling": {"run", "recording"},
     "analysis": {"recording"},
     "reporting": {"recording"},
-    "theory_commands": {"run", "recording", "sampling", "analysis", "reporting"},
 }
 
 
 # Results show themselves, by what is built on them: imported where it is called, so that no module needs it.
-ON_CALL = {("analysis/trajectory.py", "reporting"), ("analysis/replay.py", "reporting")}
+ON_CALL = {
+    ("analysis/trajectory.py", "reporting"),
+    ("analysis/replay.py", "reporting"),
+    ("run/store.py", "analysis"),  # Run.trajectory
+}
 
 
 def imported_parts(path):
@@ -70,9 +72,10 @@ def test_programs_are_reached_by_their_door():
 
 def test_import_is_light():
     heavy = ("tensorboard", "click", "matplotlib", "pandas", "torch._dynamo", "torch.utils.tensorboard", "PIL")
-    code = f"import groktrace, sys; print([name for name in {heavy!r} if name in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    for code, too in (("import groktrace", ("torch", "numpy")), ("from groktrace import *", ())):
+        code = f"import sys; {code}; print([name for name in {heavy + too!r} if name in sys.modules])"
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert found.stdout.strip() == "[]"
 
 
 def test_only_one_module_touches_torch_export():
@@ -81,8 +84,7 @@ def test_only_one_module_touches_torch_export():
 
 
 def test_public_names_are_documented():
-    public = [name for name in vars(groktrace) if not name.startswith("_") and name[0].isalpha()]
-    things = [getattr(groktrace, name) for name in public]
+    things = [getattr(groktrace, name) for name in groktrace.__all__]
     for thing in things:
         if callable(thing):
             assert thing.__doc__, thing
@@ -96,6 +98,7 @@ def test_the_base_install_needs_only_what_pyproject_names():
     assert base == {"torch", "tensorboard", "safetensors", "numpy", "click"}
     extras = {
         "figure.py": {"matplotlib"},
+        "comparison.py": {"matplotlib"},
         "trajectory.py": {"matplotlib", "pandas"},  # for types, and for what is asked of it
         "lightning.py": {"lightning", "torchmetrics"},
         "transformers.py": {"transformers"},
@@ -106,5 +109,21 @@ def test_the_base_install_needs_only_what_pyproject_names():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"groktrace"}
+            # typing_extensions comes with torch, and is read by type checkers alone.
+            tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"groktrace", "typing_extensions"}
             assert tops <= base | extras.get(path.name, set()), path
+
+
+def test_public_names_are_found_where_type_checkers_are_told():
+    (block,) = (node for node in ast.parse((ROOT / "__init__.py").read_text()).body if isinstance(node, ast.If))
+    told = {alias.asname: line.module for line in block.body for alias in line.names}
+    assert told.keys() == set(groktrace.__all__) <= set(dir(groktrace))
+    for name, module in told.items():
+        assert getattr(groktrace, name) is getattr(sys.modules[module], name)
+    with pytest.raises(AttributeError, match="module 'groktrace' has no attribute 'anlyze'"):
+        groktrace.anlyze  # noqa: B018
+
+
+def test_packages_are_reached_through_the_name_alone():
+    code = "import groktrace; groktrace.errors.SettingsError, groktrace.run.store.Run, groktrace.recording.watch.watch"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,20 +3,32 @@
 import hashlib
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from groktrace.analysis.detection import Transition, find_transitions
+import torch
+
+from groktrace.analysis.detection import Detector, Transition, find_transitions
+from groktrace.analysis.estimate import make_settings
 from groktrace.analysis.evaluation import Survey
 from groktrace.analysis.evaluator import run_layout
 from groktrace.analysis.journal import check_numbers
-from groktrace.analysis.replay import POINTS_FILE, Analysis, kept_scale
+from groktrace.analysis.reference import check_reference
+from groktrace.analysis.replay import POINTS_FILE, Analysis, kept_scale, open_analysis
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.errors import RunError, SettingsError, printable
 from groktrace.run import layout
 from groktrace.run.files import read_json, write_json
+from groktrace.run.remote import is_url
+from groktrace.run.store import Run
+from groktrace.run.task import Task
 from groktrace.sampling.calibration import Scale
+from groktrace.sampling.settings import SamplingOptions, SamplingSettings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 LIVE_FILE = "live.json"
 POLL_SECONDS = 1.0
@@ -83,26 +95,69 @@ def wait_for_run(root: Path, timeout: float | None) -> None:
 
 
 def follow(
-    analysis: Analysis, timeout: float | None = None, reference: float | str | None = None, curvature: bool = False
+    run: Run | str | Path,
+    *,
+    timeout: float | None = None,
+    task: Task | None = None,
+    task_name: str | None = None,
+    device: str | torch.device | None = None,
+    reference: float | Literal["jacobian"] | None = None,
+    curvature: bool = False,
+    jobs: int = 1,
+    executor: Executor | None = None,
+    detector: Detector | None = None,
+    settings: SamplingSettings | None = None,
+    **options: "Unpack[SamplingOptions]",
 ) -> Iterator[Event]:
     """Analyse snapshots as they appear, until the recording is closed; then all of them, as `analyze` does.
 
     nβ and γ are those that the snapshots so far call for; where that changes by half, or where weights begin to train
-    that did not, all is measured anew. The end
-    settles it: unless nβ and γ are known beforehand, all is measured once more at those of the whole run.
+    that did not, all is measured anew. The end settles it: unless nβ and γ are known beforehand, all is measured once
+    more at those of the whole run.
 
     Args:
-        analysis: opened.
+        run: a run directory, its path or its URL; at a path, the recording may still have to begin.
         timeout: seconds without a new snapshot until a recording counts as ended; None for no limit.
-        reference: see `analyze`; for the end.
-        curvature: see `analyze`; for the end.
+        task: see `analyze`, and so the arguments that are not described here.
+        task_name: the same.
+        device: where to compute; a GPU where there is one.
+        reference: shown beside the final trajectory.
+        curvature: whether to measure the Hessian at the end.
+        jobs: processes on this machine.
+        executor: instead of `jobs`.
+        detector: of the transitions that are announced; see `find_transitions`.
+        settings: of the sampling; None for the defaults.
+        **options: fields of `groktrace.SamplingSettings`, in place of those of `settings`.
 
     Yields:
         Changes of scale; points as they are measured; the trajectory so far after each round; announcements; the end.
 
     Raises:
-        RunError: another recording has taken the place of this one.
+        RunError: nothing is recorded within `timeout`, or another recording has taken the place of this one.
+        GroktraceError: as `analyze`.
     """
+    check_reference(reference)
+    chosen = make_settings(settings, options)
+    if timeout is not None and not timeout >= 0:
+        raise SettingsError(f"timeout: expected seconds, none of them negative, got {timeout!r}.")
+
+    def events() -> Iterator[Event]:
+        if not isinstance(run, Run) and not is_url(run):
+            wait_for_run(Path(run), timeout)
+        with open_analysis(run, chosen, task, task_name, device, None, jobs, executor) as analysis:
+            yield from follow_analysis(analysis, timeout, reference, curvature, detector)
+
+    return events()
+
+
+def follow_analysis(
+    analysis: Analysis,
+    timeout: float | None = None,
+    reference: float | str | None = None,
+    curvature: bool = False,
+    detector: Detector | None = None,
+) -> Iterator[Event]:
+    """The same for an analysis that is open; arguments, events and errors as those of `follow`."""
     live = _Live(analysis.folder / LIVE_FILE)
     surveys: dict[int, Survey] = {}
     points: dict[int, Point] = {}
@@ -114,7 +169,7 @@ def follow(
         if run_layout(run, analysis.evaluator.settings.parameters) != analysis.evaluator.layout:
             # Weights have begun to train, so that all is measured anew, with these.
             with analysis.again() as renewed:
-                yield from follow(renewed, timeout, reference, curvature)
+                yield from follow_analysis(renewed, timeout, reference, curvature, detector)
             return
         fresh += analysis.snapshots.add(run.snapshots)
         if fresh:
@@ -135,7 +190,7 @@ def follow(
                     points |= found
                     yield from found.values()
                 trajectory = analysis.finish(points, scale)
-                yield from live.compare(find_transitions(trajectory))
+                yield from live.compare(find_transitions(trajectory, detector))
                 yield trajectory
             fresh, news = [], time.monotonic()
         elif run.closed or (timeout is not None and time.monotonic() - news > timeout):
@@ -143,7 +198,7 @@ def follow(
         else:
             time.sleep(POLL_SECONDS)
     trajectory = analysis.complete(reference, curvature)
-    yield from live.compare(find_transitions(trajectory))
+    yield from live.compare(find_transitions(trajectory, detector))
     for path in analysis.folder.glob("live-*.jsonl"):
         path.unlink()
     yield Ended("closed" if run.closed else "timeout", trajectory)

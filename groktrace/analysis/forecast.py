@@ -26,8 +26,7 @@ from groktrace.sampling.calibration import Scale
 from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 
 if TYPE_CHECKING:
-    from typing import Unpack
-
+    from typing_extensions import Unpack
 
 # Seconds that trying snapshots may take, and how many are tried at least.
 _SECONDS = 10.0
@@ -96,7 +95,7 @@ def forecast(
     done = read_journal(folder / POINTS_FILE, Point.from_dict)
     steps = list(snapshots.prints)
     wanted = [step for step in steps if snapshots.prints[step] not in done]
-    of_run = (len(wanted), len(steps) - len(wanted), evaluator.layout.size, evaluator.settings.chains)
+    of_run = (len(wanted), len(steps) - len(wanted), evaluator.layout.size, evaluator.settings.chains or 0)
     if not wanted:
         return Forecast(*of_run, 0, _memory(place), 0.0, 0)
     with threads_here(evaluator, threads) as workers:
@@ -117,7 +116,7 @@ def forecast(
             )
             chosen = time.perf_counter() - start
         points, seconds = trial.sample(surveys, scale)
-    lengths = [point.diagnostics.get("lost_steps", 0) + point.diagnostics.get("steps", 0) for point in points]
+    lengths = [sum(point.diagnostics.get(name) or 0 for name in ("lost_steps", "steps")) for point in points]
     each = seconds / max(len(points), 1) + survey_seconds / max(len(surveys), 1)
     return Forecast(
         *of_run,
@@ -145,7 +144,8 @@ class _Trial:
     def sample(self, surveys: dict[int, Survey], scale: Scale) -> tuple[list[Point], float]:
         """Points of snapshots from all parts of the run, and the seconds that these took."""
         order, together = _from_all_parts(list(surveys)), self._evaluator.stack(scale)
-        start, points = time.perf_counter(), []
+        start = time.perf_counter()
+        points: list[Point] = []
         while order and (len(points) < _LEAST_TRIED or time.perf_counter() - start < _SECONDS):
             chunks = []
             for _ in range(self._workers.threads):

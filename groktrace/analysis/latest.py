@@ -8,7 +8,7 @@ from groktrace.analysis.trajectory import Trajectory
 from groktrace.errors import RunError, SnapshotError
 from groktrace.run import layout
 from groktrace.run.files import read_json, write_json
-from groktrace.run.store import Run, open_run
+from groktrace.run.store import Run
 
 TRAJECTORY_FILE = "trajectory.json"
 LATEST_FILE = "latest.json"
@@ -34,29 +34,31 @@ def note_latest(run: Run, folder: Path, step: int | None, fingerprint: str | Non
     run.publish(path)
 
 
-def latest_trajectory(run: str | Path) -> Trajectory:
-    """The trajectory that was finished last in a run directory.
+def latest_trajectory(run: Run) -> Trajectory:
+    """The trajectory that was finished last in a run directory, which may be partial.
+
+    Args:
+        run: opened.
 
     Raises:
         RunError: there is none, or it is of another recording than the one that is there now.
     """
-    opened = open_run(run)
-    folder = opened.root / layout.ANALYSIS_FOLDER
+    folder = run.root / layout.ANALYSIS_FOLDER
     found = list(folder.glob(f"*/{TRAJECTORY_FILE}"))
     if not found:
-        raise RunError(f"{run}: not analysed yet; run 'groktrace analyze {run}' first.")
+        raise RunError(f"{run.name}: not analysed yet; run 'groktrace analyze {run.name}' first.")
     noted = folder / LATEST_FILE
     if noted.exists():
         kept = read_json(noted)
         try:
             named = [path for path in found if path.parent.name == kept["folder"]]
-            same = not named or _of_this_recording(opened, kept)
+            same = not named or _of_this_recording(run, kept)
         except (KeyError, TypeError, AttributeError) as failure:
             raise RunError(f"{noted}: damaged ({failure}); remove it, or analyse again.") from failure
         if not same:
             raise RunError(
-                f"{run}: its results are of another recording, or of other data, than are there now; run 'groktrace "
-                f"analyze {run}' again."
+                f"{run.name}: its results are of another recording, or of other data, than are there now; "
+                f"run 'groktrace analyze {run.name}' again."
             )
         if named:
             return Trajectory.load(named[0])

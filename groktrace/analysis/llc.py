@@ -110,7 +110,7 @@ def centred_error(paired: Tensor) -> float:
 def unusable(reason: str, settings: SamplingSettings, nbeta: float, localization: float) -> LLCEstimate:
     """What is said of a snapshot that cannot be sampled."""
     return LLCEstimate(
-        None, None, None, None, False, (reason,), nbeta, localization, None, settings.chains, 0, 0, None, {}
+        None, None, None, None, False, (reason,), nbeta, localization, None, settings.chains or 0, 0, 0, None, {}
     )
 
 
@@ -147,7 +147,7 @@ def summarise(
             return unusable(reason, settings, nbeta, localization)
         reason = f"diverging: chains left the snapshot at every step size down to {traces.step_size:.3g}"
         return unusable(reason, settings, nbeta, localization)
-    chains = settings.chains
+    chains = settings.chains or traces.excess.shape[1]
     llc, ess = float(traces.excess.mean()), diagnose.effective_sample_size(traces.excess)
     stderr = math.sqrt(float(traces.excess.double().var()) / ess)
     centred = stderr_centred = None
@@ -200,7 +200,9 @@ def summarise(
     # Half-chains of m effective draws differ by chance: R-hat is then about √(1 + 1/m).
     if rhat > max(MAX_RHAT, math.sqrt(1 + 10 * chains / ess)):
         reasons.append(f"chains disagree (split R-hat {rhat:.2f})")
-    value, error = (centred, stderr_centred) if by_centred and centred is not None else (llc, stderr)
+    value, error = llc, stderr
+    if by_centred and centred is not None and stderr_centred is not None:
+        value, error = centred, stderr_centred
     if error > 2 * settings.rtol * max(abs(value), 1e-300) and not reasons:
         reasons.append(f"too few draws (standard error {100 * error / max(abs(value), 1e-300):.1f} %)")
     return LLCEstimate(

@@ -18,7 +18,7 @@ from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from typing_extensions import Unpack
 
 
 def estimate_llc(

@@ -21,7 +21,6 @@ from groktrace.analysis.evaluator import Chunk, Evaluator, Recipe, choose_task
 from groktrace.analysis.identity import noise_key
 from groktrace.analysis.journal import append_lines, exclusive
 from groktrace.analysis.latest import TRAJECTORY_FILE, note_latest
-from groktrace.analysis.latest import latest_trajectory as latest_trajectory
 from groktrace.analysis.passes import sample_adaptively, sample_in_passes, spread
 from groktrace.analysis.pilot import choose_sampling
 from groktrace.analysis.reference import Reference, check_reference, jacobian_reference
@@ -39,10 +38,8 @@ from groktrace.sampling.calibration import Scale, resolution
 from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from typing_extensions import Unpack
 
-
-if TYPE_CHECKING:
     from groktrace.analysis.detection import Detector
     from groktrace.reporting.base import Reporter
 
@@ -398,10 +395,8 @@ class Analysis:
 
     def _with_metrics(self, points: dict[int, Point]) -> dict[int, Point]:
         """Points with what was logged for the snapshots that are there: a journal knows them by their weights alone."""
-        found = {step: self.snapshots.metrics(step) for step in points}
-        return {
-            step: point if found[step] is None else with_logged(point, found[step]) for step, point in points.items()
-        }
+        found = ((step, point, self.snapshots.metrics(step)) for step, point in points.items())
+        return {step: point if logged is None else with_logged(point, logged) for step, point, logged in found}
 
     def _sample_some(self, surveys: dict[int, Survey], scale: Scale) -> dict[int, Point]:
         def report(done: int, total: int) -> None:
@@ -483,7 +478,7 @@ class Analysis:
         trajectory.save(self.folder / TRAJECTORY_FILE)
         run.publish(self.folder / TRAJECTORY_FILE)
         last = max(points, default=None)
-        note_latest(run, self.folder, last, self.snapshots.prints.get(last))
+        note_latest(run, self.folder, last, None if last is None else self.snapshots.prints.get(last))
         return trajectory
 
 

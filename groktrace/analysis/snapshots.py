@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -13,6 +13,8 @@ from groktrace.analysis.journal import append_lines, read_lines
 from groktrace.analysis.workers import Finished
 from groktrace.errors import RunError, SnapshotError
 from groktrace.run.store import Run, Snapshot
+
+Kept = TypeVar("Kept")  # of a line of a journal
 
 
 class Workers(Protocol):
@@ -146,7 +148,7 @@ class Snapshots:
         return {step: known[self.prints[step]] for step in ordered if self.prints.get(step) in known}
 
 
-def read_journal(path: Path, parse: Callable[[Any], Result]) -> dict[str, Any]:
+def read_journal(path: Path, parse: Callable[[Any], Kept]) -> dict[str, Kept]:
     """Results by the fingerprints of their snapshots.
 
     Args:
@@ -156,7 +158,7 @@ def read_journal(path: Path, parse: Callable[[Any], Result]) -> dict[str, Any]:
     Raises:
         RunError: a line is damaged.
     """
-    known = {}
+    known: dict[str, Kept] = {}
     for record in read_lines(path):
         try:
             fingerprint = str(record.pop("snapshot"))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,14 +20,14 @@ from groktrace.analysis.replay import folder_name, kept_scale, prepare
 from groktrace.analysis.snapshots import Snapshots
 from groktrace.errors import SettingsError
 from groktrace.run.layout import ANALYSIS_FOLDER
-from groktrace.run.store import Run
+from groktrace.run.store import Run, open_run
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import RESOLUTION, settle
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from typing_extensions import Unpack
 
 
 # A plateau is this many neighbouring temperatures or more whose λ̂ agree within this fraction and their errors.
@@ -94,7 +95,7 @@ def temperature_curve(
 
 
 def temperature_curve_at(
-    run: Run,
+    run: Run | str | Path,
     step: int,
     nbetas: Sequence[float] | None = None,
     *,
@@ -110,7 +111,7 @@ def temperature_curve_at(
     snapshot's own curvature.
 
     Args:
-        run: a run directory.
+        run: a run directory, its path or its URL.
         step: the snapshot's training step.
         nbetas: the temperatures; by default those of resolution 1 to 300.
         task: see `analyze`.
@@ -124,6 +125,7 @@ def temperature_curve_at(
         TaskError: the recording holds no loss to evaluate, or it is not finite at the snapshot.
     """
     chosen = _curve_settings(settings, options)
+    run = run if isinstance(run, Run) else open_run(run)
     found = [snapshot for snapshot in run.snapshots if snapshot.step == step]
     if not found:
         nearest = min((snapshot.step for snapshot in run.snapshots), key=lambda other: abs(other - step))
@@ -204,7 +206,7 @@ def _measure_curve(
     if span is None:
         return TemperatureCurve(estimates, None, None)
     level = estimates[span[0] : span[1]]
-    value = float(np.mean([estimate.llc for estimate in level]))
+    value = float(np.mean([estimate.llc for estimate in level if estimate.llc is not None]))
     return TemperatureCurve(estimates, value, (level[0].nbeta, level[-1].nbeta))
 
 
@@ -221,7 +223,7 @@ def find_plateau(estimates: Sequence[LLCEstimate]) -> tuple[int, int] | None:
             if any(each.llc is None for each in run):
                 continue
             values = np.array([each.llc for each in run])
-            allowed = PLATEAU_WIDTH * values.mean() + 2 * max(each.stderr for each in run)
+            allowed = PLATEAU_WIDTH * values.mean() + 2 * max(each.stderr or 0.0 for each in run)
             if np.ptp(values) <= allowed and (best is None or end - start > best[1] - best[0]):
                 best = (start, end)
     return best

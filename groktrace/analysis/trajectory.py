@@ -93,7 +93,7 @@ def with_logged(point: Point, metrics: dict[str, float]) -> Point:
         loss, accuracy = logged("loss"), logged("accuracy", "acc")
         if accuracy is not None and not 0 <= accuracy <= 1:  # in percent, or something else
             accuracy = None
-    return replace(point, metrics=metrics, val_loss=loss, val_accuracy=accuracy)
+    return replace(point, metrics={**metrics}, val_loss=loss, val_accuracy=accuracy)
 
 
 _ERROR_OF = {"llc": "stderr", "llc_centred": "stderr_centred"}
@@ -227,11 +227,15 @@ class Trajectory:
             raise SettingsError("steps: expected them to ascend.")
         if any(value < 0 for value in stderr):
             raise SettingsError("stderr: expected no negative values.")
+        known: list[dict[str, Any]] = [
+            {name: None if column is None else _finite(column[i]) for name, column in columns.items()}
+            for i in range(len(steps))
+        ]
         points = tuple(
             Point(
                 step,
                 reliable=True if reliable is None else bool(reliable[i]),
-                **{name: None if column is None else _finite(column[i]) for name, column in columns.items()},
+                **known[i],
             )
             for i, step in enumerate(steps)
         )

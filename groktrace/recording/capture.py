@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from groktrace.errors import SettingsError, TaskError
 from groktrace.recording.frozen import FrozenTensors
+from groktrace.run.live import named_tensors
 from groktrace.run.loss_tensors import NO_TENSORS, PREFIX, LossTensors
 from groktrace.run.store import WeightSpec
 from groktrace.run.views import View, find_views
@@ -19,23 +20,6 @@ STORABLE = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
     | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128}
 )
-
-
-def plain_model(model: nn.Module) -> nn.Module:
-    """Unwrap torch.compile and data-parallel wrappers."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of a plain model, tied ones once."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def find_aliases(model: nn.Module) -> dict[str, str]:

@@ -12,27 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from groktrace.errors import GroktraceError, SettingsError
-from groktrace.recording.capture import (
-    Capture,
-    describe_weights,
-    gathered,
-    is_sharded,
-    named_tensors,
-    parameters_of,
-    plain_model,
-    views_of,
-)
+from groktrace.recording.capture import Capture, describe_weights, gathered, is_sharded, parameters_of, views_of
 from groktrace.recording.hooks import hookable
 from groktrace.recording.prepare import Evaluation, describe_run, prepare_evaluation, write_frozen, write_start
-from groktrace.recording.recorder import Recorder, open_recorders
+from groktrace.recording.recorder import Recorder
 from groktrace.recording.schedule import check_count, make_schedule
+from groktrace.recording.termination import open_recorders
 from groktrace.recording.warning import warn_user
 from groktrace.recording.writer import remove_leftovers
 from groktrace.run import files, layout
 from groktrace.run.factory import refuse_while_loading
+from groktrace.run.info import WeightSpec, check_info
+from groktrace.run.live import named_tensors, plain_model
 from groktrace.run.loss_tensors import LossTensors
 from groktrace.run.remote import Remote, is_url
-from groktrace.run.store import WeightSpec, check_info
 
 _FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 

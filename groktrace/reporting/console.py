@@ -107,13 +107,13 @@ def transitions_table(events: Events) -> str:
     return "\n\n".join(part for part in (table, evidence, *events.remarks, by_accuracy(events.grokking)) if part)
 
 
-def transition_rows(transitions: Sequence[Transition]) -> list[tuple[str, ...]]:
+def transition_rows(transitions: Sequence[Transition]) -> Sequence[tuple[str, ...]]:
     """The table of transitions, its heading first.
 
     Args:
         transitions: in step order.
     """
-    symbol = SYMBOLS.get(transitions[0].curve, "λ") if transitions else "λ"
+    symbol = SYMBOLS.get(transitions[0].curve or "", "λ") if transitions else "λ"
     heading = (
         "transition",
         "label",
@@ -191,11 +191,11 @@ def temperature_table(curve: TemperatureCurve) -> str:
     Args:
         curve: nβ ascending.
     """
-    rows = [("nβ", "λ̂", "±", "λ_c", "±", "")]
+    rows: list[tuple[str, ...]] = [("nβ", "λ̂", "±", "λ_c", "±", "")]
     for each in curve.estimates:
         values = (each.nbeta, each.llc, each.stderr, each.llc_centred, each.stderr_centred)
         rows.append((*(number(value) for value in values), "; ".join(each.reasons)))
-    if curve.plateau is None:
+    if curve.plateau is None or curve.plateau_nbeta is None:
         last = "No plateau: λ̂ depends on nβ throughout, and no value of it is the absolute one."
     else:
         low, high = curve.plateau_nbeta

@@ -12,7 +12,7 @@ from groktrace.analysis.grokking import THRESHOLD, Grokking
 from groktrace.errors import GroktraceError, SettingsError
 from groktrace.reporting.numbers import number
 from groktrace.reporting.remarks import partial
-from groktrace.reporting.series import CURVE, Events, Quantity, Series
+from groktrace.reporting.series import Events, Quantity, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -144,7 +144,8 @@ def _panels(series: Series) -> list[tuple[str, ...]]:
 
 def _draw_llc(axes: "Axes", series: Series) -> list[Any]:
     trajectory, steps, raw = series.trajectory, series.steps, series["llc"].values
-    curve, value, error = trajectory.curve, series[CURVE].values, series[CURVE].errors
+    curve = trajectory.curve
+    value, error = curve.value, curve.error
     known = np.isfinite(value)
     reliable = trajectory.column("reliable") > 0
     symbol = r"$\lambda_c$" if curve.name == "llc_centred" else r"$\hat\lambda$"
@@ -155,10 +156,11 @@ def _draw_llc(axes: "Axes", series: Series) -> list[Any]:
         # A band has no width to be seen at a point that stands alone.
         axes.vlines(steps[known], low[known], high[known], color=LLC, alpha=0.5, lw=1)
     axes.plot(steps[known], value[known], color=LLC, lw=1.0 if many else 1.5)
-    hollow = {"color": LLC, "mfc": "white", "ls": "", "ms": 2.5 if many else 4.5}
+    hollow: dict[str, Any] = {"color": LLC, "mfc": "white", "ls": "", "ms": 2.5 if many else 4.5}
     handles = []
+    full: dict[str, Any] = {"marker": "o", "ls": "", "color": LLC, "ms": 1.5 if many else 3.5}
     for chosen, look, label in (
-        (reliable, {"marker": "o", "ls": "", "color": LLC, "ms": 1.5 if many else 3.5}, f"{symbol} with 95 % band"),
+        (reliable, full, f"{symbol} with 95 % band"),
         (~reliable & ~curve.doubtful, {"marker": "o", **hollow}, f"{symbol}, not at a minimum"),
         (~reliable & curve.doubtful, {"marker": "s", **hollow}, f"{symbol}, unreliable"),
     ):
@@ -285,7 +287,7 @@ def _draw_panel(axes: "Axes", series: Series, names: tuple[str, ...]) -> list[An
                 band = values - 1.96 * each.errors, values + 1.96 * each.errors
                 panel.fill_between(series.steps, *band, where=known, color=colour, alpha=0.25, lw=0)
             marker = "o" if known.sum() < 3 else None  # a line through one point is not seen
-            line = {"color": colour, "ls": style, "marker": marker, "ms": 3, "lw": width}
+            line: dict[str, Any] = {"color": colour, "ls": style, "marker": marker, "ms": 3, "lw": width}
             label = (each.label or each.name) + ("" if each.errors is None else ", 95 % band")
             handles += panel.plot(series.steps[known], values[known], **line, label=label)
         gap = "\n" if len(name) > 10 else " "

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -142,7 +142,7 @@ def _table(events: Events) -> str:
     return "\n\n".join([*parts, *events.remarks, by_accuracy(events.grokking)])
 
 
-def _pixels(figure: object) -> np.ndarray:
+def _pixels(figure: Any) -> np.ndarray:
     """The figure as [height, width, 3] bytes."""
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3]

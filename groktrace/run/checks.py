@@ -7,12 +7,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from groktrace.errors import TaskError
 from groktrace.run.batch import Batch
 from groktrace.run.isolation import seeded_rng
+from groktrace.run.model_with_loss import ModelWithLoss
 from groktrace.run.program import draws_random_numbers
 
 FEW = 2
@@ -30,7 +31,7 @@ class LossProbe:
         batch: samples, of which a few are used.
     """
 
-    def __init__(self, forward: nn.Module, batch: Batch) -> None:
+    def __init__(self, forward: ModelWithLoss, batch: Batch) -> None:
         self.forward = forward
         self.batch = batch
         self.few = batch.take(slice(0, FEW)).tensors

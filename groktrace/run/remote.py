@@ -7,7 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from groktrace.run import layout
 
@@ -15,7 +15,7 @@ from groktrace.run import layout
 _SMALL = (layout.RUN_FILE, layout.PROGRAM_FILE, layout.DATA_FILE, layout.FROZEN_FILE)
 
 
-def is_url(place: Any) -> bool:
+def is_url(place: Any) -> TypeGuard[str]:
     """Whether `place` is a URL and not a path."""
     return isinstance(place, str) and "://" in place
 

@@ -6,18 +6,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from groktrace.errors import RunError, SnapshotError, TaskError, printable
 from groktrace.run import layout, pending
 from groktrace.run.batch import Batch, check_lengths, unflatten
 from groktrace.run.files import parse_json, read_json, read_metadata, read_tensors, read_unverified
 from groktrace.run.info import WeightSpec, check_format, check_info
+from groktrace.run.live import load_tensors
 from groktrace.run.remote import Remote, is_url
 from groktrace.run.task import SHIFT_INVARIANT_KEY, Task
+
+if TYPE_CHECKING:
+    from groktrace.analysis.trajectory import Trajectory
 
 LINK_ADVICE = "out of the run directory, outside of which nothing is read or written; copy the run with cp -rL."
 
@@ -41,7 +45,7 @@ class Snapshot:
     remote: Remote | None = None
 
     def load(self, *, with_loss: bool = False) -> dict[str, Tensor]:
-        """The model's tensors by name, on the CPU, as `load_state_dict` takes them.
+        """The model's tensors by name, on the CPU: tied ones once, non-persistent buffers too; see `load_into`.
 
         Args:
             with_loss: with those of the loss, where it has weights of its own; the run's task needs them.
@@ -52,6 +56,18 @@ class Snapshot:
         """
         tensors = self._read()
         return {name: tensor for name, tensor in tensors.items() if with_loss or not self.specs[name].loss}
+
+    def load_into(self, model: nn.Module) -> None:
+        """Set a network to these weights in place: every parameter and buffer, non-persistent and tied ones too.
+
+        Args:
+            model: the recorded network, or one built like it; torch.compile and data-parallel wrappers do not matter.
+
+        Raises:
+            TaskError: it has other tensors, which the message names; it is left as it was.
+            SnapshotError, RunError: see `load`.
+        """
+        load_tensors(model, self.load(), str(self.path))
 
     def fingerprint(self) -> str:
         """A digest of step and weights, from the file's header alone.
@@ -175,6 +191,16 @@ class Run:
             return None
         return any(isinstance(decay, int | float) and decay > 0 for decay in decays)
 
+    def trajectory(self) -> "Trajectory":
+        """What the last analysis of the run found, or has found so far: some snapshots may still be `unsampled`.
+
+        Raises:
+            RunError: there is none, or it is of another recording than the one that is there now.
+        """
+        from groktrace.analysis.latest import latest_trajectory  # built on this package: only where it is called
+
+        return latest_trajectory(self)
+
     def refreshed(self) -> "Run":
         """The run as it is now.
 
@@ -247,19 +273,20 @@ class Run:
         from groktrace.run.program import Program
 
         hint = self.info.get("task") or "package.module:factory"
-        program_path, data_path = self.root / layout.PROGRAM_FILE, self.root / layout.DATA_FILE
-        if not (program_path.exists() and data_path.exists()):
-            data = "" if data_path.exists() else ", train=..."
+        program_path = self.root / layout.PROGRAM_FILE
+        data = self.data if program_path.exists() else None
+        if data is None:
+            missing = "" if (self.root / layout.DATA_FILE).exists() else ", train=..."
             raise TaskError(
                 f"{self.root}: the recording holds no model and loss to evaluate; pass --task {hint}, "
-                f"a function that returns groktrace.Task.from_model(model, loss=...{data})."
+                f"a function that returns groktrace.Task.from_model(model, loss=...{missing})."
             )
-        document, data = read_json(program_path), self.data
+        document = read_json(program_path)
         if not isinstance(document, dict) or not isinstance(document.get(SHIFT_INVARIANT_KEY), bool):
             raise RunError(f"{program_path}: not a groktrace program.")
         program = Program.from_json(document, data.constants, where=str(program_path))
-        if missing := [name for name in program.weights if name not in self.specs]:
-            raise RunError(f"{program_path}: uses the weight '{missing[0]}', which {layout.RUN_FILE} does not list.")
+        if unknown := [name for name in program.weights if name not in self.specs]:
+            raise RunError(f"{program_path}: uses the weight '{unknown[0]}', which {layout.RUN_FILE} does not list.")
         return Task(program.forward, data.train, data.val, data.n, document[SHIFT_INVARIANT_KEY])
 
 

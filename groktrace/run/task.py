@@ -40,7 +40,7 @@ class Task:
             these alone: dropout off, normalisation by the given buffers.
         train: the training samples that the analysis uses; None for those that a run holds.
         val: validation samples, or None.
-        n: number of training samples in truth; `train` may hold a random subset. None without `train`.
+        n: number of training samples in truth; `train` may hold a random subset. 0 without `train`.
         shift_invariant: whether the loss ignores a constant added to every sample's outputs, so that predictions are
             read after removing their mean offset over the training set.
         bind: makes the task on data, where it has none of its own; see `with_data`.
@@ -52,7 +52,7 @@ class Task:
     forward: ForwardFunction
     train: Batch | None
     val: Batch | None
-    n: int | None
+    n: int
     shift_invariant: bool
     bind: Callable[[Batch, Batch | None, int], "Task"] | None = field(default=None, repr=False, compare=False)
     parameters: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -89,7 +89,7 @@ class Task:
             if val is not None:
                 raise TaskError("val: of no use without train; give the training data too, or neither.")
             find_loss(loss, batch_loss)
-            return cls(_without_data, None, None, None, False, partial(cls._from_batches, model, loss, batch_loss))
+            return cls(_without_data, None, None, 0, False, partial(cls._from_batches, model, loss, batch_loss))
         with without_side_effects(model):
             fits = takes(model, loss, batch_loss)
             batch, n = collect(train, "train", MAX_SAMPLES, seed, fits)

@@ -111,10 +111,10 @@ def _overlapping(tensors: Mapping[str, Tensor]) -> list[list[str]]:
             groups.append([name])
             device, _, end = extents[name]
     order = {name: i for i, name in enumerate(tensors)}
-    return [sorted(group, key=order.__getitem__) for group in groups if len(group) > 1 or _repeats(tensors[group[0]])]
+    return [sorted(group, key=order.__getitem__) for group in groups if len(group) > 1 or repeats(tensors[group[0]])]
 
 
-def _repeats(tensor: Tensor) -> bool:
+def repeats(tensor: Tensor) -> bool:
     """Whether elements of a tensor share their memory with one another."""
     return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
@@ -131,7 +131,7 @@ def _relate(group: list[str], tensors: Mapping[str, Tensor], preferred: set[str]
     bases: list[str] = []
     # The largest first, so that a base comes before what it covers.
     for name in sorted(group, key=lambda name: (-tensors[name].numel(), name not in preferred)):
-        if tensors[name].requires_grad and _repeats(tensors[name]):
+        if tensors[name].requires_grad and repeats(tensors[name]):
             raise OverlapError(
                 f"weights: elements of '{name}' share their memory with one another (it is expanded); make the small "
                 "tensor the parameter, and expand it in forward()."

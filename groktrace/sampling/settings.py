@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypedDict
 
 from groktrace.errors import SettingsError
-from groktrace.sampling.kernels import Kernel, find_kernel
+from groktrace.sampling.kernels import find_kernel
+from groktrace.sampling.kernels.base import Kernel
 
 NAMED_NBETA = ("wbic", "curvature")
 # Farther from w*, λ_c counts quartic directions beyond the exact soft rank (trained quadratic networks: 6.6 % at 0.3,
@@ -132,8 +133,8 @@ def _positive(name: str, value: Any, more: str = "") -> None:
     """Refuse anything but None and finite positive numbers."""
     if value is None and name != "rtol":
         return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and value > 0):
+    number = None if isinstance(value, bool) or not isinstance(value, int | float) else value
+    if number is None or not (math.isfinite(number) and number > 0):
         raise SettingsError(f"{name}: expected a positive number{more}, got {value!r}.")
 
 

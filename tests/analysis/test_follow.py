@@ -13,13 +13,11 @@ import groktrace
 from groktrace.analysis import evaluator
 from groktrace.analysis import follow as following
 from groktrace.analysis.detection import Transition
-from groktrace.analysis.follow import Announcement, Ended, Scaled, follow, wait_for_run
-from groktrace.analysis.replay import open_analysis
+from groktrace.analysis.follow import Announcement, Ended, Scaled, wait_for_run
 from groktrace.analysis.trajectory import Point
-from groktrace.errors import RunError
+from groktrace.errors import RunError, SettingsError
 from groktrace.reporting import live
 from groktrace.run.files import write_json
-from groktrace.sampling.settings import SamplingSettings
 
 FAST = {"draws": 20, "burn_in": 20}
 
@@ -49,11 +47,10 @@ def recording(tmp_path, monkeypatch):
 
 def events_of(run, timeout=None, stop_after=None, **settings):
     found = []
-    with open_analysis(run, SamplingSettings(**FAST, **settings)) as analysis:
-        for event in follow(analysis, timeout):
-            found.append(event)
-            if stop_after is not None and sum(isinstance(each, Point) for each in found) == stop_after:
-                break
+    for event in groktrace.follow(run, timeout=timeout, **FAST, **settings):
+        found.append(event)
+        if stop_after is not None and sum(isinstance(each, Point) for each in found) == stop_after:
+            break
     return found
 
 
@@ -205,3 +202,34 @@ def test_weights_that_begin_to_train_are_sampled_from_then_on(tmp_path, monkeypa
     plain = shutil.copytree(tmp_path / "run", tmp_path / "plain" / "run")
     shutil.rmtree(plain / "analysis")
     assert groktrace.analyze(plain, **FAST, **settings).points == events[-1].trajectory.points
+
+
+class Halves:
+    """A detector that finds one transition in the middle of any run."""
+
+    def detect(self, trajectory):
+        middle = len(trajectory) // 2
+        return [Transition.between(trajectory, middle - 1, middle, label="half")]
+
+
+def test_a_recording_may_begin_later_and_transitions_are_those_of_the_detector(recorded, tmp_path, monkeypatch):
+    monkeypatch.setattr(following.time, "sleep", lambda seconds: shutil.copytree(recorded, tmp_path / "late"))
+    numbers = {"nbeta": 100.0, "localization": 1.0}
+    events = list(groktrace.follow(str(tmp_path / "late"), detector=Halves(), **FAST, **numbers))
+    (said,) = (each for each in events if isinstance(each, Announcement))
+    assert (said.news, said.transition.label) == ("transition", "half")
+    assert events[-1].why == "closed"
+    assert groktrace.open_run(tmp_path / "late").trajectory() == events[-1].trajectory
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"timeout": -1.0}, "timeout: expected seconds"),
+        ({"reference": -2.0}, "reference: expected a positive number"),
+        ({"draw": 3}, "unknown draw"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_event_is_asked_for(recorded, given, message):
+    with pytest.raises(SettingsError, match=message):
+        groktrace.follow(recorded, **given)

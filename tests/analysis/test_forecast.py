@@ -1,14 +1,10 @@
 """A forecast measures some snapshots as the analysis will, and writes nothing."""
 
-import json
-
 import pytest
-from click.testing import CliRunner
 
 import groktrace
 from groktrace.analysis import forecast as forecast_module
 from groktrace.analysis.forecast import forecast
-from groktrace.cli import main
 
 QUICK = {"chains": 3, "draws": 15, "burn_in": 10, "locality": 0.22}
 
@@ -63,24 +59,3 @@ def test_snapshots_are_tried_from_all_parts_of_the_run_until_time_is_up(small_ru
 def test_damaged_snapshots_are_left_out(small_run):
     (small_run / "weights" / f"{20:012d}.safetensors").write_bytes(b"no snapshot")
     assert forecast(small_run, **QUICK).snapshots == 5
-
-
-def test_the_command_line_forecasts_and_writes_nothing(small_run):
-    before = contents(small_run)
-    options = [str(small_run), "--dry-run", "--chains", "2", "--draws", "15", "--burn-in", "10"]
-    said = CliRunner().invoke(main, ["analyze", *options])
-    assert said.exit_code == 0, said.output
-    for expected in (
-        "snapshots  6",
-        "chains     2 a snapshot, 67 weights each",
-        "over 6 snapshots that were tried",
-        "time",
-    ):
-        assert expected in said.stdout
-    assert "trying a few snapshots: 1 done in" in said.stderr
-    found = json.loads(CliRunner().invoke(main, ["analyze", *options, "--json"]).stdout)
-    assert (found["snapshots"], found["chains"], found["steps"]) == (6, 2, 25)
-    refused = CliRunner().invoke(main, ["analyze", *options, "--follow"])
-    assert refused.exit_code == 2
-    assert "--dry-run takes neither" in refused.output
-    assert contents(small_run) == before

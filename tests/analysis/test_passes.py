@@ -183,6 +183,7 @@ def test_an_analysis_that_runs_out_of_time_is_partial_and_goes_on(small_run, tmp
     whole = groktrace.analyze(shutil.copytree(small_run, tmp_path / "whole" / "run"), **quick)
     partial = groktrace.analyze(small_run, time_limit=1e-9, **quick)
     assert (len(partial.points), partial.unsampled) == (0, len(whole.points))
+    assert groktrace.open_run(small_run).trajectory() == partial
     again = groktrace.analyze(small_run, **quick)
     assert (again.points, again.unsampled) == (whole.points, 0)
     with pytest.raises(groktrace.GroktraceError, match="time_limit: expected a positive number of seconds, got 0"):

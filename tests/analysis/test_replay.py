@@ -254,7 +254,7 @@ def test_a_damaged_recording_can_still_be_analysed_with_a_task(small_run):
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     task = groktrace.Task.from_model(model, loss="cross_entropy", train=recorded.train.nested())
     assert groktrace.analyze(small_run, task=task, **FAST).n == 60
-    assert replay.latest_trajectory(small_run).n == 60
+    assert groktrace.open_run(small_run).trajectory().n == 60
 
 
 def record_like(run, out, learning_rate, scale=1.0, seen=None):
@@ -333,10 +333,10 @@ def test_results_of_a_run_that_was_recorded_anew_are_neither_shown_nor_gone_on_f
     with pytest.raises(
         RunError, match=r"its results are of another recording, or of other data, .* 'groktrace analyze"
     ):
-        replay.latest_trajectory(place)
+        groktrace.open_run(place).trajectory()
     found = groktrace.analyze(place, **FAST)
     assert found == fresh  # also nβ and γ
-    assert replay.latest_trajectory(place) == found
+    assert groktrace.open_run(place).trajectory() == found
 
 
 @pytest.mark.parametrize("change", ["data", "snapshot"])
@@ -344,7 +344,7 @@ def test_results_of_other_data_or_snapshots_are_not_shown(small_run, change):
     found = groktrace.analyze(small_run, **FAST)
     for name in ("program.json", "data.safetensors"):  # what is gone is no other
         (small_run / name).rename(small_run / f"{name}.away")
-    assert replay.latest_trajectory(small_run) == found
+    assert groktrace.open_run(small_run).trajectory() == found
     for name in ("program.json", "data.safetensors"):
         (small_run / f"{name}.away").rename(small_run / name)
     if change == "data":
@@ -356,7 +356,7 @@ def test_results_of_other_data_or_snapshots_are_not_shown(small_run, change):
         weights["0.bias"][0] += 1
         write_tensors(layout.snapshot_path(small_run, 50), weights, {"step": "50"})
     with pytest.raises(RunError, match="its results are of another recording, or of other data"):
-        replay.latest_trajectory(small_run)
+        groktrace.open_run(small_run).trajectory()
 
 
 def test_a_copy_shows_what_the_run_shows(small_run, tmp_path):
@@ -367,13 +367,13 @@ def test_a_copy_shows_what_the_run_shows(small_run, tmp_path):
     for root in (small_run, copy):
         (touched,) = root.glob(f"analysis/{earlier.parent.name}/trajectory.json")
         os.utime(touched)  # as copying may do, in whatever order
-        assert replay.latest_trajectory(root) == latest
+        assert groktrace.open_run(root).trajectory() == latest
     # A run of before this was noted: by time.
     (copy / "analysis" / "latest.json").unlink()
-    assert replay.latest_trajectory(copy) != latest
+    assert groktrace.open_run(copy).trajectory() != latest
     # Results that were removed.
     write_json(copy / "analysis" / "latest.json", {"folder": "../run", "recorded": {}})
-    assert replay.latest_trajectory(copy) != latest
+    assert groktrace.open_run(copy).trajectory() != latest
 
 
 def is_latest(path, latest):
@@ -388,10 +388,10 @@ def test_a_damaged_note_of_the_last_result_is_named(small_run, content):
         content = {"folder": path.parent.name, "created": groktrace.open_run(small_run).info["created"], "recorded": []}
     write_json(small_run / "analysis" / "latest.json", content)
     if isinstance(content, dict) and content.get("folder") == 3:
-        assert replay.latest_trajectory(small_run)
+        assert groktrace.open_run(small_run).trajectory()
     else:
         with pytest.raises(RunError, match=r"latest\.json: damaged"):
-            replay.latest_trajectory(small_run)
+            groktrace.open_run(small_run).trajectory()
 
 
 def test_a_snapshot_replaced_during_the_analysis_is_named(small_run):
@@ -417,10 +417,10 @@ def test_paper_settings_run_as_published(small_run):
 
 def test_the_last_finished_analysis_is_found(small_run):
     with pytest.raises(RunError, match="not analysed yet; run 'groktrace analyze"):
-        replay.latest_trajectory(small_run)
+        groktrace.open_run(small_run).trajectory()
     groktrace.analyze(small_run, **FAST)
     latest = groktrace.analyze(small_run, **FAST, seed=3)
-    assert replay.latest_trajectory(small_run) == latest
+    assert groktrace.open_run(small_run).trajectory() == latest
 
 
 def test_damaged_results_are_named(small_run):
@@ -444,12 +444,12 @@ def test_mismatched_shapes_are_named(small_run):
 def test_a_reference_goes_with_the_trajectory_and_is_replaced(small_run):
     given = groktrace.analyze(small_run, **FAST, reference=3)
     assert given.reference.to_dict() | {"llc": 3.0, "source": "value"} == given.reference.to_dict()
-    assert replay.latest_trajectory(small_run) == given
+    assert groktrace.open_run(small_run).trajectory() == given
     ranked = groktrace.analyze(small_run, **FAST, reference="jacobian").reference
     assert (ranked.source, ranked.step, 2 * ranked.llc) == ("jacobian", 50, ranked.rank)
     # Two layers of tanh have no symmetry that is continuous: all 67 weights count.
     assert ranked.rank == 67
-    assert replay.latest_trajectory(small_run).reference == ranked
+    assert groktrace.open_run(small_run).trajectory().reference == ranked
     assert groktrace.analyze(small_run, **FAST).reference is None
 
 
@@ -479,7 +479,7 @@ def test_curvature_is_measured_where_asked_for_and_kept(small_run, monkeypatch):
         assert point.hessian_top == pytest.approx(point.diagnostics["top_curvature"], rel=0.07)
     done = len(calls)
     assert groktrace.analyze(small_run, **FAST, curvature=True) == curved
-    assert replay.latest_trajectory(small_run) == curved
+    assert groktrace.open_run(small_run).trajectory() == curved
     assert len(calls) == done
 
 

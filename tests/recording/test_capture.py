@@ -3,8 +3,9 @@ import torch
 from torch import nn
 
 from groktrace.errors import SettingsError
-from groktrace.recording.capture import Capture, describe_weights, find_aliases, plain_model
+from groktrace.recording.capture import Capture, describe_weights, find_aliases
 from groktrace.run import files
+from groktrace.run.live import plain_model
 
 
 class Awkward(nn.Module):

@@ -271,7 +271,7 @@ def test_models_that_compute_their_own_loss():
 def test_a_task_without_data_takes_those_it_is_given():
     model, (x, y) = network(), data()
     bare = Task.from_model(model, loss="mse")
-    assert (bare.train, bare.val, bare.n) == (None, None, None)
+    assert (bare.train, bare.val, bare.n) == (None, None, 0)
     own = Task.from_model(model, train=(x, y), loss="mse", val=(x[:3], y[:3]))
     bound = bare.with_data(own.train, own.val, 1000)
     assert (bound.n, bound.train, bound.val, bound.shift_invariant) == (1000, own.train, own.val, own.shift_invariant)

@@ -2,7 +2,7 @@
 
     python -m tools.speed.workloads RUN...            # three snapshots of each run; about ten minutes a run
     python -m tools.speed.workloads --growth RUN...   # the time with the data 1, 4, 16, 64 times as many
-    python -m tools.speed.workloads --whole RUN...    # the whole analysis with no option, beside what --dry-run says
+    python -m tools.speed.workloads --whole RUN...    # the whole analysis with no option, beside what `forecast` says
     python -m tools.speed.workloads --busy RUN...     # its time idle, and beside a busy process on each core
 
 Each RUN is a run directory. Snapshots are measured at the settings that the analysis finds, on one thread; the error is
@@ -209,11 +209,13 @@ def analyse(path: Path) -> list[dict[str, str]]:
     """One row: seconds by the clock until the first curve stands and until all is done, beside what was forecast."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(shutil.copytree(path, Path(folder) / path.name, ignore=shutil.ignore_patterns("analysis")))
-        command = [sys.executable, "-m", "groktrace.cli", "analyze", str(run)]
+        command = [sys.executable, "-m", "groktrace.cli"]
         start = time.monotonic()
-        said = json.loads(subprocess.run([*command, "--dry-run", "--json"], capture_output=True, check=True).stdout)
+        forecast = subprocess.run([*command, "forecast", str(run), "--json"], capture_output=True, check=True)
+        said = json.loads(forecast.stdout)
         forecasting, start, first, memory = time.monotonic() - start, time.monotonic(), math.nan, 0
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen([*command, "analyze", str(run)], **silent) as process:
             while process.poll() is None:
                 time.sleep(0.1)
                 memory = max(memory, _memory(process.pid))

@@ -28,7 +28,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import groktrace
-from groktrace.analysis.replay import analyze, latest_trajectory
+from groktrace.analysis.replay import analyze
 from groktrace.errors import GroktraceError
 from groktrace.reporting import console, csv
 from groktrace.reporting.series import Events, Series
@@ -79,7 +79,7 @@ def use(root: Path) -> dict[str, Any]:
 
 def show(root: Path) -> dict[str, Any]:
     """The last result as `show` and `plot` read it."""
-    trajectory = latest_trajectory(root)
+    trajectory = open_run(root).trajectory()
     series, events = Series.of(trajectory), Events.of(trajectory)
     shown = console.as_json(series, events)
     json.dumps(shown, allow_nan=False)

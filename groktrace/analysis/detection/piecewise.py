@@ -108,13 +108,14 @@ class PiecewiseDetector(DetectionSettings):
                 objection = "no snapshot on one side of it was measured in its own basin"
             elif risen is not None and end > risen and (measured.after < measured.before or high[end]):
                 objection = "the training loss has risen"
+            step = fitted.axis.step
             described = Transition.between(
                 trajectory,
                 int(onset),
                 int(end),
                 levels=(measured.before, measured.after),
                 stderr=measured.error,
-                dates=tuple(fitted.axis.step(at) for at in (measured.middle, measured.low, measured.high)),
+                dates=(step(measured.middle), step(measured.low), step(measured.high)),
                 label=label,
                 evidence=evidence,
             )

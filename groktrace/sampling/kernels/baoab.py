@@ -14,7 +14,6 @@ be as much weaker: the estimates of such networks are right then, too.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -28,9 +27,9 @@ class BAOAB:
     """
 
     min_friction: float = 0.4
-    name: ClassVar[str] = "baoab"
-    plain: ClassVar[bool] = False
-    forgetful: ClassVar[bool] = False
+    name = "baoab"
+    plain = False
+    forgetful = False
 
     def persistence(self, step_size: float, localization: float, halvings: int = 0) -> float:
         """c, what is left of a momentum after a step."""

@@ -21,16 +21,26 @@ BLOCK = 2**17
 class Kernel(Protocol):
     """One step of a Markov chain, as a function of arrays: it knows neither losses nor files.
 
-    Attributes:
-        name: as it is called in settings and results.
-        plain: whether chains start at w* and take the gradients of minibatches as they are, as in published SGLD; else
-            they start near equilibrium, with a control variate.
-        forgetful: whether the momentum after a step is the noise that the step drew, and nothing else.
+    Its name and two facts are read only: attributes of a class, also of a frozen one, will do.
     """
 
-    name: str
-    plain: bool
-    forgetful: bool
+    @property
+    def name(self) -> str:
+        """What it is called in settings and results."""
+        ...
+
+    @property
+    def plain(self) -> bool:
+        """Whether chains start at w* and take the gradients of minibatches as they are, as in published SGLD.
+
+        Else they start near equilibrium, with a control variate.
+        """
+        ...
+
+    @property
+    def forgetful(self) -> bool:
+        """Whether the momentum after a step is the noise that the step drew, and nothing else."""
+        ...
 
     def coefficients(self, step_size: float, nbeta: float, localization: float, halvings: int = 0) -> tuple[float, ...]:
         """What `step` multiplies with; it gets them as tensors, one number a chain.

@@ -7,7 +7,6 @@ momentum that would have to be kept.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from groktrace.sampling.kernels.baoab import BAOAB
 
@@ -16,8 +15,8 @@ from groktrace.sampling.kernels.baoab import BAOAB
 class LeimkuhlerMatthews(BAOAB):
     """Langevin dynamics with averaged noise in place of momenta."""
 
-    name: ClassVar[str] = "leimkuhler_matthews"
-    forgetful: ClassVar[bool] = True
+    name = "leimkuhler_matthews"
+    forgetful = True
 
     def persistence(self, step_size: float, localization: float, halvings: int = 0) -> float:
         """Nothing is left of a momentum."""

@@ -7,7 +7,6 @@ Along a direction of curvature a it is too wide by 1/(1 − εa/4).
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,9 +15,9 @@ from torch import Tensor
 class SGLD:
     """Overdamped Langevin dynamics with fresh noise."""
 
-    name: ClassVar[str] = "sgld"
-    plain: ClassVar[bool] = True
-    forgetful: ClassVar[bool] = True
+    name = "sgld"
+    plain = True
+    forgetful = True
 
     def coefficients(self, step_size: float, nbeta: float, localization: float, halvings: int = 0) -> tuple[float, ...]:
         """1 − ½εγ, −½ε·nβ and √ε."""

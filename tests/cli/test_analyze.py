@@ -1,5 +1,3 @@
-import csv
-import io
 import json
 import os
 import re
@@ -12,7 +10,6 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import groktrace
 from groktrace.cli import main
 from groktrace.run import layout
 from groktrace.run.files import write_json
@@ -84,16 +81,6 @@ def test_doubts_of_the_recording_are_repeated(small_run):
         assert result.exit_code == 3
         assert "doubtful: step 20: the loss is another one" in result.stderr
         assert "doubtful" not in result.stdout
-
-
-def test_check_counts_what_is_whole(small_run):
-    assert "6 of 6 snapshots whole" in invoke("check", small_run).stdout
-    path = layout.snapshot_path(small_run, 30)
-    path.write_bytes(path.read_bytes()[:-1])
-    result = invoke("check", small_run)
-    assert result.exit_code == 3
-    assert "5 of 6 snapshots whole" in result.stdout
-    assert "000000000030.safetensors" in result.stderr
 
 
 def test_unreadable_snapshots_are_named_and_the_exit_code_tells(small_run):
@@ -203,20 +190,21 @@ def test_bad_tasks_get_one_line_and_change_nothing(small_run, tmp_path, monkeypa
     assert files_of(small_run) == before
 
 
-@pytest.mark.parametrize("command", [[], ["--follow"], ["--dry-run"], ["--temperature-curve", "50"]])
+@pytest.mark.parametrize("command", [["analyze"], ["follow"], ["forecast"], ["temperature", "50"]])
 def test_other_data_are_one_line_on_stderr_and_json_stays_one_object(small_run, tmp_path, monkeypatch, command):
     write_task(tmp_path, "groktrace.Task.from_model(model, train=(x, y), loss='cross_entropy')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(os, "nice", lambda by: None)
     monkeypatch.delitem(sys.modules, "mytask", raising=False)
-    result = invoke("analyze", small_run, "--task", "mytask:make", "--json", *command, *FAST)
+    name, *step = command
+    result = invoke(name, small_run, *step, "--task", "mytask:make", "--json", *FAST)
     assert result.exit_code in (0, 3), result.output
     (line,) = [line for line in result.stderr.splitlines() if "Warning" in line]
     assert line.startswith("Warning: the task's data are others than those recorded (4 training samples, not 60)")
     *events, found = result.stdout.splitlines()
     assert json.loads(found)
-    assert not events or "--follow" in command
+    assert not events or name == "follow"
 
 
 def test_a_task_without_data_has_those_of_the_run(small_run, tmp_path, monkeypatch):
@@ -275,13 +263,6 @@ def test_bad_options_are_named(small_run, arguments, code, message):
     assert files_of(small_run) == before
 
 
-def test_missing_runs_and_results_are_named(small_run, tmp_path):
-    assert "no such directory" in invoke("show", tmp_path / "nowhere").stderr
-    assert "not analysed yet" in invoke("show", small_run).stderr
-    groktrace.analyze(small_run, draws=20, burn_in=20)
-    assert invoke("plot", small_run, "-o", tmp_path / "figure.xyz").exit_code == 1
-
-
 def test_the_paper_preset_and_overrides(small_run):
     result = invoke("analyze", small_run, "--preset", "paper", "--draws", "5", "--burn-in", "5", "--json")
     # Far too short for its step size: all six are called out.
@@ -289,22 +270,6 @@ def test_the_paper_preset_and_overrides(small_run):
     assert re.search(r"unreliable: 6 of 6 snapshots, steps 0-50: not equilibrated .* \(at step 0\)", result.stderr)
     found = json.loads(result.stdout)
     assert (found["method"], found["nbeta"], found["localization"]) == ("sgld", 30.0, 5.0)
-
-
-def test_a_temperature_curve_of_one_snapshot(small_run):
-    arguments = ["analyze", small_run, "--temperature-curve", "50", *FAST]
-    text = invoke(*arguments).stdout
-    assert text.splitlines()[0].split() == ["nβ", "λ̂", "±", "λ_c", "±"]
-    assert "lateau" in text.splitlines()[-1]
-    found = json.loads(invoke(*arguments, "--json").stdout)
-    assert len(found["estimates"]) == 6
-    assert not (small_run / "analysis").exists()
-    wrong = invoke("analyze", small_run, "--temperature-curve", "51")
-    assert (wrong.exit_code, wrong.stderr) == (
-        1,
-        "Error: step: there is no snapshot of step 51; the nearest is of step 50.\n",
-    )
-    assert "a temperature curve takes several" in invoke(*arguments, "--nbeta", "3").stderr
 
 
 def test_logdir_takes_the_event_files_elsewhere(small_run, tmp_path):
@@ -355,7 +320,6 @@ def test_reference_and_curvature_are_found_again_by_show_and_plot(small_run, tmp
     [
         (["--reference", "ntk"], 2, "expected a number or 'jacobian', got 'ntk'"),
         (["--reference", "-2"], 1, "reference: expected a positive number or 'jacobian', got -2.0"),
-        (["--curvature", "--temperature-curve", "50"], 2, "takes neither --reference nor --curvature"),
     ],
 )
 def test_bad_references_are_named(small_run, arguments, code, message):
@@ -364,51 +328,6 @@ def test_bad_references_are_named(small_run, arguments, code, message):
     assert result.exit_code == code
     assert message in result.stderr
     assert files_of(small_run) == before
-
-
-def test_runs_are_compared_in_a_table_a_figure_and_json(reference_run, small_run, tmp_path):
-    out, _ = reference_run
-    assert "not analysed yet" in invoke("compare", out, small_run).stderr
-    groktrace.analyze(small_run, draws=20, burn_in=20)
-    figure = tmp_path / "both.png"
-    result = invoke("compare", out, small_run, "-o", figure)
-    assert result.exit_code == 0
-    assert "generalisation" in result.stdout
-    assert str(figure) in result.stdout
-    assert figure.read_bytes().startswith(b"\x89PNG")
-    found = json.loads(invoke("compare", out, small_run, "--json").stdout)
-    assert found.keys() == {str(out), str(small_run)}
-    assert found[str(out)] == json.loads(invoke("show", out, "--json").stdout)
-
-
-def test_following_prints_one_object_a_line_and_the_result_last(small_run, monkeypatch):
-    priorities = []
-    monkeypatch.setattr(os, "nice", priorities.append)
-    result = invoke("analyze", small_run, "--follow", "--json", *FAST)
-    assert result.exit_code in (0, 3)
-    *events, end, found = [json.loads(line) for line in result.stdout.splitlines()]
-    assert priorities == [19]
-    assert events[0].keys() == {"event", "nbeta", "localization", "curvature"}
-    assert [event["step"] for event in events[1:]] == [0, 10, 20, 30, 40, 50]
-    assert end == {"event": "end", "why": "closed"}
-    assert found == json.loads(invoke("show", small_run, "--json").stdout)
-    assert list((small_run / "tensorboard").rglob("*.groktrace"))
-    assert "--timeout goes with --follow" in invoke("analyze", small_run, "--timeout", "3").stderr
-
-
-def test_what_is_concluded_is_in_the_json_too(small_run):
-    found = json.loads(invoke("analyze", small_run, "--json", *FAST).stdout)
-    assert found["curve"] == "llc_centred"
-    assert found["transitions"] == []
-    assert found["remarks"][0].startswith("No transition found in 6 snapshots: λ_c ")
-    shown = invoke("show", small_run).stdout
-    assert shown.startswith("λ_c against the step:\n")
-    assert ", transitions on λ_c\n" in shown
-    assert found["remarks"][0] in shown
-    rows = list(csv.DictReader(io.StringIO(invoke("show", small_run, "--csv").stdout)))
-    assert [float(row["llc"]) for row in rows] == [point["llc"] for point in found["trajectory"]]
-    assert [float(row["curve"]) for row in rows] == [point["llc_centred"] for point in found["trajectory"]]
-    assert "--json or --csv, not both" in invoke("show", small_run, "--csv", "--json").stderr
 
 
 def test_a_single_chain_says_what_is_lost_and_nothing_is_found_on_a_slope(small_run):

@@ -1,0 +1,177 @@
+"""What several commands take: their options, each defined once, and what is made of them."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from groktrace.run.task import Task
+    from groktrace.sampling.settings import SamplingSettings
+
+Decorator = Callable[[Any], Any]
+
+
+class ExpertOption(click.Option):
+    """An option that most people do not need."""
+
+
+class Command(click.Command):
+    """A command whose help lists what experts need after the rest."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options into the help, in two sections where some are an expert's."""
+        basic: list[tuple[str, str]] = []
+        expert: list[tuple[str, str]] = []
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and not isinstance(parameter, click.Argument):  # which the usage line shows
+                (expert if isinstance(parameter, ExpertOption) else basic).append(record)
+        for title, records in (("Basic options" if expert else "Options", basic), ("Expert options", expert)):
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+def options(*each: Decorator) -> Decorator:
+    """Several options as one decorator.
+
+    Args:
+        each: in the order of the help.
+    """
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(each):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def number_or(*words: str) -> Callable[[click.Context, click.Parameter, str | None], float | str | None]:
+    """A callback for an option that takes a number, or one of these words."""
+
+    def parse(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
+        if value is None or value in words:
+            return value
+        try:
+            return float(value)
+        except ValueError:
+            raise click.BadParameter(f"expected a number or {' or '.join(map(repr, words))}, got '{value}'") from None
+
+    return parse
+
+
+def _expert(*names: str, **more: Any) -> Decorator:
+    return click.option(*names, cls=ExpertOption, **more)
+
+
+# A path or a URL; a Path would take one of the two slashes of the latter.
+RUN = click.argument("run", callback=lambda ctx, parameter, value: value if "://" in value else Path(value))
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
+FIGURE_FILE = click.Path(path_type=Path)
+
+PRESET = click.option(
+    "--preset",
+    type=click.Choice(["auto", "paper"]),
+    default="auto",
+    show_default=True,
+    help="auto: settings found from the run; paper: the published SGLD settings.",
+)
+NBETA = _expert(
+    "--nbeta",
+    callback=number_or("wbic", "curvature"),
+    metavar="F|wbic|curvature",
+    help="Inverse temperature times sample count; curvature: at each snapshot from --resolution.",
+)
+# The fields of SamplingSettings, but for nβ, of which a temperature curve takes several.
+SAMPLING = (
+    click.option("--rtol", type=float, help="Wanted relative standard error [0.02]."),
+    click.option("--seed", type=int, help="Seed of the sampling [0]."),
+    _expert("--localization", type=float, help="Strength of the pull towards the snapshot."),
+    _expert(
+        "--locality", type=float, help="Wanted distance of the chains, relative to the weights' norm [0.22 or less]."
+    ),
+    _expert(
+        "--resolution", type=float, help="Curvatures down to h_max/resolution count [10; 100 where nβ follows h_max]."
+    ),
+    _expert("--method", type=click.Choice(["baoab", "leimkuhler_matthews", "sgld"]), help="Sampler [baoab]."),
+    _expert("--chains", type=int, help="Independent chains a snapshot [2; up to 16 for small networks]."),
+    _expert("--draws", type=int, help="Draws a chain; grows until --rtol is met where not given."),
+    _expert("--burn-in", type=int, help="Discarded steps a chain."),
+    _expert("--step-size", type=float, help="Step size; found from the curvature where not given."),
+    _expert("--samples", type=int, help="Samples the posterior is of [all; of large sets as many as needed]."),
+    _expert("--batch-size", type=int, help="Samples a gradient [all; of large sets as many as their noise allows]."),
+    _expert("--parameters", multiple=True, metavar="PATTERN", help="Let only these weights move (refined LLC)."),
+)
+# Where to compute, and with whose code.
+COMPUTING = (
+    click.option("--device", help="Where to compute, such as cpu or cuda:0; a GPU where there is one."),
+    click.option("--threads", type=click.IntRange(1), help="Cores to use [all]."),
+    click.option(
+        "--task",
+        metavar="M:F",
+        help="package.module:factory that returns groktrace.Task.from_model(...); "
+        "imports your code. Only needed where the recording could not keep model and loss.",
+    ),
+)
+WORKERS = (
+    click.option(
+        "--jobs", type=click.IntRange(1), default=1, help="Processes on this machine, which share its cores [1]."
+    ),
+    _expert("--dask", metavar="ADDRESS", help="Let the workers of this Dask scheduler do the work."),
+)
+# What is shown beside λ, and where.
+BESIDE = (
+    click.option("--logdir", type=click.Path(path_type=Path), help="Where TensorBoard's files go [RUN/tensorboard]."),
+    _expert(
+        "--reference",
+        callback=number_or("jacobian"),
+        metavar="F|jacobian",
+        help="Draw a line at this λ, or at half the rank of the Jacobian of the outputs at the last snapshot.",
+    ),
+    _expert("--curvature", is_flag=True, help="Also measure trace and top eigenvalue of the loss's Hessian."),
+)
+
+
+def sampling_settings(given: dict[str, Any], preset: str = "auto") -> "SamplingSettings":
+    """The settings that the options of `SAMPLING` make.
+
+    Args:
+        given: their values, by name.
+        preset: what holds where they say nothing.
+
+    Raises:
+        SettingsError: one is outside what it may be.
+    """
+    from dataclasses import replace
+
+    from groktrace.sampling.settings import PAPER, SamplingSettings
+
+    chosen = {name: value for name, value in given.items() if value not in (None, ())}
+    return replace(PAPER if preset == "paper" else SamplingSettings(), **chosen)
+
+
+def set_threads(threads: int | None) -> None:
+    """Use as many threads as --threads says."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def load_task(reference: str | None) -> "Task | None":
+    """The task that --task names, with the folder that the command runs in among those of modules.
+
+    Raises:
+        TaskError: it cannot be loaded.
+    """
+    if reference is None:
+        return None
+    from groktrace.run.factory import load_factory
+
+    sys.path.insert(0, os.getcwd())
+    return load_factory(reference)

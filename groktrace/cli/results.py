@@ -1,0 +1,82 @@
+"""What several commands do with a result: write TensorBoard's files, print, and tell by the exit code."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from groktrace.analysis.trajectory import Trajectory
+    from groktrace.reporting.series import Events, Series
+    from groktrace.run.store import Run
+
+INCOMPLETE = 3
+
+
+def write_logs(trajectory: "Trajectory", run: "Run", logdir: Path | None) -> "tuple[Series, Events]":
+    """Write TensorBoard's files; returns the series and events that they show.
+
+    Args:
+        trajectory: of the run.
+        run: opened.
+        logdir: where to; None for the run's own folder.
+    """
+    from groktrace.analysis.journal import exclusive
+    from groktrace.reporting.series import Events, Series
+    from groktrace.reporting.tensorboard import SUFFIX, TensorBoardReporter
+    from groktrace.run import layout
+
+    series, events = Series.of(trajectory), Events.of(trajectory)
+    logs = logdir or run.root / layout.TENSORBOARD_FOLDER
+    with exclusive(run.root / layout.ANALYSIS_FOLDER, wait=True):
+        TensorBoardReporter(logs.name).report(series, events, logs.parent)
+    if logdir is None:
+        run.publish_folder(logs, SUFFIX)
+    return series, events
+
+
+def finish(trajectory: "Trajectory", run: "Run", logdir: Path | None, as_json: bool) -> None:
+    """Write TensorBoard's files and print the result of an analysis; may exit with code 3, see `exit_incomplete`.
+
+    Args:
+        trajectory: of the run.
+        run: opened.
+        logdir: where TensorBoard's files go; None for the run's own folder.
+        as_json: whether to print one JSON object.
+    """
+    from groktrace.reporting import console
+    from groktrace.reporting.tensorboard import COLOURS
+
+    series, events = write_logs(trajectory, run, logdir)
+    if as_json:
+        click.echo(json.dumps(console.as_json(series, events), allow_nan=False))
+    else:
+        click.echo(console.transitions_table(events))
+        click.echo(f"\nSee it:  tensorboard --logdir {logdir or run.name}\nthen:    http://localhost:6006/{COLOURS}")
+    exit_incomplete(trajectory, run)
+
+
+def exit_incomplete(trajectory: "Trajectory", run: "Run") -> None:
+    """Name unreadable and untrustworthy snapshots on stderr, and what the recording came to doubt of its program.
+
+    Leaves with exit code 3, if there is anything of these.
+
+    Args:
+        trajectory: of the run.
+        run: opened.
+    """
+    from groktrace.reporting.remarks import single_chain, untrusted
+
+    if lost := single_chain(trajectory):
+        click.echo(lost, err=True)
+    for line in run.doubts:
+        click.echo(f"doubtful: {line}", err=True)
+    for line in trajectory.unreadable:
+        click.echo(f"unreadable: {line}", err=True)
+    lines = untrusted(trajectory)
+    for line in lines:
+        click.echo(f"unreliable: {line}", err=True)
+    if lines or run.doubts or trajectory.unreadable:
+        sys.exit(INCOMPLETE)

@@ -1,0 +1,45 @@
+"""What the public functions take and give, for mypy to read; nothing runs it."""
+
+from pathlib import Path
+
+import torch
+
+import groktrace
+
+
+class Quiet:
+    """A reporter of one's own."""
+
+    def report(self, series: groktrace.Series, events: groktrace.Events, place: Path) -> None:
+        """Show nothing."""
+
+
+kernels: list[groktrace.Kernel] = [groktrace.BAOAB(), groktrace.LeimkuhlerMatthews(), groktrace.SGLD()]
+detectors: list[groktrace.Detector] = [groktrace.PiecewiseDetector(), groktrace.LargestDropDetector()]
+reporters: list[groktrace.Reporter] = [
+    groktrace.TensorBoardReporter(),
+    groktrace.ConsoleReporter(),
+    groktrace.CsvReporter(),
+    groktrace.FigureReporter(),
+    Quiet(),
+]
+settings = groktrace.SamplingSettings(chains=4, nbeta="curvature")
+run = groktrace.open_run("run")
+
+trajectory: groktrace.Trajectory = groktrace.analyze(
+    run, settings=settings, method=kernels[0], detector=detectors[0], reporters=reporters
+)
+latest: groktrace.Trajectory = run.trajectory()
+run.snapshots[-1].load_into(torch.nn.Linear(2, 2))
+for event in groktrace.follow("run", timeout=60, detector=detectors[1], draws=100):
+    if isinstance(event, groktrace.Announcement):
+        step: int = event.transition.step
+seconds: float = groktrace.forecast(Path("run"), settings=settings, rtol=0.1).seconds
+plateau: float | None = groktrace.temperature_curve_at("run", 300, seed=3).plateau
+table: str = groktrace.compare("a", Path("b"), run, trajectory, detector=detectors[0]).table()
+
+groktrace.analyze(run, chain=4)  # type: ignore[call-arg]
+groktrace.follow(run, draws="many")  # type: ignore[arg-type]
+groktrace.forecast(run, setting=settings)  # type: ignore[call-arg]
+groktrace.compare(run, 3)  # type: ignore[arg-type]
+run.snapshots[-1].load_into({})  # type: ignore[arg-type]
