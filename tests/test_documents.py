@@ -129,7 +129,9 @@ def test_named_commands_and_options_exist(path):
     text = "".join(file.read_text() for file in sources)
     for code in re.findall(r"`([^`\n]+)`", prose_of(path)):
         if code.startswith("groktrace "):
-            assert code.split()[1] in main.commands, code
+            _, name, *rest = code.split()
+            options = {option for parameter in main.commands[name].params for option in parameter.opts}
+            assert [word for word in rest if word.startswith("-") and word not in options] == [], code
         if code.startswith("python -m "):
             assert importlib.util.find_spec(code.split()[2]), code
         if not code.startswith(("uv ", "pip ")):
@@ -152,6 +154,25 @@ def test_links_lead_somewhere(path):
         there = (path.parent / name).resolve() if name else path
         assert there.exists(), target
         assert not anchor or anchor in anchors_of(there), target
+
+
+def texts_of(tree):
+    """All strings of a module, with an ellipsis for what is filled in."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+
+
+def test_messages_that_are_explained_are_given():
+    texts = [text for file in (ROOT / "groktrace").rglob("*.py") for text in texts_of(ast.parse(file.read_text()))]
+    rows = re.findall(r"^\| (.*?) \|", (ROOT / "groktrace" / "README.md").read_text(), flags=re.MULTILINE)
+    messages = [message for row in rows for message in re.findall(r'"([^"]+)"', row)]
+    assert len(messages) > 50
+    pieces = [piece.strip() for message in messages for piece in message.replace("'…'", "…").split("…")]
+    missing = [piece for piece in pieces if not any(piece in text for text in texts)]
+    assert not missing, missing
 
 
 def test_the_readme_shows_what_there_is():
