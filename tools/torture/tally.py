@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-trials_option = click.option("--trials", type=int, help="How many times, instead of what the README's table has.")
+trials_option = click.option("--trials", type=int, help="How many times, instead of what tools/README.md has.")
 seed_option = click.option("--seed", default=0, show_default=True, help="Of the random moments.")
 
 
