@@ -82,6 +82,7 @@ def names(recorded, tmp_path, monkeypatch):
         "model": model,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "loss_fn": torch.nn.MSELoss(),
+        "network": torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)),
         "AveragedModel": torch.optim.swa_utils.AveragedModel,
         **{"x": x, "y": x @ truth + 0.1 * torch.randn(60, 3), "xv": xv, "yv": xv @ truth},
     }
