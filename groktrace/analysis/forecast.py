@@ -28,8 +28,10 @@ from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Seconds that trying snapshots may take, and how many are tried at least.
-_SECONDS = 10.0
+# Snapshots whose losses and curvature are measured, half as many as the analysis begins with; seconds that trying some
+# of them may take, and how many are tried at least.
+_SURVEYED = COARSE // 2
+_SECONDS = 5.0
 _LEAST_TRIED = 2
 
 
@@ -100,7 +102,7 @@ def forecast(
         return Forecast(*of_run, 0, _memory(place), 0.0, 0)
     with threads_here(evaluator, threads) as workers:
         trial = _Trial(evaluator, snapshots, workers)
-        surveys, survey_seconds = trial.survey([steps[i] for i in spread(steps, COARSE)])
+        surveys, survey_seconds = trial.survey([steps[i] for i in spread(steps, _SURVEYED)])
         scale, chosen = kept_scale(folder), 0.0
         if scale is None:
             start = time.perf_counter()
