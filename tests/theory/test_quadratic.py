@@ -122,12 +122,14 @@ def test_modular_addition_as_published():
     assert published_modular_addition_llc(5, 20).llc == 275 / 2
 
 
-@given(st.integers(2, 60), st.integers(1, 3000), st.data())
+@given(st.one_of(st.just(3), st.integers(2, 60)), st.one_of(st.just(8), st.integers(1, 3000)), st.data())
 def test_modular_addition_stays_below_the_published_value(p, K, data):
     n = data.draw(st.integers(1, p * p))
     found = modular_addition_llc(p, K, n).llc
     assert found <= modular_addition_llc(p, K).llc <= published_modular_addition_llc(p, K).llc
-    assert published_modular_addition_llc(p, K).llc == quadratic_llc(2 * p, p, K).llc
+    # Of the defective architectures of Abo & Brambilla 2009, which the published form leaves out, one has d = 2p.
+    left_out = 0.5 if (p, K) == (3, 8) else 0.0
+    assert published_modular_addition_llc(p, K).llc - quadratic_llc(2 * p, p, K).llc == left_out
     assert 0 <= found <= 3 * p * K / 2
     assert found <= modular_addition_llc(p, K + 1, n).llc
     if p <= K:
