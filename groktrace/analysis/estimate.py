@@ -129,18 +129,17 @@ def estimate_stack(
 
         # Off a minimum, where snapshots of large sets trained on minibatches nearly always are, λ_c is the measure too.
         centred = curvature is not None or loss.sample_bytes is not None
-        known = _precise_centred if centred and settings.chains > 1 else _precise
-        enough = partial(known, rtol=settings.rtol)
+        needed = partial(_needed_centred if centred and settings.chains > 1 else _needed, rtol=settings.rtol)
         if loss.sample_bytes is not None:
-            enough = partial(_enough_for_the_dear, known=enough)
+            needed = partial(_needed_by_the_dear, needed=needed)
         if loss.micro_batch is None:
             stacked, anchors = stack_weights(loss, weights)
             if whole is not None:
                 whole = replace(whole, fixed=stacked.fixed)
-            traces = sample(stacked, anchors, keys, settings, nbeta, localization, sizes, enough, whole)
+            traces = sample(stacked, anchors, keys, settings, nbeta, localization, sizes, needed, whole)
         else:
             traces = [
-                sample_large(loss, each, key, settings, nbeta, localization, size, enough)
+                sample_large(loss, each, key, settings, nbeta, localization, size, needed)
                 for each, key, size in zip(weights, keys, sizes, strict=True)
             ]
         for s, about, trace, factor in zip(usable, surveys, traces, factors, strict=True):
@@ -216,18 +215,26 @@ def fitted(surveys: Sequence[Survey]) -> list[Survey]:
     return [each for each in finite if each.train_loss <= min(losses) + FITTED * (max(losses) - min(losses))]
 
 
-def _enough_for_the_dear(traces: Traces, known: Callable[[Traces], bool]) -> bool:
-    """Whether no more draws are worth their price: what is off a minimum cannot become reliable."""
-    return off_minimum(traces) or known(traces)
+def _needed_by_the_dear(traces: Traces, needed: Callable[[Traces], float]) -> float:
+    """The same where draws are dear: what is off a minimum cannot become reliable."""
+    return 1.0 if off_minimum(traces) else needed(traces)
 
 
-def _precise(traces: Traces, rtol: float) -> bool:
-    """Whether λ̂ is known to `rtol`; off a minimum, where it is no measure of the basin, no more draws are spent."""
-    llc = float(traces.excess.mean())
-    return standard_error(traces.excess) <= rtol * abs(llc) or off_minimum(traces)
+def _needed(traces: Traces, rtol: float) -> float:
+    """How many times as many draws give λ̂ to `rtol`; 1 off a minimum, where it is no measure of the basin."""
+    if off_minimum(traces):
+        return 1.0
+    return _times(standard_error(traces.excess), abs(float(traces.excess.mean())), rtol)
 
 
-def _precise_centred(traces: Traces, rtol: float) -> bool:
-    """Whether λ_c is known to `rtol`, or so badly that no more draws are spent: where nβ follows, it is the measure."""
-    value, error = float(traces.paired.mean()), centred_error(traces.paired)
-    return not rtol * value < error <= math.sqrt(MAX_GROWTH) * rtol * value
+def _needed_centred(traces: Traces, rtol: float) -> float:
+    """How many times as many draws give λ_c to `rtol`; 1 where so many would be needed that none are spent."""
+    times = _times(centred_error(traces.paired), float(traces.paired.mean()), rtol)
+    return times if times <= MAX_GROWTH else 1.0
+
+
+def _times(error: float, value: float, rtol: float) -> float:
+    """The factor on the number of draws that brings a standard error down to `rtol` of a value."""
+    if not value > 0:
+        return math.inf if error > 0 else 1.0
+    return (error / (rtol * value)) ** 2

@@ -23,6 +23,7 @@ MIN_DRAWS = 64
 # Where data are so many that they are sampled, a step is dear and a draw tells much: of λ_c, 1/√λ of it.
 DEAR_DRAWS = 16
 MAX_STEPS = 400_000
+LEAST_GROWTH = 0.25
 # Below so many weights in a stack of chains, a step costs the same however many there are.
 STACKED_WEIGHTS = 2**14
 MIN_CHAINS, MAX_CHAINS = 2, 16
@@ -152,6 +153,19 @@ def run_length(
         burn_in if settings.burn_in is None else settings.burn_in,
         draws if settings.draws is None else settings.draws,
     )
+
+
+def more_draws(draws: int, needed: float) -> int:
+    """How many draws to add before it is asked again whether they suffice.
+
+    The error that says how many are needed is itself uncertain: a quarter of the draws so far are added at least, and
+    as many again at most.
+
+    Args:
+        draws: so far.
+        needed: how many times as many.
+    """
+    return math.ceil(draws * min(max(needed - 1, LEAST_GROWTH), 1.0))
 
 
 def settle(settings: SamplingSettings, dimension: int, stacked: bool) -> SamplingSettings:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from groktrace.sampling.batches import GROUP, Minibatches, NoiseProfile
-from groktrace.sampling.calibration import MAX_STEPS, run_length, settle, step_size
+from groktrace.sampling.calibration import MAX_STEPS, more_draws, run_length, settle, step_size
 from groktrace.sampling.curvature import difference_product, gaussian_start, lanczos, top_eigenvalue
 from groktrace.sampling.kernels.base import ChainState, Dynamics
 from groktrace.sampling.network import shuffled
@@ -83,7 +83,7 @@ def sample(
     nbeta: float,
     localization: float,
     step_sizes: Sequence[float],
-    enough: Callable[[Traces], bool],
+    needed: Callable[[Traces], float],
     whole: StackedLoss | None = None,
 ) -> list[Traces]:
     """Run all chains of S snapshots.
@@ -98,7 +98,8 @@ def sample(
         step_sizes: ε of each snapshot; halved where chains diverge, reduced where they find a larger curvature than at
             w* or where minibatch noise heats them: 16 times at most, or three where they fall far at once, and within
             the first three where the step heats them.
-        enough: whether a snapshot's draws suffice; asked only where `settings.draws` is None.
+        needed: how many times as many draws a snapshot needs, at most 1 where they suffice; asked only where
+            `settings.draws` is None.
         whole: the same loss without batches, for snapshots whose chains those throw out; None to reduce ε instead.
 
     Returns:
@@ -128,7 +129,7 @@ def sample(
                 [epsilon[s] for s in some],
                 [halvings[s] for s in some],
             )
-            for s, traces, length in zip(some, group.run(enough), group.lengths, strict=True):
+            for s, traces, length in zip(some, group.run(needed), group.lengths, strict=True):
                 traces = results[s] = replace(traces, halvings=halvings[s], lost=lost[s])
                 lost[s] += min(group.made, sum(length))
                 falls[s] += traces.fall > most_fall
@@ -207,7 +208,7 @@ def profile_noise(
     """
     batch = 4 * GROUP
     count = min(len(loss.tensors[0]), _PROFILED) // batch * batch
-    loss = replace(loss, tensors=tuple(each[:count] for each in loss.tensors), plans={})
+    loss = replace(loss, tensors=tuple(each[:count] for each in loss.tensors))
     groups = torch.arange(count, device=anchor.device).view(-1, 1, GROUP)
     settings = replace(settle(settings, anchor.shape[1], stacked=True), chains=1, batch_size=batch)
     group = _Group(loss, anchor, [key], settings, nbeta, localization, [epsilon], [0])
@@ -358,28 +359,30 @@ class _Group:
         """[R, B] samples of the current minibatches; None without them."""
         return None if self.batches is None else self.batches.index
 
-    def run(self, enough: Callable[[Traces], bool]) -> list[Traces]:
+    def run(self, needed: Callable[[Traces], float]) -> list[Traces]:
         """Burn in, draw, and go on with those snapshots whose draws are not enough yet."""
         chains, dimension = self.settings.chains, self.anchors.shape[1]
         traces, active = self._begin()
         self._look_around(traces, active)
         while self.settings.draws is None:
-            going = [
-                i
+            wanted = {
+                i: times
                 for i, s in enumerate(active)
                 if not traces[s].diverged(dimension)
                 and len(traces[s].excess) < self._limit(s)
                 and not self.is_too_large(traces[s])
                 and not self.is_heated(traces[s])
-                and not enough(traces[s])
-            ]
-            if not going:
+                and (times := needed(traces[s])) > 1
+            }
+            if not wanted:
                 break
-            self._keep(going)
-            active = [active[i] for i in going]
-            record = self._advance([len(traces[s].excess) for s in active])
+            self._keep(list(wanted))
+            active = [active[i] for i in wanted]
+            draws = [len(traces[s].excess) for s in active]
+            counts = [more_draws(*each) for each in zip(draws, wanted.values(), strict=True)]
+            record = self._advance(counts)
             for i, s in enumerate(active):
-                more = record[: len(traces[s].excess), :, i * chains : (i + 1) * chains]
+                more = record[: counts[i], :, i * chains : (i + 1) * chains]
                 piece = self._traces(more, self.epsilons[s], traces[s].burn_in)
                 joined = {
                     name: torch.cat([getattr(traces[s], name), getattr(piece, name)])

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, MAX_STEPS, run_length, settle
+from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, MAX_STEPS, more_draws, run_length, settle
 from groktrace.sampling.chains import MAX_GROWTH, MAX_RESTARTS
 from groktrace.sampling.kernels.base import Dynamics
 from groktrace.sampling.network import Network
@@ -39,7 +39,7 @@ def sample_large(
     nbeta: float,
     localization: float,
     step_size: float,
-    enough: Callable[[Traces], bool],
+    needed: Callable[[Traces], float],
 ) -> Traces:
     """Run all chains of one snapshot, see `chains.sample`.
 
@@ -51,7 +51,7 @@ def sample_large(
         nbeta: nβ.
         localization: γ.
         step_size: ε; halved where chains diverge, reduced where minibatch noise heats them.
-        enough: whether the draws suffice; asked only where `settings.draws` is None.
+        needed: how many times as many draws, see `chains.sample`.
 
     Returns:
         Traces; not finite where the chains diverged at every step size tried.
@@ -60,7 +60,7 @@ def sample_large(
     settings = settle(settings, network.layout.size, stacked=False)
     for _ in range(MAX_RESTARTS + 1):
         chains = _Chains(network, step, settings, nbeta, localization, step_size, halvings)
-        traces = replace(chains.run(enough), halvings=halvings, lost=lost)
+        traces = replace(chains.run(needed), halvings=halvings, lost=lost)
         lost += chains.made
         del chains
         if settings.step_size is not None:
@@ -148,7 +148,7 @@ class _Chains:
                 self.normal.fill(anchor[None], [noise])
         return _Chain(self.network.vector(), noise, before, momentum, generator("batch"))
 
-    def run(self, enough: Callable[[Traces], bool]) -> Traces:
+    def run(self, needed: Callable[[Traces], float]) -> Traces:
         """Burn in, draw, and go on until the draws are enough."""
         burn_in, draws = run_length(
             self.settings, self.localization, self.step_size, COLD_BURN_IN_RELAXATIONS, self.halvings
@@ -162,10 +162,10 @@ class _Chains:
                 self.settings.draws is not None
                 or len(record) >= limit
                 or traces.diverged(self.network.layout.size)
-                or enough(traces)
+                or (times := needed(traces)) <= 1
             ):
                 return traces
-            record = torch.cat([record, self._advance(len(record))])
+            record = torch.cat([record, self._advance(more_draws(len(record), times))])
 
     def _traces(self, record: Tensor, burn_in: int) -> Traces:
         pairs = {1: 0, 2: 1}.get(self.settings.chains, self.settings.chains)

@@ -102,7 +102,7 @@ class StackedLoss:
             others stand for all the rest.
         micro_batch: samples evaluated at once where networks are large and go alone, in place (`network`, `large`);
             None where they are stacked.
-        plans: recorded gradients by the shapes they take, shared by all losses made of this one.
+        plans: recorded gradients by samples and shapes, shared by all losses made of this one; of one thread.
     """
 
     forward: Forward
@@ -140,7 +140,7 @@ class StackedLoss:
         together = min(batch_size or len(tensors[0]), len(tensors[0]))
         stacked = self.vectorised and together * self.sample_bytes <= STACKED_BYTES
         row = len(tensors[0]) * self.sample_bytes
-        return replace(self, tensors=tensors, vectorised=stacked, row_bytes=row, heavy=heavy, plans={})
+        return replace(self, tensors=tensors, vectorised=stacked, row_bytes=row, heavy=heavy)
 
     def probe(self, weights: Tensor) -> "StackedLoss":
         """This loss, with what one gradient tells of it: whether rows can be stacked, and how much memory one takes.
@@ -429,7 +429,8 @@ class StackedLoss:
         row = self.gradient_bytes(None if index is None else index.shape[1])
         if not self.vectorised or self.row_bytes is None or row * len(weights) > MAX_PLANNED_BYTES:
             return None
-        key = (len(weights), weights.dtype, None if index is None else index.shape, FACTOR in self.fixed)
+        key = len(self.tensors[0]), self.heavy, len(weights), weights.dtype, index is not None and index.shape
+        key = (*key, FACTOR in self.fixed)
         if key not in self.plans:
 
             def function(flat: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from groktrace.errors import SettingsError
-from groktrace.sampling.calibration import Scale, posterior_scale, run_length, settle, step_size
+from groktrace.sampling.calibration import Scale, more_draws, posterior_scale, run_length, settle, step_size
 from groktrace.sampling.kernels import KERNELS
 from groktrace.sampling.settings import SamplingSettings
 
@@ -64,6 +64,13 @@ def test_step_is_stable_and_run_length_covers_the_flat_directions(method, top):
     assert burn_in == math.ceil(KERNELS[method].relaxation(halved, gamma, halvings))
     assert (burn_in < KERNELS[method].relaxation(halved, gamma)) == (method == "baoab")
     assert run_length(SamplingSettings(method, chains=2, burn_in=7, draws=9), gamma, epsilon) == (7, 9)
+
+
+@pytest.mark.parametrize(
+    ("needed", "added"), [(1.01, 25), (1.2, 25), (1.5, 50), (2.0, 100), (9.0, 100), (math.inf, 100)]
+)
+def test_draws_grow_by_what_is_needed_within_bounds(needed, added):
+    assert more_draws(100, needed) == added
 
 
 @pytest.mark.parametrize(("dimension", "chains"), [(2, 16), (3000, 5), (8832, 2), (10**9, 2)])

@@ -18,10 +18,10 @@ from groktrace.sampling.settings import SamplingSettings
 SPECTRUM = torch.cat([torch.zeros(20), torch.logspace(-3, 0, 40)]).double()
 
 
-def draw(loss, anchors, settings, nbeta, gamma, top=1.0, steps=None, enough=lambda traces: True, epsilons=None):
+def draw(loss, anchors, settings, nbeta, gamma, top=1.0, steps=None, needed=lambda traces: 1.0, epsilons=None):
     steps = list(range(len(anchors))) if steps is None else steps
     epsilons = epsilons or [step_size(nbeta, gamma, top)] * len(anchors)
-    return sample(loss, anchors, steps, settings, nbeta, gamma, epsilons, enough)
+    return sample(loss, anchors, steps, settings, nbeta, gamma, epsilons, needed)
 
 
 def soft_rank(nbeta, gamma):
@@ -96,14 +96,14 @@ def test_nor_do_they_where_run_lengths_differ_and_grow(batch_size, lengths):
     epsilons = [f * step_size(10.0, 1.0, 4.0) for f in (1.0, 0.1, 0.5)]
     settings = SamplingSettings(chains=2, batch_size=batch_size)
 
-    def enough(traces):
-        return len(traces.excess) >= 100
+    def needed(traces):
+        return 2.0 if len(traces.excess) < 100 else 1.0
 
-    together = draw(loss, anchors, settings, 10.0, 1.0, enough=enough, epsilons=epsilons)
+    together = draw(loss, anchors, settings, 10.0, 1.0, needed=needed, epsilons=epsilons)
     # The first is done before the second, and grows.
     assert [len(traces.excess) for traces in together] == lengths
     for s, traces in enumerate(together):
-        (alone,) = draw(loss, anchors[s : s + 1], settings, 10.0, 1.0, 1.0, [s], enough, epsilons[s : s + 1])
+        (alone,) = draw(loss, anchors[s : s + 1], settings, 10.0, 1.0, 1.0, [s], needed, epsilons[s : s + 1])
         torch.testing.assert_close(alone.excess, traces.excess, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(alone.fluctuation, traces.fluctuation, rtol=1e-9, atol=1e-9)
         assert alone.heating == pytest.approx(traces.heating, rel=1e-9)
@@ -144,7 +144,7 @@ def test_diverging_chains_are_halved_until_they_hold_and_counted(bowl):
         10.0,
         1.0,
         epsilons=[stable, 16 * stable],
-        enough=lambda traces: len(traces.excess) > 900,
+        needed=lambda traces: 901 / len(traces.excess),
     )
     assert len(good.excess) > 900
     assert bad.lost <= (bad.halvings + 1) * 80
@@ -233,7 +233,7 @@ def test_chains_that_the_step_heats_are_tried_again_at_half_of_it_a_few_times(
     settings = SamplingSettings("baoab", chains=2)
     asked = []
     arguments = bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, 1000.0, 1.0
-    (traces,) = draw(*arguments, enough=lambda each: asked.append(each) or len(asked) > 1, epsilons=[stable])
+    (traces,) = draw(*arguments, needed=lambda each: asked.append(each) or 3.0 - len(asked), epsilons=[stable])
     assert traces.halvings == halvings
     assert traces.step_size == pytest.approx(stable / 2**halvings)
     assert not traces.diverged(60)
@@ -255,15 +255,15 @@ def test_an_explicit_step_size_is_left_alone(bowl):
 def test_draws_grow_until_they_are_enough_and_only_where_they_are_not(bowl):
     asked = []
 
-    def enough(traces):
+    def needed(traces):
         asked.append(len(traces.excess))
-        return len(traces.excess) >= 300
+        return 300 / len(traces.excess)
 
     anchors = torch.zeros(2, 60).double()
     epsilons = [step_size(10.0, 1.0, 1.0), 0.2 * step_size(10.0, 1.0, 1.0)]
-    short, long = draw(bowl(SPECTRUM), anchors, SamplingSettings(chains=2), 10.0, 1.0, enough=enough, epsilons=epsilons)
-    assert 300 <= len(short.excess) < 600
-    assert 300 <= len(long.excess) < 900
+    short, long = draw(bowl(SPECTRUM), anchors, SamplingSettings(chains=2), 10.0, 1.0, needed=needed, epsilons=epsilons)
+    assert 300 <= len(short.excess) < 375
+    assert len(long.excess) > 300
     assert min(asked) < 300
     # What came first is what a run without growth gives.
     first, _ = draw(bowl(SPECTRUM), anchors, SamplingSettings(chains=2), 10.0, 1.0, epsilons=epsilons)

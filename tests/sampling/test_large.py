@@ -20,8 +20,8 @@ def alone(loss, micro_batch=8):
     return replace(loss, vectorised=False, micro_batch=micro_batch)
 
 
-def draw(loss, weights, settings, nbeta, gamma, epsilon, enough=lambda traces: True, step=0):
-    return sample_large(loss, weights, step, settings, nbeta, gamma, epsilon, enough)
+def draw(loss, weights, settings, nbeta, gamma, epsilon, needed=lambda traces: 1.0, step=0):
+    return sample_large(loss, weights, step, settings, nbeta, gamma, epsilon, needed)
 
 
 @pytest.mark.parametrize("batch_size", [None, 5])
@@ -30,7 +30,7 @@ def test_large_networks_take_the_same_steps_as_stacked_ones(batch_size):
     loss, weights = regression()
     settings = SamplingSettings("sgld", chains=3, draws=20, burn_in=4, step_size=1e-3, batch_size=batch_size)
     found = draw(alone(loss, 7), weights, settings, 30.0, 5.0, 1e-3, step=700)
-    (expected,) = sample(loss, weights["w"][None], [700], settings, 30.0, 5.0, [1e-3], lambda traces: True)
+    (expected,) = sample(loss, weights["w"][None], [700], settings, 30.0, 5.0, [1e-3], lambda traces: 1.0)
     for name in ("excess", "pull", "spread"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-9, atol=1e-9)
     assert found.paired.shape == expected.paired.shape
@@ -97,7 +97,7 @@ def test_minibatches_heat_a_large_network_as_they_heat_stacked_ones(method, epsi
     loss, weights = regression()
     settings = SamplingSettings(method, chains=2, burn_in=20, draws=1500, step_size=epsilon, batch_size=20)
     found = draw(alone(loss, 16), weights, settings, 200.0, 1.0, epsilon)
-    (expected,) = sample(loss, weights["w"][None], [0], settings, 200.0, 1.0, [epsilon], lambda traces: True)
+    (expected,) = sample(loss, weights["w"][None], [0], settings, 200.0, 1.0, [epsilon], lambda traces: 1.0)
     assert expected.heating > 0.01
     assert found.heating == pytest.approx(expected.heating, rel=0.4)
 
@@ -121,8 +121,8 @@ def test_draws_of_a_large_network_grow_until_they_are_enough(bowl):
     epsilon = step_size(10.0, 1.0, 1.0)
     settings = SamplingSettings(chains=2)
     first = draw(alone(bowl(SPECTRUM)), weights, settings, 10.0, 1.0, epsilon)
-    grown = draw(alone(bowl(SPECTRUM)), weights, settings, 10.0, 1.0, epsilon, lambda traces: len(traces.excess) >= 300)
-    assert 300 <= len(grown.excess) < 600
+    grown = draw(alone(bowl(SPECTRUM)), weights, settings, 10.0, 1.0, epsilon, lambda traces: 300 / len(traces.excess))
+    assert len(grown.excess) == 300
     assert torch.equal(grown.excess[: len(first.excess)], first.excess)
 
 

@@ -351,7 +351,7 @@ def _chain_steps(model: nn.Module, data: Any, settings: dict[str, Any]) -> Calla
     def run(draws: int) -> None:
         chosen = SamplingSettings(**settings, draws=draws)
         scale = FIXED["nbeta"], FIXED["localization"], FIXED["step_size"]
-        sample_large(loss, named, 0, chosen, *scale, lambda traces: True)
+        sample_large(loss, named, 0, chosen, *scale, lambda traces: 1.0)
 
     return run
 
