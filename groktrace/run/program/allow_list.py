@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from groktrace.errors import TaskError
+from groktrace.run.program.recurrent import RECURRENT, recurrent_layer
 
 MAX_LITERAL_ELEMENTS = 2**28  # that the document itself may ask for
 MAX_ELEMENTS = 2**31
@@ -42,8 +43,6 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "Layout": (torch.layout,),
     "MemoryFormat": (torch.memory_format,),
 }
-# Rows of weights for each hidden unit.
-_RECURRENT = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 # Arguments that say how much to allocate.
 _SIZE_NAMES = frozenset(
     ["size", "steps", "n", "m", "N", "s", "window_length", "num_classes", "row", "col", "repeats", "output_size", "pad"]
@@ -134,7 +133,7 @@ def find_operation(target: str, args: list[Any], kwargs: dict[str, Any]) -> Call
         raise RefusedError(f"it calls {target}, which may do more than compute")
     # Without running statistics, some kernels read uninitialised memory.
     bare = "batch_norm" in name and given.get("running_mean") is None and given.get("training") is not True
-    packed = overload == "data" and name in _RECURRENT  # sequences of several lengths
+    packed = overload == "data" and name in RECURRENT  # sequences of several lengths
     valued = overload == "tensor_indices_or_sections"  # as many results as a value says
     if _TRUSTING.fullmatch(name) or bare or packed or valued or overload.startswith("prim_"):
         raise RefusedError(f"it calls {target}, which does not check its arguments")
@@ -146,8 +145,8 @@ def find_operation(target: str, args: list[Any], kwargs: dict[str, Any]) -> Call
         raise RandomError(f"{target} draws random numbers")
     if target in _REPLACED:
         return _REPLACED[target]
-    if name in _RECURRENT:
-        return _recurrent(name, op)
+    if name in RECURRENT:
+        return recurrent_layer(name, op)
     if name in ("bincount", "repeat_interleave") or (name == "one_hot" and given.get("num_classes") == -1):
         return _sized_by_values(op)
     if _elements(name, given) > MAX_LITERAL_ELEMENTS:
@@ -226,58 +225,6 @@ def _sized_by_values(op: Any) -> Callable[..., Any]:
         return op(*args, **kwargs)
 
     return bounded
-
-
-def _recurrent(name: str, op: Any) -> Callable[..., Any]:
-    """The fused layer, as the live model has it; where it can be neither stacked nor differentiated, its parts."""
-
-    def layer(*args: Any, **kwargs: Any) -> Any:
-        if kwargs or len(args) != 9 or not _weights_fit(_RECURRENT[name], *args):
-            raise TaskError(f"the recorded program calls {name} with states or weights that do not fit its input.")
-        try:
-            return op(*args, **kwargs)
-        except RuntimeError:
-            enabled = torch._C._get_mkldnn_enabled()
-            torch._C._set_mkldnn_enabled(False)
-            try:
-                return op.decompose(*args, **kwargs)
-            finally:
-                torch._C._set_mkldnn_enabled(enabled)
-
-    return layer
-
-
-def _weights_fit(
-    gates: int,
-    tensor: Tensor,
-    states: Any,
-    weights: list[Tensor],
-    biases: bool,
-    layers: int,
-    dropout: float,
-    train: bool,
-    both_ways: bool,
-    batch_first: bool,
-) -> bool:
-    """Whether a recurrent layer's arguments have the shapes that its kernel takes on trust."""
-    states = list(states) if isinstance(states, list | tuple) else [states]
-    if tensor.ndim != 3 or not tensor.numel() or layers < 1 or len(states) != (2 if gates == 4 else 1):
-        return False
-    ways, hidden, batch = (
-        1 + both_ways,
-        states[0].shape[-1] if states[0].ndim else 0,
-        tensor.shape[0 if batch_first else 1],
-    )
-    wanted: list[tuple[int, ...]] = []
-    for i in range(layers * ways):
-        rows, inputs = gates * hidden, tensor.shape[2] if i < ways else ways * hidden
-        wanted += [(rows, inputs), (rows, hidden), *([(rows,), (rows,)] if biases else [])]
-    shapes = [tuple(state.shape) for state in states]
-    return (
-        hidden > 0
-        and shapes == [(layers * ways, batch, hidden)] * len(shapes)
-        and ([tuple(weight.shape) for weight in weights] == wanted)
-    )
 
 
 def _fill_tensor(tensor: Tensor, value: Tensor) -> Tensor:
