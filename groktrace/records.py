@@ -1,6 +1,7 @@
-"""Read records back from JSON, which is hostile input; the record's own annotations say what each field may hold."""
+"""Records as JSON, and back: what is read is hostile, and the record's own annotations say what each field may hold."""
 
 import inspect
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -35,6 +36,15 @@ def read_record(kind: type[Record], value: Any) -> Record:
     if odd := sorted(required - value.keys()) or sorted(value.keys() - hints.keys()):
         raise ValueError(f"'{odd[0]}' is {'missing' if odd[0] in hints else 'unknown'} among {', '.join(hints)}"[:400])
     return kind(**{name: _read(hints[name], item, name) for name, item in value.items()})
+
+
+def plain(value: Any) -> Any:
+    """JSON values: tuples become lists, and numbers that are not finite None."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def between(least: float, most: float = sys.float_info.max) -> Callable[[Any], Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from groktrace.analysis.llc import NOT_THE_BASIN, OFF_MINIMUM, PERHAPS_OFF
 from groktrace.analysis.reference import Reference
 from groktrace.errors import GroktraceError, RunError, SettingsError
-from groktrace.records import between, read_record
+from groktrace.records import between, plain, read_record
 from groktrace.run.files import read_json, write_json
 from groktrace.run.layout import Step
 
@@ -59,7 +59,7 @@ class Point:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; what is not finite becomes None."""
-        return _plain(vars(self))
+        return plain(vars(self))
 
     @classmethod
     def from_dict(cls, value: Any) -> "Point":
@@ -255,7 +255,7 @@ class Trajectory:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         reference = None if self.reference is None else self.reference.to_dict()
-        own = _plain({**vars(self), "points": None, "reference": reference})
+        own = plain({**vars(self), "points": None, "reference": reference})
         return {**own, "points": [point.to_dict() for point in self.points]}
 
     # What shows a trajectory is built on it, and imported when asked for.
@@ -337,12 +337,3 @@ class Trajectory:
 
 def _finite(value: Any) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
-
-
-def _plain(value: Any) -> Any:
-    """JSON values: numbers that are not finite become None."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

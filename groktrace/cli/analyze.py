@@ -2,26 +2,11 @@
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from groktrace.cli.options import (
-    BESIDE,
-    COMPUTING,
-    JSON,
-    NBETA,
-    PRESET,
-    RUN,
-    SAMPLING,
-    WORKERS,
-    Command,
-    ExpertOption,
-    load_task,
-    options,
-    sampling_settings,
-    set_threads,
-)
+from groktrace.cli.options import ANALYSIS, JSON, RUN, Command, ExpertOption, as_keywords, options
 from groktrace.cli.results import finish, write_logs
 
 if TYPE_CHECKING:
@@ -38,50 +23,24 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Sample at most a tenth of the snapshots: those that date transitions.",
 )
-@options(PRESET, *COMPUTING, *WORKERS, *BESIDE, NBETA, *SAMPLING)
-def command(
-    run: Path | str,
-    as_json: bool,
-    minutes: float,
-    adaptive: bool,
-    preset: str,
-    device: str | None,
-    threads: int | None,
-    task: str | None,
-    jobs: int,
-    dask: str | None,
-    logdir: Path | None,
-    reference: float | Literal["jacobian"] | None,
-    curvature: bool,
-    **given: Any,
-) -> None:
+@options(*ANALYSIS)
+def command(run: Path | str, as_json: bool, minutes: float, adaptive: bool, logdir: Path | None, **given: Any) -> None:
     """Replay the snapshots of RUN into an LLC trajectory, find its phase transitions, write TensorBoard files."""
     from groktrace.analysis.replay import analyze
-    from groktrace.analysis.workers import dask_executor
     from groktrace.reporting.console import opening_line
     from groktrace.run.store import open_run
 
-    set_threads(threads)
     if not minutes > 0:
         raise click.UsageError(f"--time: expected a positive number of minutes, got {minutes:g}")
-    settings, opened = sampling_settings(given, preset), open_run(run)
-    loaded = load_task(task)
-    with contextlib.ExitStack() as held:
-        executor = None if dask is None else held.enter_context(dask_executor(dask))
+    with as_keywords(given) as keywords, contextlib.ExitStack() as held:
+        opened = open_run(run)
         trajectory = analyze(
             opened,
-            task=loaded,
-            task_name=task,
-            device=device,
             progress=held.enter_context(_Phases(opening_line(opened))).report,
-            reference=reference,
-            curvature=curvature,
             adaptive=adaptive,
-            jobs=jobs,
-            executor=executor,
             time_limit=60 * minutes,
             partial=lambda trajectory: write_logs(trajectory, opened, logdir),
-            settings=settings,
+            **keywords,
         )
     finish(trajectory, opened, logdir, as_json)
 

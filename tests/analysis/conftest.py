@@ -1,8 +1,12 @@
 """Small networks with known answers."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 from torch import nn
+
+from groktrace.analysis.evaluator import Evaluator
 
 
 class Quadratic(nn.Module):
@@ -28,3 +32,17 @@ def teacher():
         return model, (x, model(x).detach())
 
     return make
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """The steps of all snapshots that this process evaluates, by phase."""
+    steps = defaultdict(list)
+    plain = Evaluator.evaluate
+
+    def noting(self, item, snapshots):
+        steps[item.phase].extend(item.steps)
+        return plain(self, item, snapshots)
+
+    monkeypatch.setattr(Evaluator, "evaluate", noting)
+    return steps

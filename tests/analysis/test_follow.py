@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import groktrace
-from groktrace.analysis import evaluator
 from groktrace.analysis import follow as following
+from groktrace.analysis import measure
 from groktrace.analysis.detection import Transition
 from groktrace.analysis.follow import Announcement, Ended, Scaled, wait_for_run
 from groktrace.analysis.trajectory import Point
@@ -72,20 +72,13 @@ def test_a_recording_is_followed_to_its_end_and_gives_what_a_plain_analysis_give
     assert not list((recording / "analysis").rglob("live-*.jsonl"))
 
 
-def test_with_numbers_given_nothing_is_measured_twice_whatever_comes_between(recording, monkeypatch):
-    sampled = []
-    original = evaluator.estimate_stack
-    monkeypatch.setattr(
-        evaluator,
-        "estimate_stack",
-        lambda loss, weights, *rest: sampled.append(len(weights)) or original(loss, weights, *rest),
-    )
-    monkeypatch.setattr(evaluator, "rows_per_stack", lambda loss, batch_size=None: 1)
+def test_with_numbers_given_nothing_is_measured_twice_whatever_comes_between(recording, monkeypatch, evaluated):
+    monkeypatch.setattr(measure, "rows_per_stack", lambda loss, batch_size=None: 1)
     numbers = {"nbeta": 100.0, "localization": 1.0}
     first = events_of(recording, **numbers, stop_after=4)
     rest = events_of(recording, **numbers)
     assert steps_of(first) + steps_of(rest) == list(range(13))
-    assert sum(sampled) == 13
+    assert len(evaluated["llc"]) == 13
     assert [point.step for point in rest[-1].trajectory.points] == list(range(13))
 
 
@@ -127,19 +120,20 @@ def said(announcements):
 def test_a_transition_is_announced_once_and_what_becomes_of_it_is_said(tmp_path):
     path = tmp_path / "live.json"
     a, b = transition(100), transition(300, "complexification")
-    assert said(following._Live(path).compare([a])) == [("transition", 1, 100)]
+    assert said(following._Announced(path).compare([a])) == [("transition", 1, 100)]
     # Also by another process, and though its date moves within its interval.
-    assert following._Live(path).compare([transition(104)]) == []
-    assert said(following._Live(path).compare([transition(104), b])) == [("transition", 2, 300)]
-    assert said(following._Live(path).compare([transition(110), b])) == [("revised", 1, 110)]
-    assert said(following._Live(path).compare([transition(110, label="generalisation"), b])) == [("revised", 1, 110)]
-    assert said(following._Live(path).compare([b])) == [("withdrawn", 1, 110)]
-    assert following._Live(path).compare([b]) == []
-    assert said(following._Live(path).compare([transition(112), b])) == [("revised", 1, 112)]
-    assert said(following._Live(path).compare([transition(112), b, transition(500)])) == [("transition", 3, 500)]
+    assert following._Announced(path).compare([transition(104)]) == []
+    assert said(following._Announced(path).compare([transition(104), b])) == [("transition", 2, 300)]
+    assert said(following._Announced(path).compare([transition(110), b])) == [("revised", 1, 110)]
+    labelled = transition(110, label="generalisation")
+    assert said(following._Announced(path).compare([labelled, b])) == [("revised", 1, 110)]
+    assert said(following._Announced(path).compare([b])) == [("withdrawn", 1, 110)]
+    assert following._Announced(path).compare([b]) == []
+    assert said(following._Announced(path).compare([transition(112), b])) == [("revised", 1, 112)]
+    assert said(following._Announced(path).compare([transition(112), b, transition(500)])) == [("transition", 3, 500)]
     path.write_text("{}")
     with pytest.raises(RunError, match=r"live\.json: damaged .* remove the file to follow anew"):
-        following._Live(path)
+        following._Announced(path)
 
 
 def test_events_as_lines_and_in_words():
@@ -170,7 +164,7 @@ def test_events_as_lines_and_in_words():
 def test_damaged_notes_are_named(tmp_path, content):
     write_json(tmp_path / "live.json", content)
     with pytest.raises(RunError, match=r"live\.json: damaged \(.*\); remove the file to follow anew"):
-        following._Live(tmp_path / "live.json")
+        following._Announced(tmp_path / "live.json")
 
 
 def test_weights_that_begin_to_train_are_sampled_from_then_on(tmp_path, monkeypatch):

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 import groktrace
-from groktrace.analysis.evaluator import run_layout
 from groktrace.analysis.identity import identify, measure_behaviour, noise_key, recorded_digest
+from groktrace.analysis.setup import run_layout
 from groktrace.run.files import write_json
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from groktrace import theory
-from groktrace.analysis.estimate import weight_layout
 from groktrace.analysis.reference import Reference, check_reference, jacobian_reference
+from groktrace.analysis.setup import weight_layout
 from groktrace.errors import SettingsError
 from groktrace.run.task import Task
 

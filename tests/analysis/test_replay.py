@@ -9,26 +9,14 @@ import torch
 from torch import nn
 
 import groktrace
-from groktrace.analysis import evaluator, replay
+from groktrace.analysis import measure, session
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.errors import RunError, SettingsError, SnapshotError, TaskError
 from groktrace.run import layout
-from groktrace.run.files import read_tensors, write_json, write_tensors
+from groktrace.run.files import read_json, read_tensors, write_json, write_tensors
 from groktrace.sampling import network
 
 FAST = {"draws": 20, "burn_in": 20}
-
-
-def count_samplings(monkeypatch):
-    calls = []
-    original = evaluator.estimate_stack
-
-    def counting(task, sampled, weights, *rest):
-        calls.append(len(weights))
-        return original(task, sampled, weights, *rest)
-
-    monkeypatch.setattr(evaluator, "estimate_stack", counting)
-    return calls
 
 
 def test_points_carry_what_is_known_of_each_snapshot(small_run):
@@ -44,20 +32,20 @@ def test_points_carry_what_is_known_of_each_snapshot(small_run):
     assert trajectory.unreadable == ()
 
 
-def test_finished_snapshots_are_not_redone(small_run, monkeypatch):
-    calls = count_samplings(monkeypatch)
+def test_finished_snapshots_are_not_redone(small_run, evaluated):
+    calls = evaluated["llc"]
     first = groktrace.analyze(small_run, **FAST)
-    assert sum(calls) == 6
+    assert len(calls) == 6
     again = groktrace.analyze(small_run, **FAST)
-    assert sum(calls) == 6
+    assert len(calls) == 6
     assert again == first
     groktrace.analyze(small_run, **FAST, seed=1)
-    assert sum(calls) == 12
+    assert len(calls) == 12
 
 
-def test_an_interrupted_analysis_goes_on_to_the_same_result(small_run, tmp_path, monkeypatch):
+def test_an_interrupted_analysis_goes_on_to_the_same_result(small_run, tmp_path, monkeypatch, evaluated):
     other = shutil.copytree(small_run, tmp_path / "other" / "run")
-    monkeypatch.setattr(evaluator, "rows_per_stack", lambda loss, batch_size=None: 4)
+    monkeypatch.setattr(measure, "rows_per_stack", lambda loss, batch_size=None: 4)
     whole = groktrace.analyze(small_run, **FAST)
 
     def interrupt(phase, done, total):
@@ -66,9 +54,9 @@ def test_an_interrupted_analysis_goes_on_to_the_same_result(small_run, tmp_path,
 
     with pytest.raises(KeyboardInterrupt):
         groktrace.analyze(other, **FAST, progress=interrupt)
-    calls = count_samplings(monkeypatch)
+    evaluated.clear()
     resumed = groktrace.analyze(other, **FAST)
-    assert sum(calls) == 2
+    assert len(evaluated["llc"]) == 2
     assert resumed.points == whole.points
 
 
@@ -289,7 +277,7 @@ def seeds_of(monkeypatch, run, **settings):
         return generator
 
     with monkeypatch.context() as patch:
-        for module in ("groktrace.sampling.chains", "groktrace.analysis.evaluation", "groktrace.analysis.sharpness"):
+        for module in ("groktrace.sampling.chains", "groktrace.analysis.measure", "groktrace.analysis.hessian"):
             patch.setattr(f"{module}.generator_for", noting)
         groktrace.analyze(run, **FAST, **settings)
     return seeds
@@ -372,7 +360,8 @@ def test_a_copy_shows_what_the_run_shows(small_run, tmp_path):
     (copy / "analysis" / "latest.json").unlink()
     assert groktrace.open_run(copy).trajectory() != latest
     # Results that were removed.
-    write_json(copy / "analysis" / "latest.json", {"folder": "../run", "recorded": {}})
+    note = read_json(small_run / "analysis" / "latest.json")
+    write_json(copy / "analysis" / "latest.json", {**note, "folder": "../run"})
     assert groktrace.open_run(copy).trajectory() != latest
 
 
@@ -380,18 +369,13 @@ def is_latest(path, latest):
     return Trajectory.load(path) == latest
 
 
-@pytest.mark.parametrize("content", [[], {}, {"folder": 3}, {"recorded": {}}, "named"])
-def test_a_damaged_note_of_the_last_result_is_named(small_run, content):
+@pytest.mark.parametrize("change", [[], {"folder": 3}, {"recorded": []}, {"recorded": {"a": 1}}, {"step": "3"}])
+def test_a_damaged_note_of_the_last_result_is_named(small_run, change):
     groktrace.analyze(small_run, **FAST)
-    if content == "named":
-        (path,) = small_run.glob("analysis/*/trajectory.json")
-        content = {"folder": path.parent.name, "created": groktrace.open_run(small_run).info["created"], "recorded": []}
-    write_json(small_run / "analysis" / "latest.json", content)
-    if isinstance(content, dict) and content.get("folder") == 3:
-        assert groktrace.open_run(small_run).trajectory()
-    else:
-        with pytest.raises(RunError, match=r"latest\.json: damaged"):
-            groktrace.open_run(small_run).trajectory()
+    path = small_run / "analysis" / "latest.json"
+    write_json(path, change if isinstance(change, list) else {**read_json(path), **change})
+    with pytest.raises(RunError, match=r"latest\.json: damaged"):
+        groktrace.open_run(small_run).trajectory()
 
 
 def test_a_snapshot_replaced_during_the_analysis_is_named(small_run):
@@ -455,8 +439,8 @@ def test_a_reference_goes_with_the_trajectory_and_is_replaced(small_run):
 
 def test_the_rank_is_taken_once_and_at_the_last_snapshot_that_loads(small_run, monkeypatch):
     calls = []
-    original = replay.jacobian_reference
-    monkeypatch.setattr(replay, "jacobian_reference", lambda *rest: calls.append(1) or original(*rest))
+    original = session.jacobian_reference
+    monkeypatch.setattr(session, "jacobian_reference", lambda *rest: calls.append(1) or original(*rest))
     first = groktrace.analyze(small_run, **FAST, reference="jacobian")
     assert groktrace.analyze(small_run, **FAST, reference="jacobian") == first
     assert len(calls) == 1
@@ -465,22 +449,18 @@ def test_the_rank_is_taken_once_and_at_the_last_snapshot_that_loads(small_run, m
     assert groktrace.analyze(small_run, **FAST, reference="jacobian").reference.step == 40
 
 
-def test_curvature_is_measured_where_asked_for_and_kept(small_run, monkeypatch):
+def test_curvature_is_measured_where_asked_for_and_kept(small_run, evaluated):
     plain = groktrace.analyze(small_run, **FAST)
     assert plain.points[0].hessian_trace is None
-    calls = []
-    original = evaluator.measure_sharpness
-    monkeypatch.setattr(evaluator, "measure_sharpness", lambda *rest: calls.append(1) or original(*rest))
     curved = groktrace.analyze(small_run, **FAST, curvature=True)
-    assert len(calls) >= 1
+    assert len(evaluated["hessian"]) == 6
     for point in curved.points:
         assert 0 < point.hessian_top < point.hessian_trace
         assert 0 < point.hessian_trace_stderr < point.hessian_trace
         assert point.hessian_top == pytest.approx(point.diagnostics["top_curvature"], rel=0.07)
-    done = len(calls)
     assert groktrace.analyze(small_run, **FAST, curvature=True) == curved
     assert groktrace.open_run(small_run).trajectory() == curved
-    assert len(calls) == done
+    assert len(evaluated["hessian"]) == 6
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -520,15 +500,8 @@ def test_where_the_curvature_falls_away_nbeta_follows_it_by_default(tmp_path, lo
     assert found.weight_decay is None
 
 
-def test_losses_and_curvatures_are_measured_once_for_all_settings(small_run, monkeypatch):
-    measured = []
-    plain = evaluator.Evaluator._survey
-
-    def counting(self, group, chunk):
-        measured.extend(chunk.steps)
-        return plain(self, group, chunk)
-
-    monkeypatch.setattr(evaluator.Evaluator, "_survey", counting)
+def test_losses_and_curvatures_are_measured_once_for_all_settings(small_run, evaluated):
+    measured = evaluated["metrics"]
     first = groktrace.analyze(small_run, draws=20, burn_in=20)
     assert len(measured) == 6
     second = groktrace.analyze(small_run, draws=25, burn_in=20, chains=2)

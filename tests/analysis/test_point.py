@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from groktrace import theory
-from groktrace.analysis import estimate
+from groktrace.analysis import measure
 from groktrace.analysis.llc import OFF_MINIMUM
 from groktrace.analysis.point import estimate_llc
 from groktrace.errors import SettingsError, TaskError
@@ -314,10 +314,10 @@ def test_where_nbeta_follows_draws_grow_until_the_centred_estimate_is_precise():
         return Traces(excess, excess, excess, paired, 0.1, 0)
 
     error = 4000**0.5  # of the mean, times this
-    assert estimate._needed_centred(traces(100.0, 1.5 * error), 0.02) < 1
-    assert 1 < estimate._needed_centred(traces(100.0, 2.7 * error), 0.02) <= 2.7**2
-    assert estimate._needed_centred(traces(100.0, 12.0 * error), 0.02) == 1  # sixteen times as many would not do
-    assert estimate._needed_centred(traces(-100.0, 2.7 * error), 0.02) == 1
+    assert measure._needed_centred(traces(100.0, 1.5 * error), 0.02) < 1
+    assert 1 < measure._needed_centred(traces(100.0, 2.7 * error), 0.02) <= 2.7**2
+    assert measure._needed_centred(traces(100.0, 12.0 * error), 0.02) == 1  # sixteen times as many would not do
+    assert measure._needed_centred(traces(-100.0, 2.7 * error), 0.02) == 1
 
 
 class Autoencoder(nn.Module):
