@@ -46,7 +46,7 @@ def none_found(trajectory: Trajectory, detector: Detector | None = None) -> str:
         kind = "rise" if change.delta_llc > 0 else "fall"
         more = f" The {kind} at step {change.step} does not count: {why}."
         more += f" Nor do {len(others)} others." if others else ""
-    return f"No transition found in {len(fitted.x)} snapshots: {shape}.{more}"
+    return f"No transition found in {len(fitted.position)} snapshots: {shape}.{more}"
 
 
 def describe_curve(trajectory: Trajectory, fitted: Fitted, settings: DetectionSettings = DEFAULTS) -> str:
@@ -59,13 +59,14 @@ def describe_curve(trajectory: Trajectory, fitted: Fitted, settings: DetectionSe
     """
     symbol, value, steps = trajectory.curve.symbol, fitted.fit.value, trajectory.column("step")[fitted.position]
     level = max(float(np.abs(value).max()), 1e-300)
-    scatter = float(np.median(np.sqrt(fitted.variance)))
+    scatter = float(np.median(np.sqrt(fitted.fit.data.variance)))
     quantile = statistics.NormalDist().inv_cdf(1 - settings.significance / (2 * len(value)))
     error = quantile * math.sqrt(2 * float(np.median(fitted.fit.variance)))
     noise = f", though the points scatter by {100 * scatter / level:.0f} %" if scatter > NOISY * level else ""
     turns = _turns(value, max(settings.min_change * level, error))
     if len(turns) < 2:
-        mean, span = float(np.average(fitted.value, weights=1 / fitted.variance)), float(np.ptp(value))
+        data, span = fitted.fit.data, float(np.ptp(value))
+        mean = float(np.average(data.value, weights=1 / data.variance))
         within = (
             f"within its errors of {100 * scatter / level:.2g} %"
             if span <= error

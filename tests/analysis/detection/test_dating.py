@@ -3,7 +3,7 @@ import pytest
 
 from groktrace.analysis.detection import find_transitions
 from groktrace.analysis.detection.dating import _own_change, _widened
-from groktrace.analysis.detection.segmentation import Fit
+from groktrace.analysis.detection.segmentation import Data, Fit
 from groktrace.analysis.trajectory import Trajectory
 
 
@@ -51,10 +51,9 @@ def test_a_last_jump_of_a_straight_fall_is_dated_with_the_fall(seed, mirrored):
     if mirrored:
         fitted, straight, starts = fitted[::-1], straight[::-1], [0, 69, 85]
         changes, wide = ([(119 - b, 119 - a) for a, b in reversed(each)] for each in (changes, wide))
-    fit = Fit(fitted, np.full(120, 300.0), starts, 0.0)
-    variance = np.full(120, error**2)
-    assert _widened(x, straight + noise, variance, fit, changes) == wide
+    data = Data(x, straight + noise, np.full(120, error**2))
+    assert _widened(Fit(data, fitted, np.full(120, 300.0), starts, 0.0), changes) == wide
     # Where the curve does jump, the phase beside it stays out.
     jumps = fitted - 200.0 * (fitted == 907.0)
-    jump = Fit(jumps, np.full(120, 300.0), starts, 0.0)
-    assert _widened(x, jumps + noise, variance, jump, changes) == changes
+    data = Data(x, jumps + noise, np.full(120, error**2))
+    assert _widened(Fit(data, jumps, np.full(120, 300.0), starts, 0.0), changes) == changes
