@@ -12,11 +12,11 @@ import torch
 
 from groktrace.errors import printable
 
-Record = TypeVar("Record")
+Kind = TypeVar("Kind")
 _MAX_INTEGER = 2**63 - 1
 
 
-def read_record(kind: type[Record], value: Any) -> Record:
+def read_record(kind: type[Kind], value: Any) -> Kind:
     """Build a dataclass or named tuple from parsed JSON, checked against its annotations.
 
     These may be bool, int, float (a finite number), str (made printable), None, torch.dtype (by name), other records,
@@ -38,8 +38,27 @@ def read_record(kind: type[Record], value: Any) -> Record:
     return kind(**{name: _read(hints[name], item, name) for name, item in value.items()})
 
 
+class Record:
+    """A dataclass that goes to JSON and back."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; what is not finite becomes None."""
+        return plain(vars(self))
+
+    @classmethod
+    def from_dict(cls: type[Kind], value: Any) -> Kind:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key is missing, unknown, or of the wrong kind.
+        """
+        return read_record(cls, value)
+
+
 def plain(value: Any) -> Any:
-    """JSON values: tuples become lists, and numbers that are not finite None."""
+    """JSON values: records become objects, tuples lists, and numbers that are not finite None."""
+    if isinstance(value, Record):
+        return value.to_dict()
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -4,9 +4,9 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +15,7 @@ from groktrace.analysis.replay import COARSE
 from groktrace.analysis.session import open_session
 from groktrace.analysis.setup import choose_device, make_settings
 from groktrace.analysis.trajectory import Point
+from groktrace.records import Record
 from groktrace.run.store import Run
 from groktrace.run.task import Task
 from groktrace.sampling.settings import SamplingOptions, SamplingSettings
@@ -30,7 +31,7 @@ _LEAST_TRIED = 2
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Record):
     """What is still to be done, and what it will take.
 
     Attributes:
@@ -52,10 +53,6 @@ class Forecast:
     memory_bytes: int
     seconds: float
     tried: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
 
 
 def forecast(
@@ -92,7 +89,7 @@ def forecast(
             return Forecast(*of_run, 0, _memory(place), 0.0, 0)
         start = time.perf_counter()
         metrics = session.metrics([steps[i] for i in spread(steps, _METRICS)])
-        each = (time.perf_counter() - start) / max(len(metrics), 1)
+        seconds = (time.perf_counter() - start) / max(len(metrics), 1)
         start = time.perf_counter()
         scale = session.kept_scale() or session.choose_scale(metrics)
         prepared += time.perf_counter() - start
@@ -103,10 +100,10 @@ def forecast(
         while order and (len(points) < _LEAST_TRIED or time.perf_counter() - start < _SECONDS):
             points |= session.points(metrics, scale, order[:at_once])
             order = order[at_once:]
-        each += (time.perf_counter() - start) / max(len(points), 1)
+        seconds += (time.perf_counter() - start) / max(len(points), 1)
     lengths = [sum(point.diagnostics.get(name) or 0 for name in ("lost_steps", "steps")) for point in points.values()]
     mean_length = round(statistics.mean(lengths)) if lengths else 0
-    return Forecast(*of_run, mean_length, _memory(place), prepared + each * len(wanted), len(points))
+    return Forecast(*of_run, mean_length, _memory(place), prepared + seconds * len(wanted), len(points))
 
 
 def _from_all_parts(steps: list[int]) -> list[int]:

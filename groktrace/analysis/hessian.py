@@ -1,13 +1,13 @@
 """How curved the training loss is at snapshots: trace and largest eigenvalue of its Hessian."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
 from groktrace.analysis.measure import Objective, stack_weights
-from groktrace.records import between, plain, read_record
+from groktrace.records import Record, between, plain
 from groktrace.run.layout import Step
 from groktrace.sampling.curvature import top_eigenvalue
 from groktrace.sampling.hutchinson import hessian_trace
@@ -22,7 +22,7 @@ ITERATIONS = 24
 
 
 @dataclass(frozen=True)
-class HessianMetrics:
+class HessianMetrics(Record):
     """Curvature at one snapshot, over the sampled weights; None where it is not finite.
 
     Attributes:
@@ -36,19 +36,6 @@ class HessianMetrics:
     hessian_trace: float | None
     hessian_trace_stderr: Annotated[float, between(0)] | None
     hessian_top: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> "HessianMetrics":
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: a key is missing, unknown, or of the wrong kind.
-        """
-        return read_record(cls, value)
 
 
 def measure_hessian(

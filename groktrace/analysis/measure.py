@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from groktrace.analysis.llc import LLCEstimate, centred_error, off_minimum, summarise, unusable
 from groktrace.analysis.predictions import measure_losses
-from groktrace.records import between, plain, read_record
+from groktrace.records import Record, between, read_record
 from groktrace.run.batch import Batch
 from groktrace.run.layout import Step
 from groktrace.run.task import Task, failures_in_words
@@ -44,7 +44,7 @@ Positive = Annotated[float, between(0)]
 
 
 @dataclass(frozen=True)
-class SnapshotMetrics:
+class SnapshotMetrics(Record):
     """One snapshot without sampling; what is not known is None, and NaN or infinite where the network is not finite.
 
     Attributes:
@@ -70,10 +70,6 @@ class SnapshotMetrics:
     def finite(self) -> bool:
         """Whether loss and curvature are."""
         return math.isfinite(self.train_loss) and math.isfinite(self.top_curvature)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; what is not finite becomes None."""
-        return plain(asdict(self))
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "SnapshotMetrics":

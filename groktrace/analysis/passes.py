@@ -122,7 +122,7 @@ def _next(
     # A detector may be anyone's: only changes of some size have a date to narrow.
     transitions = sorted((t for t in transitions if abs(t.delta_llc) > 0), key=lambda t: t.onset)
     known = [(i, *_value(points[steps[i]])) for i in sorted(tried) if steps[i] in points]
-    known = [each for each in known if math.isfinite(each[1]) and math.isfinite(each[2])]
+    known = [point for point in known if math.isfinite(point[1]) and math.isfinite(point[2])]
     level = max((value for _, value, _ in known), default=0.0)
     dates = [_Date.of(steps, known, transitions, number) for number in range(len(transitions))]
     scored = []
@@ -132,9 +132,9 @@ def _next(
             continue
         size, noise = abs(after - before), math.hypot(error, other)
         gain = max((date.gain(i, j) for date in dates), default=0.0)
-        within = [each for each in transitions if _touches(each, steps[i], steps[j])]
+        within = [transition for transition in transitions if _touches(transition, steps[i], steps[j])]
         if within:
-            share = max(size, noise) / min(abs(each.delta_llc) for each in within)
+            share = max(size, noise) / min(abs(transition.delta_llc) for transition in within)
         elif size > max(SUSPICIOUS_ERRORS * noise, SUSPICIOUS_CHANGE * level):
             share = 1.0
         else:
@@ -166,13 +166,13 @@ class _Date:
         transitions: Sequence[Transition],
         number: int,
     ) -> "_Date":
-        each = transitions[number]
-        onset, end = bisect.bisect_left(steps, each.onset), bisect.bisect_left(steps, each.end)
+        transition = transitions[number]
+        onset, end = bisect.bisect_left(steps, transition.onset), bisect.bisect_left(steps, transition.end)
         first = bisect.bisect_left(steps, transitions[number - 1].end) if number else 0
         last = len(steps) - 1
         if number + 1 < len(transitions):
             last = bisect.bisect_left(steps, transitions[number + 1].onset)
-        half, quarter = (each.llc_before + each.llc_after) / 2, abs(each.delta_llc) / 4
+        half, quarter = (transition.llc_before + transition.llc_after) / 2, abs(transition.delta_llc) / 4
         middle = [i for i, value, _ in known if onset <= i <= end and abs(value - half) <= quarter] or [onset, end]
         bounds = (
             (middle[0], middle[-1], 1.0),
@@ -181,7 +181,7 @@ class _Date:
         )
         parts = tuple((a, b, max(sum(a <= i <= b for i, _, _ in known), 1), share) for a, b, share in bounds)
         errors = [error for i, _, error in known if onset <= i <= end] or [0.0]  # of damaged points nothing is known
-        return cls(parts, statistics.median(errors) * max(end - onset, 1) / abs(each.delta_llc))
+        return cls(parts, statistics.median(errors) * max(end - onset, 1) / abs(transition.delta_llc))
 
     def gain(self, i: int, j: int) -> float:
         """By how many snapshots the date gets better if one between two others is sampled."""

@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from groktrace.analysis.evaluator import Evaluator
-from groktrace.analysis.identity import recorded_parts
+from groktrace.analysis.identity import Identity, recorded_parts
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.errors import RunError, SnapshotError
 from groktrace.records import read_record
@@ -15,6 +14,7 @@ from groktrace.run import layout
 from groktrace.run.files import read_json, write_json
 from groktrace.run.store import Run
 from groktrace.sampling.calibration import Scale
+from groktrace.sampling.settings import SamplingSettings
 
 SETTINGS_FILE = "settings.json"
 POINTS_FILE = "points.jsonl"
@@ -28,26 +28,26 @@ _ESTIMATOR = 7
 _PARTS = (layout.DATA_FILE, layout.FROZEN_FILE)
 
 
-def results_folder(run: Run, evaluator: Evaluator) -> Path:
+def results_folder(run: Run, settings: SamplingSettings, identity: Identity) -> Path:
     """Where results lie: the method, and a digest of everything that they depend on but the snapshots.
 
     Args:
         run: analysed.
-        evaluator: of the run, with its settings.
+        settings: with a method and a number of chains.
+        identity: of what is analysed.
     """
-    settings = evaluator.objective.settings
-    digest = _digest([layout.FORMAT_VERSION, _ESTIMATOR, settings.to_dict(), evaluator.identity.key])
+    digest = _digest([layout.FORMAT_VERSION, _ESTIMATOR, settings.to_dict(), identity.key])
     return run.root / layout.ANALYSIS_FOLDER / f"{settings.kernel.name}-{digest}"
 
 
-def metrics_file(evaluator: Evaluator) -> str:
+def metrics_file(seed: int, identity: Identity) -> str:
     """Where losses and curvatures lie: they depend on few of the settings.
 
     Args:
-        evaluator: of the run, with its settings.
+        seed: of the sampling.
+        identity: of what is analysed.
     """
-    seed = evaluator.objective.settings.seed
-    return f"survey-{_digest([layout.FORMAT_VERSION, _ESTIMATOR, seed, evaluator.identity.key])}.jsonl"
+    return f"survey-{_digest([layout.FORMAT_VERSION, _ESTIMATOR, seed, identity.key])}.jsonl"
 
 
 def check_positive(scale: Scale | None) -> Scale | None:

@@ -98,7 +98,7 @@ def open_session(
             spec = EvaluatorSpec(where, name, evaluator.objective.settings, str(place), step, evaluator.identity)
             pool = (executor, None) if executor is not None else held.enter_context(process_pool(jobs))
             backend = ExecutorBackend(spec, *pool)
-        folder = results.results_folder(run, evaluator)
+        folder = results.results_folder(run, evaluator.objective.settings, evaluator.identity)
         session = Session(evaluator, snapshots, backend, folder, progress or silent, keep)
         if keep:
             folder.mkdir(parents=True, exist_ok=True)
@@ -137,6 +137,10 @@ class Session:
         """Of the snapshots that can be read, ascending."""
         return list(self.snapshots.fingerprints)
 
+    @property
+    def _metrics_file(self) -> str:
+        return results.metrics_file(self.objective.settings.seed, self.evaluator.identity)
+
     def key(self, step: int) -> int:
         """What a snapshot's noise is keyed by beside the seed."""
         return self.evaluator.key(self.snapshots.fingerprints[step])
@@ -151,9 +155,8 @@ class Session:
             deadline: until when to begin any, of `time.monotonic`.
             quiet: whether to report nothing.
         """
-        journal, stack = results.metrics_file(self.evaluator), self.objective.metrics_stack
         report = partial(silent if quiet else self.report, "losses, curvature")
-        return self._measure("metrics", journal, stack, among, report, deadline)
+        return self._measure("metrics", self._metrics_file, self.objective.metrics_stack, among, report, deadline)
 
     def points(
         self,
@@ -257,7 +260,7 @@ class Session:
 
     def take_metrics(self) -> None:
         """Begin with what analyses at other settings measured, where nothing is there yet."""
-        path = self.folder / results.metrics_file(self.evaluator)
+        path = self.folder / self._metrics_file
         found = sorted(self.folder.parent.glob(f"*/{path.name}"), key=lambda path: (path.stat().st_size, path))
         if found and not path.exists():
             write_file(path, found[-1].read_bytes())

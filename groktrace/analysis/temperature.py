@@ -1,7 +1,7 @@
 """λ̂ against temperature: what is resolved at each nβ, and the plateau that is an absolute value."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from groktrace.analysis.point import prepare_point
 from groktrace.analysis.session import Session, open_session
 from groktrace.analysis.setup import choose_device, make_settings
 from groktrace.errors import SettingsError
+from groktrace.records import Record
 from groktrace.run.store import Run, open_run
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import RESOLUTION
@@ -35,7 +36,7 @@ RESOLUTIONS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 @dataclass(frozen=True)
-class TemperatureCurve:
+class TemperatureCurve(Record):
     """λ̂(nβ) at one point of weight space and one γ.
 
     Attributes:
@@ -47,11 +48,6 @@ class TemperatureCurve:
     estimates: tuple[LLCEstimate, ...]
     plateau: float | None
     plateau_nbeta: tuple[float, float] | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        estimates = [estimate.to_dict() for estimate in self.estimates]
-        return {**asdict(self), "estimates": estimates, "plateau_nbeta": self.plateau_nbeta and [*self.plateau_nbeta]}
 
 
 def temperature_curve(
@@ -189,10 +185,10 @@ def find_plateau(estimates: Sequence[LLCEstimate]) -> tuple[int, int] | None:
     for start in range(len(estimates)):
         for end in range(start + PLATEAU_POINTS, len(estimates) + 1):
             run = estimates[start:end]
-            if any(each.llc is None for each in run):
+            if any(estimate.llc is None for estimate in run):
                 continue
-            values = np.array([each.llc for each in run])
-            allowed = PLATEAU_WIDTH * values.mean() + 2 * max(each.stderr or 0.0 for each in run)
+            values = np.array([estimate.llc for estimate in run])
+            allowed = PLATEAU_WIDTH * values.mean() + 2 * max(estimate.stderr or 0.0 for estimate in run)
             if np.ptp(values) <= allowed and (best is None or end - start > best[1] - best[0]):
                 best = (start, end)
     return best

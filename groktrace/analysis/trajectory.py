@@ -12,7 +12,7 @@ import numpy as np
 from groktrace.analysis.llc import NOT_THE_BASIN, OFF_MINIMUM, PERHAPS_OFF
 from groktrace.analysis.reference import Reference
 from groktrace.errors import GroktraceError, RunError, SettingsError
-from groktrace.records import between, plain, read_record
+from groktrace.records import Record, between, read_record
 from groktrace.run.files import read_json, write_json
 from groktrace.run.layout import Step
 
@@ -26,7 +26,7 @@ Error = Annotated[float, between(0)]  # a standard error
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Record):
     """One snapshot of a trajectory; what is not known is None.
 
     Attributes:
@@ -56,10 +56,6 @@ class Point:
     hessian_trace: float | None = None
     hessian_trace_stderr: Error | None = None
     hessian_top: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; what is not finite becomes None."""
-        return plain(vars(self))
 
     @classmethod
     def from_dict(cls, value: Any) -> "Point":
@@ -127,7 +123,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class Trajectory(Record):
     """λ̂ against the training step, all at one (nβ, γ) or at one resolution.
 
     Attributes:
@@ -167,7 +163,9 @@ class Trajectory:
         """The curve that says where the network changes phase."""
         own = [frozenset(point.reasons) for point in self.points]
         doubtful = np.array([bool(reasons - {OFF_MINIMUM}) for reasons in own], dtype=bool)
-        elsewhere = np.array([any(reason.startswith(NOT_THE_BASIN) for reason in each) for each in own], dtype=bool)
+        elsewhere = np.array(
+            [any(reason.startswith(NOT_THE_BASIN) for reason in reasons) for reasons in own], dtype=bool
+        )
         reliable = self.column("reliable") > 0
         usable = np.isfinite(self.column("llc"))
         name = "llc_centred"
@@ -251,12 +249,6 @@ class Trajectory:
         """One attribute of all points, [T]; NaN where it is not known."""
         values = [getattr(point, name) for point in self.points]
         return np.array([math.nan if value is None else value for value in values], dtype=float)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        reference = None if self.reference is None else self.reference.to_dict()
-        own = plain({**vars(self), "points": None, "reference": reference})
-        return {**own, "points": [point.to_dict() for point in self.points]}
 
     # What shows a trajectory is built on it, and imported when asked for.
 

@@ -35,11 +35,11 @@ def none_found(trajectory: Trajectory, detector: Detector | None = None) -> str:
     if fitted is None:
         usable = f"{usable_points(trajectory)} of {len(trajectory.points)}"
         text = f"Too few usable snapshots to look for transitions: {usable}, and it takes {own.min_points}"
-        reasons = Counter(_kind(each.reasons) for each in trajectory.points if not each.reliable)
+        reasons = Counter(_kind(point.reasons) for point in trajectory.points if not point.reliable)
         (why, count), *_ = reasons.most_common(1) or [("", 0)]
         return text + (f"; {count} are unreliable ({why})." if count else ".")
     shape = describe_curve(trajectory, fitted, own)
-    objections = [each for each in own.candidates(trajectory) if each[1] is not None]
+    objections = [candidate for candidate in own.candidates(trajectory) if candidate[1] is not None]
     more = ""
     if objections:
         (change, why), *others = objections
@@ -92,7 +92,7 @@ def remarks(trajectory: Trajectory) -> list[str]:
     Args:
         trajectory: λ̂ along the run.
     """
-    return [each for each in (partial(trajectory), risen_in_words(trajectory), single_chain(trajectory)) if each]
+    return [remark for remark in (partial(trajectory), risen_in_words(trajectory), single_chain(trajectory)) if remark]
 
 
 def partial(trajectory: Trajectory) -> str:

@@ -49,20 +49,20 @@ def events_of(run, timeout=None, stop_after=None, **settings):
     found = []
     for event in groktrace.follow(run, timeout=timeout, **FAST, **settings):
         found.append(event)
-        if stop_after is not None and sum(isinstance(each, Point) for each in found) == stop_after:
+        if stop_after is not None and sum(isinstance(seen, Point) for seen in found) == stop_after:
             break
     return found
 
 
 def steps_of(events):
-    return [each.step for each in events if isinstance(each, Point)]
+    return [event.step for event in events if isinstance(event, Point)]
 
 
 def test_a_recording_is_followed_to_its_end_and_gives_what_a_plain_analysis_gives(recording, tmp_path):
     events = events_of(recording)
     end = events[-1]
     assert end.why == "closed"
-    scales = [each for each in events if isinstance(each, Scaled)]
+    scales = [event for event in events if isinstance(event, Scaled)]
     assert len(scales) > 1  # the norm grows, so that all was measured anew now and then
     assert set(steps_of(events)) == set(range(13))
     assert len(steps_of(events)) > 13
@@ -87,7 +87,7 @@ def test_a_recording_that_was_killed_ends_by_the_timeout(recorded, tmp_path, mon
     info = json.loads((run / "run.json").read_text())
     write_json(run / "run.json", {**info, "closed": None})
     monkeypatch.setattr(following, "POLL_SECONDS", 0.01)
-    (end,) = [each for each in events_of(run, timeout=0.05) if isinstance(each, Ended)]
+    (end,) = [event for event in events_of(run, timeout=0.05) if isinstance(event, Ended)]
     assert end.why == "timeout"
     assert len(end.trajectory.points) == 6
 
@@ -114,7 +114,7 @@ def transition(step, kind="simplification", label=None, width=20):
 
 
 def said(announcements):
-    return [(each.news, each.number, each.transition.step) for each in announcements]
+    return [(announcement.news, announcement.number, announcement.transition.step) for announcement in announcements]
 
 
 def test_a_transition_is_announced_once_and_what_becomes_of_it_is_said(tmp_path):
@@ -190,7 +190,7 @@ def test_weights_that_begin_to_train_are_sampled_from_then_on(tmp_path, monkeypa
     settings = {"nbeta": 100.0, "localization": 1.0}
     events = events_of(tmp_path / "run", **settings)
     assert events[-1].why == "closed"
-    first = [each for each in events if isinstance(each, Point) and each.step == 0]
+    first = [event for event in events if isinstance(event, Point) and event.step == 0]
     assert len(first) == 2
     assert first[1].diagnostics["norm"] > 1.2 * first[0].diagnostics["norm"]  # of nine more weights
     plain = shutil.copytree(tmp_path / "run", tmp_path / "plain" / "run")
@@ -210,7 +210,7 @@ def test_a_recording_may_begin_later_and_transitions_are_those_of_the_detector(r
     monkeypatch.setattr(following.time, "sleep", lambda seconds: shutil.copytree(recorded, tmp_path / "late"))
     numbers = {"nbeta": 100.0, "localization": 1.0}
     events = list(groktrace.follow(str(tmp_path / "late"), detector=Halves(), **FAST, **numbers))
-    (said,) = (each for each in events if isinstance(each, Announcement))
+    (said,) = (event for event in events if isinstance(event, Announcement))
     assert (said.news, said.transition.label) == ("transition", "half")
     assert events[-1].why == "closed"
     assert groktrace.open_run(tmp_path / "late").trajectory() == events[-1].trajectory

@@ -419,13 +419,15 @@ def test_a_penalty_on_weights_that_the_loss_holds_moves_with_them():
     held = list(model.parameters())
     settings = {"nbeta": 1e3, "localization": 1.0, "seed": 1}
     found = estimate_llc(
-        model, lambda o, t: half_square(o, t) + sum(each.square().sum() for each in held), (x, x[:, :1]), **settings
+        model, lambda o, t: half_square(o, t) + sum(tensor.square().sum() for tensor in held), (x, x[:, :1]), **settings
     )
     same = estimate_llc(
         model,
         None,
         (x, x[:, :1]),
-        batch_loss=lambda m, b: half_square(m(b[0]), b[1]) + sum(each.square().sum() for each in m.parameters()),
+        batch_loss=lambda m, b: (
+            half_square(m(b[0]), b[1]) + sum(parameter.square().sum() for parameter in m.parameters())
+        ),
         **settings,
     )
     assert found.llc == pytest.approx(same.llc, rel=1e-4)

@@ -51,9 +51,9 @@ def ignoring(outputs, targets):
 
 
 def masked(outputs, targets):
-    each = functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
+    losses = functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
     mask = (targets.flatten() < 3).float()
-    return (each * mask).sum() / mask.sum()
+    return (losses * mask).sum() / mask.sum()
 
 
 def of_probabilities(outputs, targets):
@@ -139,7 +139,7 @@ def test_a_model_with_a_loss_of_its_own(recorded, tmp_path):
 
 def test_of_heads_that_differ_it_is_not_known_which_is_meant():
     def both(outputs, targets):
-        return sum(functional.cross_entropy(each[:, -1], targets) for each in outputs)
+        return sum(functional.cross_entropy(output[:, -1], targets) for output in outputs)
 
     def twice(outputs, targets):
         return sum(functional.cross_entropy(outputs[0][:, -1], targets) for _ in range(2))

@@ -476,7 +476,7 @@ def test_nbeta_that_follows_the_curvature_is_at_each_snapshot_the_number_given(s
         top = point.diagnostics["top_curvature"]
         assert point.diagnostics["nbeta"] == pytest.approx(30.0 * 5.0 / top)
         fixed = groktrace.analyze(small_run, nbeta=point.diagnostics["nbeta"], **settings)
-        (same,) = (each for each in fixed.points if each.step == point.step)
+        (same,) = (other for other in fixed.points if other.step == point.step)
         assert point.llc == pytest.approx(same.llc, rel=1e-3)
         assert point.llc_centred == pytest.approx(same.llc_centred, rel=1e-3)
         if not large:

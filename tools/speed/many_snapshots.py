@@ -123,7 +123,7 @@ def measure_workers(folder: Path, settings: Settings) -> None:
         return found
 
     rounds = [store.cached(f"round {r}", lambda r=r: one_round(r)) for r in range(settings.rounds)]
-    column = {name: [each[name] for each in rounds] for name in rounds[0]}
+    column = {name: [taken[name] for taken in rounds] for name in rounds[0]}
     rows: list[Row] = []
     for name in ("2 processes", "2 Dask workers"):
         speedups = [one / two for one, two in zip(column["1 process"], column[name], strict=True)]
@@ -167,7 +167,7 @@ def measure_adaptive(folder: Path, settings: Settings) -> None:
         full, some = (load(found[name], folder) for name in ("full", "some"))
         share = len(some.points) / len(full.points)
         theirs, ours = groktrace.find_transitions(full), groktrace.find_transitions(some)
-        same = [each.kind for each in ours] == [each.kind for each in theirs]
+        same = [transition.kind for transition in ours] == [transition.kind for transition in theirs]
         apart = (
             max((abs(a.step - b.step) / every for a, b in zip(ours, theirs, strict=True)), default=0.0)
             if same
@@ -177,7 +177,7 @@ def measure_adaptive(folder: Path, settings: Settings) -> None:
             rows.append(
                 {
                     "run": f"{snapshots} snapshots, every {every}",
-                    "transition": b.label or b.kind,
+                    "transition": b.name,
                     "all": f"{b.step} [{b.step_low}, {b.step_high}]",
                     "adaptive": f"{a.step} [{a.step_low}, {a.step_high}]",
                     "snapshots apart": f"{abs(a.step - b.step) / every:.1f}",
@@ -203,7 +203,7 @@ def shifted(full: Trajectory, shifts: int = 8) -> list[list[int]]:
             steps, lambda wanted: {step: points[step] for step in wanted}, lambda done, total: None, full.n
         )
         trajectory = Trajectory(tuple(chosen[step] for step in sorted(chosen)), n=full.n)
-        found.append([each.step for each in groktrace.find_transitions(trajectory)])
+        found.append([transition.step for transition in groktrace.find_transitions(trajectory)])
     return found
 
 
