@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import groktrace
 from groktrace.analysis.evaluator import Evaluator
 
 
@@ -46,3 +47,27 @@ def evaluated(monkeypatch):
 
     monkeypatch.setattr(Evaluator, "evaluate", noting)
     return steps
+
+
+@pytest.fixture
+def record_like():
+    """Records a training from the start of a recorded one, on its data, at another rate."""
+
+    def record_like(run, out, learning_rate, scale=1.0, seen=None):
+        opened = groktrace.open_run(run)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        model.load_state_dict(opened.snapshots[0].load())
+        optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
+        x, y = opened.task.train.nested()
+        x = scale * x
+        with groktrace.watch(
+            model, optimizer, train=(x, y), loss="cross_entropy", val=opened.task.val.nested(), out=out, every=10
+        ) as recorder:
+            for _ in range(50):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                recorder.log(seen=seen or 0.0)
+        return out
+
+    return record_like
