@@ -34,7 +34,7 @@ EVALUATED_SAMPLES, EVALUATED_BYTES, PARTS = 256, 2**26, 8
 # The curvature is measured on fewer of these, of which a quarter are those of the largest losses: of a well-fitted set
 # they decide it. On six networks it then differs from that on all samples by 5 % (in the median).
 CURVATURE_SAMPLES, MOST_CURVATURE_SAMPLES, CURVATURE_BYTES, HEAVY_SHARE = 128, 512, 2**25, 4
-PRODUCTS, DEAR_PRODUCTS = 8, 6
+PRODUCTS, LARGE_SET_PRODUCTS = 8, 6
 
 # What a network loses that knows nothing is the same on so many samples, spread evenly, as on all.
 CHANCE_SAMPLES = 256
@@ -181,7 +181,7 @@ class Objective:
                 orders = loss.ranks(anchors)
                 index = torch.stack([spread_ranks(order, loss.heavy, self._curvature_samples()) for order in orders])
             generators = [generator_for(self.settings.seed, key, 0, "curvature", loss.device) for key in keys]
-            products = DEAR_PRODUCTS if self.large_set else PRODUCTS
+            products = LARGE_SET_PRODUCTS if self.large_set else PRODUCTS
             tops = top_eigenvalue(loss, anchors, normal_like(anchors, generators), products, index).tolist()
             sizes = list(zip(anchors.square().sum(1).tolist(), tops, strict=True))
         unknown = dict.fromkeys(("val_loss", "val_accuracy"))
@@ -252,7 +252,7 @@ class Objective:
         centred = scale.curvature is not None or self.large_set
         needed = partial(_needed_centred if centred and settings.chains > 1 else _needed, rtol=settings.rtol)
         if self.large_set:
-            needed = partial(_needed_by_the_dear, needed=needed)
+            needed = partial(_needed_of_large_sets, needed=needed)
         if loss.micro_batch is None:
             stacked, anchors = stack_weights(loss, weights)
             if whole is not None:
@@ -360,8 +360,8 @@ def chance_losses(
     return tuple(loss for loss in losses if math.isfinite(loss))
 
 
-def _needed_by_the_dear(traces: Traces, needed: Callable[[Traces], float]) -> float:
-    """The same where draws are dear: what is off a minimum cannot become reliable."""
+def _needed_of_large_sets(traces: Traces, needed: Callable[[Traces], float]) -> float:
+    """The same where draws are expensive: what is off a minimum cannot become reliable."""
     return 1.0 if off_minimum(traces) else needed(traces)
 
 

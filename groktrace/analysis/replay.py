@@ -109,24 +109,33 @@ def analyze(
         jobs=jobs,
         executor=executor,
     ) as session:
-        root = session.snapshots.run.root
-
-        def show(trajectory: Trajectory) -> None:
-            if reporters:
-                from groktrace.reporting.base import report  # built on this package: only where it is called
-
-                with exclusive(root / layout.ANALYSIS_FOLDER, wait=True):
-                    report(trajectory, reporters, root, detector)
+        source = session.snapshots.run
 
         def show_partial(trajectory: Trajectory) -> None:
-            show(trajectory)
+            show_by(source, reporters, detector, trajectory)
             if partial is not None:
                 partial(trajectory)
 
-        so_far = show_partial if reporters or partial is not None else None
+        so_far = show_partial if reporters else partial
         trajectory = replay(session, reference, curvature, adaptive, deadline, so_far, detector)
-        show(trajectory)
+        if reporters:
+            show_by(source, reporters, detector, trajectory)
         return trajectory
+
+
+def show_by(run: Run, reporters: Sequence["Reporter"], detector: "Detector | None", trajectory: Trajectory) -> None:
+    """Show a trajectory by reporters, whose files go into the run directory.
+
+    Args:
+        run: that was analysed.
+        reporters: called one after another.
+        detector: of the transitions; see `find_transitions`.
+        trajectory: of the run.
+    """
+    from groktrace.reporting.base import report  # built on this package: only where it is called
+
+    with exclusive(run.root / layout.ANALYSIS_FOLDER, wait=True):
+        report(trajectory, reporters, run.root, detector)
 
 
 def replay(

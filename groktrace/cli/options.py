@@ -161,7 +161,7 @@ def as_keywords(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
     keywords = {name: given.pop(name) for name in ("device", "jobs", "reference", "curvature") if name in given}
     with contextlib.ExitStack() as held:
         keywords["settings"] = _sampling_settings(given.pop("preset", "auto"), given)
-        keywords["task"] = None if task_name is None else _load_task(task_name)
+        keywords["task"] = load_task(task_name)
         if "jobs" in keywords:
             from groktrace.analysis.backends import dask_executor
 
@@ -180,8 +180,14 @@ def _sampling_settings(preset: str, given: dict[str, Any]) -> "SamplingSettings"
     return replace(PAPER if preset == "paper" else SamplingSettings(), **chosen)
 
 
-def _load_task(name: str) -> "Task":
-    """The task that --task names, with the folder that the command runs in among those of modules."""
+def load_task(name: str | None) -> "Task | None":
+    """The task that --task names, with the folder that the command runs in among those of modules.
+
+    Raises:
+        TaskError: it cannot be loaded.
+    """
+    if name is None:
+        return None
     from groktrace.run.factory import load_factory
 
     sys.path.insert(0, os.getcwd())

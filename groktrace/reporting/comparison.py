@@ -12,7 +12,7 @@ from groktrace.analysis.detection.piecewise import usable_points
 from groktrace.analysis.detection.settings import DEFAULTS
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.errors import SettingsError
-from groktrace.reporting.console import aligned, as_json, transition_rows
+from groktrace.reporting.console import aligned, as_json
 from groktrace.reporting.figure import SMALL, check_suffix, curve_label, empty_figure, log_spaced
 from groktrace.reporting.numbers import number
 from groktrace.reporting.series import Events, Series
@@ -50,16 +50,17 @@ class Comparison:
         """One line a transition, run by run, and what speaks against comparing them."""
         curves = {series.trajectory.curve.symbol for _, series, _ in self.results}
         level = f"{curves.pop()} before" if len(curves) == 1 else "λ before"
-        rows: list[tuple[str, ...]] = [
-            ("run", "transition", "label", "step", "90 % interval", level, "after", "change", "generalised at")
-        ]
+        rows = [("run", "transition", "label", "step", "90 % interval", level, "after", "change", "generalised at")]
         for name, (_, series, events) in zip(_short_names(self.results), self.results, strict=True):
             at = "-" if events.grokking.generalised_at is None else str(events.grokking.generalised_at)
             if not events.transitions:
                 why = "none" if usable_points(series.trajectory) >= DEFAULTS.min_points else "too few snapshots"
                 rows.append((name, why, "-", "-", "-", "-", "-", "-", at))
-            _, *found = transition_rows(events.transitions)
-            rows += [(name, *row[:4], *row[5:8], at) for row in found]
+            for each in events.transitions:
+                interval = f"{each.step_low} - {each.step_high}"
+                levels = number(each.llc_before), number(each.llc_after)
+                change = f"{number(each.delta_llc, '+')} ± {number(each.stderr)}"
+                rows.append((name, each.kind, each.label or "-", str(each.step), interval, *levels, change, at))
         scales = {(series.trajectory.nbeta, series.trajectory.localization) for _, series, _ in self.results}
         lines = aligned(rows)
         if len(scales) > 1:
@@ -100,14 +101,12 @@ class Comparison:
             panels[0].plot(steps[known], value[known], **look, label=name)
             low, high = value - 1.96 * error, value + 1.96 * error
             panels[0].fill_between(steps, low, high, where=known, color=colour, alpha=0.2, lw=0)
-            for transition in events.transitions:
+            for each in events.transitions:
                 # A transition's midpoint, its interval as a bar, upwards or downwards as λ goes.
-                height = float(np.interp(transition.step, steps[known], value[known]))
-                panels[0].plot(
-                    [transition.step_low, transition.step_high], [height, height], color=colour, lw=3, alpha=0.5
-                )
-                shape = "^" if transition.delta_llc > 0 else "v"
-                panels[0].plot(transition.step, height, shape, color=colour, mec="black", ms=9, zorder=5)
+                height = float(np.interp(each.step, steps[known], value[known]))
+                panels[0].plot([each.step_low, each.step_high], [height, height], color=colour, lw=3, alpha=0.5)
+                shape = "^" if each.delta_llc > 0 else "v"
+                panels[0].plot(each.step, height, shape, color=colour, mec="black", ms=9, zorder=5)
             accuracy = series["val_accuracy"].values
             known = np.isfinite(accuracy)
             if known.any():
