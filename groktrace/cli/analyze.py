@@ -1,16 +1,13 @@
 """`groktrace analyze`: from snapshots to a trajectory and its transitions."""
 
-import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from groktrace.cli.options import ANALYSIS, JSON, RUN, Command, ExpertOption, as_keywords, options
+from groktrace.cli.phases import Phases
 from groktrace.cli.results import finish, write_logs
-
-if TYPE_CHECKING:
-    from groktrace.reporting.progress import Progress
 
 
 @click.command("analyze", cls=Command)
@@ -32,48 +29,15 @@ def command(run: Path | str, as_json: bool, minutes: float, adaptive: bool, logd
 
     if not minutes > 0:
         raise click.UsageError(f"--time: expected a positive number of minutes, got {minutes:g}")
-    with as_keywords(given) as keywords, contextlib.ExitStack() as held:
+    with as_keywords(given) as keywords:
         opened = open_run(run)
-        trajectory = analyze(
-            opened,
-            progress=held.enter_context(_Phases(opening_line(opened))).report,
-            adaptive=adaptive,
-            time_limit=60 * minutes,
-            partial=lambda trajectory: write_logs(trajectory, opened, logdir),
-            **keywords,
-        )
+        with Phases(opening_line(opened)) as phases:
+            trajectory = analyze(
+                opened,
+                progress=phases.report,
+                adaptive=adaptive,
+                time_limit=60 * minutes,
+                partial=lambda trajectory: write_logs(trajectory, opened, logdir),
+                **keywords,
+            )
     finish(trajectory, opened, logdir, as_json)
-
-
-class _Phases:
-    """One progress display after another, as an analysis goes from phase to phase.
-
-    Args:
-        opening: a line that is shown before the first.
-    """
-
-    def __init__(self, opening: str) -> None:
-        self._opening = opening
-        self._label: str | None = None
-        self._done = 0
-        self._display: Progress | None = None
-
-    def __enter__(self) -> "_Phases":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._display is not None:
-            self._display.__exit__(*error)
-
-    def report(self, phase: str, done: int, total: int) -> None:
-        """Show that `done` of `total` snapshots have passed `phase`."""
-        from groktrace.reporting.progress import Progress
-
-        if phase != self._label or self._display is None:
-            self.__exit__(None, None, None)
-            if self._label is None:
-                click.echo(self._opening, err=True)
-            self._label, self._done = phase, 0
-            self._display = Progress(total, phase).__enter__()
-        self._display.advance(done - self._done)
-        self._done = done
