@@ -207,20 +207,20 @@ class Session:
         """
         path, parse = self.folder / journal, _RECORDS[phase].from_dict
         known = read_journal(path, parse) if self.keep else {}
-        prints = self.snapshots.fingerprints
-        for step, fingerprint in prints.items():
+        fingerprints = self.snapshots.fingerprints
+        for step, fingerprint in fingerprints.items():
             if fingerprint in known and known[fingerprint].step != step:
                 raise RunError(f"{path}: damaged (step {step} has another's result); remove the file to redo it.")
-        ordered = list(prints if among is None else among)
+        ordered = list(fingerprints if among is None else among)
         stacks = [tuple(ordered[start : start + stack]) for start in range(0, len(ordered), stack)]
-        missing = [steps for steps in stacks if any(prints[step] not in known for step in steps)]
+        missing = [steps for steps in stacks if any(fingerprints[step] not in known for step in steps)]
         done = len(ordered) - sum(len(steps) for steps in missing)
         report(done, len(ordered))
         items = [
             WorkItem(
                 phase,
                 steps,
-                tuple(prints[step] for step in steps),
+                tuple(fingerprints[step] for step in steps),
                 () if metrics is None else tuple(metrics[step] for step in steps),
                 scale,
             )
@@ -231,16 +231,16 @@ class Session:
             for step, result in zip(missing[number], found, strict=True):
                 if isinstance(result, SnapshotError):
                     self.snapshots.drop(step, result)
-                elif prints[step] not in known:
+                elif fingerprints[step] not in known:
                     plain = result.to_dict()
-                    lines.append({"snapshot": prints[step], **plain})
-                    known[prints[step]] = parse(plain)
+                    lines.append({"snapshot": fingerprints[step], **plain})
+                    known[fingerprints[step]] = parse(plain)
             if self.keep:
                 append_lines(path, lines)
                 self.snapshots.run.publish(path)
             done += len(missing[number])
             report(done, len(ordered))
-        return {step: known[prints[step]] for step in ordered if prints.get(step) in known}
+        return {step: known[fingerprints[step]] for step in ordered if fingerprints.get(step) in known}
 
     def known_points(self, journal: str = results.POINTS_FILE) -> dict[int, Point]:
         """What a journal holds of the snapshots, by step.

@@ -37,7 +37,7 @@ class Point(Record):
             are what the training script logged, if it did.
         metrics: what the training script logged.
         diagnostics: see `LLCEstimate`.
-        hessian_trace, hessian_trace_stderr, hessian_top: see `groktrace.analysis.sharpness`; where they were asked for.
+        hessian_trace, hessian_trace_stderr, hessian_top: see `HessianMetrics`; where they were asked for.
     """
 
     step: Step

@@ -22,7 +22,7 @@ TALL = 2048
 
 
 @pytest.fixture
-def dear(monkeypatch):
+def large_set(monkeypatch):
     """Every set counts as large."""
     monkeypatch.setattr(network, "WHOLE_BYTES", 0)
 
@@ -54,7 +54,7 @@ def line(noise=0.1, inputs=20):
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
-def test_lambda_of_a_sampled_set_is_the_soft_rank_of_all_of_it(dear, noise):
+def test_lambda_of_a_sampled_set_is_the_soft_rank_of_all_of_it(large_set, noise):
     model, data, spectrum = line(noise)
     found = groktrace.estimate_llc(model, "mse", data, nbeta=3000.0, localization=300.0, draws=600, seed=1)
     exact = float(0.5 * (3000 * spectrum / (3000 * spectrum + 300)).sum())
@@ -64,7 +64,7 @@ def test_lambda_of_a_sampled_set_is_the_soft_rank_of_all_of_it(dear, noise):
     assert found.stderr < 0.05 * exact
 
 
-def test_the_same_with_batches(dear):
+def test_the_same_with_batches(large_set):
     model, data, spectrum = line(noise=0.0)
     found = groktrace.estimate_llc(model, "mse", data, nbeta=3000.0, localization=300.0, draws=600, batch_size=128)
     exact = float(0.5 * (3000 * spectrum / (3000 * spectrum + 300)).sum())
@@ -72,7 +72,7 @@ def test_the_same_with_batches(dear):
     assert found.llc == pytest.approx(exact, abs=4 * found.stderr + 0.05 * exact)
 
 
-def test_losses_of_a_sampled_set_come_with_their_errors(dear):
+def test_losses_of_a_sampled_set_come_with_their_errors(large_set):
     model, data, _ = line(noise=1.0)
     objective, _, metrics = prepared(model, "mse", data)
     exact = float(nn.functional.mse_loss(model(data[0]), data[1]).detach())
@@ -90,7 +90,7 @@ def test_small_sets_are_used_whole():
     assert (scale.samples, scale.batch_size, scale.locality) == (None, None, 0.22)
 
 
-def test_noise_calls_for_larger_batches(dear):
+def test_noise_calls_for_larger_batches(large_set):
     """Where a few samples carry all of the curvature, small batches would heat the chains."""
     model, (x, y), _ = line(inputs=2)
     even = choose(*prepared(model, "mse", (x, y), localization=300.0))
@@ -130,7 +130,7 @@ def test_a_basin_that_the_chains_would_leave_gets_a_smaller_locality(reach, wide
     assert given.locality == 0.22
 
 
-def test_samples_grow_with_what_they_would_miss(dear, monkeypatch):
+def test_samples_grow_with_what_they_would_miss(large_set, monkeypatch):
     """λ of few samples is too small by about λ over how many targets they have."""
     model, data, _ = line()
     objective, weights, metrics = prepared(model, "mse", data, localization=300.0)
@@ -148,14 +148,14 @@ def test_samples_of_a_set_that_is_used_whole_are_refused():
         groktrace.estimate_llc(model, "mse", data, samples=64)
 
 
-def test_the_published_method_draws_its_batches_from_all_samples(dear):
+def test_the_published_method_draws_its_batches_from_all_samples(large_set):
     model, data, _ = line()
     published = {"method": "sgld", "nbeta": 30.0, "localization": 5.0, "step_size": 1e-4, "burn_in": 5, "draws": 10}
     scale = choose(*prepared(model, "mse", data, batch_size=32, **published))
     assert (scale.samples, scale.batch_size) == (None, 32)
 
 
-def test_batches_that_throw_chains_out_give_way_to_all_samples(dear):
+def test_batches_that_throw_chains_out_give_way_to_all_samples(large_set):
     """Where a few samples have most of the curvature and the batches do not tell, nothing wrong comes out."""
     model, (x, y), _ = line(noise=0.0)
     x = x.clone()
@@ -171,7 +171,7 @@ def test_batches_that_throw_chains_out_give_way_to_all_samples(dear):
     assert found.llc_centred == pytest.approx(exact, abs=4 * found.stderr_centred + 0.05 * exact)
 
 
-def test_noise_that_goes_into_flat_directions_is_no_heat(dear):
+def test_noise_that_goes_into_flat_directions_is_no_heat(large_set):
     """All of the gradient's noise lies in flat directions: the batches' noise is counted there, and adds nothing."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randn(TALL, 40, generator=generator)
@@ -204,7 +204,7 @@ def test_noise_that_goes_into_flat_directions_is_no_heat(dear):
 
 
 @pytest.mark.parametrize(("off", "burn_in"), [(0.0, 8), (10.0, 31)])
-def test_burn_in_ends_where_chains_are_in_equilibrium(dear, off, burn_in):
+def test_burn_in_ends_where_chains_are_in_equilibrium(large_set, off, burn_in):
     """Off the minimum along a direction that is slow to fall along, it takes its time."""
     curvature = torch.cat([torch.full((20,), 2.0), torch.full((1,), 0.05), torch.zeros(2000)])
 
@@ -226,7 +226,7 @@ def test_burn_in_ends_where_chains_are_in_equilibrium(dear, off, burn_in):
     assert found.llc_centred == pytest.approx(exact, abs=4 * found.stderr_centred + 0.02 * exact)
 
 
-def test_snapshots_without_a_basin_are_told_after_a_few_steps(dear):
+def test_snapshots_without_a_basin_are_told_after_a_few_steps(large_set):
     model, data, _ = line(noise=0.0)
     with torch.no_grad():
         model.weight += 100

@@ -238,9 +238,10 @@ def extrapolation() -> str:
         f"EXTRAPOLATED, not measured: {snapshots:.0e} snapshots of {weights:.0e} weights on {gpus} GPUs take "
         f"{hours:.0f} hours ({seconds:.0f} s a snapshot and GPU), if a gradient takes 6 operations a weight and token; "
         f"a snapshot takes 16 gradients on {stored} tokens for its curvature, plus one at w*, and is sampled with "
-        f"{CHAINS} chains of {STEPS_LARGE} steps, without growth, each two gradients (control variate) on {batch} tokens; each "
-        f"GPU holds one whole snapshot and works alone; it does {utilisation:.0%} of {peak / 1e12:.0f} TFLOP/s (TF32 "
-        "of an H100 without sparsity, from its data sheet); and reading 4 GB a snapshot, noise and updates are free."
+        f"{CHAINS} chains of {STEPS_LARGE} steps, without growth, each two gradients (control variate) on {batch} "
+        f"tokens; each GPU holds one whole snapshot and works alone; it does {utilisation:.0%} of {peak / 1e12:.0f} "
+        "TFLOP/s (TF32 of an H100 without sparsity, from its data sheet); and reading 4 GB a snapshot, noise and "
+        "updates are free."
     )
 
 
