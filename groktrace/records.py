@@ -1,6 +1,7 @@
-"""Read records back from JSON, which is hostile input; the record's own annotations say what each field may hold."""
+"""Records as JSON, and back: what is read is hostile, and the record's own annotations say what each field may hold."""
 
 import inspect
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -11,11 +12,11 @@ import torch
 
 from groktrace.errors import printable
 
-Record = TypeVar("Record")
+Kind = TypeVar("Kind")
 _MAX_INTEGER = 2**63 - 1
 
 
-def read_record(kind: type[Record], value: Any) -> Record:
+def read_record(kind: type[Kind], value: Any) -> Kind:
     """Build a dataclass or named tuple from parsed JSON, checked against its annotations.
 
     These may be bool, int, float (a finite number), str (made printable), None, torch.dtype (by name), other records,
@@ -35,6 +36,34 @@ def read_record(kind: type[Record], value: Any) -> Record:
     if odd := sorted(required - value.keys()) or sorted(value.keys() - hints.keys()):
         raise ValueError(f"'{odd[0]}' is {'missing' if odd[0] in hints else 'unknown'} among {', '.join(hints)}"[:400])
     return kind(**{name: _read(hints[name], item, name) for name, item in value.items()})
+
+
+class Record:
+    """A dataclass that goes to JSON and back."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; what is not finite becomes None."""
+        return plain(vars(self))
+
+    @classmethod
+    def from_dict(cls: type[Kind], value: Any) -> Kind:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key is missing, unknown, or of the wrong kind.
+        """
+        return read_record(cls, value)
+
+
+def plain(value: Any) -> Any:
+    """JSON values: records become objects, tuples lists, and numbers that are not finite None."""
+    if isinstance(value, Record):
+        return value.to_dict()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def between(least: float, most: float = sys.float_info.max) -> Callable[[Any], Any]:

@@ -40,7 +40,7 @@ class JsonLines:
         for quantity in series:
             for line, value in zip(lines, quantity.values.tolist(), strict=True):
                 line[quantity.tag] = value
-        lines += [each.to_dict() for each in events.transitions]
+        lines += [transition.to_dict() for transition in events.transitions]
         (place / self.name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -170,7 +170,7 @@ def test_an_analysis_takes_both(small_run):
     last = json.loads((small_run / "again.jsonl").read_text().splitlines()[-1])
     expected = groktrace.find_transitions(trajectory, Threshold(level))
     assert len(expected) == 1
-    assert [last] == [each.to_dict() for each in expected]
+    assert [last] == [transition.to_dict() for transition in expected]
 
 
 def test_reporters_show_what_there_is_so_far(small_run, monkeypatch):

@@ -103,7 +103,7 @@ def test_the_base_install_needs_only_what_pyproject_names():
         "lightning.py": {"lightning", "torchmetrics"},
         "transformers.py": {"transformers"},
         "remote.py": {"fsspec"},
-        "workers.py": {"distributed"},
+        "backends.py": {"distributed"},
     }
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

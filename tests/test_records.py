@@ -1,11 +1,14 @@
+import json
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from groktrace.records import at_most, between, read_record
+from groktrace.records import Record, at_most, between, read_record
 
 
 class Interval(NamedTuple):
@@ -72,3 +75,30 @@ def test_fields_without_a_default_are_required():
     for value in ([], None, "x"):
         with pytest.raises(ValueError, match=r"expected an object with name, number, .* got (list|NoneType|str)$"):
             read_record(Entry, value)
+
+
+@dataclass(frozen=True)
+class Leaf(Record):
+    value: float | None
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tree(Record):
+    leaves: tuple[Leaf, ...]
+    best: Leaf | None = None
+    shares: dict[str, float | None] | None = None
+
+
+@given(st.lists(st.builds(Leaf, st.none() | st.floats(allow_nan=False, allow_infinity=False), st.just(("a", "b")))))
+def test_records_come_back_as_they_were(leaves):
+    tree = Tree(tuple(leaves), leaves[0] if leaves else None, {"a": 1.0, "b": None})
+    assert Tree.from_dict(json.loads(json.dumps(tree.to_dict(), allow_nan=False))) == tree
+
+
+def test_what_is_not_finite_is_unknown_in_json():
+    tree = Tree((Leaf(math.inf, ("a",)),), Leaf(math.nan), {"a": -math.inf})
+    unknown = {"value": None, "names": []}
+    assert tree.to_dict() == {"leaves": [{**unknown, "names": ["a"]}], "best": unknown, "shares": {"a": None}}
+    with pytest.raises(ValueError, match="'value' is missing"):
+        Tree.from_dict({"leaves": [{}]})

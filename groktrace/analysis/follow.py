@@ -2,23 +2,24 @@
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 
 from groktrace.analysis.detection import Detector, Transition, find_transitions
-from groktrace.analysis.estimate import make_settings
-from groktrace.analysis.evaluation import Survey
-from groktrace.analysis.evaluator import run_layout
-from groktrace.analysis.journal import check_numbers
+from groktrace.analysis.measure import SnapshotMetrics
 from groktrace.analysis.reference import check_reference
-from groktrace.analysis.replay import POINTS_FILE, Analysis, kept_scale, open_analysis
+from groktrace.analysis.replay import finish, replay
+from groktrace.analysis.results import POINTS_FILE, check_positive
+from groktrace.analysis.session import Session, open_session
+from groktrace.analysis.setup import make_settings, run_layout
 from groktrace.analysis.trajectory import Point, Trajectory
-from groktrace.errors import RunError, SettingsError, printable
+from groktrace.errors import RunError, SettingsError
+from groktrace.records import read_record
 from groktrace.run import layout
 from groktrace.run.files import read_json, write_json
 from groktrace.run.remote import is_url
@@ -144,75 +145,77 @@ def follow(
     def events() -> Iterator[Event]:
         if not isinstance(run, Run) and not is_url(run):
             wait_for_run(Path(run), timeout)
-        with open_analysis(run, chosen, task, task_name, device, None, jobs, executor) as analysis:
-            yield from follow_analysis(analysis, timeout, reference, curvature, detector)
+        source: Run | str | Path | None = run
+        while source is not None:
+            with open_session(
+                source, chosen, task=task, task_name=task_name, device=device, jobs=jobs, executor=executor
+            ) as session:
+                source = yield from _follow_session(session, timeout, reference, curvature, detector)
 
     return events()
 
 
-def follow_analysis(
-    analysis: Analysis,
-    timeout: float | None = None,
-    reference: float | str | None = None,
-    curvature: bool = False,
-    detector: Detector | None = None,
-) -> Iterator[Event]:
-    """The same for an analysis that is open; arguments, events and errors as those of `follow`."""
-    live = _Live(analysis.folder / LIVE_FILE)
-    surveys: dict[int, Survey] = {}
+def _follow_session(
+    session: Session,
+    timeout: float | None,
+    reference: float | str | None,
+    curvature: bool,
+    detector: Detector | None,
+) -> Generator[Event, None, Run | None]:
+    """The same for an open analysis; returns the run where other weights have begun to train, else None at the end."""
+    announced = _Announced(session.folder / LIVE_FILE)
+    metrics: dict[int, SnapshotMetrics] = {}
     points: dict[int, Point] = {}
-    fresh, news = list(analysis.snapshots.prints), time.monotonic()
+    fresh, last_news = session.steps, time.monotonic()
     while True:
-        run = analysis.snapshots.run.refreshed()
-        if run.info.get("created") != analysis.snapshots.run.info.get("created"):  # one that is resumed keeps its own
+        run = session.snapshots.run.refreshed()
+        if run.info.get("created") != session.snapshots.run.info.get("created"):  # one that is resumed keeps its own
             raise RunError(f"{run.name}: was recorded anew while it was followed; follow it again.")
-        if run_layout(run, analysis.evaluator.settings.parameters) != analysis.evaluator.layout:
-            # Weights have begun to train, so that all is measured anew, with these.
-            with analysis.again() as renewed:
-                yield from follow_analysis(renewed, timeout, reference, curvature, detector)
-            return
-        fresh += analysis.snapshots.add(run.snapshots)
+        if run_layout(run, session.objective.settings.parameters) != session.objective.layout:
+            return run  # weights have begun to train, so that all is measured anew, with these
+        fresh += session.snapshots.add(run.snapshots)
         if fresh:
-            surveys |= analysis.survey(fresh)
-            scale = _scale(analysis, surveys, live.scale)
+            metrics |= session.metrics(fresh)
+            scale = _scale(session, metrics, announced.scale)
             if scale is not None:
-                journal = _journal(analysis, scale)
-                if scale != live.scale:
-                    live.rescale(scale)
+                journal = _journal(session, scale)
+                if scale != announced.scale:
+                    announced.rescale(scale)
                     points = {}
                     yield Scaled(*scale[:3])
                 if not points:  # those of before an interruption
-                    points = analysis.sampled(journal)
-                missing = [step for step in surveys if step not in points and step in analysis.snapshots.prints]
-                stack = analysis.evaluator.together
+                    points = session.known_points(journal)
+                missing = [step for step in metrics if step not in points and step in session.snapshots.fingerprints]
+                stack = session.objective.llc_stack()
                 for start in range(0, len(missing), stack):
-                    found = analysis.sample(surveys, scale, missing[start : start + stack], journal)
+                    found = session.points(metrics, scale, missing[start : start + stack], journal=journal)
                     points |= found
                     yield from found.values()
-                trajectory = analysis.finish(points, scale)
-                yield from live.compare(find_transitions(trajectory, detector))
+                trajectory = finish(session, points, scale)
+                yield from announced.compare(find_transitions(trajectory, detector))
                 yield trajectory
-            fresh, news = [], time.monotonic()
-        elif run.closed or (timeout is not None and time.monotonic() - news > timeout):
+            fresh, last_news = [], time.monotonic()
+        elif run.closed or (timeout is not None and time.monotonic() - last_news > timeout):
             break
         else:
             time.sleep(POLL_SECONDS)
-    trajectory = analysis.complete(reference, curvature)
-    yield from live.compare(find_transitions(trajectory, detector))
-    for path in analysis.folder.glob("live-*.jsonl"):
+    trajectory = replay(session, reference, curvature, detector=detector)
+    yield from announced.compare(find_transitions(trajectory, detector))
+    for path in session.folder.glob("live-*.jsonl"):
         path.unlink()
     yield Ended("closed" if run.closed else "timeout", trajectory)
+    return None
 
 
-def _scale(analysis: Analysis, surveys: dict[int, Survey], current: Scale | None) -> Scale | None:
+def _scale(session: Session, metrics: dict[int, SnapshotMetrics], current: Scale | None) -> Scale | None:
     """nβ and γ to measure with now; None where the snapshots do not tell yet."""
-    kept = kept_scale(analysis.folder)
+    kept, settings = session.kept_scale(), session.objective.settings
     if kept is not None:
         return kept
-    if _given(analysis):
-        return analysis.fix_scale(surveys)
+    if settings.nbeta not in (None, "curvature") and settings.localization is not None:  # both given
+        return session.fix_scale(metrics)
     try:
-        wanted = analysis.choose_scale(surveys, current)
+        wanted = session.choose_scale(metrics, current)
     except SettingsError:  # nothing finite, or no curvature yet
         return current
     if current is None or (wanted.curvature is None) != (current.curvature is None):
@@ -221,82 +224,86 @@ def _scale(analysis: Analysis, surveys: dict[int, Survey], current: Scale | None
     return wanted if moved else current
 
 
-def _given(analysis: Analysis) -> bool:
-    settings = analysis.evaluator.settings
-    return settings.nbeta not in (None, "curvature") and settings.localization is not None
-
-
-def _journal(analysis: Analysis, scale: Scale) -> str:
+def _journal(session: Session, scale: Scale) -> str:
     """Where points at this scale are kept: with the final ones, if it is the final one."""
-    if scale == kept_scale(analysis.folder):
+    if scale == session.kept_scale():
         return POINTS_FILE
     return f"live-{hashlib.sha256(repr(scale).encode()).hexdigest()[:8]}.jsonl"
 
 
-class _Live:
-    """What was said so far, kept on disk so that nothing is said twice.
+@dataclass(frozen=True)
+class _Entry:
+    """A transition that was announced, and whether it still stands."""
+
+    transition: Transition
+    stands: bool
+
+
+@dataclass(frozen=True)
+class _State:
+    """What live.json keeps: the nβ and γ in use, and all that was announced."""
+
+    scale: Annotated[Scale | None, check_positive]
+    said: tuple[_Entry, ...]
+
+
+class _Announced:
+    """What was announced so far, kept on disk so that nothing is announced twice.
 
     Args:
         path: of the file.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self.scale: Scale | None = None
-        self._said: list[tuple[Transition, bool]] = []  # and whether it still stands
+        self._path, self._state = path, _State(None, ())
         if path.exists():
-            kept = read_json(path)
+            value = read_json(path)
             try:
-                self.scale = None if kept["scale"] is None else Scale.from_dict(kept["scale"])
-                self._said = [(_transition(each["transition"]), bool(each["stands"])) for each in kept["said"]]
-            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as failure:
+                self._state = read_record(_State, value)
+            except ValueError as failure:
                 raise RunError(f"{path}: damaged ({failure}); remove the file to follow anew.") from failure
+
+    @property
+    def scale(self) -> Scale | None:
+        """nβ and γ in use."""
+        return self._state.scale
 
     def rescale(self, scale: Scale) -> None:
         """Measure at another nβ and γ from now on."""
-        self.scale = scale
-        self._save()
+        self._save(replace(self._state, scale=scale))
 
     def compare(self, found: list[Transition]) -> list[Announcement]:
-        """What is new about these transitions, which then counts as said."""
+        """What is new about these transitions, which then counts as announced."""
         news: list[Announcement] = []
-        left = list(found)
-        for number, (before, stood) in enumerate(self._said, 1):
+        unmatched, entries = list(found), list(self._state.said)
+        for number, entry in enumerate(entries, 1):
+            before = entry.transition
             match = min(
-                (each for each in left if each.kind == before.kind and _overlap(each, before)),
-                key=lambda each: abs(each.step - before.step),
+                (now for now in unmatched if now.kind == before.kind and _overlap(now, before)),
+                key=lambda now: abs(now.step - before.step),
                 default=None,
             )
             if match is not None:
-                left.remove(match)
+                unmatched.remove(match)
                 moved = not before.step_low <= match.step <= before.step_high
-                if moved or match.label != before.label or not stood:
+                if moved or match.label != before.label or not entry.stands:
                     news.append(Announcement("revised", number, match))
-            elif stood:
+            elif entry.stands:
                 news.append(Announcement("withdrawn", number, before))
-        first = len(self._said) + 1
-        news += [Announcement("transition", number, each) for number, each in enumerate(left, first)]
-        for each in news:
-            entry = (each.transition, each.news != "withdrawn")
-            self._said[each.number - 1 : each.number] = [entry]
+        first = len(entries) + 1
+        news += [Announcement("transition", number, transition) for number, transition in enumerate(unmatched, first)]
+        for announcement in news:
+            entry = _Entry(announcement.transition, announcement.news != "withdrawn")
+            entries[announcement.number - 1 : announcement.number] = [entry]
         if news:
-            self._save()
+            self._save(replace(self._state, said=tuple(entries)))
         return news
 
-    def _save(self) -> None:
-        said = [{"transition": asdict(each), "stands": stands} for each, stands in self._said]
-        write_json(self._path, {"scale": None if self.scale is None else self.scale._asdict(), "said": said})
+    def _save(self, state: _State) -> None:
+        self._state = state
+        scale = None if state.scale is None else state.scale._asdict()
+        write_json(self._path, {**asdict(state), "scale": scale})
 
 
 def _overlap(a: Transition, b: Transition) -> bool:
     return max(a.onset, b.onset) <= min(a.end, b.end)
-
-
-def _transition(value: dict[str, Any]) -> Transition:
-    """A transition that was announced, as it was written; TypeError or ValueError where it was not."""
-    texts = ("kind", "label", "evidence", "curve")
-    numbers = value.keys() - set(texts)
-    check_numbers(value, numbers)
-    if any(value[name] is None for name in numbers - {"delta_free_energy"}):
-        raise ValueError("a number is missing")
-    return Transition(**{**value, **{name: printable(value[name]) for name in texts if value.get(name) is not None}})

@@ -4,25 +4,20 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from groktrace.analysis.estimate import choose_device, make_settings
-from groktrace.analysis.evaluation import Survey
-from groktrace.analysis.evaluator import Chunk, Evaluator
 from groktrace.analysis.passes import spread
-from groktrace.analysis.pilot import choose_sampling
-from groktrace.analysis.replay import COARSE, POINTS_FILE, folder_name, kept_scale, prepare
-from groktrace.analysis.snapshots import Snapshots, read_journal
+from groktrace.analysis.replay import COARSE
+from groktrace.analysis.session import open_session
+from groktrace.analysis.setup import choose_device, make_settings
 from groktrace.analysis.trajectory import Point
-from groktrace.analysis.workers import Here, available_threads, threads_here
-from groktrace.run import layout
-from groktrace.run.store import Run, open_run
+from groktrace.records import Record
+from groktrace.run.store import Run
 from groktrace.run.task import Task
-from groktrace.sampling.calibration import Scale
 from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 
 if TYPE_CHECKING:
@@ -30,13 +25,13 @@ if TYPE_CHECKING:
 
 # Snapshots whose losses and curvature are measured, half as many as the analysis begins with; seconds that trying some
 # of them may take, and how many are tried at least.
-_SURVEYED = COARSE // 2
+_METRICS = COARSE // 2
 _SECONDS = 5.0
 _LEAST_TRIED = 2
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Record):
     """What is still to be done, and what it will take.
 
     Attributes:
@@ -58,10 +53,6 @@ class Forecast:
     memory_bytes: int
     seconds: float
     tried: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
 
 
 def forecast(
@@ -86,82 +77,33 @@ def forecast(
         RunError: the run directory cannot be used, or none of its snapshots.
         TaskError: the recording holds no loss to evaluate and none was given.
     """
-    place = choose_device(device)
-    threads = 1 if task is not None else available_threads(place)
+    place, chosen = choose_device(device), make_settings(settings, options)
     start = time.perf_counter()
-    evaluator, snapshots, _ = prepare(
-        run if isinstance(run, Run) else open_run(run), task, make_settings(settings, options), place
-    )
-    prepared = time.perf_counter() - start
-    folder = snapshots.run.root / layout.ANALYSIS_FOLDER / folder_name(evaluator)
-    done = read_journal(folder / POINTS_FILE, Point.from_dict)
-    steps = list(snapshots.prints)
-    wanted = [step for step in steps if snapshots.prints[step] not in done]
-    of_run = (len(wanted), len(steps) - len(wanted), evaluator.layout.size, evaluator.settings.chains or 0)
-    if not wanted:
-        return Forecast(*of_run, 0, _memory(place), 0.0, 0)
-    with threads_here(evaluator, threads) as workers:
-        trial = _Trial(evaluator, snapshots, workers)
-        surveys, survey_seconds = trial.survey([steps[i] for i in spread(steps, _SURVEYED)])
-        scale, chosen = kept_scale(folder), 0.0
-        if scale is None:
-            start = time.perf_counter()
-            known = list(surveys.values())
-            scale = choose_sampling(
-                evaluator.task,
-                evaluator.loss,
-                snapshots.load,
-                known,
-                evaluator.settings,
-                evaluator.chance,
-                threads=threads,
-            )
-            chosen = time.perf_counter() - start
-        points, seconds = trial.sample(surveys, scale)
-    lengths = [sum(point.diagnostics.get(name) or 0 for name in ("lost_steps", "steps")) for point in points]
-    each = seconds / max(len(points), 1) + survey_seconds / max(len(surveys), 1)
-    return Forecast(
-        *of_run,
-        round(statistics.mean(lengths)) if lengths else 0,
-        _memory(place),
-        prepared + chosen + each * len(wanted),
-        len(points),
-    )
-
-
-class _Trial:
-    """Some snapshots, measured as the analysis will."""
-
-    def __init__(self, evaluator: Evaluator, snapshots: Snapshots, workers: Here) -> None:
-        self._evaluator, self._prints, self._workers = evaluator, snapshots.prints, workers
-        self._by_step = {each.step: each for each in snapshots.run.snapshots}
-
-    def survey(self, steps: list[int]) -> tuple[dict[int, Survey], float]:
-        """Losses and curvature by step, and the seconds that these took."""
-        start, rows = time.perf_counter(), self._evaluator.rows
-        chunks = [Chunk("survey", tuple(steps[first : first + rows])) for first in range(0, len(steps), rows)]
-        found = {each.step: each for each in self._evaluate(chunks) if isinstance(each, Survey)}
-        return {step: found[step] for step in steps if step in found}, time.perf_counter() - start
-
-    def sample(self, surveys: dict[int, Survey], scale: Scale) -> tuple[list[Point], float]:
-        """Points of snapshots from all parts of the run, and the seconds that these took."""
-        order, together = _from_all_parts(list(surveys)), self._evaluator.stack(scale)
+    with open_session(run, chosen, task=task, device=place, keep=False) as session:
+        prepared = time.perf_counter() - start
+        done, steps = session.known_points(), session.steps
+        wanted = [step for step in steps if step not in done]
+        objective = session.objective
+        of_run = (len(wanted), len(steps) - len(wanted), objective.layout.size, objective.settings.chains or 0)
+        if not wanted:
+            return Forecast(*of_run, 0, _memory(place), 0.0, 0)
         start = time.perf_counter()
-        points: list[Point] = []
+        metrics = session.metrics([steps[i] for i in spread(steps, _METRICS)])
+        seconds = (time.perf_counter() - start) / max(len(metrics), 1)
+        start = time.perf_counter()
+        scale = session.kept_scale() or session.choose_scale(metrics)
+        prepared += time.perf_counter() - start
+        order = [step for step in _from_all_parts(list(metrics)) if step in session.snapshots.fingerprints]
+        at_once = objective.llc_stack(scale) * session.backend.threads
+        points: dict[int, Point] = {}
+        start = time.perf_counter()
         while order and (len(points) < _LEAST_TRIED or time.perf_counter() - start < _SECONDS):
-            chunks = []
-            for _ in range(self._workers.threads):
-                some, order = order[:together], order[together:]
-                if some:
-                    chunks.append(Chunk("sample", tuple(some), tuple(surveys[step] for step in some), scale))
-            points += [each for each in self._evaluate(chunks) if isinstance(each, Point)]
-        return points, time.perf_counter() - start
-
-    def _evaluate(self, chunks: list[Chunk]) -> list[Any]:
-        """What is found of all chunks, in their order."""
-        chunks = [replace(each, fingerprints=tuple(self._prints[step] for step in each.steps)) for each in chunks]
-        found = dict(self._workers.evaluate(chunks, self._by_step))
-        return [each for number in sorted(found) for each in found[number]]
+            points |= session.points(metrics, scale, order[:at_once])
+            order = order[at_once:]
+        seconds += (time.perf_counter() - start) / max(len(points), 1)
+    lengths = [sum(point.diagnostics.get(name) or 0 for name in ("lost_steps", "steps")) for point in points.values()]
+    mean_length = round(statistics.mean(lengths)) if lengths else 0
+    return Forecast(*of_run, mean_length, _memory(place), prepared + seconds * len(wanted), len(points))
 
 
 def _from_all_parts(steps: list[int]) -> list[int]:

@@ -1,17 +1,18 @@
 """Memorisation, generalisation and the severity of grokking, from accuracies."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from groktrace.analysis.trajectory import Trajectory
+from groktrace.records import Record
 
 THRESHOLD = 0.95
 
 
 @dataclass(frozen=True)
-class Grokking:
+class Grokking(Record):
     """When a run memorised and when it generalised.
 
     Attributes:
@@ -33,8 +34,8 @@ class Grokking:
         return self.generalised_at - self.memorised_at
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "delay": self.delay}
+        """Plain JSON values; what is not finite becomes None."""
+        return {**super().to_dict(), "delay": self.delay}
 
 
 def measure_grokking(trajectory: Trajectory) -> Grokking:

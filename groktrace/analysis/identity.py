@@ -277,8 +277,8 @@ def _wave(tensor: Tensor) -> Tensor:
 
 def _two_numbers(kind: str, point: str, tensors: Sequence[Tensor]) -> list[tuple[str, str, float, float]]:
     """Norm and a projection of all elements together."""
-    flat = [torch.view_as_real(each).flatten() if each.is_complex() else each.flatten() for each in tensors]
-    whole = torch.cat([each.double() for each in flat]) if flat else torch.zeros(1, dtype=torch.float64)
+    flat = [torch.view_as_real(tensor).flatten() if tensor.is_complex() else tensor.flatten() for tensor in tensors]
+    whole = torch.cat([tensor.double() for tensor in flat]) if flat else torch.zeros(1, dtype=torch.float64)
     norm = float(whole.norm())
     return [
         (kind, f"{kind} {point}, norm", norm, norm),

@@ -4,16 +4,14 @@ import contextlib
 import json
 import os
 import platform
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from groktrace.errors import RunError
 from groktrace.run.files import MAX_JSON_BYTES, TEMPORARY_PREFIX, open_plain, parse_json, sync, verified, with_digest
-from groktrace.run.layout import MAX_STEP
 
-MAX_NUMBER = sys.float_info.max
+Result = TypeVar("Result")  # of a line of a journal
 _BLOCK = 2**16
 
 
@@ -43,26 +41,24 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def check_numbers(record: dict[str, Any], names: Iterable[str]) -> None:
-    """Refuse a record in which one of these values is neither a finite number nor None; what is missing counts as None.
+def read_journal(path: Path, parse: Callable[[Any], Result]) -> dict[str, Result]:
+    """Results by the fingerprints of their snapshots.
+
+    Args:
+        path: of the journal.
+        parse: a result from its line.
 
     Raises:
-        ValueError: one is; the message is its name.
+        RunError: a line is damaged.
     """
-    for name in names:
-        number = record.get(name)
-        if number is not None and not (type(number) in (int, float) and abs(number) <= MAX_NUMBER):
-            raise ValueError(name)
-
-
-def check_step(record: dict[str, Any]) -> None:
-    """Refuse a record whose step is no step of a snapshot.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if type(step := record.get("step")) is not int or not 0 <= step <= MAX_STEP:
-        raise ValueError("step")
+    known: dict[str, Result] = {}
+    for record in read_lines(path):
+        try:
+            fingerprint = str(record.pop("snapshot"))
+            known[fingerprint] = parse(record)
+        except (KeyError, TypeError, ValueError) as failure:
+            raise RunError(f"{path}: damaged ({failure}); remove the file to redo it.") from failure
+    return known
 
 
 def append_lines(path: Path, records: list[dict[str, Any]]) -> None:

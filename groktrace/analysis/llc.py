@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from groktrace.records import Record
 from groktrace.sampling import diagnostics as diagnose
 from groktrace.sampling.settings import SamplingSettings
 from groktrace.sampling.traces import Traces
@@ -33,7 +33,7 @@ NOT_THE_BASIN = ("left the basin", "leaving the basin", "not local", "not equili
 
 
 @dataclass(frozen=True)
-class LLCEstimate:
+class LLCEstimate(Record):
     """The local learning coefficient at one point w* of weight space.
 
     λ̂ = nβ·(E[L_n(w)] − L_n(w*)) under the localised tempered posterior (Lau et al. 2023, arXiv 2308.12108).
@@ -75,10 +75,6 @@ class LLCEstimate:
     burn_in: int
     loss: float | None
     diagnostics: dict[str, float | None]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "reasons": list(self.reasons)}
 
 
 def off_minimum(traces: Traces) -> bool:
@@ -164,7 +160,7 @@ def summarise(
     # Where all weights are zero there is no length to compare with.
     far = norm > 0 and relative_distance > MAX_DISTANCE
     bent = abs(anharmonicity - 1) > MAX_ANHARMONICITY + 3 * ratio_error
-    guess = next((each for each in chance if each > loss), math.inf)
+    guess = next((level for level in chance if level > loss), math.inf)
     climb = llc / nbeta / (guess - loss)
     bowl = float((0.5 * traces.pull - traces.excess).abs().mean()) <= MAX_BENDING * llc
     # Neither of `far` and `bent` alone does harm: in a quadratic bowl the estimate is exact however wide it is, and a

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from groktrace.analysis.detection import Transition, find_transitions
+from groktrace.analysis.detection import Detector, Transition, find_transitions
 from groktrace.analysis.trajectory import Point, Trajectory
 
 # The coarse subset, and the share of all snapshots that is sampled at most, but for runs so short that it is no matter.
@@ -36,6 +36,7 @@ def sample_in_passes(
     *,
     coarse: int,
     together: int,
+    detector: Detector | None = None,
 ) -> Iterator[dict[int, Point]]:
     """Sample all snapshots, in an order in which whatever there is so far tells most.
 
@@ -45,6 +46,7 @@ def sample_in_passes(
         n: number of training samples.
         coarse: how many are in the first pass.
         together: how many are in each later one.
+        detector: of the transitions; see `find_transitions`.
 
     Yields:
         The points so far, by step, after each pass.
@@ -55,7 +57,7 @@ def sample_in_passes(
         tried |= set(wanted)
         points |= measure([steps[i] for i in wanted])
         yield points
-        wanted = _next(steps, tried, points, n)[:together]
+        wanted = _next(steps, tried, points, n, detector)[:together]
         wanted = sorted(wanted + _between(len(steps), tried | set(wanted), together - len(wanted)))
 
 
@@ -80,6 +82,7 @@ def sample_adaptively(
     measure: Callable[[list[int]], dict[int, Point]],
     report: Callable[[int, int], None],
     n: int | None = None,
+    detector: Detector | None = None,
 ) -> dict[int, Point]:
     """Sample evenly spread snapshots first, then between those where a transition is or may be.
 
@@ -93,6 +96,7 @@ def sample_adaptively(
         measure: gives the points of snapshots; those that cannot be read are left out.
         report: called with (snapshots sampled, the most that will be).
         n: number of training samples.
+        detector: of the transitions; see `find_transitions`.
 
     Returns:
         The points that were sampled, by step.
@@ -105,16 +109,20 @@ def sample_adaptively(
         tried |= set(wanted)
         points |= measure([steps[i] for i in wanted])
         report(len(tried), limit)
-        wanted = sorted(_next(steps, tried, points, n)[: min(ROUND, limit - len(tried))])
+        wanted = sorted(_next(steps, tried, points, n, detector)[: min(ROUND, limit - len(tried))])
     return points
 
 
-def _next(steps: Sequence[int], tried: set[int], points: dict[int, Point], n: int | None) -> list[int]:
+def _next(
+    steps: Sequence[int], tried: set[int], points: dict[int, Point], n: int | None, detector: Detector | None
+) -> list[int]:
     """Indices of snapshots that halve the gaps, those that count most first."""
     trajectory = Trajectory(tuple(points[step] for step in sorted(points)), n=n)
-    transitions = find_transitions(trajectory)
+    transitions = find_transitions(trajectory, detector) if points else []
+    # A detector may be anyone's: only changes of some size have a date to narrow.
+    transitions = sorted((t for t in transitions if abs(t.delta_llc) > 0), key=lambda t: t.onset)
     known = [(i, *_value(points[steps[i]])) for i in sorted(tried) if steps[i] in points]
-    known = [each for each in known if math.isfinite(each[1]) and math.isfinite(each[2])]
+    known = [point for point in known if math.isfinite(point[1]) and math.isfinite(point[2])]
     level = max((value for _, value, _ in known), default=0.0)
     dates = [_Date.of(steps, known, transitions, number) for number in range(len(transitions))]
     scored = []
@@ -124,9 +132,9 @@ def _next(steps: Sequence[int], tried: set[int], points: dict[int, Point], n: in
             continue
         size, noise = abs(after - before), math.hypot(error, other)
         gain = max((date.gain(i, j) for date in dates), default=0.0)
-        within = [each for each in transitions if _touches(each, steps[i], steps[j])]
+        within = [transition for transition in transitions if _touches(transition, steps[i], steps[j])]
         if within:
-            share = max(size, noise) / min(abs(each.delta_llc) for each in within)
+            share = max(size, noise) / min(abs(transition.delta_llc) for transition in within)
         elif size > max(SUSPICIOUS_ERRORS * noise, SUSPICIOUS_CHANGE * level):
             share = 1.0
         else:
@@ -158,13 +166,13 @@ class _Date:
         transitions: Sequence[Transition],
         number: int,
     ) -> "_Date":
-        each = transitions[number]
-        onset, end = bisect.bisect_left(steps, each.onset), bisect.bisect_left(steps, each.end)
+        transition = transitions[number]
+        onset, end = bisect.bisect_left(steps, transition.onset), bisect.bisect_left(steps, transition.end)
         first = bisect.bisect_left(steps, transitions[number - 1].end) if number else 0
         last = len(steps) - 1
         if number + 1 < len(transitions):
             last = bisect.bisect_left(steps, transitions[number + 1].onset)
-        half, quarter = (each.llc_before + each.llc_after) / 2, abs(each.delta_llc) / 4
+        half, quarter = (transition.llc_before + transition.llc_after) / 2, abs(transition.delta_llc) / 4
         middle = [i for i, value, _ in known if onset <= i <= end and abs(value - half) <= quarter] or [onset, end]
         bounds = (
             (middle[0], middle[-1], 1.0),
@@ -173,7 +181,7 @@ class _Date:
         )
         parts = tuple((a, b, max(sum(a <= i <= b for i, _, _ in known), 1), share) for a, b, share in bounds)
         errors = [error for i, _, error in known if onset <= i <= end] or [0.0]  # of damaged points nothing is known
-        return cls(parts, statistics.median(errors) * max(end - onset, 1) / abs(each.delta_llc))
+        return cls(parts, statistics.median(errors) * max(end - onset, 1) / abs(transition.delta_llc))
 
     def gain(self, i: int, j: int) -> float:
         """By how many snapshots the date gets better if one between two others is sampled."""

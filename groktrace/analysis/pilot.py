@@ -1,7 +1,8 @@
 """What a few fitted snapshots say of how to sample a run: how far from w*, on how many samples, in what batches."""
 
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -10,19 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groktrace.analysis.estimate import choose_scale, estimate_stack, fitted
-from groktrace.analysis.evaluation import Survey, stack_weights
 from groktrace.analysis.llc import LLCEstimate
+from groktrace.analysis.measure import Objective, SnapshotMetrics, stack_weights
 from groktrace.analysis.predictions import evaluate
 from groktrace.errors import SettingsError
-from groktrace.run.task import Task
 from groktrace.sampling.batches import GROUP, NoiseProfile
-from groktrace.sampling.calibration import Scale, step_size
+from groktrace.sampling.calibration import Scale, posterior_scale, step_size
 from groktrace.sampling.chains import interruption, profile_noise
 from groktrace.sampling.network import as_float
-from groktrace.sampling.posterior import FACTOR, StackedLoss
-from groktrace.sampling.settings import LOCALITY, SamplingSettings
+from groktrace.sampling.posterior import FACTOR
+from groktrace.sampling.settings import LOCALITY
 from groktrace.sampling.traces import WANTED_HEATING
+
+# A snapshot counts as fitted once its training loss has fallen to this fraction of the run's range.
+FITTED = 0.05
+# nβ follows the curvature where that of fitted snapshots ranges over more than this factor.
+FALLEN = 10.0
 
 # ρ, the widest first. A basin is left where the loss climbs by this share of the way to that of chance.
 LOCALITIES = (LOCALITY, 0.1, 0.05, 0.022, 0.01)
@@ -38,54 +42,84 @@ MOST_MISSED = 0.03
 LEAST_SAMPLES = 512
 
 
+def choose_scale(objective: Objective, metrics: Sequence[SnapshotMetrics], **other: Any) -> Scale:
+    """nβ and γ for a whole run, from its typical snapshots once the training set is fitted.
+
+    Args:
+        objective: with what was asked for.
+        metrics: of all snapshots.
+        **other: settings in place of the objective's.
+
+    Raises:
+        SettingsError: nβ or γ have to be derived and no snapshot is finite.
+    """
+    settings, n, dimension = replace(objective.settings, **other), objective.task.n, objective.layout.size
+    among = fitted(metrics)
+    if not among:
+        if isinstance(settings.nbeta, float | int) and settings.localization is not None:
+            return posterior_scale(settings, n, dimension, math.nan, math.nan)
+        raise SettingsError("nbeta: cannot be derived, as no snapshot has a finite loss; give nbeta and localization.")
+    norm_squared = statistics.median(known.norm_squared for known in among)
+    tops = [known.top_curvature for known in among]
+    # Under cross-entropy all curvatures shrink as margins grow: at one nβ, λ̂ would fall in every run.
+    follow = settings.nbeta == "curvature" or (settings.nbeta is None and max(tops) > FALLEN * min(tops) > 0)
+    return posterior_scale(settings, n, dimension, norm_squared, statistics.median(tops), follow)
+
+
+def fitted(metrics: Sequence[SnapshotMetrics]) -> list[SnapshotMetrics]:
+    """Those of snapshots that have fitted the training set, among those whose loss and curvature are finite.
+
+    Args:
+        metrics: of the snapshots.
+    """
+    finite = [known for known in metrics if known.finite]
+    losses = [known.train_loss for known in finite]
+    return [known for known in finite if known.train_loss <= min(losses) + FITTED * (max(losses) - min(losses))]
+
+
 def choose_sampling(
-    task: Task,
-    loss: StackedLoss,
+    objective: Objective,
     load: Callable[[int], dict[str, Tensor] | None],
-    surveys: Sequence[Survey],
-    settings: SamplingSettings,
-    chance: Sequence[float],
-    key: Callable[[int], int] | None = None,
+    metrics: Sequence[SnapshotMetrics],
+    key: Callable[[int], int] = lambda step: step,
     threads: int = 1,
 ) -> Scale:
     """nβ, γ and, of large sets, samples and batch size, for all snapshots of a run.
 
     Args:
-        task: loss and data.
-        loss: the task's training loss.
+        objective: with what was asked for.
         load: gives a snapshot's weights by step.
-        surveys: of the snapshots from which the choice is made.
-        settings: what was asked for.
-        chance: training losses of networks that know nothing.
+        metrics: of the snapshots from which the choice is made.
         key: gives what the noise of a snapshot is keyed by beside the seed, by its step; by default the step.
         threads: how many may work at once; no result depends on it.
 
     Raises:
         SettingsError: nβ or γ have to be derived and cannot be, or samples are asked for of a set that is used whole.
     """
-    stored = len(loss.tensors[0])
-    if settings.samples is not None and settings.samples < stored and loss.sample_bytes is None:
+    settings, large_set = objective.settings, objective.large_set
+    stored = len(objective.loss.tensors[0])
+    if settings.samples is not None and settings.samples < stored and not large_set:
         raise SettingsError(
             f"samples: expected none of a set that is used whole, got {settings.samples} of {stored}; a gradient on "
             "all is cheap, or the loss is no mean over samples."
         )
-    scale = choose_scale(settings, task.n, loss.layout, surveys)
+    scale = choose_scale(objective, metrics)
     plain = settings.method is not None and settings.kernel.plain
-    if plain and loss.sample_bytes is not None:  # as published: batches of all samples
+    if plain and large_set:  # as published: batches of all samples
         return scale._replace(samples=settings.samples, batch_size=settings.batch_size)
-    among = fitted(surveys)
+    among = fitted(metrics)
     tried = [among[round(i * (len(among) - 1) / TRIED)] for i in range(TRIED, 0, -1)]
-    snapshots = [(about, weights) for about in dict.fromkeys(tried) if (weights := load(about.step)) is not None]
+    snapshots = [(known, weights) for known in dict.fromkeys(tried) if (weights := load(known.step)) is not None]
     free = settings.localization is None and settings.locality is None
-    if not snapshots or (loss.sample_bytes is None and not free):
+    if not snapshots or (not large_set and not free):
         return scale
-    trial = _Trial(task, loss, settings, chance, key or (lambda step: step))
-    at_once = threads if loss.sample_bytes is not None else 1  # recorded gradients have buffers that one thread can use
-    if loss.sample_bytes is not None:
+    trial = _Trial(objective, key)
+    at_once = 1 if large_set else threads  # recorded gradients have buffers that one thread can use
+    if large_set:
         scale = trial.sized(scale)
     for nearer, locality in enumerate(LOCALITIES if free else (scale.locality,)):
         if free:
-            wider = choose_scale(replace(settings, locality=locality), task.n, loss.layout, surveys)
+            wider = choose_scale(objective, metrics, locality=locality)
             scale = wider._replace(samples=scale.samples, batch_size=scale.batch_size)
         if nearer == 0:
             profiles = trial.profiles(scale, snapshots, at_once)
@@ -94,13 +128,13 @@ def choose_sampling(
         for some in _batched(snapshots, at_once):
             estimates = _run_threads(partial(trial.run, scale=scale), some)
             found += [(*snapshot, estimate) for snapshot, estimate in zip(some, estimates, strict=True)]
-            left = [number for number, (about, _, estimate) in enumerate(found) if trial.left(about, estimate)]
+            left = [number for number, (known, _, estimate) in enumerate(found) if trial.left(known, estimate)]
             if left:
                 found = found[: left[0] + 1]  # however many threads there are
                 break
         else:
             break
-    if loss.sample_bytes is None:
+    if not large_set:
         return scale
     if nearer and profiles is not None:  # nearer to w* there is less noise
         profiles = trial.profiles(scale, snapshots, at_once)
@@ -110,15 +144,9 @@ def choose_sampling(
 class _Trial:
     """Short chains at a few snapshots."""
 
-    def __init__(
-        self,
-        task: Task,
-        loss: StackedLoss,
-        settings: SamplingSettings,
-        chance: Sequence[float],
-        key: Callable[[int], int],
-    ) -> None:
-        self._task, self._loss, self._settings, self._chance, self._key = task, loss, settings, chance, key
+    def __init__(self, objective: Objective, key: Callable[[int], int]) -> None:
+        self._objective, self._loss, self._settings = objective, objective.loss, objective.settings
+        self._key = key
 
     def sized(self, scale: Scale) -> Scale:
         """The scale with samples to begin with, and the batches that were asked for."""
@@ -127,11 +155,11 @@ class _Trial:
         return _in_batches(scale, samples, self._settings.batch_size)
 
     def profiles(
-        self, scale: Scale, snapshots: Sequence[tuple[Survey, dict[str, Tensor]]], threads: int
+        self, scale: Scale, snapshots: Sequence[tuple[SnapshotMetrics, dict[str, Tensor]]], threads: int
     ) -> list[NoiseProfile] | None:
         """How noisy gradients of few samples are; None where batches are given or have to be all samples."""
         # Of large networks the batches' gradients are not kept.
-        if self._loss.sample_bytes is None or self._settings.batch_size or self._loss.micro_batch is not None:
+        if not self._objective.large_set or self._settings.batch_size or self._loss.micro_batch is not None:
             return None
         return [
             profile
@@ -143,56 +171,56 @@ class _Trial:
         """The scale with batches so large that their noise does no harm."""
         if profiles is None:
             return scale
-        sizes = [each.batch(scale.samples, AIMED * WANTED_HEATING) for each in profiles]
+        sizes = [profile.batch(scale.samples, AIMED * WANTED_HEATING) for profile in profiles]
         return _in_batches(scale, scale.samples, None if None in sizes else max(sizes))
 
-    def _profile(self, about: Survey, weights: dict[str, Tensor], scale: Scale) -> NoiseProfile:
+    def _step_size(self, known: SnapshotMetrics, scale: Scale) -> float:
+        top = known.top_curvature if scale.curvature is None else scale.curvature
+        return self._settings.step_size or step_size(scale.nbeta, scale.localization, top)
+
+    def _profile(self, known: SnapshotMetrics, weights: Mapping[str, Tensor], scale: Scale) -> NoiseProfile:
         """How noisy gradients of few samples are at one snapshot."""
         loss = self._loss.subset(scale.samples, 4 * GROUP)
-        factor, top = 1.0, about.top_curvature
-        if scale.curvature is not None:
-            factor, top = scale.curvature / top, scale.curvature
+        factor = 1.0 if scale.curvature is None else scale.curvature / known.top_curvature
         stacked, anchor = stack_weights(loss, [{**weights, FACTOR: torch.tensor(factor)}])
-        size = self._settings.step_size or step_size(scale.nbeta, scale.localization, top)
-        key = self._key(about.step)
+        key, size = self._key(known.step), self._step_size(known, scale)
         return profile_noise(stacked, anchor, key, self._settings, scale.nbeta, scale.localization, size)
 
-    def run(self, about: Survey, weights: dict[str, Tensor], scale: Scale) -> LLCEstimate:
+    def run(self, known: SnapshotMetrics, weights: Mapping[str, Tensor], scale: Scale) -> LLCEstimate:
         """A short estimate."""
-        top = about.top_curvature if scale.curvature is None else scale.curvature
-        size = self._settings.step_size or step_size(scale.nbeta, scale.localization, top)
         short = replace(self._settings, draws=self._settings.draws or FEW_DRAWS)
-        if self._loss.sample_bytes is not None:
-            short = replace(short, step_size=size, burn_in=BURN_IN, draws=DRAWS)
-        keys = [self._key(about.step)]
-        (estimate,) = estimate_stack(self._loss, [weights], [about], short, scale, self._task.n, keys, self._chance)
-        return estimate
+        if self._objective.large_set:
+            short = replace(short, step_size=self._step_size(known, scale), burn_in=BURN_IN, draws=DRAWS)
+        objective = replace(self._objective, settings=short)
+        return objective.estimate([weights], [known], scale, [self._key(known.step)])[0]
 
-    def left(self, about: Survey, estimate: LLCEstimate) -> bool:
+    def left(self, known: SnapshotMetrics, estimate: LLCEstimate) -> bool:
         """Whether the chains have gone so far up that they are hardly in the snapshot's basin any more."""
         if estimate.llc is None:
             return True
-        chance = min((each for each in self._chance if each > about.train_loss), default=math.inf)
-        return estimate.llc / estimate.nbeta > MOST_CLIMB * (chance - about.train_loss)
+        chance = min((loss for loss in self._objective.chance if loss > known.train_loss), default=math.inf)
+        return estimate.llc / estimate.nbeta > MOST_CLIMB * (chance - known.train_loss)
 
-    def enlarged(self, scale: Scale, found: Sequence[tuple[Survey, dict[str, Tensor], LLCEstimate]]) -> Scale:
+    def enlarged(
+        self, scale: Scale, found: Sequence[tuple[SnapshotMetrics, Mapping[str, Tensor], LLCEstimate]]
+    ) -> Scale:
         """The scale with so many samples that the posterior of all would hardly be another one."""
         if self._settings.samples is not None:
             return scale
         stored = len(self._loss.tensors[0])
-        value = max((each.llc_centred or each.llc or 0.0 for _, _, each in found), default=0.0)
+        value = max((estimate.llc_centred or estimate.llc or 0.0 for _, _, estimate in found), default=0.0)
         wanted = value / (MOST_MISSED * self._targets(found[0][1]))
         samples = LEAST_SAMPLES
         while samples < min(wanted, stored):
             samples *= 2
         return _in_batches(scale, min(samples, stored), scale.batch_size)
 
-    def _targets(self, weights: dict[str, Tensor]) -> float:
+    def _targets(self, weights: Mapping[str, Tensor]) -> float:
         """Predictions that the loss compares with targets, a sample."""
         count = min(8, len(self._loss.tensors[0]))
         few = [tensor[:count] for tensor in self._loss.tensors]
         named = {name: as_float(tensor).to(self._loss.device) for name, tensor in weights.items()}
-        _, outputs, hits = evaluate(self._task.forward, named, few)
+        _, outputs, hits = evaluate(self._objective.task.forward, named, few)
         if hits is not None:
             return max(1.0, len(hits) / count)
         return 1.0 if outputs is None or outputs.ndim < 2 else max(1.0, outputs.numel() / count)
@@ -208,7 +236,7 @@ def _run_threads(function: Callable[..., Any], arguments: Sequence[tuple[Any, ..
     if len(arguments) == 1:
         return [function(*arguments[0])]
     with ThreadPoolExecutor(len(arguments)) as pool:
-        futures = [pool.submit(function, *each) for each in arguments]
+        futures = [pool.submit(function, *pair) for pair in arguments]
         try:
             return [future.result() for future in futures]
         except KeyboardInterrupt:

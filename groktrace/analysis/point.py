@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from groktrace.analysis.estimate import choose_device, estimate_stack, make_settings, weight_layout
-from groktrace.analysis.evaluation import Survey, chance_losses, survey, training_loss
 from groktrace.analysis.llc import LLCEstimate
+from groktrace.analysis.measure import Objective, SnapshotMetrics
 from groktrace.analysis.pilot import choose_sampling
+from groktrace.analysis.setup import choose_device, make_settings, weight_layout
 from groktrace.errors import TaskError
 from groktrace.run.task import Task
-from groktrace.sampling.calibration import settle
-from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 
 if TYPE_CHECKING:
@@ -51,11 +49,9 @@ def estimate_llc(
         TaskError: model, loss and data do not fit together, or are not finite.
     """
     chosen = make_settings(settings, options)
-    place = choose_device(device)
-    task, training, weights, surveyed, chance = prepare_point(model, loss, train, batch_loss, chosen, place)
-    chosen = settle(chosen, training.layout.size, training.micro_batch is None)
-    scale = choose_sampling(task, training, lambda step: weights, [surveyed], chosen, chance)
-    return estimate_stack(training, [weights], [surveyed], chosen, scale, task.n, chance=chance)[0]
+    objective, weights, metrics = prepare_point(model, loss, train, batch_loss, chosen, choose_device(device))
+    scale = choose_sampling(objective, lambda step: weights, [metrics])
+    return objective.estimate([weights], [metrics], scale)[0]
 
 
 def prepare_point(
@@ -65,11 +61,8 @@ def prepare_point(
     batch_loss: Callable[..., Tensor] | None,
     settings: SamplingSettings,
     device: torch.device,
-) -> tuple[Task, StackedLoss, dict[str, Tensor], Survey, tuple[float, ...]]:
-    """What sampling around a live model needs.
-
-    That is the task, its training loss, all tensors by name, their survey, and the losses of networks that know
-    nothing.
+) -> tuple[Objective, dict[str, Tensor], SnapshotMetrics]:
+    """What sampling around a live model needs: what it is measured by, all tensors by name, and their metrics.
 
     Args:
         model: the network at w*.
@@ -91,9 +84,8 @@ def prepare_point(
     moving = {name for name, tensor in task.parameters.items() if tensor.requires_grad}
     moving = {task.follow.get(name, name) for name in moving}  # what lies in the memory of another counts with that
     specs = {name: (tuple(t.shape), t.dtype, name in moving) for name, t in task.parameters.items()}
-    layout = weight_layout(specs, settings.parameters)
-    training = training_loss(task, layout, weights, device)
-    (surveyed,) = survey(task, training, [weights], [0], settings.seed)
-    if not math.isfinite(surveyed.train_loss):
-        raise TaskError(f"loss: expected a finite loss at the weights given, got {surveyed.train_loss}.")
-    return task, training, weights, surveyed, chance_losses(task, weights, device, training.micro_batch)
+    objective = Objective.of(task, weight_layout(specs, settings.parameters), settings, weights, device)
+    (metrics,) = objective.metrics([weights], [0])
+    if not math.isfinite(metrics.train_loss):
+        raise TaskError(f"loss: expected a finite loss at the weights given, got {metrics.train_loss}.")
+    return objective, weights, metrics

@@ -1,5 +1,7 @@
-"""Predictions read where the loss compares them with their targets, whatever the outputs look like."""
+"""Losses and accuracies of one snapshot; predictions are read where the loss compares them with their targets."""
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from groktrace.run.task import ForwardFunction
+from groktrace.run.batch import Batch
+from groktrace.run.task import ForwardFunction, Task, failures_in_words
+from groktrace.sampling.network import as_float
 
 _aten = torch.ops.aten
 # As live models call them and as recorded programs do; of the latter reductions and the like have places of their own.
@@ -100,17 +104,101 @@ def evaluate(
     value, outputs = float(loss.detach()), None if outputs is None else outputs.detach()
     if not watching.found or not loss.requires_grad:
         return value, outputs, None
-    shares = torch.autograd.grad(loss, [each.result for each in watching.found], allow_unused=True)
+    shares = torch.autograd.grad(loss, [compared.result for compared in watching.found], allow_unused=True)
     used = [
-        (each, share)
-        for each, share in zip(watching.found, shares, strict=True)
+        (compared, share)
+        for compared, share in zip(watching.found, shares, strict=True)
         if share is not None and bool((share != 0).any())
     ]
     if not used:
         return value, outputs, None
     (first, share), *others = used
     if any(
-        not torch.equal(first.logits, each.logits) or not torch.equal(first.targets, each.targets) for each, _ in others
+        not torch.equal(first.logits, other.logits) or not torch.equal(first.targets, other.targets)
+        for other, _ in others
     ):
         return value, outputs, None
     return value, outputs, first.hits(share)
+
+
+def measure_losses(
+    task: Task,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    together: int | None = None,
+    with_errors: bool = False,
+) -> dict[str, float | None]:
+    """Losses, accuracies and the losses' standard errors of one snapshot, by the names of `SnapshotMetrics`.
+
+    Args:
+        task: loss and data.
+        weights: tensors by name.
+        device: where to compute.
+        together: samples evaluated at once, of a loss that is a mean over samples; None for all.
+        with_errors: whether the samples are a random subset, whose scatter gives the errors.
+    """
+    weights = {name: as_float(tensor).to(device) for name, tensor in weights.items()}
+    offset: Tensor | None = None
+    found: dict[str, float | None] = {}
+
+    def correct(batch: Batch, outputs: Tensor | None, training: bool) -> Tensor | None:
+        nonlocal offset
+        pair = batch.nested()
+        if outputs is None or not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], Tensor):
+            return None
+        targets = pair[1]
+        if targets.dtype == torch.long and isinstance(pair[0], Tensor) and torch.equal(targets, pair[0]):
+            return None  # the loss shifts its targets itself, and where each belongs is not known
+        if task.shift_invariant and training:
+            # The loss cannot see this mean, so neither may the predictions (Gromov 2023's network has it at 30-50 %).
+            offset = (outputs - targets).mean(0) if targets.shape == outputs.shape else None
+        return correct_predictions(outputs, targets, offset)
+
+    def measure(name: str, batch: Batch) -> None:
+        count, total = together or len(batch), 0.0
+        hits: list[Tensor | None] = []
+        losses: list[float] = []
+        for start in range(0, len(batch), count):
+            part = (batch if count >= len(batch) else batch.take(slice(start, start + count))).to(device)
+            loss, outputs, seen = evaluate(task.forward, weights, part.tensors)
+            total += loss * (len(part) / len(batch))
+            losses.append(loss)
+            hits.append(correct(part, outputs, batch is task.train) if seen is None else seen)
+        found[f"{name}_loss"] = total
+        counted = None if any(part is None for part in hits) else torch.cat(hits)
+        found[f"{name}_accuracy"] = None if counted is None or not len(counted) else float(counted.double().mean())
+        if with_errors and len(losses) > 1:
+            found[f"{name}_loss_stderr"] = statistics.stdev(losses) / math.sqrt(len(losses))
+
+    with torch.no_grad():
+        measure("train", task.train)
+        if task.val is not None:
+            advice = "they have to be of the training samples' shape, but for their number."
+            with failures_in_words("val: the loss cannot be evaluated on the recorded validation samples", advice):
+                measure("val", task.val)
+    return found
+
+
+def correct_predictions(outputs: Tensor, targets: Tensor, offset: Tensor | None = None) -> Tensor | None:
+    """Whether the largest output is the target's class, for each prediction that counts; None without classes.
+
+    Args:
+        outputs: [n, classes], or [n, length, classes], or [n, classes, length].
+        targets: class indices, of which negative ones do not count, or one-hot rows of the shape of `outputs`.
+        offset: [classes], taken off the outputs first.
+    """
+    if outputs.ndim < 2 or outputs.shape[-1] < 2:
+        return None
+    if targets.is_floating_point():
+        one_hot = targets.shape == outputs.shape and bool(
+            ((targets == 0) | (targets == 1)).all() & (targets.sum(-1) == 1).all()
+        )
+        if not one_hot:
+            return None
+        targets = targets.argmax(-1)
+    elif targets.shape == (outputs.shape[0], *outputs.shape[2:]) and targets.shape != outputs.shape[:-1]:
+        outputs = outputs.movedim(1, -1)
+    if targets.shape != outputs.shape[:-1]:
+        return None
+    predictions = (outputs if offset is None else outputs - offset).argmax(-1)
+    return (predictions == targets)[targets >= 0]

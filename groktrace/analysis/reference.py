@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from groktrace.errors import GroktraceError, SettingsError
-from groktrace.records import read_record
+from groktrace.records import Record
 from groktrace.run.layout import Step
 from groktrace.run.task import Task
 from groktrace.sampling.network import as_float
@@ -18,7 +18,7 @@ from groktrace.theory import jacobian_rank
 
 
 @dataclass(frozen=True)
-class Reference:
+class Reference(Record):
     """A reference value of λ.
 
     Attributes:
@@ -36,19 +36,6 @@ class Reference:
     rank: int | None = None
     tolerance: float | None = None
     gap: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: Any) -> "Reference":
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: a key is missing, unknown, or of the wrong kind.
-        """
-        return read_record(cls, value)
 
 
 def check_reference(value: Any) -> None:

@@ -83,7 +83,7 @@ def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.dtype == b.dtype:
         return a, b
     if a.is_floating_point() and b.is_floating_point():
-        dtype = min(a.dtype, b.dtype, key=lambda each: (each.itemsize, str(each)))
+        dtype = min(a.dtype, b.dtype, key=lambda dtype: (dtype.itemsize, str(dtype)))
     else:
         dtype = torch.promote_types(a.dtype, b.dtype)
     return a.to(dtype), b.to(dtype)
@@ -122,4 +122,6 @@ def _different_loss(
 
 def _without_outputs(behaviour: Behaviour) -> Behaviour:
     """What the outputs are is a matter of how the task was written; the loss is not."""
-    return replace(behaviour, numbers=tuple(each for each in behaviour.numbers if not each[0].startswith("outputs")))
+    return replace(
+        behaviour, numbers=tuple(number for number in behaviour.numbers if not number[0].startswith("outputs"))
+    )

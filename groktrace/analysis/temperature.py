@@ -1,7 +1,7 @@
 """λ̂ against temperature: what is resolved at each nβ, and the plateau that is an absolute value."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,21 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from groktrace.analysis.estimate import choose_device, choose_scale, estimate_stack, make_settings
-from groktrace.analysis.evaluation import Survey
-from groktrace.analysis.evaluator import Chunk, Evaluator
-from groktrace.analysis.identity import noise_key
 from groktrace.analysis.llc import LLCEstimate
-from groktrace.analysis.pilot import choose_sampling
+from groktrace.analysis.measure import Objective, SnapshotMetrics
+from groktrace.analysis.passes import spread
+from groktrace.analysis.pilot import choose_sampling, choose_scale
 from groktrace.analysis.point import prepare_point
-from groktrace.analysis.replay import folder_name, kept_scale, prepare
-from groktrace.analysis.snapshots import Snapshots
+from groktrace.analysis.session import Session, open_session
+from groktrace.analysis.setup import choose_device, make_settings
 from groktrace.errors import SettingsError
-from groktrace.run.layout import ANALYSIS_FOLDER
+from groktrace.records import Record
 from groktrace.run.store import Run, open_run
 from groktrace.run.task import Task
-from groktrace.sampling.calibration import RESOLUTION, settle
-from groktrace.sampling.posterior import StackedLoss
+from groktrace.sampling.calibration import RESOLUTION
 from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 
 if TYPE_CHECKING:
@@ -34,12 +31,12 @@ if TYPE_CHECKING:
 PLATEAU_POINTS = 3
 PLATEAU_WIDTH = 0.05
 # Snapshots from which γ is taken where no analysis has chosen it.
-_SURVEYED = 16
+_LOCALIZING = 16
 RESOLUTIONS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 @dataclass(frozen=True)
-class TemperatureCurve:
+class TemperatureCurve(Record):
     """λ̂(nβ) at one point of weight space and one γ.
 
     Attributes:
@@ -51,11 +48,6 @@ class TemperatureCurve:
     estimates: tuple[LLCEstimate, ...]
     plateau: float | None
     plateau_nbeta: tuple[float, float] | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        estimates = [estimate.to_dict() for estimate in self.estimates]
-        return {**asdict(self), "estimates": estimates, "plateau_nbeta": self.plateau_nbeta and [*self.plateau_nbeta]}
 
 
 def temperature_curve(
@@ -89,9 +81,8 @@ def temperature_curve(
         TaskError: model, loss and data do not fit together, or are not finite.
     """
     chosen = _curve_settings(settings, options)
-    place = choose_device(device)
-    task, training, weights, surveyed, chance = prepare_point(model, loss, train, batch_loss, chosen, place)
-    return _measure_curve(task, training, weights, surveyed, chosen, nbetas, chance=chance)
+    objective, weights, metrics = prepare_point(model, loss, train, batch_loss, chosen, choose_device(device))
+    return _measure_curve(objective, weights, metrics, nbetas)
 
 
 def temperature_curve_at(
@@ -131,39 +122,24 @@ def temperature_curve_at(
         nearest = min((snapshot.step for snapshot in run.snapshots), key=lambda other: abs(other - step))
         raise SettingsError(f"step: there is no snapshot of step {step}; the nearest is of step {nearest}.")
     weights = found[0].load(with_loss=True)
-    evaluator, snapshots, _ = prepare(run, task, chosen, choose_device(device))
-    surveyed = _survey(evaluator, snapshots, [step])[step]
-    chosen = _with_localization(evaluator, snapshots, surveyed)
-    key = noise_key(evaluator.identity, snapshots.prints[step])
-    return _measure_curve(evaluator.task, evaluator.loss, weights, surveyed, chosen, nbetas, [key], evaluator.chance)
+    # All threads in one operation: there is but one snapshot to sample.
+    with open_session(run, chosen, task=task, device=device, threads=1, keep=False) as session:
+        metrics = session.metrics([step])[step]
+        objective = replace(session.objective, settings=_with_localization(session, metrics))
+        return _measure_curve(objective, weights, metrics, nbetas, session.key(step))
 
 
-def _with_localization(evaluator: Evaluator, snapshots: Snapshots, surveyed: Survey) -> SamplingSettings:
+def _with_localization(session: Session, metrics: SnapshotMetrics) -> SamplingSettings:
     """The settings with the run's γ."""
-    settings = evaluator.settings
+    settings = session.objective.settings
     if settings.localization is not None:
         return settings
-    kept = kept_scale(snapshots.run.root / ANALYSIS_FOLDER / folder_name(evaluator))
-    if kept is None:
-        steps = list(snapshots.prints)
-        count = min(len(steps), _SURVEYED)
-        some = {steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)}
-        surveys = _survey(evaluator, snapshots, sorted(some)) | {surveyed.step: surveyed}
+    scale = session.kept_scale()
+    if scale is None:
+        some = session.metrics([session.steps[i] for i in spread(session.steps, _LOCALIZING)])
         # nβ is the snapshot's own, whatever curvature the others have.
-        kept = choose_scale(replace(settings, nbeta=1.0), evaluator.task.n, evaluator.layout, list(surveys.values()))
-    return replace(settings, localization=kept.localization)
-
-
-def _survey(evaluator: Evaluator, snapshots: Snapshots, steps: Sequence[int]) -> dict[int, Survey]:
-    """Losses and curvature of those snapshots that can be read."""
-    found: dict[int, Survey] = {}
-    for start in range(0, len(steps), evaluator.rows):
-        part = steps[start : start + evaluator.rows]
-        chunk = Chunk("survey", tuple(part), fingerprints=tuple(snapshots.prints[step] for step in part))
-        by_step = {each.step: each for each in snapshots.run.snapshots}
-        results = zip(part, evaluator.evaluate(chunk, by_step), strict=True)
-        found |= {step: each for step, each in results if isinstance(each, Survey)}
-    return found
+        scale = choose_scale(session.objective, list((some | {metrics.step: metrics}).values()), nbeta=1.0)
+    return replace(settings, localization=scale.localization)
 
 
 def _curve_settings(settings: SamplingSettings | None, options: SamplingOptions) -> SamplingSettings:
@@ -174,32 +150,21 @@ def _curve_settings(settings: SamplingSettings | None, options: SamplingOptions)
 
 
 def _measure_curve(
-    task: Task,
-    training: StackedLoss,
+    objective: Objective,
     weights: dict[str, Tensor],
-    surveyed: Survey,
-    settings: SamplingSettings,
+    metrics: SnapshotMetrics,
     nbetas: Sequence[float] | None,
-    keys: Sequence[int] | None = None,
-    chance: Sequence[float] = (),
+    key: int = 0,
 ) -> TemperatureCurve:
-    settings = settle(settings, training.layout.size, training.micro_batch is None)
-    scale = choose_sampling(
-        task,
-        training,
-        lambda step: weights,
-        [surveyed],
-        settings,
-        chance,
-        None if keys is None else lambda step: keys[0],
-    )
+    scale = choose_sampling(objective, lambda step: weights, [metrics], lambda step: key)
     middle = scale.nbeta
     if nbetas is None:
-        nbetas = [middle * resolution / (settings.resolution or RESOLUTION) for resolution in RESOLUTIONS]
+        own = objective.settings.resolution or RESOLUTION
+        nbetas = [middle * resolution / own for resolution in RESOLUTIONS]
     for nbeta in nbetas:
         make_settings(None, {"nbeta": nbeta})
     estimates = tuple(
-        estimate_stack(training, [weights], [surveyed], settings, at, task.n, keys, chance)[0]
+        objective.estimate([weights], [metrics], at, [key])[0]
         for at in (scale._replace(nbeta=float(nbeta), curvature=None) for nbeta in sorted(nbetas))
     )
     span = find_plateau(estimates)
@@ -220,10 +185,10 @@ def find_plateau(estimates: Sequence[LLCEstimate]) -> tuple[int, int] | None:
     for start in range(len(estimates)):
         for end in range(start + PLATEAU_POINTS, len(estimates) + 1):
             run = estimates[start:end]
-            if any(each.llc is None for each in run):
+            if any(estimate.llc is None for estimate in run):
                 continue
-            values = np.array([each.llc for each in run])
-            allowed = PLATEAU_WIDTH * values.mean() + 2 * max(each.stderr or 0.0 for each in run)
+            values = np.array([estimate.llc for estimate in run])
+            allowed = PLATEAU_WIDTH * values.mean() + 2 * max(estimate.stderr or 0.0 for estimate in run)
             if np.ptp(values) <= allowed and (best is None or end - start > best[1] - best[0]):
                 best = (start, end)
     return best

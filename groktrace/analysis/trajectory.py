@@ -12,7 +12,7 @@ import numpy as np
 from groktrace.analysis.llc import NOT_THE_BASIN, OFF_MINIMUM, PERHAPS_OFF
 from groktrace.analysis.reference import Reference
 from groktrace.errors import GroktraceError, RunError, SettingsError
-from groktrace.records import between, read_record
+from groktrace.records import Record, between, read_record
 from groktrace.run.files import read_json, write_json
 from groktrace.run.layout import Step
 
@@ -26,7 +26,7 @@ Error = Annotated[float, between(0)]  # a standard error
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Record):
     """One snapshot of a trajectory; what is not known is None.
 
     Attributes:
@@ -37,7 +37,7 @@ class Point:
             are what the training script logged, if it did.
         metrics: what the training script logged.
         diagnostics: see `LLCEstimate`.
-        hessian_trace, hessian_trace_stderr, hessian_top: see `groktrace.analysis.sharpness`; where they were asked for.
+        hessian_trace, hessian_trace_stderr, hessian_top: see `HessianMetrics`; where they were asked for.
     """
 
     step: Step
@@ -56,10 +56,6 @@ class Point:
     hessian_trace: float | None = None
     hessian_trace_stderr: Error | None = None
     hessian_top: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; what is not finite becomes None."""
-        return _plain(vars(self))
 
     @classmethod
     def from_dict(cls, value: Any) -> "Point":
@@ -127,7 +123,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class Trajectory(Record):
     """λ̂ against the training step, all at one (nβ, γ) or at one resolution.
 
     Attributes:
@@ -167,7 +163,9 @@ class Trajectory:
         """The curve that says where the network changes phase."""
         own = [frozenset(point.reasons) for point in self.points]
         doubtful = np.array([bool(reasons - {OFF_MINIMUM}) for reasons in own], dtype=bool)
-        elsewhere = np.array([any(reason.startswith(NOT_THE_BASIN) for reason in each) for each in own], dtype=bool)
+        elsewhere = np.array(
+            [any(reason.startswith(NOT_THE_BASIN) for reason in reasons) for reasons in own], dtype=bool
+        )
         reliable = self.column("reliable") > 0
         usable = np.isfinite(self.column("llc"))
         name = "llc_centred"
@@ -252,12 +250,6 @@ class Trajectory:
         values = [getattr(point, name) for point in self.points]
         return np.array([math.nan if value is None else value for value in values], dtype=float)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        reference = None if self.reference is None else self.reference.to_dict()
-        own = _plain({**vars(self), "points": None, "reference": reference})
-        return {**own, "points": [point.to_dict() for point in self.points]}
-
     # What shows a trajectory is built on it, and imported when asked for.
 
     def plot(self, path: str | Path | None = None, detector: "Detector | None" = None) -> "Figure":
@@ -337,12 +329,3 @@ class Trajectory:
 
 def _finite(value: Any) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
-
-
-def _plain(value: Any) -> Any:
-    """JSON values: numbers that are not finite become None."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,27 +1,13 @@
 """`groktrace follow`: analyse a recording while it goes on."""
 
-import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
-from groktrace.cli.options import (
-    BESIDE,
-    COMPUTING,
-    NBETA,
-    PRESET,
-    RUN,
-    SAMPLING,
-    WORKERS,
-    Command,
-    load_task,
-    options,
-    sampling_settings,
-    set_threads,
-)
+from groktrace.cli.options import ANALYSIS, RUN, Command, as_keywords, options
 from groktrace.cli.results import finish, write_logs
 
 
@@ -29,48 +15,18 @@ from groktrace.cli.results import finish, write_logs
 @RUN
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, the result last.")
 @click.option("--timeout", type=float, help="Seconds without a new snapshot until it ends [none].")
-@options(PRESET, *COMPUTING, *WORKERS, *BESIDE, NBETA, *SAMPLING)
-def command(
-    run: Path | str,
-    as_json: bool,
-    timeout: float | None,
-    preset: str,
-    device: str | None,
-    threads: int | None,
-    task: str | None,
-    jobs: int,
-    dask: str | None,
-    logdir: Path | None,
-    reference: float | Literal["jacobian"] | None,
-    curvature: bool,
-    **given: Any,
-) -> None:
+@options(*ANALYSIS)
+def command(run: Path | str, as_json: bool, timeout: float | None, logdir: Path | None, **given: Any) -> None:
     """Analyse the snapshots of RUN as they appear, until its recording is closed."""
     from groktrace.analysis.follow import follow, wait_for_run
-    from groktrace.analysis.workers import dask_executor
     from groktrace.reporting.live import show_events
     from groktrace.run.store import open_run
 
-    set_threads(threads)
-    settings = sampling_settings(given, preset)
-    if isinstance(run, Path):
-        wait_for_run(run, timeout)
-    opened = open_run(run)
-    loaded = load_task(task)
-    with contextlib.ExitStack() as held:
-        executor = None if dask is None else held.enter_context(dask_executor(dask))
+    with as_keywords(given) as keywords:
+        if isinstance(run, Path):
+            wait_for_run(run, timeout)
+        opened = open_run(run)
         os.nice(19)  # the training goes first
-        events = follow(
-            opened,
-            timeout=timeout,
-            task=loaded,
-            task_name=task,
-            device=device,
-            reference=reference,
-            curvature=curvature,
-            jobs=jobs,
-            executor=executor,
-            settings=settings,
-        )
+        events = follow(opened, timeout=timeout, **keywords)
         trajectory = show_events(events, lambda trajectory: write_logs(trajectory, opened, logdir), as_json, sys.stdout)
     finish(trajectory, opened.refreshed(), logdir, as_json)

@@ -6,38 +6,23 @@ from typing import Any
 
 import click
 
-from groktrace.cli.options import (
-    COMPUTING,
-    JSON,
-    NBETA,
-    PRESET,
-    RUN,
-    SAMPLING,
-    Command,
-    load_task,
-    options,
-    sampling_settings,
-    set_threads,
-)
+from groktrace.cli.options import COMPUTING, JSON, NBETA, PRESET, RUN, SAMPLING, Command, as_keywords, options
 
 
 @click.command("forecast", cls=Command)
 @RUN
 @JSON
 @options(PRESET, *COMPUTING, NBETA, *SAMPLING)
-def command(
-    run: Path | str, as_json: bool, preset: str, device: str | None, threads: int | None, task: str | None, **given: Any
-) -> None:
+def command(run: Path | str, as_json: bool, **given: Any) -> None:
     """Say what `analyze` would take for RUN: snapshots, steps, memory, time; after a few seconds of trying."""
     from groktrace.analysis.forecast import forecast
     from groktrace.reporting.console import forecast_text
     from groktrace.reporting.progress import Progress
     from groktrace.run.store import open_run
 
-    set_threads(threads)
-    settings, opened = sampling_settings(given, preset), open_run(run)
-    loaded = load_task(task)
-    with Progress(1, "trying a few snapshots") as progress:
-        found = forecast(opened, task=loaded, device=device, settings=settings)
-        progress.advance()
+    with as_keywords(given) as keywords:
+        opened = open_run(run)
+        with Progress(1, "trying a few snapshots") as progress:
+            found = forecast(opened, **keywords)
+            progress.advance()
     click.echo(json.dumps(found.to_dict()) if as_json else forecast_text(found))

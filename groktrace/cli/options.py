@@ -1,8 +1,9 @@
 """What several commands take: their options, each defined once, and what is made of them."""
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,15 +37,15 @@ class Command(click.Command):
                     formatter.write_dl(records)
 
 
-def options(*each: Decorator) -> Decorator:
+def options(*decorators: Decorator) -> Decorator:
     """Several options as one decorator.
 
     Args:
-        each: in the order of the help.
+        decorators: in the order of the help.
     """
 
     def decorate(function: Any) -> Any:
-        for option in reversed(each):
+        for option in reversed(decorators):
             function = option(function)
         return function
 
@@ -137,16 +138,40 @@ BESIDE = (
 )
 
 
-def sampling_settings(given: dict[str, Any], preset: str = "auto") -> "SamplingSettings":
-    """The settings that the options of `SAMPLING` make.
+# What `analyze` and `follow` have in common.
+ANALYSIS = (PRESET, *COMPUTING, *WORKERS, *BESIDE, NBETA, *SAMPLING)
+
+
+@contextlib.contextmanager
+def as_keywords(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The keywords of `groktrace.analyze`, or of what else takes a part of them, that options stand for.
 
     Args:
-        given: their values, by name.
-        preset: what holds where they say nothing.
+        given: values of `ANALYSIS`, or of some of them, by name.
 
     Raises:
-        SettingsError: one is outside what it may be.
+        SettingsError: one is outside what it may be, or no Dask scheduler answers.
+        TaskError: the task cannot be loaded.
     """
+    threads, task_name, dask = (given.pop(name, None) for name in ("threads", "task", "dask"))
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    keywords = {name: given.pop(name) for name in ("device", "jobs", "reference", "curvature") if name in given}
+    with contextlib.ExitStack() as held:
+        keywords["settings"] = _sampling_settings(given.pop("preset", "auto"), given)
+        keywords["task"] = load_task(task_name)
+        if "jobs" in keywords:
+            from groktrace.analysis.backends import dask_executor
+
+            executor = None if dask is None else held.enter_context(dask_executor(dask))
+            keywords |= {"task_name": task_name, "executor": executor}
+        yield keywords
+
+
+def _sampling_settings(preset: str, given: dict[str, Any]) -> "SamplingSettings":
+    """What the options of `SAMPLING` say, and in place of those that say nothing, the preset."""
     from dataclasses import replace
 
     from groktrace.sampling.settings import PAPER, SamplingSettings
@@ -155,23 +180,15 @@ def sampling_settings(given: dict[str, Any], preset: str = "auto") -> "SamplingS
     return replace(PAPER if preset == "paper" else SamplingSettings(), **chosen)
 
 
-def set_threads(threads: int | None) -> None:
-    """Use as many threads as --threads says."""
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def load_task(reference: str | None) -> "Task | None":
+def load_task(name: str | None) -> "Task | None":
     """The task that --task names, with the folder that the command runs in among those of modules.
 
     Raises:
         TaskError: it cannot be loaded.
     """
-    if reference is None:
+    if name is None:
         return None
     from groktrace.run.factory import load_factory
 
     sys.path.insert(0, os.getcwd())
-    return load_factory(reference)
+    return load_factory(name)

@@ -14,7 +14,8 @@ from groktrace.analysis.grokking import Grokking
 from groktrace.analysis.reference import Reference
 from groktrace.analysis.temperature import TemperatureCurve
 from groktrace.analysis.trajectory import SYMBOLS, Point, Trajectory
-from groktrace.reporting.numbers import duration, finite, number
+from groktrace.records import plain
+from groktrace.reporting.numbers import duration, number
 from groktrace.reporting.series import Events, Series
 from groktrace.reporting.sketch import small_curve
 from groktrace.run.store import Run
@@ -46,22 +47,16 @@ def as_json(series: Series, events: Events) -> dict[str, Any]:
         series: of the trajectory.
         events: along it.
     """
-    plain = series.trajectory.to_dict()
+    kept = series.trajectory.to_dict()
     return {
-        "run": plain["run"],
-        "n": plain["n"],
-        "nbeta": plain["nbeta"],
-        "localization": plain["localization"],
-        "resolution": plain["resolution"],
-        "locality": plain["locality"],
-        "method": plain["method"],
+        **{name: kept[name] for name in ("run", "n", "nbeta", "localization", "resolution", "locality", "method")},
         "curve": series.trajectory.curve.name,
-        "reference": plain["reference"],
-        "trajectory": plain["points"],
+        "reference": kept["reference"],
+        "trajectory": kept["points"],
         "remarks": list(events.remarks),
-        "transitions": [finite_values(each.to_dict()) for each in events.transitions],
-        "grokking": finite_values(events.grokking.to_dict()),
-        "unreadable": plain["unreadable"],
+        "transitions": [transition.to_dict() for transition in events.transitions],
+        "grokking": events.grokking.to_dict(),
+        "unreadable": kept["unreadable"],
     }
 
 
@@ -103,7 +98,9 @@ def transitions_table(events: Events) -> str:
     """
     found = events.transitions
     table = "\n".join(aligned(transition_rows(found))) if found else ""
-    evidence = "\n".join(f"step {each.step}: {each.evidence}" for each in found if each.evidence)
+    evidence = "\n".join(
+        f"step {transition.step}: {transition.evidence}" for transition in found if transition.evidence
+    )
     return "\n\n".join(part for part in (table, evidence, *events.remarks, by_accuracy(events.grokking)) if part)
 
 
@@ -127,17 +124,17 @@ def transition_rows(transitions: Sequence[Transition]) -> Sequence[tuple[str, ..
     )
     return [heading] + [
         (
-            each.kind,
-            each.label or "-",
-            str(each.step),
-            f"{each.step_low} - {each.step_high}",
-            f"{each.onset} - {each.end}",
-            number(each.llc_before),
-            number(each.llc_after),
-            f"{number(each.delta_llc, '+')} ± {number(each.stderr)}",
-            number(each.delta_free_energy, "+"),
+            transition.kind,
+            transition.label or "-",
+            str(transition.step),
+            f"{transition.step_low} - {transition.step_high}",
+            f"{transition.onset} - {transition.end}",
+            number(transition.llc_before),
+            number(transition.llc_after),
+            f"{number(transition.delta_llc, '+')} ± {number(transition.stderr)}",
+            number(transition.delta_free_energy, "+"),
         )
-        for each in transitions
+        for transition in transitions
     ]
 
 
@@ -151,7 +148,7 @@ def by_accuracy(grokking: Grokking) -> str:
         f"memorised at step {grokking.memorised_at}" if grokking.memorised_at is not None else None,
         f"generalised at step {grokking.generalised_at}" if grokking.generalised_at is not None else None,
         f"{grokking.delay} steps later" if grokking.delay is not None else None,
-        f"grokking severity {number(grokking.severity)}" if finite(grokking.severity) is not None else None,
+        f"grokking severity {number(grokking.severity)}" if plain(grokking.severity) is not None else None,
     ]
     return "By accuracy: " + ", ".join(part for part in known if part) + "." if any(known) else ""
 
@@ -192,9 +189,9 @@ def temperature_table(curve: TemperatureCurve) -> str:
         curve: nβ ascending.
     """
     rows: list[tuple[str, ...]] = [("nβ", "λ̂", "±", "λ_c", "±", "")]
-    for each in curve.estimates:
-        values = (each.nbeta, each.llc, each.stderr, each.llc_centred, each.stderr_centred)
-        rows.append((*(number(value) for value in values), "; ".join(each.reasons)))
+    for estimate in curve.estimates:
+        values = (estimate.nbeta, estimate.llc, estimate.stderr, estimate.llc_centred, estimate.stderr_centred)
+        rows.append((*(number(value) for value in values), "; ".join(estimate.reasons)))
     if curve.plateau is None or curve.plateau_nbeta is None:
         last = "No plateau: λ̂ depends on nβ throughout, and no value of it is the absolute one."
     else:
@@ -238,7 +235,11 @@ def _thinned(points: Sequence[Point], transitions: Sequence[Transition]) -> list
     """Indices of at most 25 points: evenly spread ones, and those about each transition unless these are too many."""
     if len(points) <= MAX_ROWS:
         return list(range(len(points)))
-    marks = {step for each in transitions for step in (each.onset, each.end, each.step_low, each.step_high)}
+    marks = {
+        step
+        for transition in transitions
+        for step in (transition.onset, transition.end, transition.step_low, transition.step_high)
+    }
     chosen = {i for i, point in enumerate(points) if point.step in marks} | {0, len(points) - 1}
     if len(chosen) > MAX_ROWS - 10:
         chosen = {0, len(points) - 1}
@@ -250,15 +251,6 @@ def _thinned(points: Sequence[Point], transitions: Sequence[Transition]) -> list
 def _why(point: Point) -> str:
     """The first words of the first reason: enough to look it up."""
     return point.reasons[0].split(":")[0].split(" (")[0] if point.reasons else "unreliable"
-
-
-def finite_values(plain: dict[str, Any]) -> dict[str, Any]:
-    """Numbers that are not finite become None, as JSON has none.
-
-    Args:
-        plain: by name.
-    """
-    return {name: finite(value) for name, value in plain.items()}
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

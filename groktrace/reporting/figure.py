@@ -138,7 +138,9 @@ def trajectory_figure(series: Series, events: Events) -> "Figure":
 def _panels(series: Series) -> list[tuple[str, ...]]:
     """The axes of each panel below λ's: those that share one, and one for each other axis."""
     shared = {axis: names for names in _PANELS for axis in names}
-    found = dict.fromkeys(shared.get(each.axis, (each.axis,)) for each in series if each.axis and each.known)
+    found = dict.fromkeys(
+        shared.get(quantity.axis, (quantity.axis,)) for quantity in series if quantity.axis and quantity.known
+    )
     return [*(names for names in found if names != _PANELS[-1]), _PANELS[-1]]
 
 
@@ -192,12 +194,12 @@ def _draw_llc(axes: "Axes", series: Series) -> list[Any]:
 def _draw_transitions(panels: Sequence["Axes"], transitions: Sequence[Transition]) -> list[Any]:
     from matplotlib.patches import Patch
 
-    for each in transitions:
-        colour, style = _look(each)
+    for transition in transitions:
+        colour, style = _look(transition)
         for axes in panels:
-            axes.axvspan(each.onset, each.end, color=colour, alpha=0.10, lw=0)
-            axes.axvspan(each.step_low, each.step_high, color=colour, alpha=0.25, lw=0)
-            axes.axvline(each.step, color=colour, ls=style, lw=1.5)
+            axes.axvspan(transition.onset, transition.end, color=colour, alpha=0.10, lw=0)
+            axes.axvspan(transition.step_low, transition.step_high, color=colour, alpha=0.25, lw=0)
+            axes.axvline(transition.step, color=colour, ls=style, lw=1.5)
     if not transitions:
         return []
     return [
@@ -217,14 +219,14 @@ def _name_transitions(figure: "Figure", axes: "Axes", transitions: Sequence[Tran
     where = blended_transform_factory(axes.transData, axes.transAxes)
     placed: list[tuple[int, float, float, float]] = []  # row, left, right and line of each label
     # From the right: an earlier label goes above a later one, so that its line passes left of it.
-    for each in sorted(transitions, key=lambda each: -each.step):
-        colour, style = _look(each)
-        interval = f"{each.step} ({each.step_low}–{each.step_high})"
-        label = f"{each.label or each.kind} at step {interval}, Δλ = {number(each.delta_llc, '+')}".replace("-", "−")
+    for transition in sorted(transitions, key=lambda transition: -transition.step):
+        colour, style = _look(transition)
+        interval = f"{transition.step} ({transition.step_low}–{transition.step_high})"
+        label = f"{transition.name} at step {interval}, Δλ = {number(transition.delta_llc, '+')}".replace("-", "−")
         probe = axes.text(0, 0, label, fontsize=SMALL)
         width = probe.get_window_extent().width
         probe.remove()
-        line = axes.transData.transform((each.step, 0))[0]
+        line = axes.transData.transform((transition.step, 0))[0]
         left = max(min(line, frame.x1 - width), frame.x0)
         right = left + width
         gap = 8 * pixels
@@ -241,7 +243,7 @@ def _name_transitions(figure: "Figure", axes: "Axes", transitions: Sequence[Tran
         placed.append((row, left, right, line))
         axes.annotate(
             label,
-            (each.step, 1.0),
+            (transition.step, 1.0),
             xycoords=where,
             xytext=((left - line) / pixels, 5 + 15 * row),
             textcoords="offset points",
@@ -279,21 +281,21 @@ def _draw_panel(axes: "Axes", series: Series, names: tuple[str, ...]) -> list[An
     others = iter(_OTHERS * len(series))
     for name, style in zip(names, "-:", strict=False):
         panel = axes if style == "-" else axes.twinx()
-        drawn = [each for each in series if each.axis == name and _drawable(each).any()]
-        for each in drawn:
-            known, values = _drawable(each), each.values
-            colour, width = _LINES.get(each.name) or (next(others), 1.5)
-            if each.errors is not None:
-                band = values - 1.96 * each.errors, values + 1.96 * each.errors
+        drawn = [quantity for quantity in series if quantity.axis == name and _drawable(quantity).any()]
+        for quantity in drawn:
+            known, values = _drawable(quantity), quantity.values
+            colour, width = _LINES.get(quantity.name) or (next(others), 1.5)
+            if quantity.errors is not None:
+                band = values - 1.96 * quantity.errors, values + 1.96 * quantity.errors
                 panel.fill_between(series.steps, *band, where=known, color=colour, alpha=0.25, lw=0)
             marker = "o" if known.sum() < 3 else None  # a line through one point is not seen
             line: dict[str, Any] = {"color": colour, "ls": style, "marker": marker, "ms": 3, "lw": width}
-            label = (each.label or each.name) + ("" if each.errors is None else ", 95 % band")
+            label = (quantity.label or quantity.name) + ("" if quantity.errors is None else ", 95 % band")
             handles += panel.plot(series.steps[known], values[known], **line, label=label)
         gap = "\n" if len(name) > 10 else " "
         panel.set_ylabel(f"{name}{gap}({'solid' if style == '-' else 'dotted'})" if len(names) > 1 else name)
         panel.spines[["top"]].set_visible(False)
-        shown = np.concatenate([each.values[_drawable(each)] for each in drawn]) if drawn else np.array([])
+        shown = np.concatenate([quantity.values[_drawable(quantity)] for quantity in drawn]) if drawn else np.array([])
         if name == "accuracy":
             panel.set_ylim(-0.03, 1.05)
         elif len(shown) and (name == "loss" or (shown.min() > 0 and shown.max() > 20 * shown.min())):

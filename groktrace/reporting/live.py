@@ -8,7 +8,6 @@ from typing import Any, TextIO
 
 from groktrace.analysis.follow import Announcement, Ended, Event, Scaled
 from groktrace.analysis.trajectory import SYMBOLS, Point, Trajectory
-from groktrace.reporting.console import finite_values
 from groktrace.reporting.numbers import number
 
 # TensorBoard's files are written anew as a whole, so not after every snapshot.
@@ -52,7 +51,7 @@ def as_line(event: Scaled | Point | Announcement | Ended) -> dict[str, Any]:
         event: of `groktrace.analysis.follow.follow`.
     """
     if isinstance(event, Announcement):
-        return {"event": event.news, "number": event.number, **finite_values(event.transition.to_dict())}
+        return {"event": event.news, "number": event.number, **event.transition.to_dict()}
     if isinstance(event, Ended):
         return {"event": "end", "why": event.why}
     if isinstance(event, Scaled):
@@ -73,12 +72,12 @@ def as_text(event: Scaled | Point | Announcement | Ended) -> str:
         return f"{'recording closed' if event.why == 'closed' else 'no new snapshot for too long'}; the whole run:\n"
     if isinstance(event, Point):
         return ""
-    each = event.transition
+    transition = event.transition
     if event.news == "withdrawn":
-        return f"transition {event.number} at step {each.step}: withdrawn, the curve no longer shows it"
+        return f"transition {event.number} at step {transition.step}: withdrawn, the curve no longer shows it"
     news = "" if event.news == "transition" else "revised: "
-    levels = f"{SYMBOLS.get(each.curve, 'λ')} {number(each.llc_before)} → {number(each.llc_after)}"
+    levels = f"{SYMBOLS.get(transition.curve, 'λ')} {number(transition.llc_before)} → {number(transition.llc_after)}"
     return (
-        f"transition {event.number}: {news}{each.label or each.kind} at step {each.step} "
-        f"[{each.step_low}, {each.step_high}], {levels}"
+        f"transition {event.number}: {news}{transition.name} at step {transition.step} "
+        f"[{transition.step_low}, {transition.step_high}], {levels}"
     )

@@ -1,7 +1,6 @@
 """Numbers as text."""
 
 import math
-from typing import Any
 
 
 def number(value: float | None, sign: str = "") -> str:
@@ -11,14 +10,9 @@ def number(value: float | None, sign: str = "") -> str:
         value: the number.
         sign: "+" to write the sign of positive numbers too.
     """
-    if finite(value) is None:
+    if value is None or not math.isfinite(value):
         return "-"
     return f"{value:{sign}.0f}" if 99.95 <= abs(value) < 1e7 else f"{value:{sign}.3g}"
-
-
-def finite(value: Any) -> Any:
-    """The value, but None for a number that is not finite."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def duration(seconds: float) -> str:

@@ -35,18 +35,18 @@ def none_found(trajectory: Trajectory, detector: Detector | None = None) -> str:
     if fitted is None:
         usable = f"{usable_points(trajectory)} of {len(trajectory.points)}"
         text = f"Too few usable snapshots to look for transitions: {usable}, and it takes {own.min_points}"
-        reasons = Counter(_kind(each.reasons) for each in trajectory.points if not each.reliable)
+        reasons = Counter(_kind(point.reasons) for point in trajectory.points if not point.reliable)
         (why, count), *_ = reasons.most_common(1) or [("", 0)]
         return text + (f"; {count} are unreliable ({why})." if count else ".")
     shape = describe_curve(trajectory, fitted, own)
-    objections = [each for each in own.candidates(trajectory) if each[1] is not None]
+    objections = [candidate for candidate in own.candidates(trajectory) if candidate[1] is not None]
     more = ""
     if objections:
         (change, why), *others = objections
         kind = "rise" if change.delta_llc > 0 else "fall"
         more = f" The {kind} at step {change.step} does not count: {why}."
         more += f" Nor do {len(others)} others." if others else ""
-    return f"No transition found in {len(fitted.x)} snapshots: {shape}.{more}"
+    return f"No transition found in {len(fitted.position)} snapshots: {shape}.{more}"
 
 
 def describe_curve(trajectory: Trajectory, fitted: Fitted, settings: DetectionSettings = DEFAULTS) -> str:
@@ -59,13 +59,14 @@ def describe_curve(trajectory: Trajectory, fitted: Fitted, settings: DetectionSe
     """
     symbol, value, steps = trajectory.curve.symbol, fitted.fit.value, trajectory.column("step")[fitted.position]
     level = max(float(np.abs(value).max()), 1e-300)
-    scatter = float(np.median(np.sqrt(fitted.variance)))
+    scatter = float(np.median(np.sqrt(fitted.fit.data.variance)))
     quantile = statistics.NormalDist().inv_cdf(1 - settings.significance / (2 * len(value)))
     error = quantile * math.sqrt(2 * float(np.median(fitted.fit.variance)))
     noise = f", though the points scatter by {100 * scatter / level:.0f} %" if scatter > NOISY * level else ""
     turns = _turns(value, max(settings.min_change * level, error))
     if len(turns) < 2:
-        mean, span = float(np.average(fitted.value, weights=1 / fitted.variance)), float(np.ptp(value))
+        data, span = fitted.fit.data, float(np.ptp(value))
+        mean = float(np.average(data.value, weights=1 / data.variance))
         within = (
             f"within its errors of {100 * scatter / level:.2g} %"
             if span <= error
@@ -91,7 +92,7 @@ def remarks(trajectory: Trajectory) -> list[str]:
     Args:
         trajectory: λ̂ along the run.
     """
-    return [each for each in (partial(trajectory), risen_in_words(trajectory), single_chain(trajectory)) if each]
+    return [remark for remark in (partial(trajectory), risen_in_words(trajectory), single_chain(trajectory)) if remark]
 
 
 def partial(trajectory: Trajectory) -> str:

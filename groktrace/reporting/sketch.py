@@ -25,8 +25,8 @@ def small_curve(series: Series, events: Events, width: int = 64, height: int = 8
     level = np.round((np.interp(across, steps, value) - low) / ((high - low) or 1.0) * (2 * height - 1)).astype(int)
     rows = [["'" if at == 2 * row + 1 else "." if at == 2 * row else " " for at in level] for row in range(height)]
     marks = [" "] * width
-    for i, each in enumerate(events.transitions, 1):
-        column = int(np.argmin(np.abs(across - each.step)))
+    for i, transition in enumerate(events.transitions, 1):
+        column = int(np.argmin(np.abs(across - transition.step)))
         marks[column] = str(i % 10)
         for row in rows:
             row[column] = "|" if row[column] == " " else row[column]

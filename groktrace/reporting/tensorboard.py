@@ -65,14 +65,14 @@ class TensorBoardReporter:
         count = min(max(span // 200, _LINE_POINTS[0]), _LINE_POINTS[-1])
         accuracies = [quantity.tag for quantity in series if quantity.axis == "accuracy" and quantity.known]
         found = events.transitions
-        for position, each in enumerate(found, 1):
-            extent = (known.min(), known.max()) if len(known) else sorted((each.llc_before, each.llc_after))
+        for position, transition in enumerate(found, 1):
+            extent = (known.min(), known.max()) if len(known) else sorted((transition.llc_before, transition.llc_after))
             # All three of the LLC's, for the chart with the band asks for them.
             lines = dict.fromkeys((curve.tag, *_BAND), extent) | dict.fromkeys(accuracies, (0.0, 1.0))
-            with _writer(logdir / _run_name(each, position, len(found))) as writer:
+            with _writer(logdir / _run_name(transition, position, len(found))) as writer:
                 for i in range(count):
                     for tag, (low, high) in lines.items():
-                        writer.add_scalar(tag, float(high if i else low), each.step + i)
+                        writer.add_scalar(tag, float(high if i else low), transition.step + i)
 
 
 def _write_trajectory(series: Series, events: Events, logdir: Path) -> None:
@@ -116,9 +116,8 @@ def _writer(folder: Path) -> "SummaryWriter":
 
 def _run_name(transition: Transition, number: int, count: int) -> str:
     """A transition's name in TensorBoard's list of runs, which is in the order of the names."""
-    label = transition.label or transition.kind
     interval = f"[{transition.step_low}, {transition.step_high}]"
-    name = f"transition {number:0{len(str(count))}d}: {label} @ {transition.step} {interval}"
+    name = f"transition {number:0{len(str(count))}d}: {transition.name} @ {transition.step} {interval}"
     name = name.replace("/", "-").replace(os.sep, "-")  # labels may be anyone's
     return name.replace(":", ",") if os.name == "nt" else name  # no colons in names of folders there
 
@@ -138,7 +137,7 @@ def _table(events: Events) -> str:
     if found:
         heading, *rows = transition_rows(found)
         parts = ["\n".join("| " + " | ".join(row) + " |" for row in [heading, ["---"] * len(heading), *rows])]
-    parts += [f"Step {each.step}: {each.evidence}." for each in found if each.evidence]
+    parts += [f"Step {transition.step}: {transition.evidence}." for transition in found if transition.evidence]
     return "\n\n".join([*parts, *events.remarks, by_accuracy(events.grokking)])
 
 

@@ -197,7 +197,7 @@ class Run:
         Raises:
             RunError: there is none, or it is of another recording than the one that is there now.
         """
-        from groktrace.analysis.latest import latest_trajectory  # built on this package: only where it is called
+        from groktrace.analysis.results import latest_trajectory  # built on this package: only where it is called
 
         return latest_trajectory(self)
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import groktrace
-from groktrace.analysis import evaluator
 from groktrace.analysis import follow as following
+from groktrace.analysis import measure
 from groktrace.analysis.detection import Transition
 from groktrace.analysis.follow import Announcement, Ended, Scaled, wait_for_run
 from groktrace.analysis.trajectory import Point
@@ -49,20 +49,20 @@ def events_of(run, timeout=None, stop_after=None, **settings):
     found = []
     for event in groktrace.follow(run, timeout=timeout, **FAST, **settings):
         found.append(event)
-        if stop_after is not None and sum(isinstance(each, Point) for each in found) == stop_after:
+        if stop_after is not None and sum(isinstance(seen, Point) for seen in found) == stop_after:
             break
     return found
 
 
 def steps_of(events):
-    return [each.step for each in events if isinstance(each, Point)]
+    return [event.step for event in events if isinstance(event, Point)]
 
 
 def test_a_recording_is_followed_to_its_end_and_gives_what_a_plain_analysis_gives(recording, tmp_path):
     events = events_of(recording)
     end = events[-1]
     assert end.why == "closed"
-    scales = [each for each in events if isinstance(each, Scaled)]
+    scales = [event for event in events if isinstance(event, Scaled)]
     assert len(scales) > 1  # the norm grows, so that all was measured anew now and then
     assert set(steps_of(events)) == set(range(13))
     assert len(steps_of(events)) > 13
@@ -72,20 +72,13 @@ def test_a_recording_is_followed_to_its_end_and_gives_what_a_plain_analysis_give
     assert not list((recording / "analysis").rglob("live-*.jsonl"))
 
 
-def test_with_numbers_given_nothing_is_measured_twice_whatever_comes_between(recording, monkeypatch):
-    sampled = []
-    original = evaluator.estimate_stack
-    monkeypatch.setattr(
-        evaluator,
-        "estimate_stack",
-        lambda loss, weights, *rest: sampled.append(len(weights)) or original(loss, weights, *rest),
-    )
-    monkeypatch.setattr(evaluator, "rows_per_stack", lambda loss, batch_size=None: 1)
+def test_with_numbers_given_nothing_is_measured_twice_whatever_comes_between(recording, monkeypatch, evaluated):
+    monkeypatch.setattr(measure, "rows_per_stack", lambda loss, batch_size=None: 1)
     numbers = {"nbeta": 100.0, "localization": 1.0}
     first = events_of(recording, **numbers, stop_after=4)
     rest = events_of(recording, **numbers)
     assert steps_of(first) + steps_of(rest) == list(range(13))
-    assert sum(sampled) == 13
+    assert len(evaluated["llc"]) == 13
     assert [point.step for point in rest[-1].trajectory.points] == list(range(13))
 
 
@@ -94,7 +87,7 @@ def test_a_recording_that_was_killed_ends_by_the_timeout(recorded, tmp_path, mon
     info = json.loads((run / "run.json").read_text())
     write_json(run / "run.json", {**info, "closed": None})
     monkeypatch.setattr(following, "POLL_SECONDS", 0.01)
-    (end,) = [each for each in events_of(run, timeout=0.05) if isinstance(each, Ended)]
+    (end,) = [event for event in events_of(run, timeout=0.05) if isinstance(event, Ended)]
     assert end.why == "timeout"
     assert len(end.trajectory.points) == 6
 
@@ -121,25 +114,26 @@ def transition(step, kind="simplification", label=None, width=20):
 
 
 def said(announcements):
-    return [(each.news, each.number, each.transition.step) for each in announcements]
+    return [(announcement.news, announcement.number, announcement.transition.step) for announcement in announcements]
 
 
 def test_a_transition_is_announced_once_and_what_becomes_of_it_is_said(tmp_path):
     path = tmp_path / "live.json"
     a, b = transition(100), transition(300, "complexification")
-    assert said(following._Live(path).compare([a])) == [("transition", 1, 100)]
+    assert said(following._Announced(path).compare([a])) == [("transition", 1, 100)]
     # Also by another process, and though its date moves within its interval.
-    assert following._Live(path).compare([transition(104)]) == []
-    assert said(following._Live(path).compare([transition(104), b])) == [("transition", 2, 300)]
-    assert said(following._Live(path).compare([transition(110), b])) == [("revised", 1, 110)]
-    assert said(following._Live(path).compare([transition(110, label="generalisation"), b])) == [("revised", 1, 110)]
-    assert said(following._Live(path).compare([b])) == [("withdrawn", 1, 110)]
-    assert following._Live(path).compare([b]) == []
-    assert said(following._Live(path).compare([transition(112), b])) == [("revised", 1, 112)]
-    assert said(following._Live(path).compare([transition(112), b, transition(500)])) == [("transition", 3, 500)]
+    assert following._Announced(path).compare([transition(104)]) == []
+    assert said(following._Announced(path).compare([transition(104), b])) == [("transition", 2, 300)]
+    assert said(following._Announced(path).compare([transition(110), b])) == [("revised", 1, 110)]
+    labelled = transition(110, label="generalisation")
+    assert said(following._Announced(path).compare([labelled, b])) == [("revised", 1, 110)]
+    assert said(following._Announced(path).compare([b])) == [("withdrawn", 1, 110)]
+    assert following._Announced(path).compare([b]) == []
+    assert said(following._Announced(path).compare([transition(112), b])) == [("revised", 1, 112)]
+    assert said(following._Announced(path).compare([transition(112), b, transition(500)])) == [("transition", 3, 500)]
     path.write_text("{}")
     with pytest.raises(RunError, match=r"live\.json: damaged .* remove the file to follow anew"):
-        following._Live(path)
+        following._Announced(path)
 
 
 def test_events_as_lines_and_in_words():
@@ -170,7 +164,7 @@ def test_events_as_lines_and_in_words():
 def test_damaged_notes_are_named(tmp_path, content):
     write_json(tmp_path / "live.json", content)
     with pytest.raises(RunError, match=r"live\.json: damaged \(.*\); remove the file to follow anew"):
-        following._Live(tmp_path / "live.json")
+        following._Announced(tmp_path / "live.json")
 
 
 def test_weights_that_begin_to_train_are_sampled_from_then_on(tmp_path, monkeypatch):
@@ -196,7 +190,7 @@ def test_weights_that_begin_to_train_are_sampled_from_then_on(tmp_path, monkeypa
     settings = {"nbeta": 100.0, "localization": 1.0}
     events = events_of(tmp_path / "run", **settings)
     assert events[-1].why == "closed"
-    first = [each for each in events if isinstance(each, Point) and each.step == 0]
+    first = [event for event in events if isinstance(event, Point) and event.step == 0]
     assert len(first) == 2
     assert first[1].diagnostics["norm"] > 1.2 * first[0].diagnostics["norm"]  # of nine more weights
     plain = shutil.copytree(tmp_path / "run", tmp_path / "plain" / "run")
@@ -216,7 +210,7 @@ def test_a_recording_may_begin_later_and_transitions_are_those_of_the_detector(r
     monkeypatch.setattr(following.time, "sleep", lambda seconds: shutil.copytree(recorded, tmp_path / "late"))
     numbers = {"nbeta": 100.0, "localization": 1.0}
     events = list(groktrace.follow(str(tmp_path / "late"), detector=Halves(), **FAST, **numbers))
-    (said,) = (each for each in events if isinstance(each, Announcement))
+    (said,) = (event for event in events if isinstance(event, Announcement))
     assert (said.news, said.transition.label) == ("transition", "half")
     assert events[-1].why == "closed"
     assert groktrace.open_run(tmp_path / "late").trajectory() == events[-1].trajectory

@@ -4,6 +4,7 @@ import pytest
 
 import groktrace
 from groktrace.analysis import forecast as forecast_module
+from groktrace.analysis import session
 from groktrace.analysis.forecast import forecast
 
 QUICK = {"chains": 3, "draws": 15, "burn_in": 10, "locality": 0.22}
@@ -33,16 +34,16 @@ def test_time_is_what_snapshots_take_times_how_many_there_are(small_run, monkeyp
     """With a clock that only sampling moves, by ten seconds a snapshot."""
     now = [0.0]
     monkeypatch.setattr(forecast_module.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(forecast_module, "available_threads", lambda place: 1)
-    plain = forecast_module._Trial._evaluate
+    monkeypatch.setattr(session, "available_threads", lambda place: 1)
+    plain = session.Session.points
 
-    def slow(self, chunks):
-        now[0] += 10.0 * sum(len(each.steps) for each in chunks if each.phase == "sample") / self._workers.threads
-        return plain(self, chunks)
+    def slow(self, metrics, scale, among):
+        now[0] += 10.0 * len(among) / self.backend.threads
+        return plain(self, metrics, scale, among)
 
-    monkeypatch.setattr(forecast_module._Trial, "_evaluate", slow)
+    monkeypatch.setattr(session.Session, "points", slow)
     assert forecast(small_run, **QUICK).seconds == pytest.approx(60.0)
-    monkeypatch.setattr(forecast_module, "available_threads", lambda place: 2)
+    monkeypatch.setattr(session, "available_threads", lambda place: 2)
     assert forecast(small_run, **QUICK).seconds == pytest.approx(30.0)
 
 
@@ -51,7 +52,7 @@ def test_snapshots_are_tried_from_all_parts_of_the_run_until_time_is_up(small_ru
     assert sorted(order) == list(range(100))
     assert order[0] == 50
     assert {25, 75} == set(order[1:3])
-    monkeypatch.setattr("groktrace.analysis.evaluator.rows_per_stack", lambda loss, batch_size=None: 1)
+    monkeypatch.setattr("groktrace.analysis.measure.rows_per_stack", lambda loss, batch_size=None: 1)
     monkeypatch.setattr(forecast_module, "_SECONDS", 0.0)
     assert forecast(small_run, **QUICK).tried == forecast_module._LEAST_TRIED
 

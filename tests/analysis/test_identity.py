@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 import groktrace
-from groktrace.analysis.evaluator import run_layout
 from groktrace.analysis.identity import identify, measure_behaviour, noise_key, recorded_digest
+from groktrace.analysis.setup import run_layout
 from groktrace.run.files import write_json
 
 
@@ -183,7 +183,7 @@ def test_a_loss_that_is_not_finite_has_a_key(recorded):
 
 def test_noise_is_keyed_by_what_a_run_holds_and_not_by_where_it_lies(recorded, tmp_path):
     copy = shutil.copytree(recorded, tmp_path / "copy")
-    runs = [groktrace.open_run(each) for each in (recorded, copy)]
+    runs = [groktrace.open_run(path) for path in (recorded, copy)]
     assert recorded_digest(runs[0]) == recorded_digest(runs[1])
     keys = []
     for run in runs:

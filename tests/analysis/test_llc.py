@@ -21,7 +21,7 @@ def bowl_traces(chains, seed, draws=200, slope=0.0):
     gradient = CURVATURE * (w - slope)
     excess = 0.5 * CURVATURE * ((w - slope).square() - slope**2).sum(-1)
     pairs = {1: 0, 2: 1}.get(chains, chains)
-    apart, differ = (each[:, :pairs] - each.roll(-1, 1)[:, :pairs] for each in (w, gradient))
+    apart, differ = (rows[:, :pairs] - rows.roll(-1, 1)[:, :pairs] for rows in (w, gradient))
     spread = w.square().sum(-1) + DIMENSION - STIFF
     return Traces(excess, (w * gradient).sum(-1), spread, 0.25 * (apart * differ).sum(-1), step_size=0.1, burn_in=0)
 
@@ -36,8 +36,8 @@ def judged(traces, chains, **more):
 def test_errors_are_the_spread_of_repetitions(chains):
     found = [judged(bowl_traces(chains, seed), chains) for seed in range(300)]
     for value, error in (("llc", "stderr"), ("llc_centred", "stderr_centred")):
-        values = torch.tensor([getattr(each, value) for each in found])
-        errors = torch.tensor([getattr(each, error) for each in found])
+        values = torch.tensor([getattr(estimate, value) for estimate in found])
+        errors = torch.tensor([getattr(estimate, error) for estimate in found])
         assert float(values.mean()) == pytest.approx(40, abs=4 * float(values.std()) / math.sqrt(300))
         # The spread of 300 values is known to 1/√600 = 4 %.
         assert float(errors.mean() / values.std()) == pytest.approx(1, abs=0.15)

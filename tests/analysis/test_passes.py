@@ -9,7 +9,7 @@ import pytest
 
 import groktrace
 from groktrace.analysis import passes
-from groktrace.analysis.detection import find_transitions
+from groktrace.analysis.detection import Transition, find_transitions
 from groktrace.analysis.passes import _Date, sample_adaptively
 from groktrace.analysis.trajectory import Point, Trajectory
 
@@ -34,14 +34,14 @@ def replayed(points, reports=None):
         return {step: points[step] for step in wanted if step in points}
 
     chosen = sample_adaptively(
-        range(max(points) + 1), measure, lambda *each: None if reports is None else reports.append(each)
+        range(max(points) + 1), measure, lambda *counts: None if reports is None else reports.append(counts)
     )
     return chosen, rounds
 
 
 def dated(points):
     found = find_transitions(Trajectory(tuple(points[step] for step in sorted(points))))
-    return [(each.kind, each.step, each.step_low, each.step_high) for each in found]
+    return [(transition.kind, transition.step, transition.step_low, transition.step_high) for transition in found]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -51,7 +51,7 @@ def test_jumps_are_dated_as_by_all_snapshots(seed):
     chosen, _ = replayed(points)
     some = dated(chosen)
     assert len(chosen) <= 200
-    assert [each[0] for each in some] == [each[0] for each in full] == ["complexification", "simplification"]
+    assert [date[0] for date in some] == [date[0] for date in full] == ["complexification", "simplification"]
     for ours, theirs in zip(some, full, strict=True):
         assert abs(ours[1] - theirs[1]) <= 1
         assert ours[3] - ours[2] <= 2
@@ -68,7 +68,7 @@ def test_a_long_noisy_fall_is_dated_as_by_all_snapshots():
         values = curve + 6.0 * np.random.default_rng(seed).standard_normal(2000)
         points = {step: Point(step, value, 6.0, value, 6.0) for step, value in enumerate(values.tolist())}
         full, some = dated(points), dated(replayed(points)[0])
-        assert [each[0] for each in some] == [each[0] for each in full] == ["complexification", "simplification"]
+        assert [date[0] for date in some] == [date[0] for date in full] == ["complexification", "simplification"]
         assert abs(some[0][1] - full[0][1]) <= 1
         apart.append(abs(some[1][1] - full[1][1]))
     assert np.mean(apart) < 1.5
@@ -149,16 +149,14 @@ def test_a_gain_is_what_one_more_snapshot_takes_off_the_dates_error(part):
     assert date.gain(290, 310) == 0.0  # tells nothing of this one
 
 
-def passes_of(points, coarse=9, together=4):
+def points_of(points):
+    return lambda wanted: {step: points[step] for step in wanted if step in points}
+
+
+def passes_of(points, coarse=9, together=4, detector=None):
     """What is there after each pass."""
-    seen = []
-
-    def measure(wanted):
-        return {step: points[step] for step in wanted if step in points}
-
-    for so_far in passes.sample_in_passes(range(max(points) + 1), measure, coarse=coarse, together=together):
-        seen.append(dict(so_far))
-    return seen
+    settings = {"coarse": coarse, "together": together, "detector": detector}
+    return [dict(found) for found in passes.sample_in_passes(range(max(points) + 1), points_of(points), **settings)]
 
 
 def test_passes_go_from_coarse_to_all():
@@ -166,7 +164,7 @@ def test_passes_go_from_coarse_to_all():
     seen = passes_of(points)
     assert sorted(seen[0]) == [0, 7, 15, 22, 30, 37, 44, 52, 59]
     assert seen[-1] == points
-    assert [len(each) for each in seen] == [*range(9, 60, 4), 60]
+    assert [len(points_so_far) for points_so_far in seen] == [*range(9, 60, 4), 60]
     # The jump is dated before anything else is filled in.
     assert {19, 20} <= seen[4].keys()
 
@@ -176,6 +174,37 @@ def test_each_pass_of_a_flat_curve_halves_the_largest_gaps():
     seen = passes_of(points, coarse=5, together=4)
     assert sorted(seen[1]) == list(range(0, 65, 8))
     assert passes_of(simulated(3, {0: 50.0}))[-1].keys() == {0, 1, 2}
+
+
+class Sudden:
+    """A detector that finds a change at one place, whatever the curve does there."""
+
+    def __init__(self, step, delta=-5.0):
+        self.step, self.delta = step, delta
+
+    def detect(self, trajectory):
+        index = int(np.searchsorted(trajectory.column("step"), self.step))
+        if not 0 < index < len(trajectory):
+            return []
+        return [Transition.between(trajectory, index - 1, index, levels=(10.0, 10.0 + self.delta), stderr=0.1)]
+
+
+def test_the_passes_date_what_the_detector_finds():
+    points = simulated(2000, {0: 50.0})  # flat: the default detector finds nothing there
+    chosen = sample_adaptively(range(2000), points_of(points), lambda done, total: None, detector=Sudden(700))
+    assert {698, 699, 700, 701} <= chosen.keys()
+    seen = passes_of(points, coarse=9, together=4, detector=Sudden(700))
+    assert {699, 700} <= next(so_far.keys() for so_far in seen if len(so_far) > 60)
+    # A change of nothing has no date.
+    chosen = sample_adaptively(range(2000), points_of(points), lambda done, total: None, detector=Sudden(700, 0.0))
+    assert len(chosen) == passes.COARSE
+
+
+def test_an_analysis_samples_next_what_its_detector_dates(small_run, monkeypatch):
+    monkeypatch.setattr(passes, "COARSE", 3)
+    quick = {"draws": 20, "burn_in": 20, "adaptive": True}
+    assert [point.step for point in groktrace.analyze(small_run, **quick)] == [0, 20, 50]
+    assert {30, 40} <= {point.step for point in groktrace.analyze(small_run, **quick, detector=Sudden(40))}
 
 
 def test_an_analysis_that_runs_out_of_time_is_partial_and_goes_on(small_run, tmp_path):

@@ -9,9 +9,9 @@ from torch import nn
 
 import groktrace
 from groktrace.analysis import pilot
-from groktrace.analysis.estimate import choose_scale, estimate_stack, weight_layout
-from groktrace.analysis.evaluation import survey, training_loss
-from groktrace.analysis.pilot import choose_sampling
+from groktrace.analysis.measure import Objective
+from groktrace.analysis.pilot import choose_sampling, choose_scale
+from groktrace.analysis.setup import weight_layout
 from groktrace.run.task import Task
 from groktrace.sampling import network
 from groktrace.sampling.calibration import Scale
@@ -22,7 +22,7 @@ TALL = 2048
 
 
 @pytest.fixture
-def dear(monkeypatch):
+def large_set(monkeypatch):
     """Every set counts as large."""
     monkeypatch.setattr(network, "WHOLE_BYTES", 0)
 
@@ -31,10 +31,15 @@ def prepared(model, loss, data, **settings):
     task = Task.from_model(model, loss=loss, train=data)
     weights = {name: tensor.detach() for name, tensor in model.named_parameters()}
     layout = weight_layout({name: (tuple(t.shape), t.dtype, True) for name, t in weights.items()})
-    training = training_loss(task, layout, weights, CPU)
-    (about,) = survey(task, training, [weights], [0], 0)
     chosen = replace(SamplingSettings(chains=2, method="baoab"), **settings)
-    return task, training, weights, about, chosen
+    objective = Objective.of(task, layout, chosen, weights, CPU)
+    (metrics,) = objective.metrics([weights], [0])
+    return objective, weights, metrics
+
+
+def choose(objective, weights, metrics, chance=1e9, **settings):
+    objective = replace(objective, chance=(chance,), settings=replace(objective.settings, **settings))
+    return choose_sampling(objective, lambda step: weights, [metrics])
 
 
 def line(noise=0.1, inputs=20):
@@ -49,7 +54,7 @@ def line(noise=0.1, inputs=20):
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
-def test_lambda_of_a_sampled_set_is_the_soft_rank_of_all_of_it(dear, noise):
+def test_lambda_of_a_sampled_set_is_the_soft_rank_of_all_of_it(large_set, noise):
     model, data, spectrum = line(noise)
     found = groktrace.estimate_llc(model, "mse", data, nbeta=3000.0, localization=300.0, draws=600, seed=1)
     exact = float(0.5 * (3000 * spectrum / (3000 * spectrum + 300)).sum())
@@ -59,7 +64,7 @@ def test_lambda_of_a_sampled_set_is_the_soft_rank_of_all_of_it(dear, noise):
     assert found.stderr < 0.05 * exact
 
 
-def test_the_same_with_batches(dear):
+def test_the_same_with_batches(large_set):
     model, data, spectrum = line(noise=0.0)
     found = groktrace.estimate_llc(model, "mse", data, nbeta=3000.0, localization=300.0, draws=600, batch_size=128)
     exact = float(0.5 * (3000 * spectrum / (3000 * spectrum + 300)).sum())
@@ -67,40 +72,35 @@ def test_the_same_with_batches(dear):
     assert found.llc == pytest.approx(exact, abs=4 * found.stderr + 0.05 * exact)
 
 
-def test_losses_of_a_sampled_set_come_with_their_errors(dear):
+def test_losses_of_a_sampled_set_come_with_their_errors(large_set):
     model, data, _ = line(noise=1.0)
-    _, training, _, about, _ = prepared(model, "mse", data)
+    objective, _, metrics = prepared(model, "mse", data)
     exact = float(nn.functional.mse_loss(model(data[0]), data[1]).detach())
-    assert training.sample_bytes > 0
-    assert about.train_loss == pytest.approx(exact, abs=5 * about.train_loss_stderr)
-    assert 0 < about.train_loss_stderr < 0.2 * exact
+    assert objective.large_set
+    assert metrics.train_loss == pytest.approx(exact, abs=5 * metrics.train_loss_stderr)
+    assert 0 < metrics.train_loss_stderr < 0.2 * exact
 
 
 def test_small_sets_are_used_whole():
     model, data, _ = line()
-    task, training, weights, about, chosen = prepared(model, "mse", data)
-    assert training.sample_bytes is None
-    assert about.train_loss_stderr is None
-    scale = choose_sampling(task, training, lambda step: weights, [about], chosen, (10.0,))
+    objective, weights, metrics = prepared(model, "mse", data)
+    assert not objective.large_set
+    assert metrics.train_loss_stderr is None
+    scale = choose(objective, weights, metrics, 10.0)
     assert (scale.samples, scale.batch_size, scale.locality) == (None, None, 0.22)
 
 
-def test_noise_calls_for_larger_batches(dear):
+def test_noise_calls_for_larger_batches(large_set):
     """Where a few samples carry all of the curvature, small batches would heat the chains."""
     model, (x, y), _ = line(inputs=2)
-    even = choose_sampling(*arguments(model, (x, y)), (1e9,))
+    even = choose(*prepared(model, "mse", (x, y), localization=300.0))
     heavy = x.clone()
     heavy[::64] *= 30
     with torch.no_grad():
         model.weight.copy_(torch.linalg.lstsq(heavy, y).solution.T)
-    uneven = choose_sampling(*arguments(model, (heavy, y)), (1e9,))
+    uneven = choose(*prepared(model, "mse", (heavy, y), localization=300.0))
     assert even.batch_size is not None
     assert uneven.batch_size is None or uneven.batch_size > even.batch_size
-
-
-def arguments(model, data):
-    task, training, weights, about, chosen = prepared(model, "mse", data, localization=300.0)
-    return task, training, lambda step: weights, [about], chosen
 
 
 class Well(nn.Module):
@@ -118,26 +118,26 @@ class Well(nn.Module):
 @pytest.mark.parametrize(("reach", "wide"), [(10.0, True), (0.05, False)])
 def test_a_basin_that_the_chains_would_leave_gets_a_smaller_locality(reach, wide):
     model = Well(400, reach)
-    task, training, weights, about, chosen = prepared(
+    objective, weights, metrics = prepared(
         model, lambda out, y: (out - y).abs().mean(), (torch.zeros(8, 1), torch.zeros(8, 1))
     )
-    scale = choose_sampling(task, training, lambda step: weights, [about], chosen, (1.0,))
+    scale = choose(objective, weights, metrics, 1.0)
     assert (scale.locality == 0.22) == wide
     # What is chosen is what the scale is of.
-    expected = choose_scale(replace(chosen, locality=scale.locality), task.n, training.layout, [about])
+    expected = choose_scale(objective, [metrics], locality=scale.locality)
     assert (scale.nbeta, scale.localization) == (expected.nbeta, expected.localization)
-    given = choose_sampling(task, training, lambda step: weights, [about], replace(chosen, locality=0.22), (1.0,))
+    given = choose(objective, weights, metrics, 1.0, locality=0.22)
     assert given.locality == 0.22
 
 
-def test_samples_grow_with_what_they_would_miss(dear, monkeypatch):
+def test_samples_grow_with_what_they_would_miss(large_set, monkeypatch):
     """λ of few samples is too small by about λ over how many targets they have."""
     model, data, _ = line()
-    task, training, weights, about, chosen = prepared(model, "mse", data, localization=300.0)
+    objective, weights, metrics = prepared(model, "mse", data, localization=300.0)
     monkeypatch.setattr(pilot, "LEAST_SAMPLES", 64)
-    few = choose_sampling(task, training, lambda step: weights, [about], chosen, (1e9,))
+    few = choose(objective, weights, metrics)
     monkeypatch.setattr(pilot, "MOST_MISSED", 0.005)
-    more = choose_sampling(task, training, lambda step: weights, [about], chosen, (1e9,))
+    more = choose(objective, weights, metrics)
     assert few.samples < more.samples <= TALL
     assert math.isclose(few.nbeta, more.nbeta)
 
@@ -148,31 +148,30 @@ def test_samples_of_a_set_that_is_used_whole_are_refused():
         groktrace.estimate_llc(model, "mse", data, samples=64)
 
 
-def test_the_published_method_draws_its_batches_from_all_samples(dear):
+def test_the_published_method_draws_its_batches_from_all_samples(large_set):
     model, data, _ = line()
     published = {"method": "sgld", "nbeta": 30.0, "localization": 5.0, "step_size": 1e-4, "burn_in": 5, "draws": 10}
-    task, training, weights, about, chosen = prepared(model, "mse", data, batch_size=32, **published)
-    scale = choose_sampling(task, training, lambda step: weights, [about], chosen, (1e9,))
+    scale = choose(*prepared(model, "mse", data, batch_size=32, **published))
     assert (scale.samples, scale.batch_size) == (None, 32)
 
 
-def test_batches_that_throw_chains_out_give_way_to_all_samples(dear):
+def test_batches_that_throw_chains_out_give_way_to_all_samples(large_set):
     """Where a few samples have most of the curvature and the batches do not tell, nothing wrong comes out."""
     model, (x, y), _ = line(noise=0.0)
     x = x.clone()
     x[::256] *= 60
     y = x @ model.weight.detach().T + 0.01
-    task, training, weights, about, chosen = prepared(model, "mse", (x, y), nbeta=3000.0, localization=300.0, draws=300)
+    objective, weights, metrics = prepared(model, "mse", (x, y), nbeta=3000.0, localization=300.0, draws=300)
     spectrum = torch.linalg.eigvalsh(2 * x.double().T @ x.double() / TALL)
     exact = float(0.5 * (3000 * spectrum / (3000 * spectrum + 300)).sum())
     scale = Scale(3000.0, 300.0, samples=TALL, batch_size=32)
-    (found,) = estimate_stack(training, [weights], [about], chosen, scale, task.n)
+    (found,) = replace(objective, chance=()).estimate([weights], [metrics], scale)
     assert found.diagnostics["heating"] == 0
     assert found.diagnostics["lost_steps"] > 0
     assert found.llc_centred == pytest.approx(exact, abs=4 * found.stderr_centred + 0.05 * exact)
 
 
-def test_noise_that_goes_into_flat_directions_is_no_heat(dear):
+def test_noise_that_goes_into_flat_directions_is_no_heat(large_set):
     """All of the gradient's noise lies in flat directions: the batches' noise is counted there, and adds nothing."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randn(TALL, 40, generator=generator)
@@ -187,7 +186,7 @@ def test_noise_that_goes_into_flat_directions_is_no_heat(dear):
             # The sum over samples of the second part has no curvature; each alone bends one way or the other.
             return 1 + self.stiff.square().sum() + 0.25 * ((2 * x) * self.flat.square()).sum(1, keepdim=True)
 
-    task, training, weights, about, chosen = prepared(
+    objective, weights, metrics = prepared(
         Bowl(),
         lambda out, y: (out - y).mean(),
         (signs, torch.zeros(TALL, 1)),
@@ -196,7 +195,8 @@ def test_noise_that_goes_into_flat_directions_is_no_heat(dear):
         draws=400,
     )
     scale = Scale(500.0, 100.0, samples=TALL, batch_size=64)
-    (found,) = estimate_stack(training, [weights], [about], replace(chosen, batch_size=64), scale, task.n)
+    settings = replace(objective.settings, batch_size=64)
+    (found,) = replace(objective, settings=settings, chance=()).estimate([weights], [metrics], scale)
     exact = 0.5 * 20 * 1000 / 1100
     assert 0 < found.diagnostics["heating"] < 0.02
     assert found.diagnostics["lost_steps"] == 0  # as heat, the noise would call for a smaller step
@@ -204,7 +204,7 @@ def test_noise_that_goes_into_flat_directions_is_no_heat(dear):
 
 
 @pytest.mark.parametrize(("off", "burn_in"), [(0.0, 8), (10.0, 31)])
-def test_burn_in_ends_where_chains_are_in_equilibrium(dear, off, burn_in):
+def test_burn_in_ends_where_chains_are_in_equilibrium(large_set, off, burn_in):
     """Off the minimum along a direction that is slow to fall along, it takes its time."""
     curvature = torch.cat([torch.full((20,), 2.0), torch.full((1,), 0.05), torch.zeros(2000)])
 
@@ -226,7 +226,7 @@ def test_burn_in_ends_where_chains_are_in_equilibrium(dear, off, burn_in):
     assert found.llc_centred == pytest.approx(exact, abs=4 * found.stderr_centred + 0.02 * exact)
 
 
-def test_snapshots_without_a_basin_are_told_after_a_few_steps(dear):
+def test_snapshots_without_a_basin_are_told_after_a_few_steps(large_set):
     model, data, _ = line(noise=0.0)
     with torch.no_grad():
         model.weight += 100

@@ -6,8 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 import groktrace
-from groktrace.analysis.evaluation import measure_point
-from groktrace.analysis.predictions import evaluate
+from groktrace.analysis.predictions import evaluate, measure_losses
 from groktrace.run.task import Task
 
 CPU = torch.device("cpu")
@@ -52,9 +51,9 @@ def ignoring(outputs, targets):
 
 
 def masked(outputs, targets):
-    each = functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
+    losses = functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
     mask = (targets.flatten() < 3).float()
-    return (each * mask).sum() / mask.sum()
+    return (losses * mask).sum() / mask.sum()
 
 
 def of_probabilities(outputs, targets):
@@ -109,7 +108,8 @@ def test_accuracy_is_read_at_the_cross_entropy(name, recorded, tmp_path):
     with torch.no_grad():
         plain = float(task.forward(weights, task.train.tensors)[0])
     for together in (None, 7):
-        train_loss, accuracy, *_ = measure_point(task, weights, CPU, together)
+        found = measure_losses(task, weights, CPU, together)
+        train_loss, accuracy = found["train_loss"], found["train_accuracy"]
         assert accuracy == pytest.approx(expected)
         if together is None:
             assert train_loss == plain
@@ -131,14 +131,15 @@ def test_a_model_with_a_loss_of_its_own(recorded, tmp_path):
         with groktrace.watch(model, optimizer, train={"x": TOKENS}, val={"x": TOKENS[:1]}, batch_loss=own, out=out):
             pass
         task = groktrace.open_run(out).task
-    _, train, _, val = measure_point(task, weights, CPU)
+    found = measure_losses(task, weights, CPU)
+    train, val = found["train_accuracy"], found["val_accuracy"]
     assert train == pytest.approx(expected)
     assert val == pytest.approx(rest(model(TOKENS[:1])[:, :-1].argmax(-1) == TOKENS[:1, 1:]))
 
 
 def test_of_heads_that_differ_it_is_not_known_which_is_meant():
     def both(outputs, targets):
-        return sum(functional.cross_entropy(each[:, -1], targets) for each in outputs)
+        return sum(functional.cross_entropy(output[:, -1], targets) for output in outputs)
 
     def twice(outputs, targets):
         return sum(functional.cross_entropy(outputs[0][:, -1], targets) for _ in range(2))
@@ -148,7 +149,7 @@ def test_of_heads_that_differ_it_is_not_known_which_is_meant():
     truth = rest(model(TOKENS)[0][:, -1].argmax(-1) == TOKENS[:, -1])
     for loss, expected in ((both, None), (twice, pytest.approx(truth))):
         task = Task.from_model(model, train=(TOKENS, TOKENS[:, -1]), loss=loss)
-        assert measure_point(task, weights, CPU)[1] == expected
+        assert measure_losses(task, weights, CPU)["train_accuracy"] == expected
 
 
 def test_what_is_no_cross_entropy_gives_no_hits():
@@ -168,4 +169,4 @@ def test_a_compiled_model_is_read_too():
     weights = {f"_orig_mod.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     task = Task.from_model(torch.compile(model, backend="eager"), train=(TOKENS, TOKENS[:, -1]), loss=last)
     expected = rest(model(TOKENS)[:, -1].argmax(-1) == TOKENS[:, -1])
-    assert measure_point(task, weights, CPU)[1] == pytest.approx(expected)
+    assert measure_losses(task, weights, CPU)["train_accuracy"] == pytest.approx(expected)

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from groktrace import theory
-from groktrace.analysis.estimate import weight_layout
 from groktrace.analysis.reference import Reference, check_reference, jacobian_reference
+from groktrace.analysis.setup import weight_layout
 from groktrace.errors import SettingsError
 from groktrace.run.task import Task
 
@@ -67,8 +67,8 @@ def test_other_references_are_refused(value):
 
 
 def test_references_survive_their_own_json():
-    for each in (Reference(3.0, "value"), Reference(4.5, "jacobian", 100, 9, 1e-6, 1e4)):
-        assert Reference.from_dict(each.to_dict()) == each
+    for reference in (Reference(3.0, "value"), Reference(4.5, "jacobian", 100, 9, 1e-6, 1e4)):
+        assert Reference.from_dict(reference.to_dict()) == reference
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional
 
 import groktrace
-from groktrace.analysis.evaluator import run_layout
 from groktrace.analysis.reminders import reminders
+from groktrace.analysis.setup import run_layout
 
 
 def network():

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 import groktrace
-from groktrace.analysis import evaluator
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.temperature import find_plateau, temperature_curve_at
 from groktrace.errors import SettingsError
@@ -76,7 +75,7 @@ def test_the_localization_that_an_analysis_has_kept_is_taken(small_run):
     assert other.localization == pytest.approx(kept["chosen"]["localization"] / 2)
 
 
-def test_without_an_analysis_a_few_snapshots_tell_the_localization(tmp_path, monkeypatch):
+def test_without_an_analysis_a_few_snapshots_tell_the_localization(tmp_path, evaluated):
     model = nn.Linear(3, 2)
     x = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
     with groktrace.watch(model, train=(x, x[:, :2]), loss="mse", out=tmp_path / "run", every=1) as recorder:
@@ -84,16 +83,10 @@ def test_without_an_analysis_a_few_snapshots_tell_the_localization(tmp_path, mon
             with torch.no_grad():
                 model.weight.lerp_(torch.eye(2, 3), 0.1)
             recorder.step()
-    surveyed = []
-    original = evaluator.survey
-    monkeypatch.setattr(
-        evaluator,
-        "survey",
-        lambda task, loss, weights, steps, *rest: surveyed.extend(steps) or original(task, loss, weights, steps, *rest),
-    )
     run = groktrace.open_run(tmp_path / "run")
     (found,) = temperature_curve_at(run, 3, [100.0], **QUICK).estimates
-    assert (surveyed[0], surveyed[1], surveyed[-1], len(surveyed)) == (3, 0, 99, 17)
+    measured = evaluated["metrics"]
+    assert (measured[0], measured[1], measured[-1], len(measured)) == (3, 0, 99, 17)
     assert found.localization == pytest.approx(groktrace.analyze(run, **QUICK).localization, rel=0.1)
 
 

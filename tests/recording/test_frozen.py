@@ -26,7 +26,8 @@ def test_what_nobody_writes_to_stays():
     frozen = FrozenTensors(kept, 0)
     for step in range(1, 6):
         assert not frozen.compare(kept, step)
-        assert not frozen.compare({name: each.clone() for name, each in kept.items()}, step)  # elsewhere, but the same
+        copies = {name: tensor.clone() for name, tensor in kept.items()}  # elsewhere, but the same
+        assert not frozen.compare(copies, step)
     assert not frozen.compare(kept, 6, whole=True)
     assert frozen.names == kept.keys()
 

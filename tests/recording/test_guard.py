@@ -45,7 +45,7 @@ class Training:
             settings = {"train": (self.x, self.y), "loss": self.loss} | settings
             with watch(self.model, self.optimizer, out=out, every=every, **settings):
                 self.update(updates)
-        return [str(each.message) for each in caught]
+        return [str(warning.message) for warning in caught]
 
 
 def scheduled(out, factor):
@@ -84,7 +84,7 @@ def test_a_schedule_in_a_buffer_is_recorded_with_each_snapshot(tmp_path):
     training.loss = timed
     assert training.record(tmp_path / "run", loss=loss) == []
     run = open_run(tmp_path / "run")
-    losses = [float(run.task.forward(each.load(), run.task.train.tensors)[0]) for each in run.snapshots]
+    losses = [float(run.task.forward(snapshot.load(), run.task.train.tensors)[0]) for snapshot in run.snapshots]
     training.model.eval()
     assert losses[-1] == pytest.approx(2.2 * F.mse_loss(training.model(training.x), training.y).item(), rel=1e-5)
 
@@ -228,7 +228,7 @@ def test_checks_become_rare_and_stay_within_their_share(monkeypatch):
     assert due == [True] + 8 * [False]  # each would cost a second
     now[0] += 1000
     due = [guard.due() for _ in range(30)]
-    assert [i + 10 for i, each in enumerate(due) if each] == [10, 20]
+    assert [i + 10 for i, is_due in enumerate(due) if is_due] == [10, 20]
 
 
 def test_doubts_of_an_earlier_recording_stay(tmp_path):
@@ -260,7 +260,7 @@ class Weighted(nn.Module):
             with torch.no_grad():
                 self.mean.mul_(0.9).add_(targets.mean() + outputs.mean().detach(), alpha=0.1)
         error = F.mse_loss(outputs, targets + self.mean) * self.log_scale.exp().squeeze()
-        return error - self.log_scale.sum() + 0.01 * sum(each.abs().square().sum() for each in self.held)
+        return error - self.log_scale.sum() + 0.01 * sum(tensor.abs().square().sum() for tensor in self.held)
 
 
 class Shared(nn.Module):

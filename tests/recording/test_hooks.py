@@ -162,6 +162,6 @@ def test_nothing_is_left_of_the_hooks():
     successor.step()
     hooks.remove()
     assert dict(_global_optimizer_pre_hooks) == before
-    for each in (optimizer, successor):
-        assert not each._optimizer_step_pre_hooks
-        assert not each._optimizer_step_post_hooks
+    for stepped in (optimizer, successor):
+        assert not stepped._optimizer_step_pre_hooks
+        assert not stepped._optimizer_step_post_hooks

@@ -104,7 +104,7 @@ def fit_validated(folder, *sets):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     callback = GroktraceCallback(every=4, out=folder)
     trainer = pl.Trainer(callbacks=[callback], max_steps=8, enable_checkpointing=False, **quiet)
-    trainer.fit(module, loader(), [DataLoader(TensorDataset(*each), batch_size=5) for each in sets])
+    trainer.fit(module, loader(), [DataLoader(TensorDataset(*tensors), batch_size=5) for tensors in sets])
     return module, groktrace.analyze(folder, **FEW).points
 
 

@@ -159,7 +159,7 @@ def test_an_inner_loop_is_told_and_not_counted(loop):
 
     with pytest.warns(RuntimeWarning) as caught:
         rounds()
-    assert ["steps after all" in str(each.message) for each in caught] == [False, True]
+    assert ["steps after all" in str(warning.message) for warning in caught] == [False, True]
     assert loop.recorder.steps == 4
     assert loop.kept() == [0, 4]
 
@@ -319,7 +319,9 @@ def test_updates_by_hand_beside_an_idle_optimizer_are_told_while_they_go_on(loop
 
         wait_for(told)
         loop.recorder.close()
-    assert ["the weights change, but no update is seen; give watch()" in str(each.message) for each in caught] == [True]
+    assert [
+        "the weights change, but no update is seen; give watch()" in str(warning.message) for warning in caught
+    ] == [True]
 
 
 def test_weights_that_come_back_are_no_updates(loop):

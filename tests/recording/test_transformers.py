@@ -161,7 +161,7 @@ def test_the_loss_that_the_trainer_computes(tmp_path, trained):
     trainer = train(tmp_path, GroktraceCallback(every=4), **trained)
     if isinstance(trainer, OwnLoss):
         assert trainer.calls == 7
-        assert sum("size" in each for each in trainer.state.log_history) == 7
+        assert sum("size" in entry for entry in trainer.state.log_history) == 7
     on_train, on_val, live = analysed_loss(tmp_path, trainer)
     assert on_train == pytest.approx(live, rel=1e-5)
     assert on_val == pytest.approx(live, rel=1e-5)

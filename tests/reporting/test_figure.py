@@ -62,10 +62,10 @@ def test_the_curve_is_the_centred_estimate_throughout_or_nowhere():
     following = Trajectory(points, localization=1.0, resolution=100.0)
     assert following.curve.value.tolist() == [130] * 3
     assert replace(following, nbeta=1.0).curve.value.tolist() == [130] * 3
-    single = replace(following, points=tuple(replace(each, llc_centred=None, stderr_centred=None) for each in points))
+    single = replace(following, points=tuple(replace(point, llc_centred=None, stderr_centred=None) for point in points))
     assert single.curve.value[[0, 2]].tolist() == [60, 80]
-    axes = [trajectory_figure(*shown(each)).axes[0] for each in (following, single)]
-    assert [each.get_ylabel() for each in axes] == [
+    axes = [trajectory_figure(*shown(trajectory)).axes[0] for trajectory in (following, single)]
+    assert [ax.get_ylabel() for ax in axes] == [
         r"centred learning coefficient $\lambda_c$",
         r"local learning coefficient $\hat\lambda$",
     ]

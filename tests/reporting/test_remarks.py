@@ -14,7 +14,7 @@ STEPS = np.arange(0, 3050, 50)
 def measured(values, error=3.0, seed=0, **more):
     values = values + error * np.random.default_rng(seed).standard_normal(len(values))
     points = [
-        Point(50 * i, float(v) - 2, error, float(v), error, **{name: each[i] for name, each in more.items()})
+        Point(50 * i, float(v) - 2, error, float(v), error, **{name: column[i] for name, column in more.items()})
         for i, v in enumerate(values)
     ]
     return Trajectory(tuple(points))

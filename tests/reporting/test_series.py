@@ -48,7 +48,7 @@ def test_what_is_first_by_name_is_lambda_and_validation_accuracy_beside_it(grokk
 
 def test_events_are_those_of_the_detector_and_say_where_there_are_none(grokked):
     series, events = grokked
-    assert [each.label for each in events.transitions] == ["memorisation", "generalisation"]
+    assert [transition.label for transition in events.transitions] == ["memorisation", "generalisation"]
     (drop,) = Events.of(series.trajectory, LargestDropDetector()).transitions
     assert (drop.kind, drop.label) == ("simplification", None)
     flat = Trajectory.from_arrays(range(9), [5.0] * 9, [0.1] * 9)

@@ -29,7 +29,7 @@ class Tied(nn.Module):
 
 def train(out, model, tokens):
     """A recorded training of two steps, three snapshots."""
-    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
     with groktrace.watch(model, optimizer, train=(tokens, tokens), loss="cross_entropy", out=out, every=1):
         for _ in range(2):
             optimizer.zero_grad()

@@ -122,7 +122,7 @@ def test_the_models_own_tensors_keep_their_names():
     own = found(model, None, lambda network, batch: (model(batch[0]) - batch[1]).square().mean())
     assert not own.parameters()
     held = list(model.parameters())
-    own = found(model, lambda o, t: (o - t).square().mean() + sum(each.square().sum() for each in held))
+    own = found(model, lambda o, t: (o - t).square().mean() + sum(tensor.square().sum() for tensor in held))
     assert not own.parameters()
     assert own.holds_weights
     rows = model.weight.detach()[:1]

@@ -483,7 +483,7 @@ def test_a_snapshot_that_is_a_link_out_costs_itself(whole, tmp_path_factory):
     run = open_run(whole)
     with pytest.raises(SnapshotError, match="a link out of the run directory"):
         run.snapshots[0].load()
-    assert all(each.load() for each in run.snapshots[1:])
+    assert all(snapshot.load() for snapshot in run.snapshots[1:])
 
 
 def test_a_link_to_the_directory_or_within_it_is_followed(whole, tmp_path_factory):

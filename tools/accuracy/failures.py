@@ -67,7 +67,7 @@ def run_failures(out: Path, fresh: bool) -> list[Verdict]:
             found = reasons()
             return {
                 "expected": expected,
-                "flagged": any(expected in each for each in found),
+                "flagged": any(expected in reason for reason in found),
                 "reasons": "; ".join(found),
             }
 

@@ -137,7 +137,7 @@ def in_turn(
         return {name: contenders[name](r) for name in (*order[first:], *order[:first])}
 
     measured = [store.cached(f"{group}, round {r}", lambda r=r: one_round(r)) for r in range(rounds)]
-    return {name: [each[name] for each in measured] for name in contenders}
+    return {name: [taken[name] for taken in measured] for name in contenders}
 
 
 def seconds_a_step(run: Callable[[int], Any], steps: int) -> float:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import groktrace
-from groktrace.analysis.estimate import weight_layout
-from groktrace.analysis.evaluation import stack_weights, training_loss
+from groktrace.analysis.measure import Objective, stack_weights
+from groktrace.analysis.setup import weight_layout
 from groktrace.run.task import Task
 from groktrace.sampling.posterior import StackedLoss
+from groktrace.sampling.settings import SamplingSettings
 
 Pairs = tuple[Tensor, Tensor]
 
@@ -157,7 +158,7 @@ def stacked_loss(
     task = Task.from_model(model, loss=loss, train=data)
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     layout = weight_layout({name: (tuple(w.shape), w.dtype, True) for name, w in weights.items()})
-    return training_loss(task, layout, weights, torch.device("cpu")), weights
+    return Objective.of(task, layout, SamplingSettings(), weights, torch.device("cpu")).loss, weights
 
 
 def stack(loss: StackedLoss, weights: dict[str, Tensor], snapshots: int) -> tuple[StackedLoss, Tensor]:

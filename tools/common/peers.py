@@ -50,7 +50,7 @@ class FusedKernel:
         self.hidden, self.squares, self.back = (torch.empty(rows, samples, width) for _ in range(3))
         self.outputs, self.mean = torch.empty(rows, samples, outputs), torch.empty(rows, 1, outputs)
         if batch_size is not None:
-            self.picked = tuple(torch.empty(rows * samples, each.shape[1]) for each in data)
+            self.picked = tuple(torch.empty(rows * samples, tensor.shape[1]) for tensor in data)
 
     def run(self, steps: int) -> Tensor:
         """nβ(L(w) − L(w*)) after each of some steps from the anchors, [steps, R]."""
@@ -62,7 +62,7 @@ class FusedKernel:
         root = math.sqrt(self.step_size)
         kept = BAOAB().persistence(self.step_size, self.localization)
         record = torch.empty(steps, rows)
-        full = tuple(each.expand(rows, -1, -1) for each in self.data)
+        full = tuple(tensor.expand(rows, -1, -1) for tensor in self.data)
         whole = torch.empty_like(self.anchors)
         base = self._at_anchors(full, whole)
         for t in range(steps):
@@ -92,7 +92,7 @@ class FusedKernel:
             RuntimeError: it is another.
         """
         found = torch.empty_like(self.anchors)
-        self._at_anchors(tuple(each.expand(len(found), -1, -1) for each in self.data), found)
+        self._at_anchors(tuple(tensor.expand(len(found), -1, -1) for tensor in self.data), found)
         error = float((found - expected).norm() / expected.norm())
         if not error < 1e-4:
             raise RuntimeError(
@@ -102,8 +102,8 @@ class FusedKernel:
     def _pick(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = len(self.anchors)
         index = torch.randint(len(self.data[0]), (rows * self.batch_size,), generator=generator)
-        for each, out in zip(self.data, self.picked, strict=True):
-            torch.index_select(each, 0, index, out=out)
+        for tensor, out in zip(self.data, self.picked, strict=True):
+            torch.index_select(tensor, 0, index, out=out)
         inputs, targets = (out.view(rows, self.batch_size, -1) for out in self.picked)
         return inputs, targets
 

@@ -202,7 +202,7 @@ def output_measures(network: Network, folder: Path, plain: Trajectory) -> dict[s
                     reasons=found.reasons,
                 )
             )
-    return {name: replace(plain, points=tuple(each)) for name, each in points.items()}
+    return {name: replace(plain, points=tuple(point)) for name, point in points.items()}
 
 
 def other_measures(network: Network, folder: Path, plain: Trajectory) -> dict[str, Trajectory]:
@@ -232,7 +232,11 @@ def labelled(trajectory: Trajectory, doubts: bool) -> list[groktrace.Transition]
     unseen: dict[str, object] = {"val_loss": None, "val_accuracy": None}
     if not doubts:
         unseen["diagnostics"], trajectory = {}, replace(trajectory, weight_decay=None)
-    return [each for each in find_transitions(without(trajectory, **unseen)) if each.label == "generalisation"]
+    return [
+        transition
+        for transition in find_transitions(without(trajectory, **unseen))
+        if transition.label == "generalisation"
+    ]
 
 
 def outcome(trajectory: Trajectory) -> str:

@@ -110,7 +110,7 @@ def measure(network: Network) -> Trajectory:
 def judge(network: Network, trajectory: Trajectory) -> Row:
     """One line about a network: whether it grokked, and what was found without looking at validation data."""
     transitions = find_transitions(without(trajectory, val_loss=None, val_accuracy=None))
-    labelled = [each for each in transitions if each.label == "generalisation"]
+    labelled = [transition for transition in transitions if transition.label == "generalisation"]
     steps, accuracy = trajectory.column("step"), trajectory.column("val_accuracy")
     curve = trajectory.column("llc_centred")
     half = crossing(steps, accuracy, CHANCE)
@@ -124,11 +124,12 @@ def judge(network: Network, trajectory: Trajectory) -> Row:
     row = {name: str(value) for name, value in asdict(network).items()}
     row |= {"outcome": outcome, "val_accuracy": f"{accuracy[-1]:.2f}", "found": str(len(labelled))}
     row |= {"half_at": "" if half is None else f"{half:.0f}", "peak_at": f"{steps[np.nanargmax(curve)]:.0f}"}
-    first = max(labelled, key=lambda each: -each.delta_llc, default=None)
+    first = max(labelled, key=lambda transition: -transition.delta_llc, default=None)
     row["midpoint"] = "" if first is None else str(first.step)
     row["interval"] = "" if first is None else f"{first.step_low}-{first.step_high}"
     row["all"] = "; ".join(
-        f"{(each.label or each.kind)} @ {each.step} {each.llc_before:.0f}->{each.llc_after:.0f}" for each in transitions
+        f"{transition.name} @ {transition.step} {transition.llc_before:.0f}->{transition.llc_after:.0f}"
+        for transition in transitions
     )
     return row
 

@@ -239,17 +239,20 @@ def run_synthetic(folder: Path, series: int, seed: int, peers: bool) -> None:
             tally = {name: np.zeros(3) for name in ("groktrace", *methods)}
             covered: list[bool] = []
             for _ in range(series):
-                each = changing(shape, ratio, rng)
-                transitions = find_transitions(each.trajectory())
-                found = {"groktrace": [each.snapshot(t.step) for t in transitions]}
-                whitened = each.value / np.median(each.error)
+                simulated = changing(shape, ratio, rng)
+                transitions = find_transitions(simulated.trajectory())
+                found = {"groktrace": [simulated.snapshot(t.step) for t in transitions]}
+                whitened = simulated.value / np.median(simulated.error)
                 found |= {name: method(whitened) for name, method in methods.items()}
                 for name, places in found.items():
-                    pairs = matched(places, each.changes)
-                    tally[name] += len(pairs), len(places), len(each.changes)
-                for i, j in matched(found["groktrace"], each.changes):
-                    low, high = each.snapshot(transitions[i].step_low), each.snapshot(transitions[i].step_high)
-                    covered.append(low <= each.changes[j] <= high)
+                    pairs = matched(places, simulated.changes)
+                    tally[name] += len(pairs), len(places), len(simulated.changes)
+                for i, j in matched(found["groktrace"], simulated.changes):
+                    low, high = (
+                        simulated.snapshot(transitions[i].step_low),
+                        simulated.snapshot(transitions[i].step_high),
+                    )
+                    covered.append(low <= simulated.changes[j] <= high)
             scores = {name: 2 * hits / (found + true) for name, (hits, found, true) in tally.items()}
             row = {"shape": shape, "change / error": f"{ratio:g}", "groktrace": f"{scores.pop('groktrace'):.3f}"}
             rows.append(row | {name: f"{score:.3f}" for name, score in scores.items()})
@@ -259,10 +262,10 @@ def run_synthetic(folder: Path, series: int, seed: int, peers: bool) -> None:
     for kind in ("flat", "drifting"):
         rng = np.random.default_rng([seed, 7, len(kind)])
         curves = [unchanging(kind, rng) for _ in range(max(series, 250))]
-        alarmed = [each for each in curves if find_transitions(each.trajectory())]
+        alarmed = [curve for curve in curves if find_transitions(curve.trajectory())]
         alarms[kind] = f"{len(alarmed)} of {len(curves)}"
         if alarmed:
-            say(f"{kind}: " + "; ".join(f"{each.kind} T={len(each.steps)}" for each in alarmed[:12]))
+            say(f"{kind}: " + "; ".join(f"{simulated.kind} T={len(simulated.steps)}" for simulated in alarmed[:12]))
     folder.mkdir(parents=True, exist_ok=True)
     save_rows(folder / "synthetic.csv", rows)
     print(f"\n### Curves with known transitions: F1 within ±{TOLERANCE:g} snapshots\n\n{markdown(rows)}\n")

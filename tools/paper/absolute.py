@@ -95,6 +95,6 @@ def run_absolute(out: Path, fresh: bool) -> Result:
     return [
         f"slope through the origin {slope:.4f} over {len(generic)} teachers (free line: {line[0]:.4f}, "
         f"intercept {line[1]:.3f}, R² {line[2]:.5f})",
-        f"saturated: off the closed form by {', '.join(f'{100 * each:+.1f} %' for each in off)}",
+        f"saturated: off the closed form by {', '.join(f'{100 * error:+.1f} %' for error in off)}",
         f"ranks equal twice the closed form in {len(matching)} of {len(ranks.rows)} cases; others: {apart or 'none'}",
     ]

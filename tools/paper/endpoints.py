@@ -30,7 +30,7 @@ def measure_endpoint(name: str, folder: Path, add: Callable[[str, Row], None]) -
     generic = theory.modular_addition_llc(training.p, training.width, len(train[0])).llc
     rank = theory.jacobian_rank(model, train[0], centred=True)
     first = estimates(model, train, resolution=1.0)
-    resolutions = [each for each in RESOLUTIONS if name in SPECTRA or each <= UNTIL]
+    resolutions = [resolution for resolution in RESOLUTIONS if name in SPECTRA or resolution <= UNTIL]
     spectrum = None
     if name in SPECTRA:
         # Of the Gauss-Newton matrix, which is the Hessian at a perfect fit and, unlike it, nowhere negative.
@@ -79,7 +79,7 @@ def run_endpoints(out: Path, fresh: bool) -> Result:
     for name in ENDPOINTS:
         own = [row for row in rows if row["network"] == name]
         share = {round(number(row["resolution"])): number(row["λ̂"]) / number(row["closed form"]) for row in own}
-        text = ", ".join(f"{100 * each:.0f} % at κ = {resolution}" for resolution, each in share.items())
+        text = ", ".join(f"{100 * part:.0f} % at κ = {resolution}" for resolution, part in share.items())
         said.append(f"{name}: rank/2 {own[0]['rank/2']}, closed form {own[0]['closed form']}; λ̂ is {text}")
         if name in SPECTRA:
             for column in ("λ̂", "λ_c"):

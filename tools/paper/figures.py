@@ -42,7 +42,7 @@ def scaling(series: Mapping[str, Sequence[Row]], path: Path) -> None:
         for column, colour in (("λ̂", BLUE), ("λ̂ by dials", GREEN), ("λ̂ published sampler", RED)):
             x, y = _column(rows, name), _column(rows, column)
             at = np.unique(x)
-            means = np.array([y[x == each].mean() for each in at])
+            means = np.array([y[x == value].mean() for value in at])
             line = np.polyfit(at, means, 1)
             r2 = 1 - (means - np.polyval(line, at)).var() / means.var()
             axes.plot(x, y, "o", color=colour, ms=4, alpha=0.7, label=f"{column}, R² of means {r2:.3f}")
@@ -161,9 +161,9 @@ def _stacked(rows: Sequence[Row]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The steps that all seeds have, and the columns at these, [seeds, steps] each."""
     seeds = list(dict.fromkeys(row["seed"] for row in rows))
     steps = [{row["step"]: row for row in rows if row["seed"] == seed} for seed in seeds]
-    common = [step for step in steps[0] if all(step in each for each in steps)]
+    common = [step for step in steps[0] if all(step in curve for curve in steps)]
     names = ("λ", "trace", "train accuracy", "val accuracy", "train loss", "val loss")
-    columns = {name: np.array([_column([each[step] for step in common], name) for each in steps]) for name in names}
+    columns = {name: np.array([_column([curve[step] for step in common], name) for curve in steps]) for name in names}
     return np.array(common, dtype=float), columns
 
 
@@ -211,7 +211,7 @@ def severity(rows: Sequence[Row], path: Path) -> None:
         y = _column(rows, name)
         axes.plot(rate, y, "o", color=colour, ms=4, alpha=0.6)
         at = np.unique(rate)
-        axes.plot(at, [y[rate == each].mean() for each in at], color=colour, lw=1.2)
+        axes.plot(at, [y[rate == value].mean() for value in at], color=colour, lw=1.2)
         axes.set_xscale("log")
         axes.set_xlabel("learning rate")
         axes.set_ylabel({"severity": "grokking severity"}.get(name, name))

@@ -54,9 +54,9 @@ def run_scaling(out: Path, fresh: bool) -> Result:
         "K": [row for row in rows if row["p"] == str(SCALING_MODULUS)],
     }
     fitted = [*series.items(), ("K", [row for row in series["K"] if int(row["K"]) >= WIDE])]
-    for name, each in fitted:
+    for name, members in fitted:
         for column in ("λ̂", "λ̂ by dials", "λ̂ published sampler"):
-            x, y = values(each, name), values(each, column)
+            x, y = values(members, name), values(members, column)
             means = {at: statistics.fmean(b for a, b in zip(x, y, strict=True) if a == at) for at in sorted(set(x))}
             slope, intercept, r2 = fit(list(means), list(means.values()))
             each_r2 = fit(x, y)[2]

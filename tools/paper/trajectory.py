@@ -103,7 +103,7 @@ def judge_trajectories(rows: Sequence[Row]) -> Result:
         reached = int(np.argmax(val >= GENERALISED))
         parted.append((np.corrcoef(lam[1 : reached + 1], trace[1 : reached + 1])[0, 1], trace[-1] / trace[reached]))
     known = [step for step in generalised if step is not None]
-    agree, after = (np.array(each) for each in zip(*parted, strict=True))
+    agree, after = (np.array(column) for column in zip(*parted, strict=True))
     return [
         f"{len(peaks)} seeds, {len(known)} of which generalise (median step {statistics.median(known):.0f})",
         f"peak of λ at step {min(peaks)} to {max(peaks)} (median {statistics.median(peaks):.0f}), where validation "

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,8 +25,8 @@ from torch import nn
 from torch.nn import functional
 
 import groktrace
-from groktrace.analysis.estimate import estimate_stack, weight_layout
-from groktrace.analysis.evaluation import stack_weights, survey, training_loss
+from groktrace.analysis.measure import Objective, stack_weights
+from groktrace.analysis.setup import weight_layout
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, RESOLUTION, Scale, run_length, step_size
 from groktrace.sampling.chains import time_steps
@@ -91,40 +91,40 @@ def labelled(samples: int, inputs: int = 64, classes: int = 10) -> tuple[torch.T
 
 
 def cost_of_snapshot(weights: int, samples: int, steps: int) -> dict[str, float]:
-    """Seconds of a survey and of one step of one chain, for one network."""
+    """Seconds of losses and curvature, and of one step of one chain, for one network."""
     torch.manual_seed(0)
     model = perceptron(weights)
     task = Task.from_model(model, loss="cross_entropy", train=labelled(samples))
     named = {name: parameter.detach() for name, parameter in model.named_parameters()}
     sampled = weight_layout({name: (tuple(w.shape), w.dtype, True) for name, w in named.items()})
     start = time.process_time()
-    loss = training_loss(task, sampled, named, torch.device("cpu"))
+    objective = Objective.of(task, sampled, SamplingSettings(chains=CHAINS), named, torch.device("cpu"))
     probed = time.process_time() - start
     start = time.process_time()
-    about = survey(task, loss, [named], [0], 0)
-    surveyed = time.process_time() - start
-    alone = loss.micro_batch is not None
+    metrics = objective.metrics([named], [0])
+    measured = time.process_time() - start
+    alone = objective.loss.micro_batch is not None
     if alone:
 
         def run(draws: int) -> float:
             start = time.process_time()
-            settings = SamplingSettings(**FIXED, chains=CHAINS, draws=draws)
-            estimate_stack(loss, [named], about, settings, Scale(FIXED["nbeta"], FIXED["localization"]), samples)
+            short = replace(objective, settings=replace(objective.settings, **FIXED, draws=draws))
+            short.estimate([named], metrics, Scale(FIXED["nbeta"], FIXED["localization"]))
             return time.process_time() - start
 
         few = run(2)
         step = (run(2 + steps) - few) / (steps * CHAINS)
         before = max(few - 2 * CHAINS * step, 0.0)
     else:
-        stacked, anchors = stack_weights(loss, [named])
+        stacked, anchors = stack_weights(objective.loss, [named])
         with mock.patch("time.perf_counter", time.process_time):
             step, before = time_steps(stacked, anchors, SamplingSettings(chains=CHAINS), SECONDS)
         step /= CHAINS
-    total = surveyed + before + CHAINS * (STEPS_LARGE if alone else STEPS) * step
+    total = measured + before + CHAINS * (STEPS_LARGE if alone else STEPS) * step
     return {
         "weights": sampled.size,
         "probe": probed,
-        "survey": surveyed,
+        "losses, curvature": measured,
         "before": before,
         "step": step,
         "alone": alone,
@@ -171,7 +171,7 @@ def bench_growth(folder: Path, settings: Settings) -> None:
             {
                 "network": "10,000 weights",
                 "data": f"64 samples, {snapshots} snapshots",
-                "survey": "",
+                "losses, curvature": "",
                 "chain-step, ms": "",
                 "snapshot, s": f"{seconds / snapshots:.3g}",
                 "GFLOP/s": "",
@@ -179,8 +179,8 @@ def bench_growth(folder: Path, settings: Settings) -> None:
         )
     notes = [
         f"Full batch, {CHAINS} chains of {STEPS} steps, or {STEPS_LARGE} of networks that go alone (from 16.8 million "
-        f"weights on). A snapshot is survey, start and that many chain-steps, of which 80 were timed ({settings.steps} "
-        "of networks that go alone). GFLOP/s takes 6 operations a weight and sample.",
+        "weights on). A snapshot is losses and curvature, start and that many chain-steps, of which 80 were timed "
+        f"({settings.steps} of networks that go alone). GFLOP/s takes 6 operations a weight and sample.",
     ]
     for name, (x, y) in measured.items():
         slope, error = exponent(x, y)
@@ -195,7 +195,7 @@ def _cost_row(data: str, found: dict[str, float]) -> Row:
     return {
         "network": f"{found['weights']:,} weights" + (", alone" if found["alone"] else ""),
         "data": data,
-        "survey": f"{found['survey']:.3g} s",
+        "losses, curvature": f"{found['losses, curvature']:.3g} s",
         "chain-step, ms": f"{1e3 * found['step']:.3g}",
         "snapshot, s": f"{found['snapshot']:.3g}",
         "GFLOP/s": f"{found['flops'] / 1e9:.3g}",
@@ -237,10 +237,11 @@ def extrapolation() -> str:
     return (
         f"EXTRAPOLATED, not measured: {snapshots:.0e} snapshots of {weights:.0e} weights on {gpus} GPUs take "
         f"{hours:.0f} hours ({seconds:.0f} s a snapshot and GPU), if a gradient takes 6 operations a weight and token; "
-        f"a snapshot is surveyed with 16 gradients on {stored} tokens, plus one at w*, and sampled with {CHAINS} "
-        f"chains of {STEPS_LARGE} steps, without growth, each two gradients (control variate) on {batch} tokens; each "
-        f"GPU holds one whole snapshot and works alone; it does {utilisation:.0%} of {peak / 1e12:.0f} TFLOP/s (TF32 "
-        "of an H100 without sparsity, from its data sheet); and reading 4 GB a snapshot, noise and updates are free."
+        f"a snapshot takes 16 gradients on {stored} tokens for its curvature, plus one at w*, and is sampled with "
+        f"{CHAINS} chains of {STEPS_LARGE} steps, without growth, each two gradients (control variate) on {batch} "
+        f"tokens; each GPU holds one whole snapshot and works alone; it does {utilisation:.0%} of {peak / 1e12:.0f} "
+        "TFLOP/s (TF32 of an H100 without sparsity, from its data sheet); and reading 4 GB a snapshot, noise and "
+        "updates are free."
     )
 
 
@@ -277,8 +278,8 @@ def bench_large(folder: Path, settings: Settings) -> None:
     )
     rows: list[Row] = []
     bars: list[Bar] = []
-    for label, about in cases:
-        found = store.cached(label, lambda a=about: _in_child(folder, settings, a))
+    for label, case in cases:
+        found = store.cached(label, lambda case=case: _in_child(folder, settings, case))
         ratio = (found["peak"] - found["imported"]) / (4 * found["weights"])
         step = found.get("step")
         rows.append(
@@ -299,9 +300,9 @@ def bench_large(folder: Path, settings: Settings) -> None:
     store.finish("A large language model", rows, bars, notes)
 
 
-def _in_child(folder: Path, settings: Settings, about: dict[str, Any]) -> dict[str, float]:
+def _in_child(folder: Path, settings: Settings, case: dict[str, Any]) -> dict[str, float]:
     root = folder / "large_run"
-    if about.get("run"):
+    if case.get("run"):
         shutil.rmtree(root, ignore_errors=True)
         model, data = language_model_of(settings.language)
         with groktrace.watch(model, train=data, loss=sequence_cross_entropy, out=str(root), every=1):
@@ -309,7 +310,7 @@ def _in_child(folder: Path, settings: Settings, about: dict[str, Any]) -> dict[s
         if not (root / "program.json").exists():
             raise RuntimeError(f"{root}: the model was not traced.")
         del model
-    work = json.dumps({**about, "language": settings.language, "steps": settings.large_steps, "root": str(root)})
+    work = json.dumps({**case, "language": settings.language, "steps": settings.large_steps, "root": str(root)})
     command = [sys.executable, "-m", __spec__.name, "memory-worker", "--work", work]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     shutil.rmtree(root, ignore_errors=True)
@@ -346,7 +347,7 @@ def _chain_steps(model: nn.Module, data: Any, settings: dict[str, Any]) -> Calla
     task = Task.from_model(model, loss=sequence_cross_entropy, train=data)
     named = {name: parameter.detach() for name, parameter in model.named_parameters()}
     sampled = weight_layout({name: (tuple(w.shape), w.dtype, True) for name, w in named.items()})
-    loss = training_loss(task, sampled, named, torch.device("cpu"))
+    loss = Objective.of(task, sampled, SamplingSettings(), named, torch.device("cpu")).loss
 
     def run(draws: int) -> None:
         chosen = SamplingSettings(**settings, draws=draws)

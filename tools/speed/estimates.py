@@ -134,7 +134,7 @@ def sampler(loss: StackedLoss, anchors: Tensor, chains: int, **settings: Any) ->
             mock.patch.object(chains_module, "top_eigenvalue", lambda loss, anchors, start: torch.zeros(len(anchors))),
         ):
             traces = sample(loss, anchors, keys, chosen, SCALE["nbeta"], SCALE["localization"], sizes, lambda _: 1.0)
-        if any(each.diverged(loss.layout.size) for each in traces):
+        if any(trace.diverged(loss.layout.size) for trace in traces):
             raise SystemExit("the chains left, and made fewer steps than were asked for")
 
     return run

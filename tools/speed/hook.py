@@ -89,7 +89,7 @@ def bench_step(folder: Path, settings: Settings) -> None:
     contenders = {"without": lambda r: microseconds(False), "with": lambda r: microseconds(True)}
     times = in_turn(store, "bare optimizer", contenders, settings.rounds)
     cost = [a - b for a, b in zip(times["with"], times["without"], strict=True)]
-    rows = [{"optimizer.step()": name, "µs": spread(each)} for name, each in times.items()]
+    rows = [{"optimizer.step()": name, "µs": spread(seconds)} for name, seconds in times.items()]
     rows.append({"optimizer.step()": "difference", "µs": spread(cost)})
     bars = [Bar("a step that keeps no snapshot", statistics.median(cost), 10.0, False, "µs")]
     store.finish("A step that keeps no snapshot", rows, bars)
@@ -126,9 +126,9 @@ def bench_snapshot(folder: Path, settings: Settings) -> None:
 
             times: dict[Callable[[], float], list[float]] = {snapshot: [], copy: []}
             for i in range(settings.snapshots):
-                for each in (snapshot, copy) if i % 2 else (copy, snapshot):
-                    times[each].append(each())
-            return [statistics.median(each) for each in times.values()]
+                for action in (snapshot, copy) if i % 2 else (copy, snapshot):
+                    times[action].append(action())
+            return [statistics.median(seconds) for seconds in times.values()]
 
         both = in_turn(store, f"{width}", {"both": measure}, settings.rounds)["both"]
         times = {"snapshot": [a for a, _ in both], "copy": [b for _, b in both]}
@@ -223,9 +223,9 @@ def bench_throughput(
 
     kinds = ("nothing", "groktrace", "torch.save", "save_file")
     measured = in_turn(store, name, {kind: lambda r, kind=kind: measure(kind) for kind in kinds}, rounds)
-    if len({digest for each in measured.values() for _, digest in each}) > 1:
+    if len({digest for rounds in measured.values() for _, digest in rounds}) > 1:
         raise SystemExit("the weights differ from one way of keeping them to another")
-    times = {kind: [seconds for seconds, _ in each] for kind, each in measured.items()}
+    times = {kind: [seconds for seconds, _ in rounds] for kind, rounds in measured.items()}
     _finish_throughput(store, f"Throughput, {name}", times, "nothing", "groktrace", steps)
 
 
@@ -274,10 +274,10 @@ def bench_writes(folder: Path, settings: Settings) -> None:
         return {"bare": bare, "own": float(times[own].mean()) - bare, "writing": writing}
 
     found = in_turn(store, "writes", {"snapshot": measure}, settings.rounds)["snapshot"]
-    shares = [100 / (1 + (each["own"] + each["writing"]) / (100 * each["bare"])) for each in found]
-    row = {"a step, ms": spread([each["bare"] for each in found], 1e3)}
-    row |= {"a snapshot adds to its own, ms": spread([each["own"] for each in found], 1e3)}
-    row |= {"its writing to those around, ms": spread([each["writing"] for each in found], 1e3)}
+    shares = [100 / (1 + (taken["own"] + taken["writing"]) / (100 * taken["bare"])) for taken in found]
+    row = {"a step, ms": spread([taken["bare"] for taken in found], 1e3)}
+    row |= {"a snapshot adds to its own, ms": spread([taken["own"] for taken in found], 1e3)}
+    row |= {"its writing to those around, ms": spread([taken["writing"] for taken in found], 1e3)}
     row |= {"throughput, every=100": spread(shares) + " %"}
     bar = Bar("throughput, reference, from steps around the writes", statistics.median(shares), 98.0, True, "%")
     store.finish("What a snapshot adds to the steps around it", [row], [bar])
@@ -338,10 +338,10 @@ def _finish_throughput(
     store: Store, title: str, times: dict[str, list[float]], bare: str, ours: str, steps: int
 ) -> None:
     rows = []
-    for kind, each in times.items():
+    for kind, seconds in times.items():
         rows.append(
-            {"kept by": kind, "ms a step": spread([t / steps for t in each], 1e3)}
-            | {"throughput": spread(ratios(times[bare], each), 100.0) + " %"}
+            {"kept by": kind, "ms a step": spread([t / steps for t in seconds], 1e3)}
+            | {"throughput": spread(ratios(times[bare], seconds), 100.0) + " %"}
         )
     share = 100 * statistics.median(ratios(times[bare], times[ours]))
     store.finish(title, rows, [Bar(f"{title[0].lower()}{title[1:]}", share, 98.0, True, "%")])
@@ -368,10 +368,10 @@ def bench_memory(folder: Path, settings: Settings) -> None:
         return json.loads(done.stdout)
 
     found = {kind: store.cached(kind, lambda kind=kind: measure(kind)) for kind in ("nothing", "quick", "slow")}
-    for kind, each in found.items():
-        copies = (each["peak"] - found["nothing"]["peak"]) / each["weights"]
-        row = {"disk": kind, "peak": f"{each['peak'] / MIB:.0f} MiB", "copies of the weights": f"{copies:.2f}"}
-        rows.append(row | {"snapshots": str(each["snapshots"]), "told": str(each["told"])})
+    for kind, result in found.items():
+        copies = (result["peak"] - found["nothing"]["peak"]) / result["weights"]
+        row = {"disk": kind, "peak": f"{result['peak'] / MIB:.0f} MiB", "copies of the weights": f"{copies:.2f}"}
+        rows.append(row | {"snapshots": str(result["snapshots"]), "told": str(result["told"])})
         if kind != "nothing":
             bars.append(Bar(f"host memory, {kind} disk", copies, 2.0, False, "copies"))
     store.finish("Host memory", rows, bars)
@@ -399,7 +399,7 @@ def measure_own_memory(folder: Path, kind: str, width: int) -> None:
     kept = 0 if recorder is None else len(groktrace.open_run(out).snapshots)
     shutil.rmtree(out, ignore_errors=True)
     peak = peak_bytes()
-    told = sum("training waits" in str(each.message) for each in caught)
+    told = sum("training waits" in str(warning.message) for warning in caught)
     print(json.dumps({"peak": peak, "weights": size, "snapshots": kept, "told": told}))
 
 

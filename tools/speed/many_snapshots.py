@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 import groktrace
-from groktrace.analysis import replay
-from groktrace.analysis.evaluator import Chunk, Recipe, evaluate_elsewhere
+from groktrace.analysis.backends import dask_executor, process_pool
+from groktrace.analysis.evaluator import EvaluatorSpec, WorkItem, evaluate_elsewhere
 from groktrace.analysis.passes import sample_adaptively
-from groktrace.analysis.replay import prepare
+from groktrace.analysis.session import open_session
 from groktrace.analysis.trajectory import Trajectory
-from groktrace.analysis.workers import dask_executor, process_pool
 from groktrace.run import layout
+from groktrace.run.files import write_json
 from groktrace.sampling.settings import SamplingSettings
 from tools.common.measurements import Bar, Row, Store, command_line, run_parts, spread
 
@@ -73,10 +73,10 @@ def time_analysis(run: Path, executor: Executor | None) -> tuple[float, Trajecto
     return time.perf_counter() - began, trajectory
 
 
-def warm(executor: Executor, recipe: Recipe) -> None:
+def warm(executor: Executor, spec: EvaluatorSpec) -> None:
     """Let both processes read what they need."""
     for _ in range(3):
-        list(executor.map(evaluate_elsewhere, [recipe] * 8, [Chunk("survey", ())] * 8))
+        list(executor.map(evaluate_elsewhere, [spec] * 8, [WorkItem("metrics", (), ())] * 8))
 
 
 @contextlib.contextmanager
@@ -96,8 +96,9 @@ def measure_workers(folder: Path, settings: Settings) -> None:
     torch.set_num_threads(2)  # two processes then take one each
     store = Store(folder, "workers", vars(settings))
     run = record(folder, settings.snapshots - 1, 20)
-    evaluator, _, first = prepare(groktrace.open_run(run), None, SamplingSettings(), torch.device("cpu"))
-    recipe = Recipe(str(run.absolute()), None, evaluator.settings, "cpu", first, evaluator.identity)
+    with open_session(run, SamplingSettings(), device="cpu", keep=False) as session:
+        settled, identity = session.objective.settings, session.evaluator.identity
+        spec = EvaluatorSpec(str(run.absolute()), None, settled, "cpu", session.steps[0], identity)
 
     def one_round(number: int) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -110,19 +111,19 @@ def measure_workers(folder: Path, settings: Settings) -> None:
             began = time.perf_counter()
             with pool as given:
                 executor = given[0] if isinstance(given, tuple) else given
-                warm(executor, recipe)
+                warm(executor, spec)
                 found[f"{name}, start"] = time.perf_counter() - began
                 found[name], results[name] = time_analysis(run, executor)
                 began = time.perf_counter()
                 for _ in range(settings.tasks):
-                    executor.submit(evaluate_elsewhere, recipe, Chunk("survey", ())).result()
+                    executor.submit(evaluate_elsewhere, spec, WorkItem("metrics", (), ())).result()
                 found[f"{name}, task"] = (time.perf_counter() - began) / settings.tasks
             if results[name] != results["1 process"]:
                 raise SystemExit(f"{name}: the result is another")
         return found
 
     rounds = [store.cached(f"round {r}", lambda r=r: one_round(r)) for r in range(settings.rounds)]
-    column = {name: [each[name] for each in rounds] for name in rounds[0]}
+    column = {name: [taken[name] for taken in rounds] for name in rounds[0]}
     rows: list[Row] = []
     for name in ("2 processes", "2 Dask workers"):
         speedups = [one / two for one, two in zip(column["1 process"], column[name], strict=True)]
@@ -166,7 +167,7 @@ def measure_adaptive(folder: Path, settings: Settings) -> None:
         full, some = (load(found[name], folder) for name in ("full", "some"))
         share = len(some.points) / len(full.points)
         theirs, ours = groktrace.find_transitions(full), groktrace.find_transitions(some)
-        same = [each.kind for each in ours] == [each.kind for each in theirs]
+        same = [transition.kind for transition in ours] == [transition.kind for transition in theirs]
         apart = (
             max((abs(a.step - b.step) / every for a, b in zip(ours, theirs, strict=True)), default=0.0)
             if same
@@ -176,7 +177,7 @@ def measure_adaptive(folder: Path, settings: Settings) -> None:
             rows.append(
                 {
                     "run": f"{snapshots} snapshots, every {every}",
-                    "transition": b.label or b.kind,
+                    "transition": b.name,
                     "all": f"{b.step} [{b.step_low}, {b.step_high}]",
                     "adaptive": f"{a.step} [{a.step_low}, {a.step_high}]",
                     "snapshots apart": f"{abs(a.step - b.step) / every:.1f}",
@@ -202,14 +203,14 @@ def shifted(full: Trajectory, shifts: int = 8) -> list[list[int]]:
             steps, lambda wanted: {step: points[step] for step in wanted}, lambda done, total: None, full.n
         )
         trajectory = Trajectory(tuple(chosen[step] for step in sorted(chosen)), n=full.n)
-        found.append([each.step for each in groktrace.find_transitions(trajectory)])
+        found.append([transition.step for transition in groktrace.find_transitions(trajectory)])
     return found
 
 
 def load(plain: dict[str, Any], folder: Path) -> Trajectory:
     """A trajectory from its JSON."""
-    path = folder / replay.TRAJECTORY_FILE
-    replay.write_json(path, plain)
+    path = folder / "trajectory.json"
+    write_json(path, plain)
     return Trajectory.load(path)
 
 

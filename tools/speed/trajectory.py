@@ -236,7 +236,7 @@ class TrajectoryBenchmark:
 
     def _report(self, names: dict[str, tuple[str, str]], measured: dict[str, list[dict[str, Any]]]) -> None:
         count = len(self.reference.steps)
-        seconds = {name: [each["seconds"] for each in rounds] for name, rounds in measured.items()}
+        seconds = {name: [taken["seconds"] for taken in rounds] for name, rounds in measured.items()}
         errors = {name: self._errors(rounds) for name, rounds in measured.items()}
         rows: list[Row] = []
         for name, (label, run) in names.items():
@@ -259,7 +259,7 @@ class TrajectoryBenchmark:
     def _errors(self, rounds: list[dict[str, Any]]) -> tuple[float, float]:
         """Errors of a method: over the snapshots of all rounds together, each counted once."""
         values = {
-            step: value for each in rounds for step, value in zip(each["steps"], _numbers(each["llc"]), strict=True)
+            step: value for taken in rounds for step, value in zip(taken["steps"], _numbers(taken["llc"]), strict=True)
         }
         return self.reference.errors(list(values), list(values.values()))
 

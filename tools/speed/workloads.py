@@ -32,13 +32,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from groktrace.analysis.estimate import estimate_stack
-from groktrace.analysis.evaluation import Survey, survey
-from groktrace.analysis.evaluator import Evaluator
 from groktrace.analysis.llc import LLCEstimate
+from groktrace.analysis.measure import Objective, SnapshotMetrics
 from groktrace.analysis.passes import spread
 from groktrace.analysis.pilot import choose_sampling
 from groktrace.analysis.replay import COARSE
+from groktrace.analysis.setup import run_layout
 from groktrace.run.store import Run, open_run
 from groktrace.sampling.calibration import Scale, step_size
 from groktrace.sampling.network import as_float
@@ -61,10 +60,10 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
 class Recorded(nn.Module):
     """A recorded network with the weights of one snapshot, as a module whose output is its loss."""
 
-    def __init__(self, evaluator: Evaluator, weights: dict[str, Tensor]) -> None:
+    def __init__(self, objective: Objective, weights: dict[str, Tensor]) -> None:
         super().__init__()
-        self._task, self._names = evaluator.task, evaluator.layout.names
-        self._fixed = {name: as_float(each) for name, each in weights.items() if name not in self._names}
+        self._task, self._names = objective.task, objective.layout.names
+        self._fixed = {name: as_float(tensor) for name, tensor in weights.items() if name not in self._names}
         self.weights = nn.ParameterList(nn.Parameter(as_float(weights[name]).clone()) for name in self._names)
 
     def forward(self, *tensors: Tensor) -> Tensor:
@@ -76,22 +75,22 @@ class Recorded(nn.Module):
         twin = object.__new__(Recorded)
         nn.Module.__init__(twin)
         twin._task, twin._names, twin._fixed = self._task, self._names, self._fixed
-        twin.weights = nn.ParameterList(nn.Parameter(each.detach().clone()) for each in self.weights)
+        twin.weights = nn.ParameterList(nn.Parameter(weight.detach().clone()) for weight in self.weights)
         return twin
 
 
-def by_devinterp(evaluator: Evaluator, weights: dict[str, Tensor], estimate: LLCEstimate, loss: float) -> float:
+def by_devinterp(objective: Objective, weights: dict[str, Tensor], estimate: LLCEstimate, loss: float) -> float:
     """λ̂ by devinterp's SGLD; NaN where a chain diverged."""
     from devinterp.optim.sgmcmc import SGMCMC
     from devinterp.slt.sampler import estimate_learning_coeff
 
     generator = torch.Generator().manual_seed(0)
-    loader = DataLoader(TensorDataset(*evaluator.task.train.tensors), BATCH, shuffle=True, generator=generator)
+    loader = DataLoader(TensorDataset(*objective.task.train.tensors), BATCH, shuffle=True, generator=generator)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
             return estimate_learning_coeff(
-                Recorded(evaluator, weights),
+                Recorded(objective, weights),
                 loader,
                 evaluate=lambda model, batch: model(*batch),
                 sampling_method=SGMCMC.sgld,
@@ -118,44 +117,36 @@ class Bench:
     """
 
     def __init__(self, run: Run) -> None:
-        self.snapshots = {each.step: each for each in run.snapshots}
+        self.snapshots = {snapshot.step: snapshot for snapshot in run.snapshots}
         self.steps = list(self.snapshots)
         first = self.snapshots[self.steps[0]].load()
-        self.own = Evaluator(run, None, run.task, SamplingSettings(), torch.device("cpu"), first)
-        coarse = [self.steps[i] for i in spread(self.steps, COARSE)]
-        self.surveys = [self.survey(step) for step in coarse]
-        own = self.own
-        self.scale, self.pilot = timed(
-            lambda: choose_sampling(own.task, own.loss, self.load, self.surveys, own.settings, own.chance)
-        )
+        self.objective = Objective.of(run.task, run_layout(run, None), SamplingSettings(), first, torch.device("cpu"))
+        coarse = [self.metrics(self.steps[i]) for i in spread(self.steps, COARSE)]
+        self.scale, self.pilot = timed(lambda: choose_sampling(self.objective, self.load, coarse))
 
     def load(self, step: int) -> dict[str, Tensor]:
         """A snapshot's tensors."""
         return self.snapshots[step].load()
 
-    def survey(self, step: int) -> Survey:
+    def metrics(self, step: int) -> SnapshotMetrics:
         """Losses and curvature of a snapshot."""
-        return survey(self.own.task, self.own.loss, [self.load(step)], [step], 0)[0]
+        return self.objective.metrics([self.load(step)], [step])[0]
 
-    def estimate(
-        self, step: int, about: Survey, scale: Scale | None = None, settings: SamplingSettings | None = None
-    ) -> LLCEstimate:
+    def estimate(self, metrics: SnapshotMetrics, scale: Scale | None = None, **settings: Any) -> LLCEstimate:
         """λ̂ of a snapshot; by default as the analysis estimates it."""
-        scale, settings = scale or self.scale, settings or self.own.settings
-        loss, n, chance = self.own.loss, self.own.task.n, self.own.chance
-        return estimate_stack(loss, [self.load(step)], [about], settings, scale, n, chance=chance)[0]
+        objective = replace(self.objective, settings=replace(self.objective.settings, **settings))
+        return objective.estimate([self.load(metrics.step)], [metrics], scale or self.scale)[0]
 
-    def long(self, step: int, about: Survey) -> LLCEstimate:
+    def long(self, metrics: SnapshotMetrics) -> LLCEstimate:
         """The same from many more draws, at half the step, on all stored samples and with larger batches."""
-        scale, top = self.scale, self.scale.curvature or about.top_curvature
+        scale, top = self.scale, self.scale.curvature or metrics.top_curvature
         size = 0.5 * step_size(scale.nbeta, scale.localization, top)
-        settings = replace(self.own.settings, step_size=size, draws=LONG_DRAWS, seed=1)
         if scale.samples is not None:
-            stored = len(self.own.loss.tensors[0])
+            stored = len(self.objective.loss.tensors[0])
             batch = None if scale.batch_size is None else min(2 * scale.batch_size, stored)
             samples = stored if batch is None else stored - stored % batch
             scale = scale._replace(samples=samples, batch_size=batch)
-        return self.estimate(step, about, scale, settings)
+        return self.estimate(metrics, scale, step_size=size, draws=LONG_DRAWS, seed=1)
 
 
 def measure(path: Path) -> list[dict[str, str]]:
@@ -164,15 +155,13 @@ def measure(path: Path) -> list[dict[str, str]]:
     rows = []
     for share in MEASURED:
         step = bench.steps[round(share * (len(bench.steps) - 1))]
-        about, surveyed = timed(partial(bench.survey, step))
-        ours, sampled = timed(
-            lambda step=step, about=about: bench.estimate(step, about, bench.scale, bench.own.settings)
-        )
-        exact = bench.long(step, about)
+        metrics, measured = timed(partial(bench.metrics, step))
+        ours, sampled = timed(partial(bench.estimate, metrics))
+        exact = bench.long(metrics)
         row = {
             "run": path.name,
             "step": str(step),
-            "seconds": f"{surveyed + sampled:.2f}",
+            "seconds": f"{measured + sampled:.2f}",
             "λ_c": _number(ours.llc_centred),
             "long λ_c": _number(exact.llc_centred),
             "error": _error(ours.llc_centred, exact.llc_centred),
@@ -183,9 +172,9 @@ def measure(path: Path) -> list[dict[str, str]]:
         }
         if has_devinterp():
             weights = bench.load(step)
-            theirs, seconds = timed(partial(by_devinterp, bench.own, weights, ours, about.train_loss))
+            theirs, seconds = timed(partial(by_devinterp, bench.objective, weights, ours, metrics.train_loss))
             row |= {"devinterp": f"{seconds:.1f}", "its λ̂": _number(theirs), "its error": _error(theirs, exact.llc)}
-            row["times"] = f"{seconds / (surveyed + sampled):.1f}"
+            row["times"] = f"{seconds / (measured + sampled):.1f}"
         rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     return rows
@@ -198,9 +187,9 @@ def grow(path: Path) -> list[dict[str, str]]:
     for times in (1, 4, 16, 64):
         bench = Bench(run) if times == 1 else Bench(_grown(run, times))
         step = bench.steps[-1]
-        about, surveyed = timed(partial(bench.survey, step))
-        _, sampled = timed(partial(bench.estimate, step, about))
-        rows.append({"run": path.name, "times": str(times), "seconds": f"{surveyed + sampled:.2f}"})
+        metrics, measured = timed(partial(bench.metrics, step))
+        _, sampled = timed(partial(bench.estimate, metrics))
+        rows.append({"run": path.name, "times": str(times), "seconds": f"{measured + sampled:.2f}"})
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     return rows
 

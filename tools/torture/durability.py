@@ -268,7 +268,7 @@ def outlive(
     tally.expect(len(broken) < 13, f"{name}: nothing was lost, so nothing was broken")
     tally.expect(steps[-6:] == list(range(13, 19)), f"{name}: {steps} were kept in the end")
     tally.expect(bool((training.model.weight == 18).all()), f"{name}: the training was not the same")
-    tally.expect(len(told) == 1, f"{name}: warned {len(told)} times: {[str(each.message) for each in told]}")
+    tally.expect(len(told) == 1, f"{name}: warned {len(told)} times: {[str(warning.message) for warning in told]}")
     for snapshot in groktrace.open_run(root).snapshots:
         tally.expect(bool((snapshot.load()["weight"] == snapshot.step).all()), f"{name}: step {snapshot.step}")
         tally.counts["snapshots verified"] += 1
@@ -354,6 +354,8 @@ def disk() -> None:
         finally:
             os.fsync = fsync
         tally.expect(verify(tally, Path(scratch) / "run", "slow disk") == 8, "slow disk: snapshots were dropped")
-        tally.expect([("training waits" in str(each.message)) for each in told] == [True], "slow disk: not told once")
+        tally.expect(
+            [("training waits" in str(warning.message)) for warning in told] == [True], "slow disk: not told once"
+        )
         tally.counts["slow disks"] += 1
     tally.finish()

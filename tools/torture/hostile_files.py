@@ -190,7 +190,7 @@ class Bench:
         """The outcome of a case, a remark, and the bytes of memory that it took."""
         what, path, content = case
         path.write_bytes(content)
-        stamps = {each: each.stat().st_mtime_ns for each in self.whole}
+        stamps = {path: path.stat().st_mtime_ns for path in self.whole}
         self.watch.noted = []
         resident = _memory(reset=True)
         self.watch.active = True
@@ -244,15 +244,15 @@ class Bench:
         return ("refused" if any(codes) else "accepted"), str(codes)
 
     def _restore(self, path: Path, stamps: dict[Path, int]) -> None:
-        for each in sorted(self.root.rglob("*"), reverse=True):
-            if each.is_dir() and not any(known.is_relative_to(each) for known in self.whole):
-                shutil.rmtree(each)
-            elif not each.is_dir() and each not in self.whole:
-                each.unlink()
-        for each, content in self.whole.items():
-            if each == path or not each.exists() or each.stat().st_mtime_ns != stamps[each]:
-                each.parent.mkdir(parents=True, exist_ok=True)
-                each.write_bytes(content)
+        for entry in sorted(self.root.rglob("*"), reverse=True):
+            if entry.is_dir() and not any(known.is_relative_to(entry) for known in self.whole):
+                shutil.rmtree(entry)
+            elif not entry.is_dir() and entry not in self.whole:
+                entry.unlink()
+        for kept, content in self.whole.items():
+            if kept == path or not kept.exists() or kept.stat().st_mtime_ns != stamps[kept]:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_bytes(content)
 
 
 def _memory(reset: bool = False) -> int:

@@ -187,7 +187,11 @@ def grow(program: dict[str, Any], draw: random.Random, known: list[tuple[str, An
     for _ in range(draw.randint(1, 6)):
         target, schema = draw.choice(known)
         values = first + len(program["nodes"])
-        args = [argument_of(str(each.real_type), draw, values) for each in schema.arguments if not each.kwarg_only]
+        args = [
+            argument_of(str(argument.real_type), draw, values)
+            for argument in schema.arguments
+            if not argument.kwarg_only
+        ]
         program["nodes"].append(
             {"target": target, "args": args[: draw.randint(1, len(args))] if args else [], "kwargs": {}}
         )

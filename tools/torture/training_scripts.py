@@ -78,7 +78,7 @@ class Result:
         """One of OUTCOMES; what was said in words that name the matter is forgiven."""
         pattern = self.script.matters
         said = [*self.said, *([self.refusal] if self.refusal else [])]
-        named = pattern is not None and any(re.search(pattern, each, re.IGNORECASE) for each in said)
+        named = pattern is not None and any(re.search(pattern, line, re.IGNORECASE) for line in said)
         if self.crash:
             return "crashed"
         if self.wrong and not named:
@@ -124,7 +124,7 @@ def attempt(script: Script) -> Result:
             sys.modules.pop(MODULE, None)
             if "compiled" in script.tags:
                 torch._dynamo.reset()
-        result.said += [str(each.message) for each in caught if str(each.message).startswith("groktrace")]
+        result.said += [str(warning.message) for warning in caught if str(warning.message).startswith("groktrace")]
     result.seconds = time.perf_counter() - began
     return result
 
@@ -214,5 +214,7 @@ def scripts(trials: int | None, seed: int, only: tuple[int, ...], keep: Path | N
             keep.mkdir(parents=True, exist_ok=True)
             (keep / f"{script.number}.py").write_text(f"{script.training}\n{script.reading}")
     click.echo(table(results))
-    click.echo(f"{tally.counts['SILENT WRONG']} silent wrong, {sum(each.seconds for each in results):.0f} s", err=True)
+    click.echo(
+        f"{tally.counts['SILENT WRONG']} silent wrong, {sum(result.seconds for result in results):.0f} s", err=True
+    )
     tally.finish()

@@ -1,16 +1,17 @@
 """What a detector of phase transitions is, and what it returns."""
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from groktrace.analysis.trajectory import Trajectory
+from groktrace.records import Record
 
 
 @dataclass(frozen=True)
-class Transition:
+class Transition(Record):
     """A change of phase.
 
     Attributes:
@@ -43,9 +44,10 @@ class Transition:
     evidence: str = ""
     curve: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+    @property
+    def name(self) -> str:
+        """Its label, or else its kind."""
+        return self.label or self.kind
 
     @classmethod
     def between(

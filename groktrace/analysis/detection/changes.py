@@ -11,21 +11,16 @@ from groktrace.analysis.detection.segmentation import Fit, Line
 from groktrace.analysis.detection.settings import DEFAULTS, DetectionSettings
 
 
-def find_changes(
-    x: np.ndarray, value: np.ndarray, variance: np.ndarray, fit: Fit, settings: DetectionSettings = DEFAULTS
-) -> list[tuple[int, int]]:
+def find_changes(fit: Fit, settings: DetectionSettings = DEFAULTS) -> list[tuple[int, int]]:
     """First and last index of each change that is large, significant and stands out from a phase beside it.
 
     Args:
-        x: abscissa, [T].
-        value: [T].
-        variance: of each value, [T].
-        fit: of the three above.
+        fit: of the curve.
         settings: what counts as a change.
     """
     # A complexity is positive: what is negative, far off any minimum, sets no scale.
     least = settings.min_change * max(float(fit.value.max()), 0.0)
-    quantile = statistics.NormalDist().inv_cdf(1 - settings.significance / (2 * len(x)))
+    quantile = statistics.NormalDist().inv_cdf(1 - settings.significance / (2 * len(fit.value)))
 
     def counts(first: int, last: int) -> bool:
         size = abs(fit.value[last] - fit.value[first])
@@ -36,13 +31,11 @@ def find_changes(
         return []
     # What comes before the first and after the last is part of their phases.
     swings[0] = (0, swings[0][1])
-    swings[-1] = (swings[-1][0], len(x) - 1)
+    swings[-1] = (swings[-1][0], len(fit.value) - 1)
     found = []
     for first, last in swings:
-        changes = _stand_out(
-            x, value, variance, fit, _moves(fit, first, last, settings.jump_errors), least, counts, settings
-        )
-        if changes != [(0, len(x) - 1)]:  # else the curve drifts throughout
+        changes = _stand_out(fit, _moves(fit, first, last, settings.jump_errors), least, counts, settings)
+        if changes != [(0, len(fit.value) - 1)]:  # else the curve drifts throughout
             found += [change for change in changes if counts(*change)]
     return found
 
@@ -106,9 +99,6 @@ def _steepness(fit: Fit, move: tuple[int, int]) -> float:
 
 
 def _stand_out(
-    x: np.ndarray,
-    value: np.ndarray,
-    variance: np.ndarray,
     fit: Fit,
     moves: list[tuple[int, int]],
     least: float,
@@ -118,16 +108,13 @@ def _stand_out(
     """The changes within one swing, apart from phases that stay or drift the same way.
 
     Args:
-        x: abscissa, [T].
-        value: [T].
-        variance: of each value, [T].
-        fit: of the three above.
+        fit: of the curve.
         moves: that the swing is made of.
         least: what a change has to be.
         counts: whether a change between two points does.
         settings: what parts a change from a phase.
     """
-    first, last = moves[0][0], moves[-1][1]
+    x, first, last = fit.data.x, moves[0][0], moves[-1][1]
     sign = math.copysign(1.0, fit.value[last] - fit.value[first])
     size = np.array([sign * (fit.value[b] - fit.value[a]) for a, b in moves])
     rate = size / np.array([x[b] - x[a] for a, b in moves])
@@ -143,7 +130,7 @@ def _stand_out(
         inside = list(group)
         if between:
             # A straight piece too short to tell a phase from a bend is cheap to the fit, and no phase.
-            line = Line.through(x, value, variance, moves[inside[0]][0], moves[inside[-1]][1] + 1)
+            line = Line.through(fit.data, moves[inside[0]][0], moves[inside[-1]][1] + 1)
             fastest = sign * line.slope + settings.plateau_errors * math.sqrt(line.slope_variance)
             valley[inside] = fastest < settings.plateau_ratio * slower[inside].max()
     found = []

@@ -7,7 +7,7 @@ import numpy as np
 
 from groktrace.analysis.detection.changes import find_changes
 from groktrace.analysis.detection.ramp import Ramp, fit_ramp
-from groktrace.analysis.detection.segmentation import Fit, draw_curves
+from groktrace.analysis.detection.segmentation import Data, Fit, draw_curves
 from groktrace.analysis.detection.settings import DEFAULTS, DetectionSettings
 
 # Rounds in which changes are fitted in turn, each beside the others; and how many snapshots to either side it takes.
@@ -37,14 +37,7 @@ class Measured:
     high: float
 
 
-def measure_changes(
-    x: np.ndarray,
-    value: np.ndarray,
-    variance: np.ndarray,
-    fit: Fit,
-    changes: list[tuple[int, int]],
-    settings: DetectionSettings = DEFAULTS,
-) -> list[Measured]:
+def measure_changes(fit: Fit, changes: list[tuple[int, int]], settings: DetectionSettings = DEFAULTS) -> list[Measured]:
     """Date and measure changes: by a ramp between two phases where that describes them, else by the pieces themselves.
 
     Pieces need not meet, so that they leave the edges of a ramp open; a ramp joined to its phases is dated better. Two
@@ -52,23 +45,20 @@ def measure_changes(
     ramp, a small change the other way lies beside it. So are a change and a phase beside it that moves the same way.
 
     Args:
-        x: abscissa, [T].
-        value: [T].
-        variance: of each value, [T].
-        fit: of the three above.
+        fit: of the curve.
         changes: first and last index of each.
         settings: how they are dated.
     """
-    pending, changes = list(changes), []
+    x, pending, changes = fit.data.x, list(changes), []
     while pending:
         first, last = pending.pop(0)
         if pending:
             both = first, pending[0][1]
-            if _is_one_ramp(x, value, variance, fit, both, changes, pending[1:], settings):
+            if _is_one_ramp(fit, both, changes, pending[1:], settings):
                 pending[0] = both
                 continue
         changes.append((first, last))
-    changes = _widened(x, value, variance, fit, changes, settings)
+    changes = _widened(fit, changes, settings)
     price = math.log(len(x))
     ramps: list[Ramp | None] = [None] * len(changes)
     for _ in range(SWEEPS if len(changes) > 1 else 1):
@@ -84,14 +74,14 @@ def measure_changes(
                 bool(abs(a - b) > 2 and fit.value[a] != fit.value[b]) and not _within(a, b, changes)
                 for a, b in ((phases[0], first), (last, phases[1]))
             )
-            ramps[i] = fit_ramp(x, value, variance, (first, last), window, edges, sloped, settings)
+            ramps[i] = fit_ramp(fit.data, (first, last), window, edges, sloped, settings)
     draws = None
     found = []
     for i, (change, ramp) in enumerate(zip(changes, ramps, strict=True)):
         first, last = change
         delta = float(fit.value[last] - fit.value[first])
         window = _phases(fit, change, changes[:i], changes[i + 1 :])
-        fits = ramp.cost(price) <= fit.cost_within(value, variance, window, settings.slope_price) + 2 * price
+        fits = ramp.cost(price) <= fit.cost_within(window, settings.slope_price) + 2 * price
         # Where a phase's slope has carried the levels off, the pieces' own are better.
         near = max(abs(ramp.before - fit.value[first]), abs(ramp.after - fit.value[last])) < 0.5 * abs(delta)
         if fits and near:
@@ -102,25 +92,18 @@ def measure_changes(
             continue
         if draws is None:
             generator = np.random.default_rng(0)
-            draws = draw_curves(x, value, variance, settings.draws, generator, settings.slope_price)
+            draws = draw_curves(fit.data, settings.draws, generator, settings.slope_price)
         done = (fit.value[first : last + 1] - fit.value[first]) / delta
         # The last point before the change has begun, the first after which it is done.
         onset = first + max(int(np.argmax(done > settings.edge)) - 1, 0)
         end = first + int(np.argmax(done >= 1 - settings.edge))
         error = math.sqrt(fit.variance[first] + fit.variance[last])
-        dates = _date(x, fit, change, slice(window[0], window[1] + 1), *draws, settings)
+        dates = _date(fit, change, slice(window[0], window[1] + 1), *draws, settings)
         found.append(Measured(onset, end, float(fit.value[first]), float(fit.value[last]), error, *dates))
     return found
 
 
-def _widened(
-    x: np.ndarray,
-    value: np.ndarray,
-    variance: np.ndarray,
-    fit: Fit,
-    changes: list[tuple[int, int]],
-    settings: DetectionSettings = DEFAULTS,
-) -> list[tuple[int, int]]:
+def _widened(fit: Fit, changes: list[tuple[int, int]], settings: DetectionSettings = DEFAULTS) -> list[tuple[int, int]]:
     """The changes, with a phase beside one that moves its way where one ramp describes both nearly as well.
 
     Pieces need not meet: where a fall is fitted by a straight piece and a last jump, the jump alone is the steepest.
@@ -131,16 +114,13 @@ def _widened(
         low, high = _phases(fit, (first, last), before, after)
         for wide in ((low, last), (first, high)):
             share = (fit.value[wide[1]] - fit.value[wide[0]]) / (fit.value[last] - fit.value[first])
-            if share > 1 and _is_one_ramp(x, value, variance, fit, wide, before, after, settings):
+            if share > 1 and _is_one_ramp(fit, wide, before, after, settings):
                 changes[i] = wide
                 break
     return changes
 
 
 def _is_one_ramp(
-    x: np.ndarray,
-    value: np.ndarray,
-    variance: np.ndarray,
     fit: Fit,
     change: tuple[int, int],
     before: list[tuple[int, int]],
@@ -148,9 +128,9 @@ def _is_one_ramp(
     settings: DetectionSettings,
 ) -> bool:
     """Whether one ramp describes a change and the phases beside it nearly as well as the pieces of the fit do."""
-    price, window = math.log(len(x)), _phases(fit, change, before, after)
-    ramp = fit_ramp(x, value, variance, change, window, settings=settings)
-    return ramp.cost(price) <= fit.cost_within(value, variance, window, settings.slope_price) + price
+    price, window = math.log(len(fit.value)), _phases(fit, change, before, after)
+    ramp = fit_ramp(fit.data, change, window, settings=settings)
+    return ramp.cost(price) <= fit.cost_within(window, settings.slope_price) + price
 
 
 def _phases(
@@ -172,7 +152,6 @@ def _within(first: int, last: int, changes: list[tuple[int, int]]) -> bool:
 
 
 def _date(
-    x: np.ndarray,
     fit: Fit,
     change: tuple[int, int],
     window: slice,
@@ -187,7 +166,6 @@ def _date(
     them.
 
     Args:
-        x: abscissa, [T].
         fit: of the curve.
         change: its first and last index.
         window: where draws may have their crossing.
@@ -195,7 +173,7 @@ def _date(
         begins: where their pieces begin, [draws, T].
         settings: what counts as a change.
     """
-    first, last = change
+    x, (first, last) = fit.data.x, change
     sign = math.copysign(1.0, fit.value[last] - fit.value[first])
     half = 0.5 * (fit.value[first] + fit.value[last])
     starts = np.zeros(len(x), dtype=bool)
@@ -241,9 +219,9 @@ def _own_change(
         settings: what counts as a change.
     """
     starts = np.flatnonzero(begins)
-    drawn = Fit(curve, variance, [0, *starts[starts > 0].tolist()], 0.0)
+    drawn = Fit(Data(x, curve, variance), curve, variance, [0, *starts[starts > 0].tolist()], 0.0)
     sign = curve[change[1]] - curve[change[0]]
-    found = find_changes(x, curve, variance, drawn, settings)
+    found = find_changes(drawn, settings)
     parts = [(a, b) for a, b in found if (curve[b] - curve[a]) * sign > 0 and a < change[1] and b > change[0]]
     return (parts[0][0], parts[-1][1]) if parts else None
 

@@ -9,7 +9,7 @@ from groktrace.analysis.detection.base import Detector, Transition
 from groktrace.analysis.detection.changes import find_changes
 from groktrace.analysis.detection.dating import Measured, measure_changes
 from groktrace.analysis.detection.labels import doubt_of, high_loss, label_of, peak_level, since_risen
-from groktrace.analysis.detection.segmentation import Fit, segment, straight_cost
+from groktrace.analysis.detection.segmentation import Data, Fit, segment, straight_cost
 from groktrace.analysis.detection.settings import DetectionSettings
 from groktrace.analysis.trajectory import Curve, Trajectory
 
@@ -35,18 +35,12 @@ class Fitted:
     Attributes:
         position: of the points that are used, among the trajectory's, [T].
         axis: the better of the two.
-        x: abscissa, [T].
-        value: λ, [T].
-        variance: of each value, [T].
-        fit: of the three above.
+        fit: of the curve on that axis.
         drifts: whether a single straight line describes it nearly as well.
     """
 
     position: np.ndarray
     axis: _Axis
-    x: np.ndarray
-    value: np.ndarray
-    variance: np.ndarray
     fit: Fit
     drifts: bool
 
@@ -83,13 +77,13 @@ class PiecewiseDetector(DetectionSettings):
         fitted = self.fit(trajectory)
         if fitted is None or fitted.drifts:
             return []
-        position, x, value, fit = fitted.position, fitted.x, fitted.value, fitted.fit
+        position, fit = fitted.position, fitted.fit
+        x, value = fit.data.x, fit.data.value
         loss, curve = trajectory.column("train_loss"), trajectory.curve
         high, risen = high_loss(loss, self.low_loss), since_risen(trajectory, self)
         since = 0
         found: list[tuple[Transition, str | None]] = []
-        changes = find_changes(x, value, fitted.variance, fit, self)
-        dated = measure_changes(x, value, fitted.variance, fit, changes, self)
+        dated = measure_changes(fit, find_changes(fit, self), self)
         for i, measured in enumerate(dated):
             onset, end = position[measured.first], position[measured.last]
             before = dated[i - 1].last if i else 0
@@ -138,11 +132,12 @@ class PiecewiseDetector(DetectionSettings):
         steps = trajectory.column("step")[position]
         axes = [_Axis(float(np.diff(steps).min()), logarithmic) for logarithmic in (False, True)]
         variance = error**2 + min(_roughness(axis.of(steps), value, error) for axis in axes) ** 2
-        fits = [segment(axis.of(steps), value, variance, self.slope_price) for axis in axes]
+        on_axes = [Data(axis.of(steps), value, variance) for axis in axes]
+        fits = [segment(data, self.slope_price) for data in on_axes]
         axis, fit = min(zip(axes, fits, strict=True), key=lambda pair: pair[1].cost)
-        straight = min(straight_cost(axis.of(steps), value, variance, self.slope_price) for axis in axes)
+        straight = min(straight_cost(data, self.slope_price) for data in on_axes)
         drifts = straight <= fit.cost + self.drift_margin * math.log(len(position))
-        return Fitted(position, axis, axis.of(steps), value, variance, fit, drifts)
+        return Fitted(position, axis, fit, drifts)
 
 
 def usable_points(trajectory: Trajectory) -> int:

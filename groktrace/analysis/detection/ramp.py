@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from groktrace.analysis.detection.segmentation import Data
 from groktrace.analysis.detection.settings import DEFAULTS, DetectionSettings
 
 # Middles and widths of a ramp that are tried in each round, ever more closely.
@@ -48,9 +49,7 @@ class Ramp:
 
 
 def fit_ramp(
-    x: np.ndarray,
-    value: np.ndarray,
-    variance: np.ndarray,
+    data: Data,
     change: tuple[int, int],
     window: tuple[int, int],
     others: Sequence[tuple[float, float]] = (),
@@ -63,20 +62,18 @@ def fit_ramp(
     logarithm of the width, both counted in snapshots.
 
     Args:
-        x: abscissa, [T].
-        value: [T].
-        variance: [T].
+        data: the curve.
         change: first and last index of the change.
         window: first and last index of the points that are fitted.
         others: edges, as abscissae, of other changes among them, whose heights are fitted too.
         sloped: whether the phases before and after have slopes of their own.
         settings: how much wider intervals are, and where edges lie.
     """
-    (first, last), (low, high) = change, window
+    x, (first, last), (low, high) = data.x, change, window
     points = slice(low, high + 1)
-    at, root = x[points], 1 / np.sqrt(variance[points])
-    offset = float(value[points].mean())
-    target = (value[points] - offset) * root
+    at, root = x[points], 1 / np.sqrt(data.variance[points])
+    offset = float(data.value[points].mean())
+    target = (data.value[points] - offset) * root
     known = [np.clip((at - begin) / (end - begin), 0.0, 1.0) for begin, end in others]
     centre = x[first] + x[last]
     floor = max((end for begin, end in others if begin + end < centre), default=at[0])
@@ -98,7 +95,7 @@ def fit_ramp(
             basis.append(np.minimum(np.maximum(at, floor) - a, 0.0))
         if sloped[1]:
             basis.append(np.maximum(np.minimum(at, ceiling) - b, 0.0))
-        basis += [np.broadcast_to(each, (len(m), len(at))) for each in known]
+        basis += [np.broadcast_to(rise, (len(m), len(at))) for rise in known]
         design = np.stack(basis, axis=1) * root
         gram = design @ design.transpose(0, 2, 1)
         # A slope that no point bears on is left at zero.

@@ -12,17 +12,37 @@ from groktrace.analysis.detection.settings import DEFAULTS
 NEVER = 80.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A curve with error bars.
+
+    Attributes:
+        x: abscissa, ascending, [T], T ≥ 2.
+        value: [T].
+        variance: of each value, positive, [T].
+    """
+
+    x: np.ndarray
+    value: np.ndarray
+    variance: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@dataclass(frozen=True, eq=False)
 class Fit:
     """The best partition of a curve into pieces.
 
     Attributes:
+        data: that are fitted.
         value: fitted value at each point, [T].
         variance: its variance at each point, [T].
         starts: first index of each piece, ascending from 0.
         cost: χ² + log(T) for each parameter and each piece's place.
     """
 
+    data: Data
     value: np.ndarray
     variance: np.ndarray
     starts: list[int]
@@ -32,34 +52,27 @@ class Fit:
         """First and last index of each piece."""
         return [(start, end - 1) for start, end in itertools.pairwise([*self.starts, len(self.value)])]
 
-    def cost_within(
-        self,
-        value: np.ndarray,
-        variance: np.ndarray,
-        window: tuple[int, int],
-        slope_price: float = DEFAULTS.slope_price,
-    ) -> float:
+    def cost_within(self, window: tuple[int, int], slope_price: float = DEFAULTS.slope_price) -> float:
         """χ² of the points from one index to another, and log(T) for each parameter and inner break of their pieces."""
         first, last = window
-        chi2 = float(np.sum((value - self.value)[first : last + 1] ** 2 / variance[first : last + 1]))
+        squares = (self.data.value - self.value) ** 2 / self.data.variance
+        chi2 = float(np.sum(squares[first : last + 1]))
         inside = [(a, b) for a, b in self.pieces() if a <= last and b >= first]
         parameters = sum(2 + slope_price * (self.value[a] != self.value[b]) for a, b in inside) - 1
         return chi2 + math.log(len(self.value)) * parameters
 
 
-def segment(x: np.ndarray, value: np.ndarray, variance: np.ndarray, slope_price: float = DEFAULTS.slope_price) -> Fit:
+def segment(data: Data, slope_price: float = DEFAULTS.slope_price) -> Fit:
     """The partition into constant and linear pieces of least cost, exactly, by dynamic programming in O(T²).
 
     A piece costs its weighted χ² and log(T) (BIC) for its place, its level and, if it is linear, its slope; it has two
     points or more.
 
     Args:
-        x: abscissa, ascending, [T], T ≥ 2.
-        value: [T].
-        variance: of each value, positive, [T].
+        data: the curve.
         slope_price: of a slope, in units of log(T).
     """
-    count, pieces = len(value), _Pieces(x, value, variance, slope_price)
+    count, pieces = len(data), _Pieces(data, slope_price)
     best = np.full(count + 1, np.inf)
     best[0] = 0.0
     previous = np.zeros(count + 1, dtype=int)
@@ -74,27 +87,23 @@ def segment(x: np.ndarray, value: np.ndarray, variance: np.ndarray, slope_price:
     bounds = [0, *reversed(ends)]
     fitted, spread = np.empty(count), np.empty(count)
     for start, end in itertools.pairwise(bounds):
-        line = _piece(x, value, variance, start, end, slope_price)
-        fitted[start:end] = line.level + line.slope * (x[start:end] - line.centre)
-        spread[start:end] = line.level_variance + line.slope_variance * (x[start:end] - line.centre) ** 2
-    return Fit(fitted, spread, bounds[:-1], float(best[count]))
+        line, x = _piece(data, start, end, slope_price), data.x[start:end]
+        fitted[start:end] = line.level + line.slope * (x - line.centre)
+        spread[start:end] = line.level_variance + line.slope_variance * (x - line.centre) ** 2
+    return Fit(data, fitted, spread, bounds[:-1], float(best[count]))
 
 
-def straight_cost(
-    x: np.ndarray, value: np.ndarray, variance: np.ndarray, slope_price: float = DEFAULTS.slope_price
-) -> float:
+def straight_cost(data: Data, slope_price: float = DEFAULTS.slope_price) -> float:
     """What a single linear piece costs.
 
     Args:
-        x: abscissa, [T].
-        value: [T].
-        variance: [T].
+        data: the curve.
         slope_price: see `segment`.
     """
-    root = 1 / np.sqrt(variance)
-    design = np.column_stack([root, root * (x - x.mean())])
-    residual = value * root - design @ np.linalg.lstsq(design, value * root, rcond=None)[0]
-    return float(np.sum(residual**2)) + (2 + slope_price) * math.log(len(x))
+    root = 1 / np.sqrt(data.variance)
+    design = np.column_stack([root, root * (data.x - data.x.mean())])
+    residual = data.value * root - design @ np.linalg.lstsq(design, data.value * root, rcond=None)[0]
+    return float(np.sum(residual**2)) + (2 + slope_price) * math.log(len(data))
 
 
 @dataclass(frozen=True)
@@ -116,32 +125,25 @@ class Line:
     slope_variance: float
 
     @classmethod
-    def through(cls, x: np.ndarray, value: np.ndarray, variance: np.ndarray, start: int, end: int) -> "Line":
+    def through(cls, data: Data, start: int, end: int) -> "Line":
         """Weighted least squares.
 
         Args:
-            x: abscissa, [T].
-            value: [T].
-            variance: of each value, [T].
+            data: the curve.
             start: index of the first of two points or more.
             end: index after the last.
         """
-        w, y = 1 / variance[start:end], value[start:end]
+        w, x, y = 1 / data.variance[start:end], data.x[start:end], data.value[start:end]
         total = float(w.sum())
-        centre, level = float(w @ x[start:end]) / total, float(w @ y) / total
-        dx = x[start:end] - centre
+        centre, level = float(w @ x) / total, float(w @ y) / total
+        dx = x - centre
         wx = w * dx
         sxx = float(wx @ dx)
         return cls(centre, level, float(wx @ (y - level)) / sxx, 1 / total, 1 / sxx)
 
 
 def draw_curves(
-    x: np.ndarray,
-    value: np.ndarray,
-    variance: np.ndarray,
-    draws: int,
-    generator: np.random.Generator,
-    slope_price: float = DEFAULTS.slope_price,
+    data: Data, draws: int, generator: np.random.Generator, slope_price: float = DEFAULTS.slope_price
 ) -> tuple[np.ndarray, np.ndarray]:
     """Independent draws from the posterior over partitions and over the lines of their pieces.
 
@@ -149,9 +151,7 @@ def draw_curves(
     drawn from backwards (Fearnhead 2006, Exact and efficient Bayesian inference for multiple changepoint problems).
 
     Args:
-        x: abscissa, ascending, [T], T ≥ 2.
-        value: [T].
-        variance: of each value, positive, [T].
+        data: the curve.
         draws: how many.
         generator: of the draws.
         slope_price: see `segment`.
@@ -159,7 +159,7 @@ def draw_curves(
     Returns:
         The curves at the points, [draws, T], and whether a piece begins there, [draws, T].
     """
-    count, pieces = len(value), _Pieces(x, value, variance, slope_price)
+    count, pieces = len(data), _Pieces(data, slope_price)
     cost = np.full(count + 1, np.inf)  # −2·log Σ exp(−cost/2) over the partitions of the first t points
     cost[0] = 0.0
     for end in range(2, count + 1):
@@ -174,17 +174,17 @@ def draw_curves(
         end = count
         while end:
             if end not in cumulative:
-                total = cost[: end - 1] + _costs_ending(x, value, variance, end, slope_price)
+                total = cost[: end - 1] + _costs_ending(data, end, slope_price)
                 cumulative[end] = np.cumsum(np.exp(0.5 * (cost[end] - total)))
             sums = cumulative[end]
             start = min(int(np.searchsorted(sums, generator.random() * sums[-1], side="right")), end - 2)
             if (start, end) not in lines:
-                lines[start, end] = _piece(x, value, variance, start, end, slope_price)
+                lines[start, end] = _piece(data, start, end, slope_price)
             line = lines[start, end]
             noise = generator.standard_normal(2)
             level = line.level + math.sqrt(line.level_variance) * noise[0]
             slope = line.slope + math.sqrt(line.slope_variance) * noise[1]
-            curve[start:end] = level + slope * (x[start:end] - line.centre)
+            curve[start:end] = level + slope * (data.x[start:end] - line.centre)
             begin[start] = True
             end = start
     return curves, begins
@@ -197,13 +197,13 @@ class _Pieces:
         most: the most that a piece costs beside its χ².
     """
 
-    def __init__(self, x: np.ndarray, value: np.ndarray, variance: np.ndarray, slope_price: float) -> None:
-        self._points = x.tolist(), value.tolist(), (1 / variance).tolist()
-        self._price, self._slope_price = math.log(len(x)), slope_price
+    def __init__(self, data: Data, slope_price: float) -> None:
+        self._points = data.x.tolist(), data.value.tolist(), (1 / data.variance).tolist()
+        self._price, self._slope_price = math.log(len(data)), slope_price
         self.most = (2 + slope_price) * self._price
         # By first point: weight, means of abscissa and value, their sums of squares and products about those.
-        self._moments = np.zeros((6, len(x)))
-        self._scratch = np.empty((5, len(x)))
+        self._moments = np.zeros((6, len(data)))
+        self._scratch = np.empty((5, len(data)))
         self._end = self._first = self._next = 0
 
     def ending(self, end: int, before: np.ndarray) -> tuple[int, np.ndarray]:
@@ -258,18 +258,18 @@ class _Pieces:
         self._end += 1
 
 
-def _costs_ending(x: np.ndarray, value: np.ndarray, variance: np.ndarray, end: int, slope_price: float) -> np.ndarray:
+def _costs_ending(data: Data, end: int, slope_price: float) -> np.ndarray:
     """Costs of the pieces [start, end) for every start ≤ end − 2, [end − 1].
 
     Moments are summed from the end backwards, about the last point, so that short pieces lose no digits.
     """
-    w = 1 / variance[:end][::-1]
-    dx, dy = x[:end][::-1] - x[end - 1], value[:end][::-1] - value[end - 1]
+    w = 1 / data.variance[:end][::-1]
+    dx, dy = data.x[:end][::-1] - data.x[end - 1], data.value[:end][::-1] - data.value[end - 1]
     s, sx, sy, sxx, sxy, syy = np.cumsum([w, w * dx, w * dy, w * dx**2, w * dx * dy, w * dy**2], axis=1)[:, 1:]
     sxx -= sx * sx / s
     sxy -= sx * sy / s
     syy -= sy * sy / s
-    return _cheaper(sxx, sxy, np.maximum(syy, 0.0), math.log(len(x)), slope_price, np.empty(end - 1))[::-1]
+    return _cheaper(sxx, sxy, np.maximum(syy, 0.0), math.log(len(data)), slope_price, np.empty(end - 1))[::-1]
 
 
 def _cheaper(
@@ -296,9 +296,9 @@ def _cheaper(
     return out
 
 
-def _piece(x: np.ndarray, value: np.ndarray, variance: np.ndarray, start: int, end: int, slope_price: float) -> Line:
+def _piece(data: Data, start: int, end: int, slope_price: float) -> Line:
     """The line of one piece: flat where its slope is not worth its price."""
-    line = Line.through(x, value, variance, start, end)
-    if line.slope**2 <= slope_price * math.log(len(value)) * line.slope_variance:
+    line = Line.through(data, start, end)
+    if line.slope**2 <= slope_price * math.log(len(data)) * line.slope_variance:
         return replace(line, slope=0.0, slope_variance=0.0)
     return line

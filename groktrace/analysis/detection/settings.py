@@ -77,10 +77,10 @@ class DetectionSettings:
     min_errors_following: float = 6.0
 
     def __post_init__(self) -> None:
-        for each in fields(DetectionSettings):
-            value = getattr(self, each.name)
+        for field in fields(DetectionSettings):
+            value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise SettingsError(f"{each.name}: expected a number that is not negative, got {value!r}.")
+                raise SettingsError(f"{field.name}: expected a number that is not negative, got {value!r}.")
         if not 1e-9 <= self.significance < 1:  # smaller ones are lost in rounding
             raise SettingsError(f"significance: expected a number from 1e-9 to below 1, got {self.significance!r}.")
         for name, least in (("min_points", 3), ("draws", 1)):

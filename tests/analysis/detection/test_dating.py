@@ -3,7 +3,7 @@ import pytest
 
 from groktrace.analysis.detection import find_transitions
 from groktrace.analysis.detection.dating import _own_change, _widened
-from groktrace.analysis.detection.segmentation import Fit
+from groktrace.analysis.detection.segmentation import Data, Fit
 from groktrace.analysis.trajectory import Trajectory
 
 
@@ -17,8 +17,8 @@ def test_what_is_open_of_where_a_slow_fall_ends_is_open_in_its_date():
             values = truth + 20.0 * np.random.default_rng(seed).standard_normal(100)
             found = find_transitions(Trajectory.from_arrays(steps, values, np.full(100, 20.0)))
             dates += [found[0]] if len(found) == 1 else []
-        typical = np.median([each.step for each in dates])
-        covered += [each.step_low <= typical <= each.step_high for each in dates]
+        typical = np.median([date.step for date in dates])
+        covered += [date.step_low <= typical <= date.step_high for date in dates]
     # With the levels held where the best fit has them it is 72 %.
     assert np.mean(covered) > 0.78
     assert len(covered) > 50
@@ -50,11 +50,10 @@ def test_a_last_jump_of_a_straight_fall_is_dated_with_the_fall(seed, mirrored):
     wide, starts = [(34, 35), (35, 51)], [0, 35, 51]
     if mirrored:
         fitted, straight, starts = fitted[::-1], straight[::-1], [0, 69, 85]
-        changes, wide = ([(119 - b, 119 - a) for a, b in reversed(each)] for each in (changes, wide))
-    fit = Fit(fitted, np.full(120, 300.0), starts, 0.0)
-    variance = np.full(120, error**2)
-    assert _widened(x, straight + noise, variance, fit, changes) == wide
+        changes, wide = ([(119 - b, 119 - a) for a, b in reversed(pairs)] for pairs in (changes, wide))
+    data = Data(x, straight + noise, np.full(120, error**2))
+    assert _widened(Fit(data, fitted, np.full(120, 300.0), starts, 0.0), changes) == wide
     # Where the curve does jump, the phase beside it stays out.
     jumps = fitted - 200.0 * (fitted == 907.0)
-    jump = Fit(jumps, np.full(120, 300.0), starts, 0.0)
-    assert _widened(x, jumps + noise, variance, jump, changes) == changes
+    data = Data(x, jumps + noise, np.full(120, error**2))
+    assert _widened(Fit(data, jumps, np.full(120, 300.0), starts, 0.0), changes) == changes

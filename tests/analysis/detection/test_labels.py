@@ -28,7 +28,7 @@ def measured(centred, loss=FALLING, reasons=lambda step: (), plain=None):
 
 
 def found(trajectory):
-    return [(each.kind, each.label) for each in find_transitions(trajectory)]
+    return [(transition.kind, transition.label) for transition in find_transitions(trajectory)]
 
 
 RISE, FALL = ("complexification", "memorisation"), ("simplification", "generalisation")
@@ -37,7 +37,7 @@ RISE, FALL = ("complexification", "memorisation"), ("simplification", "generalis
 def test_a_run_that_groks_off_any_minimum_has_its_transitions():
     off = measured(HUMP, reasons=lambda step: (OFF_MINIMUM,), plain=HUMP - 5000)
     assert found(off) == found(measured(HUMP)) == [RISE, FALL]
-    assert {each.curve for each in find_transitions(off)} == {"llc_centred"}
+    assert {transition.curve for transition in find_transitions(off)} == {"llc_centred"}
 
 
 def test_what_is_negative_is_no_level():
@@ -45,7 +45,9 @@ def test_what_is_negative_is_no_level():
     assert found(measured(deep)) == [FALL]
     ends = PiecewiseDetector().candidates(measured(np.where(STEPS > 2000, -300.0, HUMP)))
     assert [objection for _, objection in ends] == [None, None, "λ_c is not positive on one side of it"][: len(ends)]
-    assert all(min(each.llc_before, each.llc_after) > 0 for each in find_transitions(measured(HUMP - 700)))
+    assert all(
+        min(transition.llc_before, transition.llc_after) > 0 for transition in find_transitions(measured(HUMP - 700))
+    )
     # Zero to within the errors is one in curves that were measured elsewhere; λ_c of a basin is positive.
     nothing = measured(np.where(STEPS < 150, -1.0, 900.0))
     assert found(nothing) == []
@@ -139,5 +141,5 @@ def test_a_slope_that_a_single_chain_may_have_measured_is_no_change():
     values = np.where(STEPS < 300, 20.0 + STEPS, 900.0)
     for reason, expected in ((PERHAPS_OFF, []), (OFF_MINIMUM, []), ("too few draws (standard error 9 %)", [RISE[0]])):
         trajectory = measured(values, reasons=lambda step, why=reason: (why,) if step < 300 else ())
-        single = [replace(each, llc_centred=None, stderr_centred=None) for each in trajectory.points]
+        single = [replace(point, llc_centred=None, stderr_centred=None) for point in trajectory.points]
         assert [kind for kind, _ in found(replace(trajectory, points=tuple(single)))] == expected

@@ -182,7 +182,9 @@ def test_intervals_cover_as_often_as_they_say():
         rng = np.random.default_rng(seed)
         begin, width = rng.uniform(800, 1500), rng.uniform(150, 500)
         values = np.interp(STEPS, [begin, begin + width], [900.0, 600.0])
-        fall = min(find_transitions(curve(values, error=30.0, seed=seed + 1000)), key=lambda each: each.delta_llc)
+        fall = min(
+            find_transitions(curve(values, error=30.0, seed=seed + 1000)), key=lambda transition: transition.delta_llc
+        )
         covered.append(fall.step_low <= begin + width / 2 <= fall.step_high)
     # 90 %, within three standard errors of the mean of 150 below; ramps as wide as these are covered more often.
     assert 0.82 <= np.mean(covered) < 1.0
@@ -214,12 +216,14 @@ def test_where_the_curvature_collapses_a_fall_is_not_called_generalisation():
             fall = find_transitions(following)[1]
             assert fall.label == label
             assert ("margins grow without end" in fall.evidence) == (label is None)
-    noisy = replace(following, weight_decay=True, points=tuple(replace(each, stderr=140.0) for each in points))
+    noisy = replace(following, weight_decay=True, points=tuple(replace(point, stderr=140.0) for point in points))
     fall = find_transitions(noisy)[1]
     assert 3 < -fall.delta_llc / fall.stderr < 6
     assert (fall.label, "standard errors; where" in fall.evidence) == (None, True)
     risen = np.interp(STEPS, [0, 200, 1200], [1.0, 1.0, 10.0])
-    points = [replace(each, diagnostics={"top_curvature": float(top)}) for each, top in zip(points, risen, strict=True)]
+    points = [
+        replace(point, diagnostics={"top_curvature": float(top)}) for point, top in zip(points, risen, strict=True)
+    ]
     fall = find_transitions(replace(trajectory, points=tuple(points), resolution=100.0, weight_decay=True))[1]
     assert (fall.label, "the largest curvature grows" in fall.evidence) == (None, True)
 
@@ -309,7 +313,9 @@ def test_unreliable_points_weigh_less():
 def test_error_bars_of_changes_are_their_scatter(width):
     values = np.interp(STEPS, [0, 1500 - width / 2 - 25, 1500 + width / 2 + 25, 3000], [500.0, 500.0, 800.0, 800.0])
     found = [find_transitions(curve(values, error=10.0, seed=seed)) for seed in range(150)]
-    errors = np.array([(each[0].delta_llc - 300) / each[0].stderr for each in found if len(each) == 1])
+    errors = np.array(
+        [(transitions[0].delta_llc - 300) / transitions[0].stderr for transitions in found if len(transitions) == 1]
+    )
     assert len(errors) >= 140
     # Of normal errors 95 % and 68 %; with error bars twice or half as large, 99.99 % and 95 %, or 67 % and 38 %.
     assert 0.88 <= np.mean(abs(errors) < 1.96) <= 0.99
@@ -321,7 +327,7 @@ def test_doubtful_points_count_less():
     sure = Trajectory(tuple(Point(int(s), v, 7.0, v, 7.0, True, ()) for s, v in zip(steps, values, strict=True)))
     assert len(find_transitions(sure)) == 1
     doubts = ("too few draws (standard error 9 %)",)
-    doubtful = replace(sure, points=tuple(replace(each, reliable=False, reasons=doubts) for each in sure.points))
+    doubtful = replace(sure, points=tuple(replace(point, reliable=False, reasons=doubts) for point in sure.points))
     assert find_transitions(doubtful) == []
 
 
@@ -342,4 +348,4 @@ def test_a_dip_of_one_snapshot_gets_no_label():
     assert (fall.label, fall.evidence) == (None, "no label: λ falls by 54 %, but it lasts for one snapshot")
     assert rise.kind == "complexification"
     values[36:40] = 500.0
-    assert [each.label for each in find_transitions(curve(values, train_loss=loss))][1] == "generalisation"
+    assert [transition.label for transition in find_transitions(curve(values, train_loss=loss))][1] == "generalisation"

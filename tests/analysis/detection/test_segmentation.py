@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from groktrace.analysis.detection.segmentation import draw_curves, segment
+from groktrace.analysis.detection.segmentation import Data, draw_curves, segment
 
 
 def partitions(count):
@@ -38,7 +38,7 @@ def curve():
 
 
 def test_the_partition_is_the_exact_optimum(curve):
-    fit = segment(*curve)
+    fit = segment(Data(*curve))
     costs = {bounds: brute_cost(*curve, bounds) for bounds in partitions(11)}
     best = min(costs, key=costs.get)
     assert (*fit.starts, 11) == best
@@ -47,7 +47,7 @@ def test_the_partition_is_the_exact_optimum(curve):
 
 def test_the_fit_is_each_piece_s_line_with_its_variance():
     x, value = np.arange(12.0), np.r_[np.zeros(6), 10.0 + 3 * np.arange(6)]
-    fit = segment(x, value, np.full(12, 0.5))
+    fit = segment(Data(x, value, np.full(12, 0.5)))
     assert fit.pieces() == [(0, 5), (6, 11)]
     np.testing.assert_allclose(fit.value, value, atol=1e-9)
     # A level: σ²/m. A line at its end: σ²·(1/m + (x − x̄)²/Σ(x − x̄)²).
@@ -58,7 +58,7 @@ def test_the_fit_is_each_piece_s_line_with_its_variance():
 def test_draws_follow_the_posterior_over_partitions(curve):
     x, value, variance = curve
     draws = 4000
-    curves, begins = draw_curves(x, value, variance, draws, np.random.default_rng(0))
+    curves, begins = draw_curves(Data(x, value, variance), draws, np.random.default_rng(0))
     costs = {bounds: brute_cost(*curve, bounds) for bounds in partitions(11)}
     total = sum(np.exp(-cost / 2) for cost in costs.values())
     for bounds, cost in costs.items():
@@ -79,7 +79,7 @@ def test_short_pieces_far_from_zero_keep_their_digits():
     """Moments about the means: plain sums of squares would lose the short pieces in rounding."""
     x = np.geomspace(1.0, 1e7, 400)
     value = np.where(np.arange(400) < 7, 1e6, 1e6 + 1.0)
-    fit = segment(x, value, np.full(400, 1e-4))
+    fit = segment(Data(x, value, np.full(400, 1e-4)))
     assert fit.starts == [0, 7]
     np.testing.assert_allclose(fit.value, value, atol=1e-6)
 
@@ -104,7 +104,7 @@ def test_starts_that_are_left_out_would_not_have_been_chosen(seed):
     best = np.r_[0.0, np.full(100, np.inf)]
     for end in range(2, 101):
         best[end] = np.min(best[:end] + costs[:end, end])
-    assert segment(*curve).cost == pytest.approx(best[-1], rel=1e-8)
+    assert segment(Data(*curve)).cost == pytest.approx(best[-1], rel=1e-8)
 
 
 def test_pieces_of_draws_begin_where_the_sum_over_all_partitions_says():
@@ -118,6 +118,6 @@ def test_pieces_of_draws_begin_where_the_sum_over_all_partitions_says():
     # Some are neither sure nor hopeless: without them any sum would do.
     assert np.sum((expected > 0.1) & (expected < 0.9)) >= 5
     draws = 4000
-    _, begins = draw_curves(*curve, draws, np.random.default_rng(0))
+    _, begins = draw_curves(Data(*curve), draws, np.random.default_rng(0))
     error = np.sqrt(expected * (1 - expected) / draws)
     assert np.all(np.abs(begins.mean(axis=0) - expected) < 4.5 * error + 1e-3)

@@ -6,7 +6,7 @@ import pytest
 
 from groktrace import PiecewiseDetector, Trajectory, find_transitions
 from groktrace.analysis.detection.changes import find_changes
-from groktrace.analysis.detection.segmentation import Fit
+from groktrace.analysis.detection.segmentation import Data, Fit
 from groktrace.analysis.detection.settings import DetectionSettings
 from groktrace.errors import SettingsError
 
@@ -35,10 +35,11 @@ def test_thresholds_decide_what_is_found(trajectory, field, value):
 
 def test_the_level_of_significance_decides_what_is_a_change():
     value = np.repeat([900.0, 800.0], 20)
-    fit = Fit(value, np.full(40, 250.0), [0, 20], 0.0)  # 4.5 standard errors
+    data = Data(np.arange(40.0), value, np.full(40, 250.0))
+    fit = Fit(data, value, data.variance, [0, 20], 0.0)  # 4.5 standard errors
     for level, found in ((0.01, [(19, 20)]), (1e-6, [])):
         settings = DetectionSettings(significance=level)
-        assert find_changes(np.arange(40.0), value, np.full(40, 250.0), fit, settings) == found
+        assert find_changes(fit, settings) == found
 
 
 def test_thresholds_decide_what_is_labelled():

@@ -359,7 +359,7 @@ def test_stacked_weights_give_what_a_loop_gives(traced, case):
     losses = vmap(loss)(stack)
     moving = {name: stack[name].requires_grad_() for name in names_of_parameters(model)}
     sums = torch.autograd.grad(vmap(loss)(stack).sum(), moving.values(), allow_unused=True)
-    torch.testing.assert_close(losses, torch.stack([loss(each) for each in singles]).detach())
+    torch.testing.assert_close(losses, torch.stack([loss(single) for single in singles]).detach())
     gradient = grad(lambda some, rest: loss(rest | some))
     for i, single in enumerate(singles):
         expected = gradient({name: t for name, t in single.items() if name in moving}, single)
@@ -581,7 +581,7 @@ def test_what_lies_in_the_memory_of_another_follows_from_it(how, penalised):
     held = list(model.parameters())
 
     def loss(outputs, targets):
-        return F.cross_entropy(outputs, targets) + sum(each.pow(3).sum() for each in held) * penalised
+        return F.cross_entropy(outputs, targets) + sum(tensor.pow(3).sum() for tensor in held) * penalised
 
     program = reread(Program.trace(make_forward(model, loss, None, batch), batch))
     assert program.weights == ["0.weight"]

@@ -105,9 +105,9 @@ def _wrong_gradient(script: Script, run: groktrace.run.store.Run, truth: Truth) 
     weights |= {name: weights[name].requires_grad_() for name in names}
     loss, _ = run.task.forward(weights, run.task.train.tensors)
     found = torch.autograd.grad(loss, [weights[n] for n in names], allow_unused=True, materialize_grads=True)
-    found = torch.cat([each.flatten() for each in found])
+    found = torch.cat([tensor.flatten() for tensor in found])
     true = [torch.cat([state.gradients[name].flatten() for name in names]) for state in states]
-    off = min(float((found - each).norm() / each.norm().clamp_min(1e-6)) for each in true)
+    off = min(float((found - gradient).norm() / gradient.norm().clamp_min(1e-6)) for gradient in true)
     if not off <= 1e-2:  # nor where it is not a number
         yield f"gradient at step {last.step} is off by {off:.2g} of its norm"
 

@@ -175,7 +175,7 @@ class Directions:
         self._shapes = [t.shape for t in real]
         addresses = [_addresses(t).flatten() for t in real]
         unique, inverse = torch.cat(addresses).unique(return_inverse=True)
-        self._places = inverse.split([len(each) for each in addresses])
+        self._places = inverse.split([len(address) for address in addresses])
         values = torch.cat([t.flatten() for t in real])
         self.base = torch.empty(len(unique), dtype=values.dtype).index_copy_(0, inverse, values)
 

@@ -1,4 +1,4 @@
-"""Where chunks of snapshots are evaluated: here, in processes on this machine, or by any executor."""
+"""Where stacks of snapshots are evaluated: in threads, in processes on this machine, or by any executor."""
 
 import contextlib
 import math
@@ -16,19 +16,41 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     as_completed,
 )
+from typing import Protocol
 
 import torch
 
-from groktrace.analysis.evaluator import Chunk, Evaluator, Recipe, Result, evaluate_elsewhere
+from groktrace.analysis.evaluator import Evaluator, EvaluatorSpec, Result, WorkItem, evaluate_elsewhere
 from groktrace.errors import GroktraceError, RunError, SettingsError, SnapshotError
 from groktrace.run.store import Snapshot
 from groktrace.sampling.chains import interruption
 
-# Pools lost in a row, without a chunk finished between, until we take it that the next one would be lost too.
+# Pools lost in a row, without an item finished between, until we take it that the next one would be lost too.
 MAX_LOSSES = 3
 CONNECT_SECONDS = 10
 
 Finished = Iterator[tuple[int, list[Result | SnapshotError]]]
+
+
+class Backend(Protocol):
+    """Where work items are evaluated.
+
+    Attributes:
+        threads: of this process that it keeps busy.
+    """
+
+    threads: int
+
+    def evaluate(
+        self, items: Sequence[WorkItem], snapshots: Mapping[int, Snapshot], deadline: float = math.inf
+    ) -> Finished:
+        """Numbers of items and their results, as they are finished.
+
+        Args:
+            items: the work.
+            snapshots: the run's, by step.
+            deadline: until when to begin any, of `time.monotonic`.
+        """
 
 
 def available_threads(device: torch.device) -> int:
@@ -37,8 +59,8 @@ def available_threads(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def threads_here(evaluator: Evaluator, threads: int) -> Iterator["Here"]:
-    """Threads of this process, each of which evaluates one chunk after another on a core of its own.
+def thread_backend(evaluator: Evaluator, threads: int) -> Iterator["ThreadBackend"]:
+    """Threads of this process, each of which evaluates one item after another on a core of its own.
 
     Several threads in one operation wait for each other after each, up to 50 times as long on a busy machine.
 
@@ -46,36 +68,22 @@ def threads_here(evaluator: Evaluator, threads: int) -> Iterator["Here"]:
         evaluator: of the run.
         threads: how many.
     """
-    pool = ThreadPoolExecutor(threads, "groktrace-evaluator")
-    with one_thread_an_operation(threads):
-        interruption.clear()
-        try:
-            yield Here([evaluator, *(evaluator.fork() for _ in range(threads - 1))], pool)
-        except KeyboardInterrupt:
-            interruption.set()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def one_thread_an_operation(threads: int) -> Iterator[None]:
-    """Let an operation take one thread, where there are several to work beside each other.
-
-    Args:
-        threads: how many there are.
-    """
-    before = torch.get_num_threads()
+    pool, before = ThreadPoolExecutor(threads, "groktrace-evaluator"), torch.get_num_threads()
     if threads > 1:
         torch.set_num_threads(1)
+    interruption.clear()
     try:
-        yield
+        yield ThreadBackend([evaluator, *(evaluator.fork() for _ in range(threads - 1))], pool)
+    except KeyboardInterrupt:
+        interruption.set()
+        raise
     finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
 
 
-class Here:
-    """Evaluates in this process.
+class ThreadBackend:
+    """Evaluates in threads of this process.
 
     Args:
         evaluators: of the run, one a thread.
@@ -85,30 +93,24 @@ class Here:
     def __init__(self, evaluators: Sequence[Evaluator], pool: ThreadPoolExecutor) -> None:
         self._pool, self.threads = pool, len(evaluators)
         self._idle: queue.SimpleQueue[Evaluator] = queue.SimpleQueue()
-        for each in evaluators:
-            self._idle.put(each)
+        for evaluator in evaluators:
+            self._idle.put(evaluator)
 
     def evaluate(
-        self, chunks: Sequence[Chunk], snapshots: Mapping[int, Snapshot], deadline: float = math.inf
+        self, items: Sequence[WorkItem], snapshots: Mapping[int, Snapshot], deadline: float = math.inf
     ) -> Finished:
-        """Numbers of chunks and their results, as they are finished.
+        """See `Backend`."""
 
-        Args:
-            chunks: the work.
-            snapshots: the run's, by step.
-            deadline: until when to begin any, of `time.monotonic`.
-        """
-
-        def one(chunk: Chunk) -> list[Result | SnapshotError] | None:
+        def one(item: WorkItem) -> list[Result | SnapshotError] | None:
             if time.monotonic() > deadline:
                 return None
             evaluator = self._idle.get()
             try:
-                return evaluator.evaluate(chunk, snapshots)
+                return evaluator.evaluate(item, snapshots)
             finally:
                 self._idle.put(evaluator)
 
-        futures = {self._pool.submit(one, chunk): number for number, chunk in enumerate(chunks)}
+        futures = {self._pool.submit(one, item): number for number, item in enumerate(items)}
         try:
             for future in as_completed(futures):
                 if (results := future.result()) is not None:
@@ -118,40 +120,35 @@ class Here:
                 future.cancel()
 
 
-class Elsewhere:
-    """Evaluates in other processes, whose chunks finish in any order.
+class ExecutorBackend:
+    """Evaluates in other processes, whose items finish in any order.
 
     Args:
-        recipe: what they rebuild.
-        executor: takes the chunks.
+        spec: what they rebuild.
+        executor: takes the items.
         renew: a new executor in place of one whose processes were lost; None where that is not ours to make.
     """
 
-    def __init__(self, recipe: Recipe, executor: Executor, renew: Callable[[], Executor] | None = None) -> None:
-        self._recipe, self._executor, self._renew = recipe, executor, renew
+    def __init__(self, spec: EvaluatorSpec, executor: Executor, renew: Callable[[], Executor] | None = None) -> None:
+        self._spec, self._executor, self._renew = spec, executor, renew
         self.threads = 1
 
     def evaluate(
-        self, chunks: Sequence[Chunk], snapshots: Mapping[int, Snapshot], deadline: float = math.inf
+        self, items: Sequence[WorkItem], snapshots: Mapping[int, Snapshot], deadline: float = math.inf
     ) -> Finished:
-        """Numbers of chunks and their results, as they are finished; a lost process's chunks are given out again.
-
-        Args:
-            chunks: the work.
-            snapshots: not used: the other processes have their own.
-            deadline: until when to begin any, of `time.monotonic`.
+        """See `Backend`; a lost process's items are given out again, and `snapshots` is not used.
 
         Raises:
-            RunError: processes were lost again and again, or a chunk failed.
+            RunError: processes were lost again and again, or an item failed.
         """
-        todo, losses = list(range(len(chunks))) if time.monotonic() <= deadline else [], 0
+        todo, losses = list(range(len(items))) if time.monotonic() <= deadline else [], 0
         while todo:
             futures: dict[Future, int] = {}
             lost, failed = set(todo), None
             try:
                 with contextlib.suppress(BrokenExecutor):  # some of the futures tell it again
                     for number in todo:
-                        futures[self._executor.submit(evaluate_elsewhere, self._recipe, chunks[number])] = number
+                        futures[self._executor.submit(evaluate_elsewhere, self._spec, items[number])] = number
                 for future in as_completed(futures):
                     number = futures[future]
                     try:
@@ -170,7 +167,7 @@ class Elsewhere:
                 for future in futures:
                     future.cancel()
             if failed is not None:
-                raise _failure(chunks[failed[0]], failed[1])
+                raise _failure(items[failed[0]], failed[1])
             losses = losses + 1 if len(lost) == len(todo) else 0
             todo = sorted(lost)
             if todo:
@@ -181,11 +178,11 @@ class Elsewhere:
                 self._executor = self._renew()
 
 
-def _failure(chunk: Chunk, failure: BaseException) -> GroktraceError:
+def _failure(item: WorkItem, failure: BaseException) -> GroktraceError:
     if isinstance(failure, GroktraceError):
         return failure
     found = RunError(
-        f"a worker failed at the snapshots of steps {chunk.steps[0]} to {chunk.steps[-1]} "
+        f"a worker failed at the snapshots of steps {item.steps[0]} to {item.steps[-1]} "
         f"({type(failure).__name__}: {failure}); what is finished is kept."
     )
     found.__cause__ = failure

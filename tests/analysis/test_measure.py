@@ -4,9 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from groktrace.analysis.evaluation import Survey, accuracy, chance_losses, survey, training_loss
+from groktrace.analysis.measure import Objective, SnapshotMetrics, chance_losses
+from groktrace.analysis.predictions import correct_predictions
 from groktrace.run.task import Task
 from groktrace.sampling.posterior import WeightLayout
+from groktrace.sampling.settings import SamplingSettings
+
+CPU = torch.device("cpu")
+
+
+def accuracy(outputs, targets):
+    return correct_predictions(outputs, targets).float().mean().item()
 
 
 def test_accuracy_of_class_indices_one_hot_rows_and_sequences():
@@ -23,9 +31,9 @@ def test_accuracy_of_class_indices_one_hot_rows_and_sequences():
 
 
 def test_no_accuracy_without_classes():
-    assert accuracy(torch.randn(5, 1), torch.randn(5, 1)) is None
-    assert accuracy(torch.randn(5, 3), torch.randn(5, 3)) is None
-    assert accuracy(torch.randn(5), torch.zeros(5, dtype=torch.long)) is None
+    assert correct_predictions(torch.randn(5, 1), torch.randn(5, 1)) is None
+    assert correct_predictions(torch.randn(5, 3), torch.randn(5, 3)) is None
+    assert correct_predictions(torch.randn(5), torch.zeros(5, dtype=torch.long)) is None
 
 
 def centred(outputs, targets):
@@ -42,8 +50,7 @@ def measured(loss, bias):
     task = Task.from_model(model, loss=loss, train=(x, x), val=(x[:6], x[:6]))
     layout = WeightLayout(("weight", "bias"), ((3, 3), (3,)))
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    loss = training_loss(task, layout, weights, torch.device("cpu"))
-    return survey(task, loss, [weights, weights], [0, 7], 0)
+    return Objective.of(task, layout, SamplingSettings(), weights, CPU).metrics([weights, weights], [0, 7])
 
 
 def test_predictions_are_read_without_the_offset_that_the_loss_cannot_see():
@@ -66,13 +73,37 @@ def test_norm_and_curvature():
     assert first.top_curvature == pytest.approx(2 / 3 * 4 / 3, rel=0.03)
 
 
-def test_surveys_survive_being_written_down():
-    whole = Survey(5, 0.1, None, None, 0.5, 3.0, 2.0)
-    assert Survey.from_dict(whole.to_dict()) == whole
-    broken = Survey.from_dict(Survey(5, math.nan, None, math.inf, None, 3.0, math.nan).to_dict())
+def test_metrics_survive_being_written_down():
+    whole = SnapshotMetrics(5, 0.1, None, None, 0.5, 3.0, 2.0)
+    assert SnapshotMetrics.from_dict(whole.to_dict()) == whole
+    broken = SnapshotMetrics.from_dict(SnapshotMetrics(5, math.nan, None, math.inf, None, 3.0, math.nan).to_dict())
     assert math.isnan(broken.train_loss)
     assert math.isnan(broken.top_curvature)
     assert broken.val_loss is None
+
+
+@pytest.mark.parametrize("name", ["train_loss", "val_accuracy", "norm_squared", "train_loss_stderr"])
+@pytest.mark.parametrize("number", [True, "1", 10**400, [1]])
+def test_what_is_no_number_is_refused(name, number):
+    kept = SnapshotMetrics(5, 0.1, None, None, 0.5, 3.0, 2.0).to_dict()
+    with pytest.raises(ValueError, match=name):
+        SnapshotMetrics.from_dict({**kept, name: number})
+
+
+@pytest.mark.parametrize("step", [-1, 10**12, 2**63, 1.0, True, None, "1"])
+def test_what_is_no_step_of_a_snapshot_is_refused(step):
+    kept = SnapshotMetrics(10**12 - 1, 0.1, None, None, 0.5, 3.0, 2.0).to_dict()
+    assert SnapshotMetrics.from_dict(kept).step == 10**12 - 1
+    with pytest.raises(ValueError, match="step"):
+        SnapshotMetrics.from_dict({**kept, "step": step})
+
+
+@pytest.mark.parametrize("name", ["train_loss", "val_loss", "norm_squared", "top_curvature"])
+def test_metrics_that_are_not_whole_are_refused(name):
+    kept = SnapshotMetrics(5, 0.1, None, None, 0.5, 3.0, 2.0).to_dict()
+    del kept[name]
+    with pytest.raises(ValueError, match=f"'{name}' is missing"):
+        SnapshotMetrics.from_dict(kept)
 
 
 def test_where_the_loss_shifts_the_targets_itself_its_own_comparison_counts():
@@ -90,8 +121,8 @@ def test_where_the_loss_shifts_the_targets_itself_its_own_comparison_counts():
     same = float((tokens[:, :-1] == tokens[:, 1:]).float().mean())
     for loss, expected in ((shifted, pytest.approx(same)), (by_hand, None)):
         task = Task.from_model(model, loss=loss, train=(tokens, tokens))
-        training = training_loss(task, WeightLayout(("weight",), ((5, 5),)), weights, torch.device("cpu"))
-        (found,) = survey(task, training, [weights], [0], seed=0)
+        objective = Objective.of(task, WeightLayout(("weight",), ((5, 5),)), SamplingSettings(), weights, CPU)
+        (found,) = objective.metrics([weights], [0])
         assert found.train_accuracy == expected
         assert found.train_loss > 1
 
@@ -102,10 +133,10 @@ def test_chance_is_the_loss_of_a_network_without_weights():
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 5))
     task = Task.from_model(model, train=(x, y), loss="cross_entropy")
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    blind, own = chance_losses(task, weights, torch.device("cpu"))
+    blind, own = chance_losses(task, weights, CPU)
     assert blind == pytest.approx(math.log(5))
     assert own == pytest.approx(task.forward(weights, task.train.tensors)[0].item(), rel=0.1)
-    few = chance_losses(task, weights, torch.device("cpu"), together=7)
+    few = chance_losses(task, weights, CPU, together=7)
     assert few[0] == pytest.approx(math.log(5))
 
 
@@ -116,5 +147,5 @@ def test_where_no_weights_make_no_sense_the_first_snapshot_stands_for_chance():
     x = torch.randn(20, 4)
     model = nn.Linear(4, 4, bias=False)
     task = Task.from_model(model, train=(x, x), loss=of_directions)
-    (own,) = chance_losses(task, {"weight": model.weight.detach()}, torch.device("cpu"))
+    (own,) = chance_losses(task, {"weight": model.weight.detach()}, CPU)
     assert own == pytest.approx(of_directions(model(x), x).item())

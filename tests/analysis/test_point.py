@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from groktrace import theory
-from groktrace.analysis import estimate
+from groktrace.analysis import measure
 from groktrace.analysis.llc import OFF_MINIMUM
 from groktrace.analysis.point import estimate_llc
 from groktrace.errors import SettingsError, TaskError
@@ -314,10 +314,10 @@ def test_where_nbeta_follows_draws_grow_until_the_centred_estimate_is_precise():
         return Traces(excess, excess, excess, paired, 0.1, 0)
 
     error = 4000**0.5  # of the mean, times this
-    assert estimate._needed_centred(traces(100.0, 1.5 * error), 0.02) < 1
-    assert 1 < estimate._needed_centred(traces(100.0, 2.7 * error), 0.02) <= 2.7**2
-    assert estimate._needed_centred(traces(100.0, 12.0 * error), 0.02) == 1  # sixteen times as many would not do
-    assert estimate._needed_centred(traces(-100.0, 2.7 * error), 0.02) == 1
+    assert measure._needed_centred(traces(100.0, 1.5 * error), 0.02) < 1
+    assert 1 < measure._needed_centred(traces(100.0, 2.7 * error), 0.02) <= 2.7**2
+    assert measure._needed_centred(traces(100.0, 12.0 * error), 0.02) == 1  # sixteen times as many would not do
+    assert measure._needed_centred(traces(-100.0, 2.7 * error), 0.02) == 1
 
 
 class Autoencoder(nn.Module):
@@ -419,13 +419,15 @@ def test_a_penalty_on_weights_that_the_loss_holds_moves_with_them():
     held = list(model.parameters())
     settings = {"nbeta": 1e3, "localization": 1.0, "seed": 1}
     found = estimate_llc(
-        model, lambda o, t: half_square(o, t) + sum(each.square().sum() for each in held), (x, x[:, :1]), **settings
+        model, lambda o, t: half_square(o, t) + sum(tensor.square().sum() for tensor in held), (x, x[:, :1]), **settings
     )
     same = estimate_llc(
         model,
         None,
         (x, x[:, :1]),
-        batch_loss=lambda m, b: half_square(m(b[0]), b[1]) + sum(each.square().sum() for each in m.parameters()),
+        batch_loss=lambda m, b: (
+            half_square(m(b[0]), b[1]) + sum(parameter.square().sum() for parameter in m.parameters())
+        ),
         **settings,
     )
     assert found.llc == pytest.approx(same.llc, rel=1e-4)

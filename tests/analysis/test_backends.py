@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import groktrace
-from groktrace.analysis import evaluator, workers
+from groktrace.analysis import backends, measure
 from groktrace.errors import RunError, SettingsError, TaskError
 from groktrace.run import layout
 from groktrace.run.factory import load_factory
@@ -24,7 +24,7 @@ FAST = {"draws": 20, "burn_in": 20}
 @pytest.fixture
 def in_pieces(monkeypatch):
     """Several pieces of work, also of a small run: stacks of one snapshot, on one thread as in each worker."""
-    monkeypatch.setattr(evaluator, "rows_per_stack", lambda loss, batch_size=None: 1)
+    monkeypatch.setattr(measure, "rows_per_stack", lambda loss, batch_size=None: 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,7 +63,7 @@ def test_a_dask_cluster_gives_what_one_process_gives_though_a_worker_is_killed(s
             if phase == "sampling" and done == 1:
                 os.kill(pids[0], signal.SIGKILL)
 
-        with workers.dask_executor(cluster.scheduler_address) as executor:
+        with backends.dask_executor(cluster.scheduler_address) as executor:
             together = groktrace.analyze(other, **FAST, executor=executor, progress=kill_one)
         after = process_ids(cluster)
     assert together.points == alone.points
@@ -114,14 +114,12 @@ class Failing(Executor):
         (OSError("disk gone"), r"a worker failed at the snapshots of steps \d+ to \d+ \(OSError: disk gone\)"),
     ],
 )
-def test_what_was_finished_before_a_failure_is_kept(small_run, tmp_path, in_pieces, monkeypatch, failure, message):
+def test_what_was_finished_before_a_failure_is_kept(small_run, in_pieces, evaluated, failure, message):
     with pytest.raises(RunError, match=message):
         groktrace.analyze(small_run, **FAST, executor=Failing(failure, 6 + 2))
-    calls = []
-    original = evaluator.estimate_stack
-    monkeypatch.setattr(evaluator, "estimate_stack", lambda *rest: calls.append(1) or original(*rest))
+    evaluated.clear()
     groktrace.analyze(small_run, **FAST)
-    assert len(calls) == 4
+    assert len(evaluated["llc"]) == 4
 
 
 def record(out, scale=1.0, rate=0.1):
@@ -243,9 +241,9 @@ def test_what_cannot_be_asked_for_is_refused(small_run, monkeypatch):
     with pytest.raises(SettingsError, match="other processes need its name"):
         groktrace.analyze(small_run, task=task, jobs=2)
     pytest.importorskip("distributed")
-    monkeypatch.setattr(workers, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(backends, "CONNECT_SECONDS", 1)
     with (
         pytest.raises(SettingsError, match=r"no scheduler answers at 'tcp://127\.0\.0\.1:9'"),
-        workers.dask_executor("tcp://127.0.0.1:9"),
+        backends.dask_executor("tcp://127.0.0.1:9"),
     ):
         pass

@@ -1,0 +1,385 @@
+"""One snapshot, or a stack of them: losses and curvature without sampling, and λ̂ by sampling."""
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from groktrace.analysis.llc import LLCEstimate, centred_error, off_minimum, summarise, unusable
+from groktrace.analysis.predictions import measure_losses
+from groktrace.records import Record, between, read_record
+from groktrace.run.batch import Batch
+from groktrace.run.layout import Step
+from groktrace.run.task import Task, failures_in_words
+from groktrace.sampling.batches import spread_ranks
+from groktrace.sampling.calibration import Scale, settle, step_size
+from groktrace.sampling.chains import MAX_GROWTH, rows_per_stack, sample
+from groktrace.sampling.curvature import top_eigenvalue
+from groktrace.sampling.diagnostics import standard_error
+from groktrace.sampling.large import sample_large, top_eigenvalue_large
+from groktrace.sampling.network import Network, as_float, shuffled, with_micro_batch
+from groktrace.sampling.noise import generator_for, normal_like
+from groktrace.sampling.posterior import FACTOR, PART_BYTES, StackedLoss, WeightLayout
+from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.traces import Traces
+
+# Of large sets: what losses and accuracies are measured on at least, in so many parts or more, whose scatter gives the
+# error.
+EVALUATED_SAMPLES, EVALUATED_BYTES, PARTS = 256, 2**26, 8
+# The curvature is measured on fewer of these, of which a quarter are those of the largest losses: of a well-fitted set
+# they decide it. On six networks it then differs from that on all samples by 5 % (in the median).
+CURVATURE_SAMPLES, MOST_CURVATURE_SAMPLES, CURVATURE_BYTES, HEAVY_SHARE = 128, 512, 2**25, 4
+PRODUCTS, LARGE_SET_PRODUCTS = 8, 6
+
+# What a network loses that knows nothing is the same on so many samples, spread evenly, as on all.
+CHANCE_SAMPLES = 256
+
+Accuracy = Annotated[float, between(0, 1)]
+Positive = Annotated[float, between(0)]
+
+
+@dataclass(frozen=True)
+class SnapshotMetrics(Record):
+    """One snapshot without sampling; what is not known is None, and NaN or infinite where the network is not finite.
+
+    Attributes:
+        step: training step.
+        train_loss, val_loss: mean loss over the stored samples.
+        train_accuracy, val_accuracy: fraction of right predictions, for classification.
+        norm_squared: ‖w*‖² over the sampled weights.
+        top_curvature: h_max, the largest |eigenvalue| of the Hessian of the training loss.
+        train_loss_stderr, val_loss_stderr: standard errors, where the losses are those of a random subset.
+    """
+
+    step: Step
+    train_loss: float
+    train_accuracy: float | None
+    val_loss: float | None
+    val_accuracy: float | None
+    norm_squared: Positive
+    top_curvature: Positive
+    train_loss_stderr: float | None = None
+    val_loss_stderr: float | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and curvature are."""
+        return math.isfinite(self.train_loss) and math.isfinite(self.top_curvature)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "SnapshotMetrics":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key is missing, unknown, or of the wrong kind.
+        """
+        never = [name for name in ("train_loss", "norm_squared", "top_curvature") if value.get(name, 0.0) is None]
+        found = read_record(cls, {**value, **dict.fromkeys(never, 0.0)})
+        return replace(found, **dict.fromkeys(never, math.nan))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the snapshots of one network are measured by.
+
+    Attributes:
+        task: loss and data.
+        loss: the task's training loss, as it is stacked and differentiated.
+        settings: of the sampling, with a method and a number of chains.
+        chance: training losses of networks that know nothing, see `chance_losses`.
+    """
+
+    task: Task
+    loss: StackedLoss
+    settings: SamplingSettings
+    chance: tuple[float, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        task: Task,
+        layout: WeightLayout,
+        settings: SamplingSettings,
+        weights: Mapping[str, Tensor],
+        device: torch.device,
+    ) -> "Objective":
+        """Prepare and try the training loss at one snapshot, the same whichever process does so.
+
+        Args:
+            task: loss and data.
+            layout: the sampled weights.
+            settings: as they were asked for.
+            weights: tensors by name, of any snapshot.
+            device: where to compute.
+
+        Raises:
+            TaskError: the loss cannot be evaluated or differentiated there.
+        """
+        some = ", ".join(layout.names[:5]) + (", ..." if len(layout.names) > 5 else "")
+        advice = f"it has to be a function of the sampled weights: {some}."
+        with failures_in_words("loss: cannot be differentiated on the training samples", advice):
+            loss = with_micro_batch(StackedLoss(task.forward, layout, task.train.to(device).tensors, {}), weights)
+            if loss.micro_batch is None:
+                loss, anchor = stack_weights(loss, [weights])
+                loss = loss.probe(anchor)
+        chance = chance_losses(task, weights, device, loss.micro_batch)
+        return cls(task, loss, settle(settings, layout.size, loss.micro_batch is None), chance)
+
+    @property
+    def layout(self) -> WeightLayout:
+        """The sampled weights."""
+        return self.loss.layout
+
+    @property
+    def large_set(self) -> bool:
+        """Whether the data are so many that they are sampled."""
+        return self.loss.sample_bytes is not None
+
+    @property
+    def metrics_stack(self) -> int:
+        """How many snapshots without chains make a stack."""
+        return rows_per_stack(self._curvature_loss())
+
+    def llc_stack(self, scale: Scale | None = None) -> int:
+        """How many snapshots are sampled as one stack.
+
+        Args:
+            scale: samples and batches; None where these are not chosen yet.
+        """
+        loss, batch_size = self.loss, self.settings.batch_size
+        if scale is not None and self.large_set:
+            loss, batch_size = loss.subset(scale.samples, scale.batch_size), scale.batch_size
+        return max(1, rows_per_stack(loss, batch_size) // self.settings.chains)
+
+    def fork(self) -> "Objective":
+        """The same for another thread: recorded gradients have buffers that one thread at a time can use."""
+        return replace(self, loss=replace(self.loss, plans={}))
+
+    def metrics(
+        self, weights: Sequence[Mapping[str, Tensor]], steps: Sequence[int], keys: Sequence[int] | None = None
+    ) -> list[SnapshotMetrics]:
+        """Losses, accuracies and curvature of several snapshots.
+
+        Args:
+            weights: tensors by name, of each snapshot.
+            steps: the training step of each.
+            keys: what the start of each power iteration is keyed by beside the seed; by default its step.
+        """
+        keys = steps if keys is None else keys
+        losses = [self._losses(tensors) for tensors in weights]
+        if self.loss.micro_batch is not None:
+            sizes = [self._large_size(tensors, key) for tensors, key in zip(weights, keys, strict=True)]
+        else:
+            loss, anchors = stack_weights(self._curvature_loss(), weights)
+            index = None
+            if loss.heavy:
+                orders = loss.ranks(anchors)
+                index = torch.stack([spread_ranks(order, loss.heavy, self._curvature_samples()) for order in orders])
+            generators = [generator_for(self.settings.seed, key, 0, "curvature", loss.device) for key in keys]
+            products = LARGE_SET_PRODUCTS if self.large_set else PRODUCTS
+            tops = top_eigenvalue(loss, anchors, normal_like(anchors, generators), products, index).tolist()
+            sizes = list(zip(anchors.square().sum(1).tolist(), tops, strict=True))
+        unknown = dict.fromkeys(("val_loss", "val_accuracy"))
+        return [
+            SnapshotMetrics(step, norm_squared=norm, top_curvature=top, **{**unknown, **found})
+            for step, found, (norm, top) in zip(steps, losses, sizes, strict=True)
+        ]
+
+    def estimate(
+        self,
+        weights: Sequence[Mapping[str, Tensor]],
+        metrics: Sequence[SnapshotMetrics],
+        scale: Scale,
+        keys: Sequence[int] | None = None,
+    ) -> list[LLCEstimate]:
+        """λ̂ of several snapshots at once.
+
+        Args:
+            weights: tensors by name, of each snapshot.
+            metrics: of the same snapshots.
+            scale: nβ and γ.
+            keys: what the noise of each is keyed by beside the seed; by default its step.
+        """
+        estimates: list[LLCEstimate | None] = [None] * len(weights)
+        usable = []
+        for s, known in enumerate(metrics):
+            reason = None
+            if not known.finite:
+                reason = "the weights, the loss or its curvature at the snapshot are not finite"
+            elif scale.curvature is not None and not known.top_curvature > 0:
+                reason = "the loss has no curvature at the snapshot, which nβ could follow"
+            if reason is None:
+                usable.append(s)
+            else:
+                estimates[s] = unusable(reason, self.settings, scale.nbeta, scale.localization)
+        if usable:
+            keys = [metrics[s].step if keys is None else keys[s] for s in usable]
+            found = self._sample([weights[s] for s in usable], [metrics[s] for s in usable], scale, keys)
+            for s, estimate in zip(usable, found, strict=True):
+                estimates[s] = estimate
+        return [estimate for estimate in estimates if estimate is not None]
+
+    def _sample(
+        self,
+        weights: Sequence[Mapping[str, Tensor]],
+        metrics: Sequence[SnapshotMetrics],
+        scale: Scale,
+        keys: Sequence[int],
+    ) -> list[LLCEstimate]:
+        """λ̂ of snapshots whose loss and curvature are finite."""
+        loss, settings, nbeta, localization = self.loss, self.settings, scale.nbeta, scale.localization
+        whole: StackedLoss | None = None
+        if self.large_set:
+            if settings.batch_size is None and scale.batch_size is not None:
+                whole = loss.subset(scale.samples)
+            loss = loss.subset(scale.samples, scale.batch_size)
+            settings = replace(settings, batch_size=scale.batch_size)
+        tops = [known.top_curvature for known in metrics]
+        factors = [1.0] * len(tops)
+        if scale.curvature is not None:
+            # λ̂ = nβ·(E[L] − L*) stays what it is when the loss is multiplied and nβ divided by the same factor.
+            factors = [scale.curvature / top for top in tops]
+            weights = [{**tensors, FACTOR: torch.tensor(f)} for tensors, f in zip(weights, factors, strict=True)]
+            tops = [scale.curvature] * len(tops)
+        sizes = [settings.step_size or step_size(nbeta, localization, top) for top in tops]
+
+        # Off a minimum, where snapshots of large sets trained on minibatches nearly always are, λ_c is the measure too.
+        centred = scale.curvature is not None or self.large_set
+        needed = partial(_needed_centred if centred and settings.chains > 1 else _needed, rtol=settings.rtol)
+        if self.large_set:
+            needed = partial(_needed_of_large_sets, needed=needed)
+        if loss.micro_batch is None:
+            stacked, anchors = stack_weights(loss, weights)
+            if whole is not None:
+                whole = replace(whole, fixed=stacked.fixed)
+            traces = sample(stacked, anchors, keys, settings, nbeta, localization, sizes, needed, whole)
+        else:
+            traces = [
+                sample_large(loss, tensors, key, settings, nbeta, localization, size, needed)
+                for tensors, key, size in zip(weights, keys, sizes, strict=True)
+            ]
+        return [
+            summarise(
+                # ½nβ·Var ℓ is quadratic in the loss, but linear in nβ.
+                trace if trace.fluctuation is None else replace(trace, fluctuation=trace.fluctuation / factor),
+                settings,
+                n=self.task.n,
+                loss=known.train_loss,
+                norm=math.sqrt(known.norm_squared),
+                dimension=loss.layout.size,
+                nbeta=nbeta * factor,
+                localization=localization,
+                chance=self.chance,
+                by_centred=centred,
+            )
+            for known, trace, factor in zip(metrics, traces, factors, strict=True)
+        ]
+
+    def _losses(self, weights: Mapping[str, Tensor]) -> dict[str, float | None]:
+        """Losses and accuracies of one snapshot; of large sets on a fixed random subset, with standard errors."""
+        loss, task = self.loss, self.task
+        if not self.large_set:
+            whole = loss.micro_batch is None or loss.micro_batch >= len(loss.tensors[0])
+            return measure_losses(task, weights, loss.device, None if whole else loss.micro_batch)
+        most = self._evaluated_samples()
+        train = Batch(tuple(tensor[:most] for tensor in loss.tensors), task.train.structure)
+        val = None if task.val is None else task.val.take(shuffled(len(task.val))[:most])
+        parts = max(PARTS, math.ceil(len(train) * loss.sample_bytes / PART_BYTES))
+        few = replace(task, train=train, val=val)
+        return measure_losses(few, weights, loss.device, max(1, len(train) // parts), with_errors=True)
+
+    def _large_size(self, weights: Mapping[str, Tensor], key: int) -> tuple[float, float]:
+        """‖w*‖² and top curvature of one large network."""
+        loss = self.loss.subset(self._curvature_samples()) if self.large_set else self.loss
+        network = Network(loss, weights)
+        norm_squared = sum(float(anchor.square().sum(dtype=torch.float64)) for _, anchor in network.pieces())
+        generator = generator_for(self.settings.seed, key, 0, "curvature", loss.device)
+        return norm_squared, top_eigenvalue_large(network, generator)
+
+    def _curvature_loss(self) -> StackedLoss:
+        """The loss from which the curvature is taken, without the choice among its samples."""
+        if not self.large_set:
+            return self.loss
+        size, available = self._curvature_samples(), self._evaluated_samples()
+        if not self.loss.separable or size >= available:
+            return self.loss.subset(size)
+        return self.loss.subset(available, size, size // HEAVY_SHARE)
+
+    def _curvature_samples(self) -> int:
+        """How many samples of a large set the curvature is measured on."""
+        return min(max(CURVATURE_SAMPLES, CURVATURE_BYTES // self.loss.sample_bytes), MOST_CURVATURE_SAMPLES)
+
+    def _evaluated_samples(self) -> int:
+        """How many samples of a large set losses and accuracies are measured on."""
+        return min(max(EVALUATED_SAMPLES, EVALUATED_BYTES // self.loss.sample_bytes), len(self.loss.tensors[0]))
+
+
+def stack_weights(loss: StackedLoss, weights: Sequence[Mapping[str, Tensor]]) -> tuple[StackedLoss, Tensor]:
+    """The loss of several snapshots, and their flat weights [S, D].
+
+    Args:
+        loss: of the same network, of whatever snapshots.
+        weights: tensors by name, of each snapshot.
+    """
+    flat = torch.stack([loss.layout.flatten(tensors) for tensors in weights]).to(loss.device)
+    names = [name for name in weights[0] if name not in loss.layout.names]
+    fixed = {name: torch.stack([as_float(tensors[name]) for tensors in weights]).to(loss.device) for name in names}
+    return replace(loss, fixed=fixed), flat
+
+
+def chance_losses(
+    task: Task, weights: Mapping[str, Tensor], device: torch.device, together: int | None = None
+) -> tuple[float, ...]:
+    """Training losses of networks that know nothing, the better one first; those that are not finite are left out.
+
+    They are that of a network whose weights are all zero, so that it says the same of every sample, and that of the
+    weights given.
+
+    Args:
+        task: loss and data.
+        weights: tensors by name, of the first snapshot.
+        device: where to compute.
+        together: samples that may be evaluated at once; None for all.
+    """
+    count = min(CHANCE_SAMPLES, together or CHANCE_SAMPLES)
+    some = task.train.take(torch.arange(0, len(task.train), math.ceil(len(task.train) / count), device="cpu"))
+    own = {name: as_float(tensor).to(device) for name, tensor in weights.items()}
+    # A single zero that is seen as many takes no memory.
+    none = {name: t.new_zeros(()).expand(t.shape) if t.is_floating_point() else t for name, t in own.items()}
+    losses = []
+    for tensors in (none, own):
+        for batch in (some, task.train) if together is None else (some,):  # some programs take one batch size only
+            with contextlib.suppress(Exception), torch.no_grad():
+                losses.append(float(task.forward(tensors, batch.to(device).tensors)[0]))
+                break
+    return tuple(loss for loss in losses if math.isfinite(loss))
+
+
+def _needed_of_large_sets(traces: Traces, needed: Callable[[Traces], float]) -> float:
+    """The same where draws are expensive: what is off a minimum cannot become reliable."""
+    return 1.0 if off_minimum(traces) else needed(traces)
+
+
+def _needed(traces: Traces, rtol: float) -> float:
+    """How many times as many draws give λ̂ to `rtol`; 1 off a minimum, where it is no measure of the basin."""
+    if off_minimum(traces):
+        return 1.0
+    return _times(standard_error(traces.excess), abs(float(traces.excess.mean())), rtol)
+
+
+def _needed_centred(traces: Traces, rtol: float) -> float:
+    """How many times as many draws give λ_c to `rtol`; 1 where so many would be needed that none are spent."""
+    times = _times(centred_error(traces.paired), float(traces.paired.mean()), rtol)
+    return times if times <= MAX_GROWTH else 1.0
+
+
+def _times(error: float, value: float, rtol: float) -> float:
+    """The factor on the number of draws that brings a standard error down to `rtol` of a value."""
+    if not value > 0:
+        return math.inf if error > 0 else 1.0
+    return (error / (rtol * value)) ** 2

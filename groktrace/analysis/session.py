@@ -1,0 +1,318 @@
+"""An open analysis of one run at one set of settings: it measures snapshots, and keeps each result as it comes."""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from groktrace.analysis import results
+from groktrace.analysis.backends import Backend, ExecutorBackend, available_threads, process_pool, thread_backend
+from groktrace.analysis.evaluator import Evaluator, EvaluatorSpec, Phase, WorkItem
+from groktrace.analysis.hessian import HessianMetrics
+from groktrace.analysis.journal import append_lines, exclusive, read_journal
+from groktrace.analysis.measure import Objective, SnapshotMetrics
+from groktrace.analysis.pilot import choose_sampling, choose_scale
+from groktrace.analysis.reference import Reference, jacobian_reference
+from groktrace.analysis.reminders import reminders
+from groktrace.analysis.setup import choose_device, choose_task
+from groktrace.analysis.snapshots import Snapshots
+from groktrace.analysis.trajectory import Point, with_logged
+from groktrace.errors import RunError, SettingsError, SnapshotError
+from groktrace.run.files import write_file
+from groktrace.run.store import Run, open_run
+from groktrace.run.task import Task
+from groktrace.sampling.calibration import Scale
+from groktrace.sampling.settings import SamplingSettings
+
+Progress = Callable[[str, int, int], None]
+_RECORDS = {"metrics": SnapshotMetrics, "llc": Point, "hessian": HessianMetrics}
+
+
+def silent(phase: str, done: int, total: int) -> None:
+    """Report no progress."""
+
+
+@contextlib.contextmanager
+def open_session(
+    run: Run | str | Path,
+    settings: SamplingSettings,
+    *,
+    task: Task | None = None,
+    task_name: str | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+    jobs: int = 1,
+    executor: Executor | None = None,
+    threads: int | None = None,
+    keep: bool = True,
+) -> Iterator["Session"]:
+    """An analysis whose folder no other process writes to meanwhile.
+
+    Where a task is given that differs from the recording, a RuntimeWarning says so.
+
+    Args:
+        run: see `groktrace.analyze`, and so the arguments that are not described here.
+        settings: of the sampling.
+        task: the same.
+        task_name: the same.
+        device: the same.
+        progress: the same.
+        jobs: the same.
+        executor: the same.
+        threads: of this process that evaluate; None for one a core, or for one where a task is given.
+        keep: whether results are read from the run directory and written there.
+
+    Raises:
+        RunError: no snapshot can be read, or other files are damaged.
+        TaskError: there is no loss to evaluate, no data, or they do not fit the network.
+        SettingsError: a setting is outside what it may be.
+    """
+    if executor is not None and jobs != 1:
+        raise SettingsError("executor: takes the place of jobs; give one of them.")
+    place = choose_device(device)
+    run = run if isinstance(run, Run) else open_run(run)
+    choose_task(run, task)  # refused before snapshots are read, which may have to be fetched
+    snapshots = Snapshots(run)
+    step, first = snapshots.first()
+    # A task of another network is refused here, before anything is written.
+    evaluator = Evaluator.of(run, task, settings, place, first)
+    if task is not None:
+        for reminder in reminders(run, task, evaluator.objective.layout, first):
+            warnings.warn(f"groktrace: {reminder}", RuntimeWarning, stacklevel=2)
+    with contextlib.ExitStack() as held:
+        if threads is None:
+            threads = 1 if task is not None else available_threads(place)
+        backend: Backend = held.enter_context(thread_backend(evaluator, threads))
+        if executor is not None or jobs != 1:
+            if task is not None and task_name is None:
+                raise SettingsError("task: other processes need its name; give task_name='package.module:factory'.")
+            where = str(run.root.absolute()) if run.remote is None else run.name
+            name = None if task is None else task_name
+            spec = EvaluatorSpec(where, name, evaluator.objective.settings, str(place), step, evaluator.identity)
+            pool = (executor, None) if executor is not None else held.enter_context(process_pool(jobs))
+            backend = ExecutorBackend(spec, *pool)
+        folder = results.results_folder(run, evaluator.objective.settings, evaluator.identity)
+        session = Session(evaluator, snapshots, backend, folder, progress or silent, keep)
+        if keep:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(exclusive(folder))
+            session.take_metrics()
+        yield session
+
+
+@dataclass
+class Session:
+    """An open analysis.
+
+    Attributes:
+        evaluator: of the run, with its settings.
+        snapshots: of the run.
+        backend: where they are evaluated.
+        folder: where the results are kept.
+        report: called with (phase, snapshots done, snapshots in all).
+        keep: whether they are.
+    """
+
+    evaluator: Evaluator
+    snapshots: Snapshots
+    backend: Backend
+    folder: Path
+    report: Progress = silent
+    keep: bool = True
+
+    @property
+    def objective(self) -> Objective:
+        """What the snapshots are measured by."""
+        return self.evaluator.objective
+
+    @property
+    def steps(self) -> list[int]:
+        """Of the snapshots that can be read, ascending."""
+        return list(self.snapshots.fingerprints)
+
+    @property
+    def _metrics_file(self) -> str:
+        return results.metrics_file(self.objective.settings.seed, self.evaluator.identity)
+
+    def key(self, step: int) -> int:
+        """What a snapshot's noise is keyed by beside the seed."""
+        return self.evaluator.key(self.snapshots.fingerprints[step])
+
+    def metrics(
+        self, among: Sequence[int] | None = None, deadline: float = math.inf, quiet: bool = False
+    ) -> dict[int, SnapshotMetrics]:
+        """Losses and curvature of snapshots, by step.
+
+        Args:
+            among: the steps wanted; None for all.
+            deadline: until when to begin any, of `time.monotonic`.
+            quiet: whether to report nothing.
+        """
+        report = partial(silent if quiet else self.report, "losses, curvature")
+        return self._measure("metrics", self._metrics_file, self.objective.metrics_stack, among, report, deadline)
+
+    def points(
+        self,
+        metrics: dict[int, SnapshotMetrics],
+        scale: Scale,
+        among: Sequence[int] | None = None,
+        *,
+        journal: str = results.POINTS_FILE,
+        deadline: float = math.inf,
+        report: Callable[[int, int], None] | None = None,
+    ) -> dict[int, Point]:
+        """λ̂ by step.
+
+        Args:
+            metrics: of the same snapshots.
+            scale: nβ and γ.
+            among: the steps wanted; None for all.
+            journal: the file that keeps the results.
+            deadline: until when to begin any, of `time.monotonic`.
+            report: called with (snapshots done, snapshots in all).
+        """
+        report, stack = report or partial(silent, ""), self.objective.llc_stack(scale)
+        return self._with_logged(self._measure("llc", journal, stack, among, report, deadline, metrics, scale))
+
+    def hessian(self, among: Sequence[int]) -> dict[int, HessianMetrics]:
+        """Trace and top eigenvalue of the Hessian, by step.
+
+        Args:
+            among: the steps wanted.
+        """
+        report = partial(self.report, "Hessian")
+        return self._measure("hessian", results.HESSIAN_FILE, self.objective.metrics_stack, among, report)
+
+    def _measure(
+        self,
+        phase: Phase,
+        journal: str,
+        stack: int,
+        among: Sequence[int] | None,
+        report: Callable[[int, int], None],
+        deadline: float = math.inf,
+        metrics: dict[int, SnapshotMetrics] | None = None,
+        scale: Scale | None = None,
+    ) -> dict[int, Any]:
+        """A result for each snapshot, those in the journal as they are, the others computed and added to it.
+
+        Stacks are cut out of `among` whatever is known already, so that a result does not depend on what was.
+        """
+        path, parse = self.folder / journal, _RECORDS[phase].from_dict
+        known = read_journal(path, parse) if self.keep else {}
+        fingerprints = self.snapshots.fingerprints
+        for step, fingerprint in fingerprints.items():
+            if fingerprint in known and known[fingerprint].step != step:
+                raise RunError(f"{path}: damaged (step {step} has another's result); remove the file to redo it.")
+        ordered = list(fingerprints if among is None else among)
+        stacks = [tuple(ordered[start : start + stack]) for start in range(0, len(ordered), stack)]
+        missing = [steps for steps in stacks if any(fingerprints[step] not in known for step in steps)]
+        done = len(ordered) - sum(len(steps) for steps in missing)
+        report(done, len(ordered))
+        items = [
+            WorkItem(
+                phase,
+                steps,
+                tuple(fingerprints[step] for step in steps),
+                () if metrics is None else tuple(metrics[step] for step in steps),
+                scale,
+            )
+            for steps in missing
+        ]
+        for number, found in self.backend.evaluate(items, self.snapshots.by_step, deadline):
+            lines = []
+            for step, result in zip(missing[number], found, strict=True):
+                if isinstance(result, SnapshotError):
+                    self.snapshots.drop(step, result)
+                elif fingerprints[step] not in known:
+                    plain = result.to_dict()
+                    lines.append({"snapshot": fingerprints[step], **plain})
+                    known[fingerprints[step]] = parse(plain)
+            if self.keep:
+                append_lines(path, lines)
+                self.snapshots.run.publish(path)
+            done += len(missing[number])
+            report(done, len(ordered))
+        return {step: known[fingerprints[step]] for step in ordered if fingerprints.get(step) in known}
+
+    def known_points(self, journal: str = results.POINTS_FILE) -> dict[int, Point]:
+        """What a journal holds of the snapshots, by step.
+
+        Args:
+            journal: the file.
+        """
+        known = read_journal(self.folder / journal, Point.from_dict)
+        return self._with_logged(
+            {step: known[name] for step, name in self.snapshots.fingerprints.items() if name in known}
+        )
+
+    def _with_logged(self, points: dict[int, Point]) -> dict[int, Point]:
+        """Points with what was logged for the snapshots that are there: a journal knows them by their weights alone."""
+        found = ((step, point, self.snapshots.metrics(step)) for step, point in points.items())
+        return {step: point if logged is None else with_logged(point, logged) for step, point, logged in found}
+
+    def take_metrics(self) -> None:
+        """Begin with what analyses at other settings measured, where nothing is there yet."""
+        path = self.folder / self._metrics_file
+        found = sorted(self.folder.parent.glob(f"*/{path.name}"), key=lambda path: (path.stat().st_size, path))
+        if found and not path.exists():
+            write_file(path, found[-1].read_bytes())
+
+    def kept_scale(self) -> Scale | None:
+        """nβ and γ that this analysis chose before; None where none were."""
+        return results.kept_scale(self.folder)
+
+    def fix_scale(self, metrics: dict[int, SnapshotMetrics]) -> Scale:
+        """nβ and γ of this analysis: chosen once, then kept, so that later snapshots are measured with the same.
+
+        Args:
+            metrics: of all snapshots.
+        """
+        if (kept := self.kept_scale()) is not None:
+            return kept
+        scale = self.choose_scale(metrics)
+        asked = results.KeptSettings(self.objective.settings.to_dict(), scale)
+        self.snapshots.run.publish(asked.save(self.folder))
+        return scale
+
+    def choose_scale(self, metrics: dict[int, SnapshotMetrics], before: Scale | None = None) -> Scale:
+        """nβ and γ that these snapshots call for, and what few of them say of how to sample all.
+
+        Args:
+            metrics: by step.
+            before: what was chosen before, whose locality, samples and batches are kept.
+        """
+        known = list(metrics.values())
+        if before is not None:
+            scale = choose_scale(self.objective, known, locality=before.locality)
+            return scale._replace(samples=before.samples, batch_size=before.batch_size)
+        self.report("locality, samples, batches", 0, 1)
+        chosen = choose_sampling(self.objective, self.snapshots.load, known, self.key, self.backend.threads)
+        self.report("locality, samples, batches", 1, 1)
+        return chosen
+
+    def rank(self) -> Reference | None:
+        """Half the rank of the Jacobian at the last snapshot; None where none loads."""
+        last = self.snapshots.last()
+        if last is None:
+            return None
+        step, weights = last
+        journal, fingerprint = self.folder / results.REFERENCE_FILE, self.snapshots.fingerprints[step]
+        known = read_journal(journal, Reference.from_dict)
+        self.report("Jacobian rank", 0, 1)
+        if fingerprint not in known:
+            objective = self.objective
+            known[fingerprint] = jacobian_reference(
+                objective.task, objective.layout, weights, step, objective.loss.device
+            )
+            append_lines(journal, [{"snapshot": fingerprint, **known[fingerprint].to_dict()}])
+            self.snapshots.run.publish(journal)
+        self.report("Jacobian rank", 1, 1)
+        return known[fingerprint]

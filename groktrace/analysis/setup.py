@@ -1,0 +1,109 @@
+"""What an analysis is set up with, from what it was asked for: settings, device, task and the weights to sample."""
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from groktrace.errors import SettingsError, TaskError
+from groktrace.run.store import Run
+from groktrace.run.task import Task
+from groktrace.sampling.posterior import WeightLayout
+from groktrace.sampling.settings import SamplingOptions, SamplingSettings
+
+
+def make_settings(settings: SamplingSettings | None, options: SamplingOptions) -> SamplingSettings:
+    """Settings, with what keywords say in place of their own.
+
+    Args:
+        settings: None for the defaults.
+        options: fields of `SamplingSettings`.
+
+    Raises:
+        SettingsError: one is unknown or outside what it may be.
+    """
+    known = SamplingSettings.__dataclass_fields__
+    unknown = sorted(options.keys() - known.keys())
+    if unknown:
+        raise SettingsError(f"settings: unknown {', '.join(unknown)}; expected some of {', '.join(known)}.")
+    return replace(settings or SamplingSettings(), **options)
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device named, or a GPU where there is one, or the CPU.
+
+    Raises:
+        SettingsError: there is no such device here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as failure:
+        raise SettingsError(f"device: '{device}' cannot be used here ({str(failure).splitlines()[0]}).") from failure
+    return chosen
+
+
+def choose_task(run: Run, given: Task | None) -> Task:
+    """The task that is evaluated: the one that was given, on the run's data if it has none, or the one recorded.
+
+    Args:
+        run: opened.
+        given: in place of the one that was recorded.
+
+    Raises:
+        TaskError: there is none, or no data for it.
+        RunError: the files that hold loss or data are damaged.
+    """
+    if given is None:
+        return run.task
+    if given.train is not None:
+        return given
+    if run.data is None:
+        raise TaskError(f"{run.name}: holds no data; give the task its own: groktrace.Task.from_model(..., train=...).")
+    return given.with_data(run.data.train, run.data.val, run.data.n)
+
+
+def run_layout(run: Run, patterns: Sequence[str] | None) -> WeightLayout:
+    """The sampled weights of a run, see `weight_layout`.
+
+    Args:
+        run: opened.
+        patterns: of the names to sample; None for all.
+    """
+    return weight_layout({name: (spec.shape, spec.dtype, spec.trainable) for name, spec in run.specs.items()}, patterns)
+
+
+def weight_layout(
+    specs: dict[str, tuple[tuple[int, ...], torch.dtype, bool]], patterns: Sequence[str] | None = None
+) -> WeightLayout:
+    """The sampled weights among all tensors of a network and its loss.
+
+    Those that train at some time are sampled at every snapshot, so that all are measured by one posterior.
+
+    Args:
+        specs: (shape, dtype, whether it ever trains) by name.
+        patterns: shell-style patterns of the names to sample; None for all.
+
+    Raises:
+        TaskError: there is nothing to sample.
+        SettingsError: a pattern fits none of the trainable weights.
+    """
+    chosen = {
+        name: shape
+        for name, (shape, dtype, trainable) in specs.items()
+        if trainable and (dtype.is_floating_point or dtype.is_complex)
+    }
+    if not sum(math.prod(shape) for shape in chosen.values()):
+        raise TaskError("weights: expected at least one trainable parameter of real or complex numbers, found none.")
+    for pattern in patterns or ():
+        if not fnmatch.filter(chosen, pattern):
+            raise SettingsError(f"parameters: '{pattern}' fits none of the trainable weights: {', '.join(chosen)}.")
+    if patterns is not None:
+        chosen = {name: s for name, s in chosen.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
+    return WeightLayout(
+        tuple(chosen), tuple(chosen.values()), tuple(name for name in chosen if specs[name][1].is_complex)
+    )
