@@ -14,7 +14,8 @@ from groktrace.analysis.evaluation import Survey, stack_weights
 from groktrace.analysis.llc import LLCEstimate, centred_error, off_minimum, summarise, unusable
 from groktrace.errors import SettingsError, TaskError
 from groktrace.sampling.calibration import Scale, posterior_scale, step_size
-from groktrace.sampling.chains import MAX_GROWTH, sample
+from groktrace.sampling.chains import sample
+from groktrace.sampling.engine import MAX_GROWTH
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.large import sample_large
 from groktrace.sampling.posterior import FACTOR, StackedLoss, WeightLayout

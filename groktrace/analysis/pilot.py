@@ -18,7 +18,8 @@ from groktrace.errors import SettingsError
 from groktrace.run.task import Task
 from groktrace.sampling.batches import GROUP, NoiseProfile
 from groktrace.sampling.calibration import Scale, step_size
-from groktrace.sampling.chains import interruption, profile_noise
+from groktrace.sampling.chains import profile_noise
+from groktrace.sampling.engine import interruption
 from groktrace.sampling.network import as_float
 from groktrace.sampling.posterior import FACTOR, StackedLoss
 from groktrace.sampling.settings import LOCALITY, SamplingSettings

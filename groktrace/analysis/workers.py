@@ -22,7 +22,7 @@ import torch
 from groktrace.analysis.evaluator import Chunk, Evaluator, Recipe, Result, evaluate_elsewhere
 from groktrace.errors import GroktraceError, RunError, SettingsError, SnapshotError
 from groktrace.run.store import Snapshot
-from groktrace.sampling.chains import interruption
+from groktrace.sampling.engine import interruption
 
 # Pools lost in a row, without a chunk finished between, until we take it that the next one would be lost too.
 MAX_LOSSES = 3
