@@ -23,7 +23,7 @@ import torch
 from groktrace.analysis.evaluator import Evaluator, EvaluatorSpec, Result, WorkItem, evaluate_elsewhere
 from groktrace.errors import GroktraceError, RunError, SettingsError, SnapshotError
 from groktrace.run.store import Snapshot
-from groktrace.sampling.chains import interruption
+from groktrace.sampling.engine import interruption
 
 # Pools lost in a row, without an item finished between, until we take it that the next one would be lost too.
 MAX_LOSSES = 3

@@ -18,9 +18,10 @@ from groktrace.run.layout import Step
 from groktrace.run.task import Task, failures_in_words
 from groktrace.sampling.batches import spread_ranks
 from groktrace.sampling.calibration import Scale, settle, step_size
-from groktrace.sampling.chains import MAX_GROWTH, rows_per_stack, sample
+from groktrace.sampling.chains import rows_per_stack, sample
 from groktrace.sampling.curvature import top_eigenvalue
 from groktrace.sampling.diagnostics import standard_error
+from groktrace.sampling.engine import MAX_GROWTH
 from groktrace.sampling.large import sample_large, top_eigenvalue_large
 from groktrace.sampling.network import Network, as_float, shuffled, with_micro_batch
 from groktrace.sampling.noise import generator_for, normal_like

@@ -17,7 +17,8 @@ from groktrace.analysis.predictions import evaluate
 from groktrace.errors import SettingsError
 from groktrace.sampling.batches import GROUP, NoiseProfile
 from groktrace.sampling.calibration import Scale, posterior_scale, step_size
-from groktrace.sampling.chains import interruption, profile_noise
+from groktrace.sampling.chains import profile_noise
+from groktrace.sampling.engine import interruption
 from groktrace.sampling.network import as_float
 from groktrace.sampling.posterior import FACTOR
 from groktrace.sampling.settings import LOCALITY

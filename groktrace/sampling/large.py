@@ -8,20 +8,20 @@ start at w*, as products with the Hessian would need several vectors more, and b
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, MAX_STEPS, more_draws, run_length, settle
-from groktrace.sampling.chains import MAX_GROWTH, MAX_RESTARTS
+from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, run_length, settle
+from groktrace.sampling.engine import Target, sample_with_restarts
 from groktrace.sampling.kernels.base import Dynamics
 from groktrace.sampling.network import Network
 from groktrace.sampling.noise import NormalNoise, generator_for
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
-from groktrace.sampling.traces import Traces, cooled
+from groktrace.sampling.traces import Traces, pairs
 
 # Of the weights' norm: a classifier with large margins bends within a thousandth of it.
 _RELATIVE_STEP = 1e-4
@@ -56,25 +56,14 @@ def sample_large(
     Returns:
         Traces; not finite where the chains diverged at every step size tried.
     """
-    network, halvings, lost = Network(loss, weights), 0, 0
+    network = Network(loss, weights)
     settings = settle(settings, network.layout.size, stacked=False)
-    for _ in range(MAX_RESTARTS + 1):
-        chains = _Chains(network, step, settings, nbeta, localization, step_size, halvings)
-        traces = replace(chains.run(needed), halvings=halvings, lost=lost)
-        lost += chains.made
-        del chains
-        if settings.step_size is not None:
-            break
-        # In equilibrium pull and spread add up to D, wherever w* lies; beyond, the chains are on their way out.
-        climbed = float((traces.pull + traces.spread).mean()) > _MAX_VIRIAL * network.layout.size
-        if climbed or traces.diverged(network.layout.size):
-            step_size /= 2
-            halvings += 1
-        elif (smaller := cooled(traces, settings.kernel, localization)) != traces.step_size:
-            step_size = smaller
-        else:
-            break
-    return traces
+    target = Target(settings, nbeta, localization, network.layout.size, dear=False)
+
+    def begin(some: Sequence[int], epsilons: Sequence[float], halvings: Sequence[int], in_batches: bool) -> LargeChains:
+        return LargeChains(network, step, target, epsilons[0], halvings[0])
+
+    return sample_with_restarts(begin, [step_size], target, needed)[0]
 
 
 @dataclass
@@ -96,21 +85,22 @@ class _Chain:
     batches: torch.Generator
 
 
-class _Chains:
-    """The chains of one snapshot in flight."""
+class LargeChains:
+    """The chains of one snapshot in flight, which take turns; see `engine.Chains`.
 
-    def __init__(
-        self,
-        network: Network,
-        step: int,
-        settings: SamplingSettings,
-        nbeta: float,
-        localization: float,
-        step_size: float,
-        halvings: int,
-    ) -> None:
-        self.network, self.settings = network, settings
-        self.nbeta, self.localization, self.step_size, self.halvings = nbeta, localization, step_size, halvings
+    Args:
+        network: the loss around w*.
+        step: the key of its noise.
+        target: what is sampled.
+        step_size: ε.
+        halvings: how often it was halved.
+    """
+
+    def __init__(self, network: Network, step: int, target: Target, step_size: float, halvings: int) -> None:
+        self.network, self.settings, self.target = network, target.settings, target
+        self.nbeta, self.localization, self.step_size = target.nbeta, target.localization, step_size
+        settings, nbeta, localization = target.settings, target.nbeta, target.localization
+        self.lengths = [run_length(settings, localization, step_size, COLD_BURN_IN_RELAXATIONS, halvings)]
         self.kernel = settings.kernel
         row = torch.tensor([step_size], dtype=network.dtype, device=network.device), torch.tensor([halvings])
         dynamics = Dynamics(self.kernel, nbeta, localization, *row)
@@ -148,30 +138,29 @@ class _Chains:
                 self.normal.fill(anchor[None], [noise])
         return _Chain(self.network.vector(), noise, before, momentum, generator("batch"))
 
-    def run(self, needed: Callable[[Traces], float]) -> Traces:
-        """Burn in, draw, and go on until the draws are enough."""
-        burn_in, draws = run_length(
-            self.settings, self.localization, self.step_size, COLD_BURN_IN_RELAXATIONS, self.halvings
-        )
+    def begin(self) -> list[Traces]:
+        """Burn in, and make the first draws."""
+        ((burn_in, draws),) = self.lengths
         self._advance(burn_in)
-        record = self._advance(draws, measured=True)
-        limit = min(MAX_GROWTH * draws, MAX_STEPS)
-        while True:
-            traces = self._traces(record, burn_in)
-            if (
-                self.settings.draws is not None
-                or len(record) >= limit
-                or traces.diverged(self.network.layout.size)
-                or (times := needed(traces)) <= 1
-            ):
-                return traces
-            record = torch.cat([record, self._advance(more_draws(len(record), times))])
+        traces = self._traces(self._advance(draws, measured=True), burn_in)
+        if self.heating:
+            heating = sum(self.heating) / len(self.heating) / abs(float(traces.pull.mean()))
+            traces = replace(traces, heating=heating)
+        return [traces]
+
+    def extend(self, counts: Mapping[int, int]) -> dict[int, Traces]:
+        """More draws."""
+        return {0: self._traces(self._advance(counts[0]), 0)}
+
+    def has_left(self, traces: Traces) -> bool:
+        """Whether a chain is or was on its way out: there is no look at the curvature that it met."""
+        # In equilibrium pull and spread add up to D, wherever w* lies.
+        climbed = float((traces.pull + traces.spread).mean()) > _MAX_VIRIAL * self.target.dimension
+        return climbed or traces.diverged(self.target.dimension)
 
     def _traces(self, record: Tensor, burn_in: int) -> Traces:
-        pairs = {1: 0, 2: 1}.get(self.settings.chains, self.settings.chains)
         excess, pull, spread, paired = record.unbind(1)
-        heating = sum(self.heating) / len(self.heating) / abs(float(pull.mean())) if self.heating else 0.0
-        return Traces(excess, pull, spread, paired[:, :pairs], self.step_size, burn_in, heating=heating)
+        return Traces(excess, pull, spread, paired[:, : pairs(self.settings.chains)], self.step_size, burn_in)
 
     def _advance(self, count: int, measured: bool = False) -> Tensor:
         """Make `count` steps of every chain; [count, 4, C]: excess, pull, spread, paired.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -67,6 +67,11 @@ class Traces:
     heating: float = 0.0
     curvature: float | None = None
     fall: float = 0.0
+
+    def extended(self, more: "Traces") -> "Traces":
+        """These draws and those that came after them."""
+        names = ("excess", "pull", "spread", "paired")
+        return replace(self, **{name: torch.cat([getattr(self, name), getattr(more, name)]) for name in names})
 
     def diverged(self, dimension: int) -> bool:
         """Whether a chain is or was on its way out: in equilibrium pull and spread add up to D, wherever w* lies.
@@ -173,6 +178,15 @@ def inner_products(displacements: Tensor, gradients: Tensor, chains: int) -> Ten
     else:
         paired = dot(w - w.roll(-1, 1), g - g.roll(-1, 1))
     return torch.stack([dot(w, g), dot(w, w), paired]).flatten(1)
+
+
+def pairs(chains: int) -> int:
+    """How many pairs of neighbours so many chains have, in a ring.
+
+    Args:
+        chains: of one snapshot.
+    """
+    return {1: 0, 2: 1}.get(chains, chains)
 
 
 def most_virial(dimension: int) -> float:

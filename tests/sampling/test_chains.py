@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from groktrace.sampling import chains, posterior
+from groktrace.sampling import chains, engine, posterior, stack
 from groktrace.sampling.calibration import run_length, step_size
 from groktrace.sampling.chains import rows_per_stack, sample
 from groktrace.sampling.diagnostics import standard_error
@@ -163,7 +163,7 @@ def test_steps_are_timed_without_what_comes_before_them(bowl, monkeypatch):
     made, clock = [], [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[-1])
     monkeypatch.setattr(base.Dynamics, "step", slowed(base.Dynamics.step, 0.002))
-    monkeypatch.setattr(chains, "gaussian_start", slowed(chains.gaussian_start, 0.3))
+    monkeypatch.setattr(stack, "gaussian_start", slowed(stack.gaussian_start, 0.3))
     settings = SamplingSettings(chains=2)
     step, before = chains.time_steps(bowl(SPECTRUM), torch.zeros(3, 60).double(), settings, 30.0)
     assert (step, before) == (pytest.approx(0.002), pytest.approx(0.3))
@@ -205,12 +205,12 @@ def test_chains_that_fall_far_at_once_get_few_attempts(bowl, monkeypatch):
     falling, settled = draw(loss, anchors, SamplingSettings(chains=2, draws=300), 10.0, 1.0, epsilons=epsilons)
     assert not settled.diverged(60)
     assert settled.fall == 0
-    assert settled.halvings > chains.FEW_RESTARTS
+    assert settled.halvings > engine.FEW_RESTARTS
     assert not falling.diverged(60)  # too large a step falls nowhere before it explodes
-    assert falling.halvings > chains.FEW_RESTARTS
+    assert falling.halvings > engine.FEW_RESTARTS
     assert settled.halvings == falling.halvings == 6
     # Only the last of the attempts that diverged had first fallen.
-    monkeypatch.setattr(chains, "FEW_RESTARTS", 0)
+    monkeypatch.setattr(engine, "FEW_RESTARTS", 0)
     falling, settled = draw(loss, anchors, SamplingSettings(chains=2, draws=300), 10.0, 1.0, epsilons=epsilons)
     assert falling.fall > 0.1 * 60 + 100
     assert falling.diverged(60)
@@ -220,7 +220,7 @@ def test_chains_that_fall_far_at_once_get_few_attempts(bowl, monkeypatch):
 
 
 @pytest.mark.parametrize("sign", ["burst", "hot"])
-@pytest.mark.parametrize(("quiet_below", "halvings"), [(0.3, 2), (0.0, chains.FEW_RESTARTS)])
+@pytest.mark.parametrize(("quiet_below", "halvings"), [(0.3, 2), (0.0, engine.FEW_RESTARTS)])
 def test_chains_that_the_step_heats_are_tried_again_at_half_of_it_a_few_times(
     bowl, monkeypatch, sign, quiet_below, halvings
 ):

@@ -103,8 +103,10 @@ def test_minibatches_heat_a_large_network_as_they_heat_stacked_ones(method, epsi
 
 
 def test_diverging_chains_of_a_large_network_are_halved_and_counted(bowl, monkeypatch):
-    evaluated, plain = [], large._Chains._evaluate
-    monkeypatch.setattr(large._Chains, "_evaluate", lambda self, chain: evaluated.append(chain) or plain(self, chain))
+    evaluated, plain = [], large.LargeChains._evaluate
+    monkeypatch.setattr(
+        large.LargeChains, "_evaluate", lambda self, chain: evaluated.append(chain) or plain(self, chain)
+    )
     stable = step_size(10.0, 1.0, 1.0)
     weights = {"w": torch.zeros(60).double()}
     settings = SamplingSettings(chains=2, burn_in=300, draws=300)

@@ -1,0 +1,103 @@
+"""Control variates: what the gradients of minibatches are at w*, and where their noise goes."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from groktrace.sampling.batches import Minibatches
+from groktrace.sampling.curvature import difference_product, lanczos
+from groktrace.sampling.posterior import StackedLoss
+
+# Products from which the share of minibatch noise is taken that goes into stiff directions.
+_SHARE_ITERATIONS = 3
+
+
+@dataclass(frozen=True)
+class ControlVariates:
+    """What control variates need of the parts that batches are, at each snapshot (Baker et al. 2019).
+
+    Attributes:
+        losses: L_k(w*) of each batch, [S, K].
+        shifts: ∇L(w*) − ∇L_k(w*), [S, K, D].
+        gradients: ∇L(w*), the mean over the batches, [S, D].
+        snapshot: of each row, [R].
+    """
+
+    losses: Tensor
+    shifts: Tensor
+    gradients: Tensor
+    snapshot: Tensor
+
+    @classmethod
+    def of(cls, loss: StackedLoss, anchors: Tensor, parts: Tensor, snapshot: Tensor) -> "ControlVariates":
+        """Those of some batches, from one look at each.
+
+        Args:
+            loss: of S rows.
+            anchors: w* of each snapshot, [S, D].
+            parts: [K, B] the samples of each batch.
+            snapshot: of each chain, [R].
+        """
+        losses = anchors.new_empty(len(anchors), len(parts))
+        shifts = anchors.new_empty(len(anchors), len(parts), anchors.shape[1])
+        for k, batch in enumerate(parts):
+            losses[:, k], shifts[:, k] = loss.gradients(anchors, batch.expand(len(anchors), -1).contiguous())
+        gradients = shifts.mean(1)
+        torch.sub(gradients[:, None], shifts, out=shifts)
+        return cls(losses, shifts, gradients, snapshot)
+
+    def mean(self) -> tuple[Tensor, Tensor]:
+        """L(w*) and ∇L(w*) of each row, [R] and [R, D]."""
+        return self.losses.mean(1)[self.snapshot], self.gradients[self.snapshot]
+
+    def select(self, rows: Tensor) -> "ControlVariates":
+        """That of some of the rows."""
+        return replace(self, snapshot=self.snapshot[rows])
+
+
+def stiff_share(
+    loss: StackedLoss,
+    weights: Tensor,
+    batches: Minibatches,
+    control: ControlVariates,
+    displacement: Tensor,
+    rows: Tensor,
+    nbeta: float,
+    localization: float,
+) -> Tensor:
+    """By how much less the noise of minibatches adds to λ̂ than if it all went into the stiffest directions.
+
+    In a direction of curvature h it adds nβh/(nβh + γ) of what it does there; the quadratic form of that function of
+    the Hessian in a sample of the noise comes from the noise's Krylov space (Golub & Meurant 2010).
+
+    Args:
+        loss: of R rows.
+        weights: where the chains are, [R, D].
+        batches: theirs, of parts; two are drawn.
+        control: of the same rows.
+        displacement: w − w*, [R, D]; its direction is taken where there is no noise.
+        rows: those that are looked at, [S].
+        nbeta: nβ.
+        localization: γ.
+
+    Returns:
+        [S].
+    """
+    loss, weights, snapshots = loss.select(rows), weights[rows], control.snapshot[rows]
+    noise, sign = torch.zeros_like(weights), 1.0
+    for _ in range(2):
+        batches.draw()
+        index = batches.index[rows]
+        gradients = loss.gradients(weights, index)[1]
+        noise.add_(gradients, alpha=sign).add_(control.shifts[snapshots, batches.number[rows]], alpha=sign)
+        sign = -1.0
+    silent = noise.norm(dim=1) == 0  # twice the same batch, or a loss without any
+    noise[silent] = displacement[rows][silent]
+    product = partial(difference_product, loss, weights, gradients, index=index)
+    tridiagonal, _ = lanczos(product, noise, _SHARE_ITERATIONS)
+    values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num())
+    stiff = nbeta * values.clamp(min=0)
+    share = (vectors[:, 0].square() * stiff / (stiff + localization)).sum(1)
+    return torch.where(torch.isfinite(tridiagonal).all(dim=(1, 2)), share, 1.0).to(weights.dtype)

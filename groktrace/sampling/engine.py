@@ -1,0 +1,173 @@
+"""Draws and restarts of chains, whatever advances them: a stack of small networks, or one large one."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from groktrace.sampling.calibration import MAX_STEPS, more_draws, step_size
+from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.traces import MOST_HEATING, SLACK, WANTED_HEATING, Traces, cooled
+
+MAX_RESTARTS, DEAR_RESTARTS = 16, 2
+# Chains that fall by so many nats for each weight at once are not in a basin: training has hardly begun. They would be
+# followed through ever steeper walls for as long as all other snapshots take together.
+MAX_FALL = 0.1
+FEW_RESTARTS = 3
+# The same where data are sampled, at once and for good: no smaller step would help.
+DEAR_FALL = 1.0
+MAX_GROWTH, DEAR_GROWTH = 16, 4
+# Set to have the chains of all threads give up what they are at.
+interruption = threading.Event()
+
+
+class Chains(Protocol):
+    """The chains of some snapshots in flight."""
+
+    @property
+    def lengths(self) -> Sequence[tuple[int, int]]:
+        """Burn-in and first draws of each snapshot, in steps."""
+        ...
+
+    @property
+    def made(self) -> int:
+        """Steps made so far."""
+        ...
+
+    def begin(self) -> list[Traces]:
+        """Burn in, and make the first draws of each snapshot."""
+        ...
+
+    def extend(self, counts: Mapping[int, int]) -> dict[int, Traces]:
+        """Make more draws of some snapshots; the others are dropped.
+
+        Args:
+            counts: how many, by snapshot.
+
+        Returns:
+            These draws, by snapshot.
+        """
+        ...
+
+    def has_left(self, traces: Traces) -> bool:
+        """Whether a chain is or was on its way out, so that a smaller step has to be tried."""
+        ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is sampled, and how dear a step is.
+
+    Attributes:
+        settings: chains, batch size, run length; with a method and a number of chains.
+        nbeta: nβ.
+        localization: γ.
+        dimension: D.
+        dear: whether data are so many that they are sampled.
+    """
+
+    settings: SamplingSettings
+    nbeta: float
+    localization: float
+    dimension: int
+    dear: bool
+
+    def is_heated(self, traces: Traces) -> bool:
+        """Whether the discretisation fed energy to the chains, which more draws would not mend."""
+        return traces.burst or traces.hot(self.settings.kernel, self.localization, self.dimension)
+
+    def curved_step(self, traces: Traces) -> float | None:
+        """The step for the curvature that the chains met, where theirs was too large for it; else None."""
+        if traces.curvature is None or self.settings.step_size is not None:
+            return None
+        fitting = step_size(self.nbeta, self.localization, traces.curvature)
+        return fitting if fitting < 0.7 * traces.step_size else None
+
+    def fitting_step(self, traces: Traces) -> float:
+        """The step for the curvature that the chains met, or for the noise of their minibatches."""
+        most = MOST_HEATING if self.dear else WANTED_HEATING
+        return self.curved_step(traces) or cooled(traces, self.settings.kernel, self.localization, most)
+
+    def is_hopeless(self, traces: Traces, falls: int) -> bool:
+        """Whether no smaller step will do, as the snapshot is in no basin."""
+        return falls > FEW_RESTARTS or (self.dear and traces.fall > DEAR_FALL * self.dimension + SLACK)
+
+    def draw(self, chains: Chains, needed: Callable[[Traces], float]) -> list[Traces]:
+        """Burn in, draw, and go on with those snapshots whose draws do not suffice yet.
+
+        Args:
+            chains: before their first step.
+            needed: how many times as many draws a snapshot needs, at most 1 where they suffice; asked only where
+                `settings.draws` is None.
+        """
+        traces = chains.begin()
+        while self.settings.draws is None:
+            counts = {}
+            for s, each in enumerate(traces):
+                first = chains.lengths[s][1]
+                limit = min((DEAR_GROWTH if self.dear else MAX_GROWTH) * first, MAX_STEPS)
+                grows = not chains.has_left(each) and len(each.excess) < limit and not self.is_heated(each)
+                if grows and self.curved_step(each) is None and (times := needed(each)) > 1:
+                    counts[s] = more_draws(len(each.excess), times)
+            if not counts:
+                break
+            for s, more in chains.extend(counts).items():
+                traces[s] = traces[s].extended(more)
+        return traces
+
+
+def sample_with_restarts(
+    begin: Callable[[Sequence[int], Sequence[float], Sequence[int], bool], Chains],
+    step_sizes: Sequence[float],
+    target: Target,
+    needed: Callable[[Traces], float],
+    fallback: bool = False,
+) -> list[Traces]:
+    """Run all chains of S snapshots, again with a smaller step where that was too large.
+
+    Args:
+        begin: gives the chains of some snapshots, by these, their ε, how often each was halved, and whether gradients
+            may be of minibatches.
+        step_sizes: ε of each snapshot; halved where chains diverge, reduced where they find a larger curvature than at
+            w* or where minibatch noise heats them: 16 times at most, or three where they fall far at once, and within
+            the first three where the step heats them.
+        target: what is sampled.
+        needed: see `Target.draw`.
+        fallback: whether chains that minibatches throw out run without them; else with a smaller step.
+
+    Returns:
+        Traces of each snapshot, those of the last attempt where its chains diverged at every step size tried.
+    """
+    count = len(step_sizes)
+    results: dict[int, Traces] = {}
+    pending = list(range(count))
+    epsilon, halvings, falls, lost = list(step_sizes), [0] * count, [0] * count, [0] * count
+    batched = [target.settings.batch_size is not None] * count
+    for attempt in range((DEAR_RESTARTS if target.dear else MAX_RESTARTS) + 1):
+        again: list[int] = []
+        for in_batches in (True, False):
+            some = [s for s in pending if batched[s] is in_batches]
+            if not some:
+                continue
+            chains = begin(some, [epsilon[s] for s in some], [halvings[s] for s in some], in_batches)
+            for s, found, length in zip(some, target.draw(chains, needed), chains.lengths, strict=True):
+                traces = results[s] = replace(found, halvings=halvings[s], lost=lost[s])
+                lost[s] += min(chains.made, sum(length))
+                falls[s] += traces.fall > MAX_FALL * target.dimension + SLACK
+                if target.is_hopeless(traces, falls[s]):
+                    continue
+                if chains.has_left(traces) or (attempt < FEW_RESTARTS and target.is_heated(traces)):
+                    if in_batches and fallback:
+                        batched[s] = False
+                        again.append(s)
+                        continue
+                    epsilon[s] /= 2
+                    halvings[s] += 1
+                else:
+                    epsilon[s] = target.fitting_step(traces)
+                if epsilon[s] != traces.step_size:
+                    again.append(s)
+        pending = sorted(again)
+        if not pending or target.settings.step_size is not None:
+            break
+    return [results[s] for s in range(count)]
