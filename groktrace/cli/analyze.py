@@ -2,7 +2,7 @@
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
 
@@ -22,10 +22,8 @@ from groktrace.cli.options import (
     sampling_settings,
     set_threads,
 )
+from groktrace.cli.phases import Phases
 from groktrace.cli.results import finish, write_logs
-
-if TYPE_CHECKING:
-    from groktrace.reporting.progress import Progress
 
 
 @click.command("analyze", cls=Command)
@@ -73,7 +71,7 @@ def command(
             task=loaded,
             task_name=task,
             device=device,
-            progress=held.enter_context(_Phases(opening_line(opened))).report,
+            progress=held.enter_context(Phases(opening_line(opened))).report,
             reference=reference,
             curvature=curvature,
             adaptive=adaptive,
@@ -84,37 +82,3 @@ def command(
             settings=settings,
         )
     finish(trajectory, opened, logdir, as_json)
-
-
-class _Phases:
-    """One progress display after another, as an analysis goes from phase to phase.
-
-    Args:
-        opening: a line that is shown before the first.
-    """
-
-    def __init__(self, opening: str) -> None:
-        self._opening = opening
-        self._label: str | None = None
-        self._done = 0
-        self._display: Progress | None = None
-
-    def __enter__(self) -> "_Phases":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._display is not None:
-            self._display.__exit__(*error)
-
-    def report(self, phase: str, done: int, total: int) -> None:
-        """Show that `done` of `total` snapshots have passed `phase`."""
-        from groktrace.reporting.progress import Progress
-
-        if phase != self._label or self._display is None:
-            self.__exit__(None, None, None)
-            if self._label is None:
-                click.echo(self._opening, err=True)
-            self._label, self._done = phase, 0
-            self._display = Progress(total, phase).__enter__()
-        self._display.advance(done - self._done)
-        self._done = done
