@@ -92,11 +92,7 @@ def _read_metadata(path: Path) -> Any:
     except (CheckpointError, MemoryError):
         raise
     except pickle.UnpicklingError as failure:
-        reason = " ".join(str(failure).split("\n\t")[-1].split())[:300]
-        raise CheckpointError(
-            f"{path}: needs more than torch's own descriptions ({reason}), which is never loaded here; save the "
-            "weights alone, torch.save(model.state_dict(), 'new.pt'), in a process of your own."
-        ) from failure
+        raise torch_file.needs_more(path, failure) from failure
     except Exception as failure:  # whatever damaged bytes make of it
         raise CheckpointError(f"{path}: damaged ({type(failure).__name__}: {failure}); leave it out.") from failure
 

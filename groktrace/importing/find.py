@@ -51,8 +51,11 @@ def find_checkpoints(given: Iterable[str | os.PathLike[str]], depth: int = MAX_F
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder as a whole is one checkpoint."""
-    return (folder / DCP_FILE).is_file() or huggingface.weights_file(folder) is not None
+    """Whether a folder as a whole is one checkpoint; one of a trainer that holds others is not."""
+    if (folder / DCP_FILE).is_file():
+        return True
+    inside = (entry for entry in folder.iterdir() if entry.is_dir())
+    return huggingface.weights_file(folder) is not None and not any(map(huggingface.weights_file, inside))
 
 
 def _within(folder: Path, depth: int) -> Iterator[Path]:
@@ -60,12 +63,11 @@ def _within(folder: Path, depth: int) -> Iterator[Path]:
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     folders = [entry for entry in entries if entry.is_dir()]
     whole = [entry for entry in folders if is_checkpoint(entry)]
-    if whole:
-        yield from whole  # the folder's own weights are the trainer's last, or best
-    elif is_checkpoint(folder):
+    if is_checkpoint(folder):
         yield folder
         return
-    else:
+    yield from whole
+    if not whole:  # else the folder's own weights are a trainer's last, or best
         yield from (entry for entry in entries if entry.is_file() and _is_checkpoint_file(entry.name))
     if depth:
         for entry in folders:

@@ -24,12 +24,14 @@ class Wanted:
         specs: by name.
         aliases: further names of tied ones, with the name that is kept.
         optional: those that no checkpoint need hold.
+        known: names of the network's state dict, some of which may be no tensors of a snapshot.
         ignored: patterns of names that the network gives no place to on purpose.
     """
 
     specs: Mapping[str, WeightSpec]
     aliases: Mapping[str, str]
     optional: frozenset[str]
+    known: frozenset[str] = frozenset()
     ignored: tuple[str, ...] = ()
 
 
@@ -115,15 +117,16 @@ def _candidates(tensors: Mapping[str, StoredTensor], wanted: Wanted, wrappers: f
         around = [name for name, tensor in tensors.items() if tensor.container == container]
         used = {name for each in names.values() for name in each}
         others = [plain[name] for name in around if name not in used]
-        unexpected = [name.removeprefix(prefix) for name in others if name.startswith(prefix)]
-        ignored = [name for name in unexpected if any(re.search(pattern, name) for pattern in wanted.ignored)]
+        after = [name.removeprefix(prefix) for name in others if name.startswith(prefix)]
+        unexpected = [name for name in after if name not in wanted.known]
+        unexpected = [name for name in unexpected if not any(re.search(pattern, name) for pattern in wanted.ignored)]
         misshapen = [fault for first, each in held.items() if (fault := _misfit(first, wanted.specs[first], each))]
         own = all(each == [prefix + first] for first, each in names.items())
         yield _Candidate(
             prefix,
             held,
             [name for name in wanted.specs if name not in held and name not in wanted.optional],
-            [name for name in unexpected if name not in ignored],
+            unexpected,
             misshapen,
             len(others),
             own and not prefix and not others and _same_dtypes(held, wanted.specs),

@@ -94,5 +94,7 @@ def prepare_network(task: Task) -> Network:
     views = views_of(model, own)
     frozen = {name for name in parameters_of(model, own) if not specs[name].trainable and name not in views}
     ignored = tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    wanted = Wanted(specs, find_aliases(model), frozenset(optional & specs.keys()), ignored)
+    wanted = Wanted(
+        specs, find_aliases(model), frozenset(optional & specs.keys()), frozenset(model.state_dict()), ignored
+    )
     return Network(model, evaluation, specs, wanted, frozenset(frozen))

@@ -1,5 +1,6 @@
 """Files of torch.save, opened with weights_only=True and in no other way, ever: nothing in them is run."""
 
+import contextlib
 import io
 import pickle
 import re
@@ -18,7 +19,7 @@ SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pt.tar", ".pth.tar")
 MAX_PICKLE_BYTES = 2**28  # of the nesting around the tensors, which itself takes much more memory
 _ZIP = b"PK\x03\x04"
 _BYTEARRAY = b"\nbytearray\n"
-_REMEDY = (
+REMEDY = (
     "If you trust the file, load it in a process of your own and save the weights alone: "
     "torch.save({'model': model.state_dict(), 'step': step}, 'new.pt')."
 )
@@ -67,7 +68,7 @@ def _load(source: Any, path: Path, **how: bool) -> Any:
             warnings.simplefilter("ignore")  # torch's, of pickles by other protocols
             return torch.load(source, map_location="cpu", weights_only=True, **how)
     except pickle.UnpicklingError as failure:
-        raise _needs_more(path, failure) from failure
+        raise needs_more(path, failure) from failure
     except Exception as failure:  # torch.load has no one error for damaged files
         reason = " ".join(str(failure).split())[:200]
         raise CheckpointError(
@@ -109,18 +110,18 @@ def _check_pickle(file: BinaryIO, path: Path) -> None:
     before = b""
     while block := file.read(2**24):
         if _BYTEARRAY in before + block:
-            raise CheckpointError(f"{path}: holds a bytearray, whose size its file does not bound. {_REMEDY}")
+            raise CheckpointError(f"{path}: holds a bytearray, whose size its file does not bound. {REMEDY}")
         before = block[-len(_BYTEARRAY) :]
 
 
-def _needs_more(path: Path, failure: Exception) -> CheckpointError:
+def needs_more(path: Path, failure: Exception) -> CheckpointError:
     """The refusal of a pickle that needs code to be run."""
-    try:
+    names = re.findall(r"GLOBAL (\S+)", str(failure))[:1]
+    with contextlib.suppress(Exception):  # only of newer files, and whole ones
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # only of newer files, and whole ones
-        names = re.findall(r"GLOBAL (\S+)", str(failure))[:1]
     if names:
         needs = f"needs code to be run ({', '.join(names[:5])}{', ...' if names[5:] else ''})"
     else:
-        needs = f"cannot be opened as tensors and plain values ({' '.join(str(failure).split())[-200:]})"
-    return CheckpointError(f"{path}: {needs}, which is never done here. {_REMEDY}")
+        reason = " ".join(str(failure).partition("Check the documentation")[0].split("error:")[-1].split())[-200:]
+        needs = f"not whole, or not of tensors and plain values alone ({reason})"
+    return CheckpointError(f"{path}: {needs}; nothing else is ever opened. {REMEDY}")

@@ -119,7 +119,8 @@ class RunWriter:
     def _write_snapshot(self, each: Step, contents: Contents, match: Match, tensors: dict[str, Tensor]) -> None:
         if self._frozen is None:
             self._frozen = self._keep_frozen({name: tensors[name] for name in tensors if name in self._network.frozen})
-        kept = {name: value for name, value in tensors.items() if self._frozen.get(name) != files.digest(value)}
+        same = {name for name, digest in self._frozen.items() if files.digest(tensors[name]) == digest}
+        kept = {name: tensor for name, tensor in tensors.items() if name not in same}
         path, source = layout.snapshot_path(self._root, each.step), {SOURCE_KEY: _source(each.path)}
         why = None if contents.linkable is None else _why_copied(match, kept, self._remote)
         if contents.linkable is not None and why is None:
