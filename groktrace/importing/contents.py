@@ -11,7 +11,7 @@ from torch import Tensor
 from groktrace.errors import GroktraceError
 
 # Bounds of nested values: a small pickle can refer to one list from many places.
-MAX_DEPTH, MAX_ENTRIES = 16, 10**6
+MAX_DEPTH, MAX_ENTRIES = 16, 250_000
 
 
 class CheckpointError(GroktraceError):
@@ -53,7 +53,7 @@ class Contents:
 
 
 def flatten(loaded: Any, path: Path) -> Contents:
-    """Nested dicts and lists as tensors and values by dotted path.
+    """Nested dicts and lists as tensors and values by dotted path; numbers in lists are left out.
 
     Args:
         loaded: what the checkpoint holds.
@@ -76,7 +76,8 @@ def flatten(loaded: Any, path: Path) -> Contents:
                 tensors[name] = StoredTensor(tuple(node.shape), node.dtype, node.detach, container)
         elif isinstance(node, Mapping | list | tuple):
             for key, item in node.items() if isinstance(node, Mapping) else enumerate(node):
-                walk(item, name, f"{name}.{key}" if name else str(key), depth + 1)
+                if isinstance(node, Mapping) or isinstance(item, Tensor | Mapping | list | tuple):
+                    walk(item, name, f"{name}.{key}" if name else str(key), depth + 1)
         elif isinstance(node, bool | int | float | str):
             values[name] = node
 

@@ -40,7 +40,11 @@ def open_folder(folder: Path) -> Contents:
     found = _read_metadata(folder / DCP_FILE)
     tensors: dict[str, StoredTensor] = {}
     values: dict[str, Any] = {}
+    sizes = {entry.name: entry.stat().st_size for entry in folder.iterdir()}
     try:
+        for place in found.storage_data.values():
+            if min(place.offset, place.length) < 0 or place.offset + place.length > sizes.get(place.relative_path, -1):
+                raise ValueError(f"{place.relative_path} has no bytes {place.offset} to {place.offset + place.length}")
         places = {(index.fqn, tuple(index.offset or ())): place for index, place in found.storage_data.items()}
         for name, entry in found.state_dict_metadata.items():
             if isinstance(entry, dcp.TensorStorageMetadata):
@@ -150,15 +154,12 @@ def _read_piece(folder: Path, name: str, place: Any) -> Any:
     """One piece of a file: a small file of torch.save in it.
 
     Raises:
-        CheckpointError: it is damaged, compressed, or outside of the folder.
+        CheckpointError: it is damaged or compressed.
     """
     try:
-        if Path(place.relative_path).name != place.relative_path or place.transform_descriptors:
-            raise ValueError("compressed, or in another folder")
+        if place.transform_descriptors:
+            raise ValueError("it is compressed")
         with open_plain(folder / place.relative_path) as file:
-            size = file.seek(0, io.SEEK_END)
-            if min(place.offset, place.length) < 0 or place.offset + place.length > size:
-                raise ValueError(f"it would end at {place.offset + place.length} bytes of {size}")
             file.seek(place.offset)
             return torch_file.load_piece(file.read(place.length), folder / place.relative_path)
     except (OSError, TypeError, AttributeError, ValueError) as failure:

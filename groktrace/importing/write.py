@@ -79,7 +79,9 @@ class RunWriter:
                 _check_source(self._root, each)
         lost: list[str] = []
         try:
-            self._start(optimizer, task_name)
+            begun = not left
+            if begun:
+                self._start(optimizer, task_name)
             report(len(steps) - len(left), len(steps))
             for done, each in enumerate(left, len(steps) - len(left) + 1):
                 try:
@@ -89,6 +91,9 @@ class RunWriter:
                 except CheckpointError as failure:
                     lost.append(str(failure))
                     continue
+                if not begun:  # nothing is written where nothing can be read
+                    self._start(optimizer, task_name)
+                    begun = True
                 self._write_snapshot(each, contents, match, tensors)
                 report(done, len(steps))
             if len(lost) == len(steps):

@@ -133,13 +133,13 @@ def set_places(**entries):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_places(relative_path="../file"), "'a' cannot be read .compressed, or in another folder"),
-        (set_places(transform_descriptors=["zstd"]), "'a' cannot be read .compressed"),
-        (set_places(offset=10**15), "it would end at 10000000"),
-        (set_places(offset=-5), "it would end at"),
-        (set_places(relative_path="missing"), "'a' cannot be read"),
+        (set_places(relative_path="../file"), r"\.metadata: damaged .ValueError: \.\./file has no bytes"),
+        (set_places(transform_descriptors=["zstd"]), "'a' cannot be read .it is compressed"),
+        (set_places(offset=10**15), r"\.metadata: damaged .ValueError: __0_0.distcp has no bytes 10000000"),
+        (set_places(offset=-5), "has no bytes -5"),
+        (set_places(relative_path="missing"), "missing has no bytes 0 to"),
         (set_places(length=3), "not whole, or not of tensors"),
-        (set_places(length="3"), "'a' cannot be read"),
+        (set_places(length="3"), "damaged .TypeError"),
         (lambda found: found.storage_data.clear(), r"\.metadata: damaged .KeyError"),
         (lambda found: vars(found).update(storage_data=None), r"\.metadata: damaged .AttributeError"),
         (

@@ -137,6 +137,7 @@ def test_a_checkpoint_that_changes_while_it_is_imported(folder):
         (folder / "saved" / f"{step}.pt").unlink()
     with pytest.raises(groktrace.GroktraceError, match=r"0.pt: cannot be read"):
         planned.write(folder / "other")
+    assert not (folder / "other").exists()
 
 
 def test_other_things_are_not_touched(folder, recorded):

@@ -28,7 +28,15 @@ def test_state_dicts_with_their_optimizer(saved, tmp_path, same_analysis):
 def test_what_a_file_holds(tmp_path, zipped):
     path = tmp_path / "file.pt"
     shared = torch.arange(6.0)
-    content = {"a": {"b": [shared, shared[2:5]]}, "step": 3, "name": "run", "flag": True, "none": None}
+    content = {
+        "a": {"b": [shared, shared[2:5]]},
+        "losses": [0.1] * 10**6,
+        "betas": (1, 2),
+        "step": 3,
+        "name": "run",
+        "flag": True,
+        "none": None,
+    }
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     opened = torch_file.open_file(path)
     assert opened.values == {"step": 3, "name": "run", "flag": True}
