@@ -34,6 +34,7 @@ def network():
     )
 
 
+@pytest.fixture(scope="module")
 def task():
     tokens = Sentences().tokens
     data = {"input_ids": tokens, "labels": tokens}
@@ -66,8 +67,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_a_trainers_folder(folder, tmp_path, same_analysis):
-    planned = plan.plan_import(folder / "saved", task())
+def test_a_trainers_folder(folder, task, tmp_path, same_analysis):
+    planned = plan.plan_import(folder / "saved", task)
     assert [each.source for each in planned.steps] == ["global_step"] * 3
     imported = planned.write(tmp_path / "run")
     assert imported.linked == 3, imported.copied
@@ -76,22 +77,22 @@ def test_a_trainers_folder(folder, tmp_path, same_analysis):
     assert "lm_head.weight" in imported.run.info["aliases"]
 
 
-def test_one_folder_and_the_final_model(folder, tmp_path):
-    run = groktrace.import_checkpoints(folder / "saved" / "checkpoint-4", task=task(), out=tmp_path / "run")
+def test_one_folder_and_the_final_model(folder, task, tmp_path):
+    run = groktrace.import_checkpoints(folder / "saved" / "checkpoint-4", task=task, out=tmp_path / "run")
     assert [snapshot.step for snapshot in run.snapshots] == [4]
     final = folder / "saved" / "model.safetensors"
     with pytest.raises(groktrace.GroktraceError, match=r"model.safetensors: expected a step in it or in its name"):
-        groktrace.import_checkpoints(final, task=task(), out=tmp_path / "other")
+        groktrace.import_checkpoints(final, task=task, out=tmp_path / "other")
 
 
-def test_weights_of_torch_save(folder, tmp_path):
+def test_weights_of_torch_save(folder, task, tmp_path):
     model = network()
     checkpoint = tmp_path / "checkpoint-8"
     checkpoint.mkdir()
     torch.save(model.state_dict(), checkpoint / "pytorch_model.bin")
     (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 9, "log_history": "none"}))
     (checkpoint / "optimizer.pt").write_bytes(b"damaged")
-    run = groktrace.import_checkpoints(checkpoint, task=task(), out=tmp_path / "run")
+    run = groktrace.import_checkpoints(checkpoint, task=task, out=tmp_path / "run")
     assert [snapshot.step for snapshot in run.snapshots] == [9]
     assert torch.equal(run.snapshots[0].load()["transformer.wte.weight"], model.transformer.wte.weight)
     state = model.state_dict()
@@ -100,7 +101,7 @@ def test_weights_of_torch_save(folder, tmp_path):
     with pytest.raises(
         groktrace.GroktraceError, match=r"holds two values of 'transformer.wte.weight', which is one tensor"
     ):
-        groktrace.import_checkpoints(checkpoint, task=task(), out=tmp_path / "other")
+        groktrace.import_checkpoints(checkpoint, task=task, out=tmp_path / "other")
 
 
 def test_what_a_trainer_noted_is_hostile_too(tmp_path):
