@@ -40,7 +40,11 @@ SHOWN = 12  # rows of the table that is shown before the import
 def command(
     checkpoints: tuple[str, ...], task: str, out: str, key: str | None, step_from: str | None, dry_run: bool
 ) -> None:
-    """Make RUN of checkpoints: files, folders and patterns, in any format, of which no code is run."""
+    """Make RUN of checkpoints that were saved without the hook.
+
+    CHECKPOINTS are files of torch.save, safetensors, folders of transformers, Lightning or torch.distributed.checkpoint,
+    folders of these, and patterns. No code of theirs is run.
+    """
     from groktrace.importing.plan import plan_import
     from groktrace.reporting.console import opening_line
 

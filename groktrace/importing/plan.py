@@ -107,7 +107,7 @@ def plan_import(
     if progress is not None:
         progress("looking into checkpoints", len(paths), len(paths))
     if not recorded:
-        more = f" So it is with all {len(left_out)} checkpoints." if left_out[1:] else ""
+        more = f" None of the {len(left_out)} checkpoints can be used." if left_out[1:] else ""
         raise RunError(left_out[0] + more)
     steps, how = choose_steps(recorded, step_from)
     texts = [f"weights: {text} ({count} of {len(recorded)} checkpoints)" for text, count in remarks.items()]

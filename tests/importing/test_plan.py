@@ -117,7 +117,7 @@ def test_nothing_is_written_where_nothing_can_be_used(folder):
     for step in range(5):
         torch.save({"model": nn.Linear(2, 2).state_dict(), "step": step}, folder / "saved" / f"{step}.pt")
     with pytest.raises(
-        groktrace.GroktraceError, match=r"0.pt: expected the weights .* So it is with all 5 checkpoints\."
+        groktrace.GroktraceError, match=r"0.pt: expected the weights .* None of the 5 checkpoints can be used\."
     ):
         groktrace.import_checkpoints(folder / "saved", task=task(), out=folder / "run")
     torch.save({"model": network().state_dict(), "step": float("nan")}, folder / "saved" / "3.pt")
