@@ -10,7 +10,7 @@ from groktrace.reporting.notices import own_warnings_as_lines
 
 INTERRUPTED = 130
 # In the order of the help.
-_MODULES = (analyze, follow, forecast, temperature, show, plot, compare, import_command, check, theory)
+_MODULES = (import_command, analyze, follow, forecast, temperature, show, plot, compare, check, theory)
 
 
 class _Group(click.Group):

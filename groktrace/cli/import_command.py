@@ -42,8 +42,8 @@ def command(
 ) -> None:
     """Make RUN of checkpoints that were saved without the hook.
 
-    CHECKPOINTS are files of torch.save, safetensors, folders of transformers, Lightning or torch.distributed.checkpoint,
-    folders of these, and patterns. No code of theirs is run.
+    CHECKPOINTS are files of torch.save, safetensors, folders of transformers, Lightning or
+    torch.distributed.checkpoint, folders of these, and patterns. No code of theirs is run.
     """
     from groktrace.importing.plan import plan_import
     from groktrace.reporting.console import opening_line

@@ -11,7 +11,7 @@ from groktrace.importing.contents import CheckpointError
 from groktrace.importing.names import Match, Wanted
 from groktrace.recording.capture import describe_weights, find_aliases, parameters_of, views_of
 from groktrace.recording.guard import restored_attributes
-from groktrace.recording.prepare import Evaluation, trace_evaluation
+from groktrace.recording.prepare import Evaluation, describe_data, trace_evaluation
 from groktrace.run.info import WeightSpec
 from groktrace.run.isolation import without_side_effects
 from groktrace.run.live import named_tensors, plain_model
@@ -82,7 +82,7 @@ def prepare_network(task: Task) -> Network:
     with without_side_effects(model), restored_attributes(model, module.loss, module.batch_loss):
         forward = make_forward(model, module.loss, module.batch_loss, task.train, task.val)
         with evaluation_mode(forward):
-            evaluation = trace_evaluation(forward, task.train, task.n, task.val, task.n_val)
+            evaluation = trace_evaluation(forward, task.train, *describe_data(task.train, task.n, task.val, task.n_val))
     own = evaluation.own
     specs = describe_weights(model, None, own)
     optional = {

@@ -20,6 +20,7 @@ from groktrace.recording.warning import warn_user
 from groktrace.recording.writer import now, remove_leftovers, snapshot_metadata, write_snapshot
 from groktrace.run import files, layout
 from groktrace.run.info import WeightSpec, check_info
+from groktrace.run.live import listed
 from groktrace.run.remote import Remote, is_url
 from groktrace.run.store import Run, open_run
 
@@ -105,7 +106,10 @@ class RunWriter:
                 "same import goes on from there."
             ) from failure
         place = Path(self._out).expanduser() if self._remote is None else self._remote.url
-        return Imported(open_run(place), tuple(lost), self._linked, tuple(self._copied))
+        run = open_run(place)
+        if self._remote is None:
+            _warn_of_frozen(run)
+        return Imported(run, tuple(lost), self._linked, tuple(self._copied))
 
     def _start(self, optimizer: dict[str, Any] | None, task_name: str | None) -> None:
         """Write all but the snapshots."""
@@ -159,6 +163,26 @@ class RunWriter:
         files.write_json(path, {**files.read_json(path), "closed": now()})
         if self._remote is not None:
             self._remote.send(path)
+
+
+def _warn_of_frozen(run: Run) -> None:
+    """Warn of parameters that count as trained but did not move: sampling them would make λ too large."""
+    first, last = (_digests(run.snapshots[i].path) for i in (0, -1))
+    trainable = [name for name, spec in run.specs.items() if spec.trainable]
+    still = [f"'{name}'" for name in trainable if first.get(name) == last.get(name)]
+    for names in listed("", still) if len(still) < len(trainable) else ():
+        warn_user(
+            f"the first and the last checkpoint have the same {names}, which counts as trained. What was frozen has to "
+            "be so in the model of the task too (requires_grad_(False)); then import into another folder."
+        )
+
+
+def _digests(path: Path) -> dict[str, Any]:
+    """The digests of a snapshot; of a damaged one none, as whoever reads it names it."""
+    try:
+        return files.parse_json(files.read_metadata(path, SnapshotError)[files.DIGESTS_KEY].encode())
+    except (SnapshotError, KeyError, ValueError):
+        return {}
 
 
 def _why_copied(match: Match, kept: Mapping[str, Tensor], remote: Remote | None) -> str | None:

@@ -103,6 +103,28 @@ def test_weights_that_do_not_train_are_kept_once(folder):
         assert held == ([False] * 3 + [True] * 2 if out == "run" else [True] * 3 + [False] * 2)
 
 
+def test_a_damaged_snapshot_of_an_earlier_import_stays(folder):
+    groktrace.import_checkpoints(folder / "saved", task=task(), out=folder / "run")
+    (folder / "run" / "weights" / "000000000000.safetensors").write_bytes(b"damaged")
+    run = groktrace.import_checkpoints(folder / "saved", task=task(), out=folder / "run")
+    with pytest.raises(groktrace.GroktraceError, match="truncated or not a safetensors file"):
+        run.snapshots[0].load()
+
+
+def test_weights_that_look_frozen_are_warned_of(folder):
+    for step in range(5):
+        state = torch.load(path := folder / "saved" / f"{step}.pt")
+        state["model"]["0.bias"] = torch.ones(4)
+        torch.save(state, path)
+    with pytest.warns(
+        RuntimeWarning, match=r"the first and the last checkpoint have the same '0.bias', which counts as tr"
+    ):
+        groktrace.import_checkpoints(folder / "saved", task=task(), out=folder / "run")
+    model = network()
+    model[0].bias.requires_grad_(False)
+    groktrace.import_checkpoints(folder / "saved", task=task(model), out=folder / "frozen")
+
+
 def test_what_cannot_be_used_is_left_out(folder):
     (folder / "saved" / "1.pt").write_bytes(b"PK\3\4")
     torch.save({"model": nn.Linear(2, 2).state_dict(), "step": 2}, folder / "saved" / "2.pt")
