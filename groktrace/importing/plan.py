@@ -1,14 +1,14 @@
 """import_checkpoints(): which checkpoints make which snapshots, all known before anything is written."""
 
+import math
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from groktrace.errors import RunError, SettingsError
+from groktrace.errors import RunError, SettingsError, printable
 from groktrace.importing.contents import CheckpointError, Contents
 from groktrace.importing.find import find_checkpoints, open_checkpoint
 from groktrace.importing.names import match_names
@@ -21,6 +21,7 @@ from groktrace.run.task import Task
 Progress = Callable[[str, int, int], None]
 _GROUP = re.compile(r"(?P<of>(?:.*\.)?param_groups)\.(?P<index>[0-9]{1,4})\.(?P<setting>\w+)")
 MAX_NAMED = 5
+MAX_SETTINGS = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +34,7 @@ class ImportPlan:
         left_out: one line for each checkpoint that cannot be used.
         remarks: what else was noticed.
         key: where in a checkpoint the weights are, if that was given.
-        optimizer: its settings, as the first checkpoint that has some says.
+        optimizer: its settings, as the first checkpoint that was found to hold some says.
     """
 
     steps: tuple[Step, ...]
@@ -47,7 +48,7 @@ class ImportPlan:
         """A table of checkpoints and their steps, the heading first."""
         return [
             ("step", "from", "checkpoint"),
-            *((str(each.step), each.source, str(each.path)) for each in self.steps),
+            *((str(each.step), each.source, printable(str(each.path))) for each in self.steps),
         ]
 
     def write(
@@ -87,7 +88,7 @@ def plan_import(
     recorded: list[Recorded] = []
     left_out: list[str] = []
     remarks: dict[str, int] = {}
-    settings: dict[Path, dict[str, Any]] = {}
+    optimizer: dict[str, Any] | None = None
     for done, path in enumerate(paths):
         if progress is not None:
             progress("looking into checkpoints", done, len(paths))
@@ -98,8 +99,7 @@ def plan_import(
         except CheckpointError as failure:
             left_out.append(str(failure))
             continue
-        if len(settings) < 1 and (groups := _optimizer(contents)):
-            settings[path] = groups
+        optimizer = optimizer or _optimizer(contents)
         if match.prefix or match.beside:
             remark = f"under '{match.prefix.rstrip('.')}'" if match.prefix else "at the top"
             remark += f", and {match.beside} other tensors beside them, which are left out" if match.beside else ""
@@ -110,8 +110,7 @@ def plan_import(
         more = f" None of the {len(left_out)} checkpoints can be used." if left_out[1:] else ""
         raise RunError(left_out[0] + more)
     steps, how = choose_steps(recorded, step_from)
-    texts = [f"weights: {text} ({count} of {len(recorded)} checkpoints)" for text, count in remarks.items()]
-    optimizer = next(iter(settings.values()), None)
+    texts = [f"weights: {printable(text)} ({count} of {len(recorded)} checkpoints)" for text, count in remarks.items()]
     return ImportPlan(tuple(steps), network, tuple(left_out), (*filter(None, [how]), *texts), key, optimizer)
 
 
@@ -124,11 +123,11 @@ def _optimizer(contents: Contents) -> dict[str, Any] | None:
                 value = contents.values[name]
             except CheckpointError:
                 continue
-            if isinstance(value, bool | int | str) or (isinstance(value, float) and abs(value) < float("inf")):
+            if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
                 groups.setdefault(found["of"], {}).setdefault(int(found["index"]), {})[found["setting"]] = value
-    if not groups:
+    first = next(iter(groups.values()), {})
+    if not 0 < sum(map(len, first.values())) <= MAX_SETTINGS:
         return None
-    first = next(iter(groups.values()))
     return {"name": None, "groups": [first[index] for index in sorted(first)]}
 
 

@@ -64,7 +64,7 @@ def recorded_step(path: Path, contents: Contents) -> Recorded:
     states = [name for name in names if _OPTIMIZER_STEP.fullmatch(name)][:MAX_STATES]
     steps = [number for name in states if (number := _number(contents, name)) is not None]
     if steps:
-        return Recorded(path, max(steps, key=lambda step: (math.isnan(step), step)), "optimizer state")
+        return Recorded(path, max(steps, key=lambda step: (step != step, step)), "optimizer state")
     fresh = any(map(_OPTIMIZER_GROUP.search, names)) and not any(".state." in f".{name}" for name in names)
     return Recorded(path, None, "optimizer without state" if fresh else "")
 
@@ -158,7 +158,7 @@ def _whole(path: Path, number: float, source: str) -> int:
     Raises:
         SettingsError: it is none.
     """
-    if not (math.isfinite(number) and number == int(number) and 0 <= number <= MAX_STEP):
+    if not (0 <= number <= MAX_STEP and number == int(number)):
         raise SettingsError(
             f"{path}: its step is {number} by {source}, expected a whole number from 0 to {MAX_STEP}; leave the file "
             "out, or say by --step-from REGEX where in the path the step is."
