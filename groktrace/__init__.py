@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from groktrace.analysis.trajectory import Point as Point
     from groktrace.analysis.trajectory import Trajectory as Trajectory
     from groktrace.errors import GroktraceError as GroktraceError
+    from groktrace.importing.plan import import_checkpoints as import_checkpoints
     from groktrace.recording.recorder import Recorder as Recorder
     from groktrace.recording.watch import watch as watch
     from groktrace.reporting.base import Reporter as Reporter
@@ -62,6 +63,7 @@ _NAMES = {
     "analysis.temperature": ("TemperatureCurve", "temperature_curve", "temperature_curve_at"),
     "analysis.trajectory": ("Point", "Trajectory"),
     "errors": ("GroktraceError",),
+    "importing.plan": ("import_checkpoints",),
     "recording.recorder": ("Recorder",),
     "recording.watch": ("watch",),
     "reporting.base": ("Reporter",),
@@ -86,7 +88,7 @@ __all__ = ["theory", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name == "theory":
         return import_module("groktrace.theory")
-    if name in ("analysis", "errors", "recording", "reporting", "run", "sampling"):
+    if name in ("analysis", "errors", "importing", "recording", "reporting", "run", "sampling"):
         for module in _NAMES:  # whoever reaches into a package finds what `import groktrace` promises to be there
             import_module(f"groktrace.{module}")
         return import_module(f"groktrace.{name}")

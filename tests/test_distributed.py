@@ -112,6 +112,34 @@ def test_two_processes_make_one_recording(kind, tmp_path):
     assert trajectory.points[-1].train_loss == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-5)
 
 
+def sharded_and_saved(rank, folder):
+    """Both processes save their shards by torch.distributed.checkpoint, beside what the hook records."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    model, x, y = make()
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    with groktrace.watch(model, optimizer, train=(x, y), loss="cross_entropy", out=folder / "run0", every=2):
+        for step in (2, 4):
+            train(model, optimizer, x, y, 2, rank)
+            weights, state = get_state_dict(model, optimizer)
+            dcp.save({"model": weights, "optim": state}, checkpoint_id=folder / "saved" / f"step{step}")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_shards_that_were_saved_by_pytorch_are_imported(tmp_path):
+    in_two_processes(sharded_and_saved, tmp_path)
+    assert len(list((tmp_path / "saved" / "step2").glob("*.distcp"))) == 2
+    model, x, y = make()
+    task = groktrace.Task.from_model(model, train=(x, y), loss="cross_entropy")
+    run = groktrace.import_checkpoints(tmp_path / "saved", task=task, out=tmp_path / "imported")
+    hooked = groktrace.open_run(tmp_path / "run0")
+    assert [s.fingerprint() for s in run.snapshots] == [s.fingerprint() for s in hooked.snapshots if s.step]
+    assert run.weight_decay
+
+
 def sharded_and_refused(rank, folder):
     """The first process sees a folder that holds something else; both have to say so, or the second would wait."""
     from torch.distributed.fsdp import fully_shard

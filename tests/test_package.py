@@ -19,15 +19,16 @@ ORDER = [
     "theory",
     "run",
     "recording",
+    "importing",
     "sampling",
     "analysis",
     "reporting",
     "cli",
 ]
 MAY_NOT = {
-    "sampling": {"run", "recording"},
-    "analysis": {"recording"},
-    "reporting": {"recording"},
+    "sampling": {"run", "recording", "importing"},
+    "analysis": {"recording", "importing"},
+    "reporting": {"recording", "importing"},
 }
 
 
@@ -36,6 +37,7 @@ ON_CALL = {
     ("analysis/trajectory.py", "reporting"),
     ("analysis/replay.py", "reporting"),
     ("run/store.py", "analysis"),  # Run.trajectory
+    ("run/store.py", "importing"),  # what to do with a folder of checkpoints
 }
 
 

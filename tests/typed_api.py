@@ -29,6 +29,12 @@ run = groktrace.open_run("run")
 trajectory: groktrace.Trajectory = groktrace.analyze(
     run, settings=settings, method=kernels[0], detector=detectors[0], reporters=reporters
 )
+imported: groktrace.Run = groktrace.import_checkpoints(
+    ["a.pt", Path("b")],
+    task=groktrace.Task.from_model(torch.nn.Linear(2, 2), loss="mse"),
+    out="run",
+    step_from=r"_(\d+)",
+)
 latest: groktrace.Trajectory = run.trajectory()
 run.snapshots[-1].load_into(torch.nn.Linear(2, 2))
 for event in groktrace.follow("run", timeout=60, detector=detectors[1], draws=100):
@@ -38,6 +44,7 @@ seconds: float = groktrace.forecast(Path("run"), settings=settings, rtol=0.1).se
 plateau: float | None = groktrace.temperature_curve_at("run", 300, seed=3).plateau
 table: str = groktrace.compare("a", Path("b"), run, trajectory, detector=detectors[0]).table()
 
+groktrace.import_checkpoints("saved", out="run")  # type: ignore[call-arg]
 groktrace.analyze(run, chain=4)  # type: ignore[call-arg]
 groktrace.follow(run, draws="many")  # type: ignore[arg-type]
 groktrace.forecast(run, setting=settings)  # type: ignore[call-arg]

@@ -4,13 +4,13 @@ from typing import Any
 
 import click
 
-from groktrace.cli import analyze, check, compare, follow, forecast, plot, show, temperature, theory
+from groktrace.cli import analyze, check, compare, follow, forecast, import_command, plot, show, temperature, theory
 from groktrace.errors import GroktraceError
 from groktrace.reporting.notices import own_warnings_as_lines
 
 INTERRUPTED = 130
 # In the order of the help.
-_MODULES = (analyze, follow, forecast, temperature, show, plot, compare, check, theory)
+_MODULES = (import_command, analyze, follow, forecast, temperature, show, plot, compare, check, theory)
 
 
 class _Group(click.Group):

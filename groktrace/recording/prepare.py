@@ -83,24 +83,61 @@ def prepare_evaluation(
     with without_side_effects(model), restored_attributes(model, loss, batch_loss):
         fits = takes(model, loss, batch_loss)
         batch, n = collect(train, "train", MAX_SAMPLES, seed, fits)
-        data = {"train": _describe_batch(batch, n), "val": None}
-        tensors = _name_tensors("train", batch)
-        held_out = None
-        if val is not None:
-            held_out, n_val = collect(val, "val", MAX_SAMPLES, seed, fits)
-            data["val"] = _describe_batch(held_out, n_val)
-            tensors |= _name_tensors("val", held_out)
+        held_out, n_val = (None, 0) if val is None else collect(val, "val", MAX_SAMPLES, seed, fits)
+        data, tensors = describe_data(batch, n, held_out, n_val)
         forward = make_forward(model, loss, batch_loss, batch, held_out)
         with evaluation_mode(forward):
             notes = data_notes(check_forward(forward, batch, held_out), train, val, held_out)
-            shift_invariant = _shift_invariant(forward, batch)
-            unreached: frozenset[str] = frozenset()
-            try:
-                forward.find_tensors(batch)
-                unreached = _unreached(forward, batch, {*idle, *forward.own.parameters()})
-                program, constants, guard = _trace(forward, batch)
-            except Exception as failure:  # whatever tracing trips over, the weights can still be recorded
-                return Evaluation(n, data, tensors, None, failure, notes, None, forward.own, unreached)
+            return trace_evaluation(forward, batch, data, tensors, notes, idle)
+
+
+def describe_data(batch: Batch, n: int, held_out: Batch | None, n_val: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The entry "data" of run.json, and the samples by the names that data.safetensors has for them.
+
+    Args:
+        batch: training samples.
+        n: their number in truth.
+        held_out: validation samples, or None.
+        n_val: their number in truth.
+
+    Raises:
+        SettingsError: they cannot be stored.
+    """
+    data = {"train": _describe_batch(batch, n), "val": None}
+    tensors = _name_tensors("train", batch)
+    if held_out is not None:
+        data["val"] = _describe_batch(held_out, n_val)
+        tensors |= _name_tensors("val", held_out)
+    return data, tensors
+
+
+def trace_evaluation(
+    forward: ModelWithLoss,
+    batch: Batch,
+    data: dict[str, Any],
+    tensors: dict[str, Tensor],
+    notes: tuple[str, ...] = (),
+    idle: Iterable[str] = (),
+) -> Evaluation:
+    """Trace model and loss.
+
+    Args:
+        forward: the plain model and its loss, in evaluation mode.
+        batch: training samples.
+        data: see `describe_data`.
+        tensors: see `describe_data`.
+        notes: warnings about the data.
+        idle: see `prepare_evaluation`.
+    """
+    n = data["train"]["samples"]
+    shift_invariant = _shift_invariant(forward, batch)
+    unreached: frozenset[str] = frozenset()
+    try:
+        forward.find_tensors(batch)
+        unreached = _unreached(forward, batch, {*idle, *forward.own.parameters()})
+        program, constants, guard = _trace(forward, batch)
+    except Exception as failure:  # whatever tracing trips over, the weights can still be recorded
+        return Evaluation(n, data, tensors, None, failure, notes, None, forward.own, unreached)
     tensors |= {f"constant.{name}": value.detach().cpu().contiguous().clone() for name, value in constants.items()}
     program = {**program, SHIFT_INVARIANT_KEY: shift_invariant}
     return Evaluation(n, data, tensors, program, None, notes, guard, forward.own, unreached)

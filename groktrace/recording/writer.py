@@ -39,6 +39,40 @@ def remove_leftovers(root: Path) -> None:
                     entry.unlink()
 
 
+def write_snapshot(root: Path, step: int, tensors: dict[str, Tensor], metrics: Mapping[str, float], **more: str) -> int:
+    """Write one snapshot, whole or not at all; the caller syncs the folder.
+
+    Args:
+        root: the run directory; its weights folder exists.
+        step: the training step.
+        tensors: by name.
+        metrics: what was logged.
+        **more: further metadata.
+
+    Returns:
+        The bytes written.
+
+    Raises:
+        OSError: the file system refused.
+    """
+    return files.write_tensors(layout.snapshot_path(root, step), tensors, snapshot_metadata(step, metrics) | more)
+
+
+def snapshot_metadata(step: int, metrics: Mapping[str, float]) -> dict[str, str]:
+    """What the metadata of a snapshot say besides its digests.
+
+    Args:
+        step: the training step.
+        metrics: what was logged.
+    """
+    return {
+        "groktrace": str(layout.FORMAT_VERSION),
+        "step": str(step),
+        "time": now(),
+        "metrics": json.dumps({k: v if math.isfinite(v) else None for k, v in metrics.items()}, allow_nan=False),
+    }
+
+
 class Writer:
     """Writes snapshots in a background thread; the training waits while a large one is in flight.
 
@@ -235,14 +269,7 @@ class Writer:
                 self._changed.notify_all()
 
     def _write(self, step: int, tensors: dict[str, Tensor], metrics: dict[str, float]) -> int:
-        metadata = {
-            "groktrace": str(layout.FORMAT_VERSION),
-            "step": str(step),
-            "time": now(),
-            "metrics": json.dumps({k: v if math.isfinite(v) else None for k, v in metrics.items()}, allow_nan=False),
-        }
-        path = layout.snapshot_path(self._root, step)
-        size = files.write_tensors(path, tensors, metadata)
+        size = write_snapshot(self._root, step, tensors, metrics)
         if self._remote is not None:
-            self._remote.send(path, forget=True)
+            self._remote.send(layout.snapshot_path(self._root, step), forget=True)
         return size

@@ -27,6 +27,7 @@ MAX_JSON_BYTES = 64 * 2**20
 # Memory that a parsed file may take.
 MAX_PARSED_BYTES = 100 * 10**6
 DIGEST_KEY = "digest"
+DIGESTS_KEY = "digests"
 # The names of tensors of complex128, for which safetensors has no name: they are written as pairs of float64.
 PAIRS_KEY = "pairs"
 # As safetensors calls them.
@@ -223,6 +224,11 @@ def digest(tensor: Tensor) -> str:
     return state.hexdigest()
 
 
+def digests_of(tensors: dict[str, Tensor]) -> str:
+    """What metadata say of the contents of a file."""
+    return json.dumps({name: digest(tensor) for name, tensor in tensors.items()})
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
     """Write named tensors as safetensors with a digest of each; the caller syncs the folder.
 
@@ -237,9 +243,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     if pairs := [name for name, tensor in tensors.items() if tensor.dtype == torch.complex128]:
         tensors |= {name: torch.view_as_real(tensors[name]) for name in pairs}
         metadata = metadata | {PAIRS_KEY: json.dumps(pairs)}
-    metadata = with_digest(
-        metadata | {"digests": json.dumps({name: digest(tensor) for name, tensor in tensors.items()})}
-    )
+    metadata = with_digest(metadata | {DIGESTS_KEY: digests_of(tensors)})
     if sum(tensor.nbytes for tensor in tensors.values()) < SMALL_BYTES:
         data = save(tensors, metadata)  # faster, at the price of a copy or two
         _write(path, data)
@@ -265,7 +269,19 @@ def read_metadata(path: Path, error: type[GroktraceError] = RunError) -> dict[st
         error: the file is missing or its header is damaged.
     """
     with _reading(path, error), open_plain(path) as file:
-        return _metadata(_header(path, file, error))
+        return _described(path, _metadata(_header(path, file, error)), error)
+
+
+def beside(path: Path) -> Path:
+    """Where the metadata of a snapshot are that is a link to another tool's file, which has none of groktrace's."""
+    return path.with_suffix(".json")
+
+
+def _described(path: Path, metadata: dict[str, str], error: type[GroktraceError]) -> dict[str, str]:
+    """The metadata of a file, or those beside it."""
+    if DIGESTS_KEY in metadata or not beside(path).exists():
+        return metadata
+    return _metadata({"__metadata__": read_json(beside(path), error)})
 
 
 @contextlib.contextmanager
@@ -350,14 +366,14 @@ def read_tensors(path: Path, error: type[GroktraceError] = RunError) -> tuple[di
     """
     with _reading(path, error), open_plain(path) as file:
         header = _header(path, file, error)
-        metadata = _metadata(header)
+        metadata = _described(path, _metadata(header), error)
         data = bytearray(max(0, os.fstat(file.fileno()).st_size - file.tell()))
         read = file.readinto(data)
     try:
         if read != len(data):
             raise ValueError("it was cut while it was read")
         tensors = _tensors(header, data)
-        digests = parse_json(metadata.get("digests", "null").encode())
+        digests = parse_json(metadata.get(DIGESTS_KEY, "null").encode())
         pairs = parse_json(metadata.get(PAIRS_KEY, "[]").encode())
     except (ValueError, TypeError, RuntimeError, AttributeError) as failure:
         raise error(f"{path}: not a whole safetensors file ({failure}).") from failure

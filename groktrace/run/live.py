@@ -44,9 +44,9 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     own = dict(named_tensors(plain_model(model)))
     unfit = (_misfit(name, own[name], tensors[name]) for name in own if name in tensors)
     faults = [
-        *_listed("the model lacks ", (f"'{name}'" for name in tensors if name not in own)),
-        *_listed("the snapshot lacks ", (f"'{name}'" for name in own if name not in tensors)),
-        *_listed("", filter(None, unfit)),
+        *listed("the model lacks ", (f"'{name}'" for name in tensors if name not in own)),
+        *listed("the snapshot lacks ", (f"'{name}'" for name in own if name not in tensors)),
+        *listed("", filter(None, unfit)),
     ]
     if faults:
         raise TaskError(
@@ -76,8 +76,8 @@ def _misfit(name: str, own: Tensor, given: Tensor) -> str | None:
     return None
 
 
-def _listed(what: str, names: Iterable[str]) -> list[str]:
-    """The first few as one text; nothing where there are none."""
+def listed(what: str, names: Iterable[str]) -> list[str]:
+    """The first few as one text, after what is said of them; nothing where there are none."""
     found = list(names)
     more = f" and {len(found) - _MAX_NAMES} more" if len(found) > _MAX_NAMES else ""
     return [what + ", ".join(found[:_MAX_NAMES]) + more] if found else []

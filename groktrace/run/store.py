@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -11,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from groktrace.errors import RunError, SnapshotError, TaskError, printable
+from groktrace.errors import RunError, SettingsError, SnapshotError, TaskError, printable
 from groktrace.run import layout, pending
 from groktrace.run.batch import Batch, check_lengths, unflatten
-from groktrace.run.files import parse_json, read_json, read_metadata, read_tensors, read_unverified
+from groktrace.run.files import beside, parse_json, read_json, read_metadata, read_tensors, read_unverified
 from groktrace.run.info import WeightSpec, check_format, check_info
 from groktrace.run.live import load_tensors
 from groktrace.run.remote import Remote, is_url
@@ -109,6 +110,7 @@ class Snapshot:
         if self.remote is not None:
             try:
                 self.remote.fetch(self.path)
+                self.remote.fetch(beside(self.path))
             except OSError as failure:
                 raise SnapshotError(f"{self.path.name}: cannot be fetched ({failure}).") from failure
 
@@ -329,7 +331,10 @@ def _read_run(root: Path, name: str, remote: Remote | None) -> Run:
     if not root.is_dir():
         raise RunError(f"{root}: no such directory; expected one that groktrace.watch(out=...) wrote.")
     if not (root / layout.RUN_FILE).exists():
-        raise RunError(f"{name}: holds no {layout.RUN_FILE}, so it is not a directory that groktrace.watch() wrote.")
+        raise RunError(
+            f"{name}: holds no {layout.RUN_FILE}, so it is not a directory that groktrace.watch() wrote."
+            f"{_import_advice(root, name)}"
+        )
     if (link := next(layout.links_out(root), None)) is not None:
         raise RunError(f"{link}: a link {LINK_ADVICE}")
     check_format(read_unverified(root / layout.RUN_FILE), root / layout.RUN_FILE)
@@ -347,6 +352,20 @@ def _read_run(root: Path, name: str, remote: Remote | None) -> Run:
 
     snapshots = tuple(Snapshot(s, layout.snapshot_path(root, s), specs, frozen, remote) for s in steps)
     return Run(root, info, specs, snapshots, remote)
+
+
+def _import_advice(root: Path, name: str) -> str:
+    """The command that makes a run of the checkpoints in a folder; nothing where there are none."""
+    from groktrace.importing.find import find_checkpoints  # built on this package: only where it is called
+
+    try:
+        count = len(find_checkpoints([root], depth=1))
+    except (SettingsError, OSError):
+        return ""
+    return (
+        f" It holds {count} checkpoint{'s' if count > 1 else ''}; to make a run of them: "
+        f"groktrace import {shlex.quote(name)} --task my_module:task --out RUN"
+    )
 
 
 def _describe(shape: Sequence[int], dtype: torch.dtype) -> str:

@@ -47,6 +47,8 @@ class Task:
         parameters: those of the live model and loss by the names that `forward` takes, and so the buffers.
         buffers: see `parameters`.
         follow: the names of those that lie in the memory of others, with the others' names; `forward` computes them.
+        module: the live model and loss.
+        n_val: number of validation samples in truth.
     """
 
     forward: ForwardFunction
@@ -58,6 +60,8 @@ class Task:
     parameters: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     buffers: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     follow: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    module: ModelWithLoss | None = field(default=None, repr=False, compare=False)
+    n_val: int = field(default=0, repr=False, compare=False)
 
     @classmethod
     def from_model(
@@ -93,13 +97,13 @@ class Task:
         with without_side_effects(model):
             fits = takes(model, loss, batch_loss)
             batch, n = collect(train, "train", MAX_SAMPLES, seed, fits)
-            held_out = None if val is None else collect(val, "val", MAX_SAMPLES, seed, fits)[0]
+            held_out, n_val = (None, 0) if val is None else collect(val, "val", MAX_SAMPLES, seed, fits)
             probe = _probe(make_forward(model, loss, batch_loss, batch, held_out), batch, held_out)
             with evaluation_mode(probe.forward):
                 notes = data_notes(probe, train, val, held_out)
         for note in notes:
             warnings.warn(f"groktrace: {note}", RuntimeWarning, stacklevel=2)
-        return cls._of(probe, held_out, n)
+        return cls._of(probe, held_out, n, n_val)
 
     def with_data(self, train: Batch, val: Batch | None, n: int) -> "Task":
         """This task, on these data if it has none of its own.
@@ -126,10 +130,10 @@ class Task:
     ) -> "Task":
         with without_side_effects(model):
             probe = _probe(make_forward(model, loss, batch_loss, batch, held_out), batch, held_out)
-        return cls._of(probe, held_out, n)
+        return cls._of(probe, held_out, n, 0 if held_out is None else len(held_out))
 
     @classmethod
-    def _of(cls, probe: LossProbe, held_out: Batch | None, n: int) -> "Task":
+    def _of(cls, probe: LossProbe, held_out: Batch | None, n: int, n_val: int) -> "Task":
         module, batch = probe.forward, probe.batch
         with without_side_effects(module), evaluation_mode(module):
             shift_invariant = is_shift_invariant(module, batch)
@@ -147,7 +151,18 @@ class Task:
             else:
                 parameters = {name: tensor for name, tensor in parameters.items() if name not in module.own.loose}
         follow = {name: view.base for name, view in module.views.items()}
-        return cls(forward, batch, held_out, n, shift_invariant, parameters=parameters, buffers=buffers, follow=follow)
+        return cls(
+            forward,
+            batch,
+            held_out,
+            n,
+            shift_invariant,
+            parameters=parameters,
+            buffers=buffers,
+            follow=follow,
+            module=module,
+            n_val=n_val,
+        )
 
 
 def _traced_forward(forward: ModelWithLoss, batch: Batch) -> Callable[..., tuple[Tensor, Tensor | None]] | None:

@@ -23,7 +23,9 @@ def names_of(command):
 def test_the_commands_stand_in_the_order_of_their_use():
     listed = CliRunner().invoke(main, ["--help"]).stdout.partition("Commands:\n")[2]
     found = [line.split()[0] for line in listed.splitlines()]
-    assert found == [*("analyze", "follow", "forecast", "temperature", "show", "plot", "compare", "check", "theory")]
+    assert found == [
+        *("import", "analyze", "follow", "forecast", "temperature", "show", "plot", "compare", "check", "theory")
+    ]
 
 
 def test_every_setting_is_an_option_of_what_samples():

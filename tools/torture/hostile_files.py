@@ -192,7 +192,7 @@ class Bench:
         path.write_bytes(content)
         stamps = {path: path.stat().st_mtime_ns for path in self.whole}
         self.watch.noted = []
-        resident = _memory(reset=True)
+        resident = memory(reset=True)
         self.watch.active = True
         try:
             outcome, remark = self._commands() if commands else self._judge(what, path)
@@ -201,7 +201,7 @@ class Bench:
         except Exception as failure:
             outcome, remark = "VIOLATION", f"{type(failure).__name__}: {failure}"
         self.watch.active = False
-        took = _memory() - resident
+        took = memory() - resident
         if self.watch.noted:
             outcome, remark = "VIOLATION", self.watch.noted[0]
         elif took > len(content) + MEMORY:
@@ -255,7 +255,7 @@ class Bench:
                 kept.write_bytes(content)
 
 
-def _memory(reset: bool = False) -> int:
+def memory(reset: bool = False) -> int:
     """Peak resident bytes since the last reset; right after it, those resident now."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")

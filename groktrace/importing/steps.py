@@ -1,0 +1,166 @@
+"""The training step of each checkpoint.
+
+By --step-from where that is given. Else by what the checkpoints themselves say, where all do: a number named as one of
+`RECORDS`, or the `step` in an optimizer's state. Else by the names of the files, where all have a number: the last one
+after `step` or `iter`, or else the last one, or else that of the folder.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from groktrace.errors import SettingsError
+from groktrace.importing.contents import Contents
+from groktrace.importing.find import SUFFIXES
+from groktrace.run.layout import MAX_STEP
+
+RECORDS = ("global_step", "step", "steps", "iteration", "iter", "iter_num", "num_steps", "num_updates")
+_OPTIMIZER_STEP = re.compile(r"(?:.*\.)?state\..+\.step")
+_OPTIMIZER_GROUP = re.compile(r"(?:^|\.)param_groups\.[0-9]+\.")
+MAX_STATES = 16  # of an optimizer, that are looked at
+_AFTER_STEP = re.compile(r"(?:step|iter|iteration|update)s?[-_=. ]*([0-9]+)", re.IGNORECASE)
+_NUMBER = re.compile(r"[0-9]+")
+
+
+@dataclass(frozen=True)
+class Step:
+    """The step of a checkpoint, and where it is from.
+
+    Attributes:
+        path: of the checkpoint.
+        step: its training step.
+        source: what says so.
+    """
+
+    path: Path
+    step: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a checkpoint says of its step.
+
+    Attributes:
+        path: of the checkpoint.
+        step: the number, as it stands there; None where there is none.
+        source: its name.
+    """
+
+    path: Path
+    step: float | None
+    source: str
+
+
+def recorded_step(path: Path, contents: Contents) -> Recorded:
+    """What a checkpoint says of its step."""
+    for name in RECORDS:
+        if (number := _number(contents, name)) is not None:
+            return Recorded(path, number, name)
+    names = [*contents.tensors, *contents.values]
+    states = [name for name in names if _OPTIMIZER_STEP.fullmatch(name)][:MAX_STATES]
+    steps = [number for name in states if (number := _number(contents, name)) is not None]
+    if steps:
+        return Recorded(path, max(steps, key=lambda step: (step != step, step)), "optimizer state")
+    fresh = any(map(_OPTIMIZER_GROUP.search, names)) and not any(".state." in f".{name}" for name in names)
+    return Recorded(path, None, "optimizer without state" if fresh else "")
+
+
+def _number(contents: Contents, name: str) -> float | None:
+    """A number of a checkpoint, be it kept as a tensor; None where there is none of that name."""
+    value: Any = contents.values.get(name)
+    tensor = contents.tensors.get(name)
+    if tensor is not None and math.prod(tensor.shape) == 1 and not tensor.dtype.is_complex:
+        value = tensor.read().item()
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def named_step(path: Path) -> int | None:
+    """The step by a checkpoint's name; None where it has no number."""
+    suffix = max((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), key=len, default="")
+    for name in (path.name.removesuffix(suffix), path.absolute().parent.name):
+        for pattern in (_AFTER_STEP, _NUMBER):
+            if found := pattern.findall(name):
+                return int(found[-1][:20])
+    return None
+
+
+def choose_steps(found: Sequence[Recorded], step_from: str | None) -> tuple[list[Step], str | None]:
+    """The step of each checkpoint, ascending, by one rule for all.
+
+    Args:
+        found: what the checkpoints say.
+        step_from: a regular expression that finds the step in a path; None for the rule above.
+
+    Returns:
+        The steps, and a remark on how they were found, if there is one to make.
+
+    Raises:
+        SettingsError: a step is missing, no whole number, or another checkpoint's.
+    """
+    remark = None
+    lacking = [each for each in found if each.step is None]
+    started = any(each.step is not None for each in found)
+    if step_from is not None:
+        steps = [Step(each.path, _by_pattern(each.path, step_from), "--step-from") for each in found]
+    elif started and all(each.source for each in lacking):
+        # An optimizer that has made a step has it in its state; one without is that of the start.
+        steps = [Step(each.path, _whole(each.path, each.step or 0, each.source), each.source) for each in found]
+    else:
+        steps = [Step(path, _whole(path, number, "its name"), "name") for path, number in _by_names(found)]
+        if started:
+            remark = f"{lacking[0].path} says nothing of its step, so all are taken from the names."
+    by_step: dict[int, Path] = {}
+    for each in steps:
+        if (other := by_step.setdefault(each.step, each.path)) is not each.path:
+            raise SettingsError(
+                f"{each.path}: is of step {each.step} by {each.source}, and so is {other}; leave one of them out, or "
+                "say by --step-from REGEX where in the path the step is."
+            )
+    return sorted(steps, key=lambda each: each.step), remark
+
+
+def _by_names(found: Sequence[Recorded]) -> list[tuple[Path, int]]:
+    named = [(each.path, named_step(each.path)) for each in found]
+    if nameless := next((path for path, number in named if number is None), None):
+        raise SettingsError(
+            f"{nameless}: expected a step in it or in its name, found none; say by --step-from REGEX where in the path "
+            "it is, or leave the file out."
+        )
+    return [(path, number) for path, number in named if number is not None]
+
+
+def _by_pattern(path: Path, step_from: str) -> int:
+    """The step that a regular expression finds in a path: its first group, or all of it."""
+    try:
+        match = re.search(step_from, path.as_posix())
+    except re.error as failure:
+        raise SettingsError(f"--step-from: no regular expression ({failure}): {step_from}") from failure
+    if match is None:
+        raise SettingsError(
+            f"{path}: --step-from '{step_from}' finds nothing in it; make it fit, or leave the file out."
+        )
+    text = match[1] if match.re.groups else match[0]
+    try:
+        return _whole(path, int(text or ""), "--step-from")
+    except ValueError:
+        raise SettingsError(
+            f"{path}: --step-from '{step_from}' finds '{text}', expected a whole number; put (...) around the digits."
+        ) from None
+
+
+def _whole(path: Path, number: float, source: str) -> int:
+    """A step as an integer.
+
+    Raises:
+        SettingsError: it is none.
+    """
+    if not (0 <= number <= MAX_STEP and number == int(number)):
+        raise SettingsError(
+            f"{path}: its step is {number} by {source}, expected a whole number from 0 to {MAX_STEP}; leave the file "
+            "out, or say by --step-from REGEX where in the path the step is."
+        )
+    return int(number)

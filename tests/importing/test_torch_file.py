@@ -1,0 +1,129 @@
+import os
+import pickle
+import struct
+import zipfile
+
+import pytest
+import torch
+
+import groktrace
+from groktrace.importing import contents, torch_file
+from groktrace.importing.contents import CheckpointError
+
+
+def test_state_dicts_with_their_optimizer(saved, tmp_path, same_analysis):
+    def save(step, model, optimizer):
+        torch.save(
+            {"net": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": step // 3},
+            tmp_path / "saved" / f"epoch{step // 3}.pt",
+        )
+
+    (tmp_path / "saved").mkdir()
+    saved.train(save)
+    groktrace.import_checkpoints(tmp_path / "saved", task=saved.task(), out=tmp_path / "run")
+    same_analysis(tmp_path / "hooked", tmp_path / "run")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_a_file_holds(tmp_path, zipped):
+    path = tmp_path / "file.pt"
+    shared = torch.arange(6.0)
+    content = {
+        "a": {"b": [shared, shared[2:5]]},
+        "losses": [0.1] * 10**6,
+        "betas": (1, 2),
+        "step": 3,
+        "name": "run",
+        "flag": True,
+        "none": None,
+    }
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    opened = torch_file.open_file(path)
+    assert opened.values == {"step": 3, "name": "run", "flag": True}
+    assert {name: stored.read().tolist() for name, stored in opened.tensors.items()} == {
+        "a.b.0": [0, 1, 2, 3, 4, 5],
+        "a.b.1": [2, 3, 4],
+    }
+    assert {stored.container for stored in opened.tensors.values()} == {"a.b"}
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_is_refused_and_not_run(tmp_path, zipped):
+    torch.save(
+        {"a": torch.ones(2), "b": Payload(tmp_path / "made")},
+        path := tmp_path / "file.pt",
+        _use_new_zipfile_serialization=zipped,
+    )
+    with pytest.raises(
+        CheckpointError, match=r"file.pt: needs code to be run \((posix|nt).mkdir\); nothing else is ever opened"
+    ):
+        torch_file.open_file(path)
+    path.write_bytes(pickle.dumps(Payload(tmp_path / "made")))
+    with pytest.raises(CheckpointError, match=r"nothing else is ever opened"):
+        torch_file.open_file(path)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_whole_module_is_refused_with_the_remedy(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), path := tmp_path / "file.pt")
+    with pytest.raises(
+        CheckpointError, match=r"\(torch.nn.modules.linear.Linear\).*save the weights alone: torch.save\("
+    ):
+        torch_file.open_file(path)
+
+
+def test_archives_that_unpack_to_more_than_they_are(tmp_path):
+    with zipfile.ZipFile(path := tmp_path / "file.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("file/data.pkl", b"\0" * 10**7)
+    with pytest.raises(CheckpointError, match="would unpack to 10000000 bytes, and has"):
+        torch_file.open_file(path)
+    torch.save({"a": torch.ones(100)}, path)
+    content = bytearray(path.read_bytes())
+    place = content.rfind(b"PK\x01\x02")  # the last entry of the directory: its two sizes say 3 GiB
+    content[place + 20 : place + 28] = struct.pack("<II", 3 * 2**30, 3 * 2**30)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"would unpack to 322\d+ bytes"):
+        torch_file.open_file(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_memory_that_no_byte_stands_for(tmp_path, zipped, monkeypatch):
+    monkeypatch.setattr(contents, "MAX_ENTRIES", 10**4)
+    path = tmp_path / "file.pt"
+    torch.save({"a": bytearray(3)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="holds a bytearray, whose size its file does not bound"):
+        torch_file.open_file(path)
+    nested = [torch.ones(1)]
+    for _ in range(14):
+        nested = [nested] * 10
+    torch.save(nested, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="or of more than 10000 entries"):
+        torch_file.open_file(path)
+    for _ in range(5):
+        nested = [nested]
+    torch.save(nested, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="nested deeper than 16"):
+        torch_file.open_file(path)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    torch.save({"a": torch.ones(100), "step": 1}, path := tmp_path / "file.pt")
+    whole = path.read_bytes()
+    for length in (0, 3, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(
+            CheckpointError, match=r"file.pt: not (a whole file of torch.save|whole, or not of tensors)"
+        ):
+            torch_file.open_file(path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        torch_file.open_file(tmp_path / "missing.pt")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        torch_file.open_file(tmp_path)
