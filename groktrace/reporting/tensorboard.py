@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 CURVE_RUN = "trajectory"
-# The ending of the event files that are ours to replace.
-SUFFIX = ".groktrace"
+SUFFIX = layout.EVENTS_SUFFIX
 _BAND = ("llc/lower", "llc/upper")
 _TITLES = {"llc": "local learning coefficient λ̂, 95 %", "llc_centred": "centred learning coefficient λ_c, 95 %"}
 # A line needs its points at steps of their own: those sharing one collapse. Several at the top, so that smoothing does

@@ -14,9 +14,12 @@ RUN_FILE = "run.json"
 PROGRAM_FILE = "program.json"
 DATA_FILE = "data.safetensors"
 FROZEN_FILE = "frozen.safetensors"
+LOCK_FILE = ".lock"
 WEIGHTS_FOLDER = "weights"
 ANALYSIS_FOLDER = "analysis"
 TENSORBOARD_FOLDER = "tensorboard"
+# The ending of the event files that are ours to replace.
+EVENTS_SUFFIX = ".groktrace"
 
 MAX_STEP = 10**12 - 1
 Step = Annotated[int, between(0, MAX_STEP)]
