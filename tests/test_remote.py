@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import groktrace
 from groktrace.cli import main
+from groktrace.reporting.csv import as_csv
 from groktrace.run import layout
 from groktrace.run.remote import Remote
 
@@ -127,6 +128,40 @@ def test_a_second_run_goes_beside_the_first_or_replaces_it(url, capsys):
     files, root = fsspec.core.url_to_fs(url)
     for beside in ("-2", "-3"):
         files.rm(root + beside, recursive=True)
+
+
+class Odd:
+    """A reporter of one's own that writes where it likes."""
+
+    def report(self, series, events, place):
+        (place / "mine").mkdir(exist_ok=True)
+        (place / "mine" / "report.txt").write_text(f"{len(series.steps)} {len(series.steps)}")
+
+
+def test_what_reporters_write_goes_where_the_run_is(url):
+    Training().record(url, 4)
+    before = names(url)
+    reporters = [groktrace.CsvReporter(), groktrace.TensorBoardReporter(), Odd()]
+    found = groktrace.analyze(url, reporters=reporters, **FEW)
+    first = {name for name in names(url) - before if not name.startswith("analysis/")}
+    assert {"trajectory.csv", "mine/report.txt"} < first
+    files, root = fsspec.core.url_to_fs(url)
+    assert files.cat_file(f"{root}/trajectory.csv").decode() == as_csv(groktrace.Series.of(found))
+    assert files.cat_file(f"{root}/mine/report.txt") == b"3 3"
+    groktrace.analyze(url, reporters=reporters, **FEW)
+    again = {name for name in names(url) - before if not name.startswith("analysis/")}
+    assert len(again) == len(first)  # TensorBoard's took the place of the first
+    assert again != first
+
+
+def test_the_command_line_writes_its_table_there(url):
+    Training().record(url, 4)
+    settings = ["--chains", "1", "--burn-in", "4", "--draws", "8"]
+    result = CliRunner().invoke(main, ["analyze", url, "--csv", *settings])
+    assert result.exit_code in (0, 3), result.output
+    (table,) = (name for name in names(url) if name.endswith(".csv"))
+    assert f"table: {url}/{table}" in result.stderr
+    assert table.startswith("analysis/")
 
 
 def test_a_bucket_has_nothing_beside_it(bucket):

@@ -1,8 +1,9 @@
 """A recording analysed while it goes on: points as they come, transitions as soon as they are significant."""
 
 import hashlib
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,14 @@ from groktrace.analysis.evaluation import Survey
 from groktrace.analysis.evaluator import run_layout
 from groktrace.analysis.journal import check_numbers
 from groktrace.analysis.reference import check_reference
-from groktrace.analysis.replay import POINTS_FILE, Analysis, kept_scale, open_analysis
+from groktrace.analysis.replay import (
+    PARTIAL_SECONDS,
+    POINTS_FILE,
+    Analysis,
+    kept_scale,
+    open_analysis,
+    show_by,
+)
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.errors import RunError, SettingsError, printable
 from groktrace.run import layout
@@ -29,6 +37,8 @@ from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from groktrace.reporting.base import Reporter
 
 LIVE_FILE = "live.json"
 POLL_SECONDS = 1.0
@@ -106,6 +116,7 @@ def follow(
     jobs: int = 1,
     executor: Executor | None = None,
     detector: Detector | None = None,
+    reporters: Sequence["Reporter"] = (),
     settings: SamplingSettings | None = None,
     **options: "Unpack[SamplingOptions]",
 ) -> Iterator[Event]:
@@ -126,6 +137,7 @@ def follow(
         jobs: processes on this machine.
         executor: instead of `jobs`.
         detector: of the transitions that are announced; see `find_transitions`.
+        reporters: see `analyze`.
         settings: of the sampling; None for the defaults.
         **options: fields of `groktrace.SamplingSettings`, in place of those of `settings`.
 
@@ -145,7 +157,14 @@ def follow(
         if not isinstance(run, Run) and not is_url(run):
             wait_for_run(Path(run), timeout)
         with open_analysis(run, chosen, task, task_name, device, None, jobs, executor) as analysis:
-            yield from follow_analysis(analysis, timeout, reference, curvature, detector)
+            shown = -math.inf
+            for event in follow_analysis(analysis, timeout, reference, curvature, detector):
+                trajectory = event.trajectory if isinstance(event, Ended) else event
+                due = isinstance(event, Ended) or time.monotonic() - shown > PARTIAL_SECONDS
+                if reporters and due and isinstance(trajectory, Trajectory):
+                    show_by(analysis.snapshots.run, reporters, detector, trajectory)
+                    shown = time.monotonic()
+                yield event
 
     return events()
 

@@ -43,6 +43,11 @@ def latest_trajectory(run: Run) -> Trajectory:
     Raises:
         RunError: there is none, or it is of another recording than the one that is there now.
     """
+    return Trajectory.load(latest_file(run))
+
+
+def latest_file(run: Run) -> Path:
+    """Where that trajectory lies; arguments and errors as those of `latest_trajectory`."""
     folder = run.root / layout.ANALYSIS_FOLDER
     found = list(folder.glob(f"*/{TRAJECTORY_FILE}"))
     if not found:
@@ -61,8 +66,8 @@ def latest_trajectory(run: Run) -> Trajectory:
                 f"run 'groktrace analyze {run.name}' again."
             )
         if named:
-            return Trajectory.load(named[0])
-    return Trajectory.load(max(found, key=lambda path: path.stat().st_mtime_ns))
+            return named[0]
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 
 def _of_this_recording(run: Run, kept: dict[str, Any]) -> bool:

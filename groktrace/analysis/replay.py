@@ -121,23 +121,35 @@ def analyze(
     began = time.monotonic()
     with open_analysis(run, chosen, task, task_name, device, progress, jobs, executor) as analysis:
         deadline = math.inf if time_limit is None else began + time_limit
-        root = analysis.snapshots.run.root
-
-        def show(trajectory: Trajectory) -> None:
-            from groktrace.reporting.base import report  # built on this package: only where it is called
-
-            with exclusive(root / layout.ANALYSIS_FOLDER, wait=True):
-                report(trajectory, reporters, root, detector)
+        source = analysis.snapshots.run
 
         def show_partial(trajectory: Trajectory) -> None:
-            show(trajectory)
+            show_by(source, reporters, detector, trajectory)
             if partial is not None:
                 partial(trajectory)
 
         trajectory = analysis.complete(reference, curvature, adaptive, deadline, show_partial if reporters else partial)
         if reporters:
-            show(trajectory)
+            show_by(source, reporters, detector, trajectory)
         return trajectory
+
+
+def show_by(run: Run, reporters: Sequence["Reporter"], detector: "Detector | None", trajectory: Trajectory) -> None:
+    """Show a trajectory by reporters, whose files go into the run directory.
+
+    Args:
+        run: that was analysed.
+        reporters: called one after another.
+        detector: of the transitions; see `find_transitions`.
+        trajectory: of the run.
+
+    Raises:
+        RunError: files cannot be sent to a remote run.
+    """
+    from groktrace.reporting.base import report  # built on this package: only where it is called
+
+    with exclusive(run.root / layout.ANALYSIS_FOLDER, wait=True), run.publishing():
+        report(trajectory, reporters, run.root, detector)
 
 
 @contextlib.contextmanager

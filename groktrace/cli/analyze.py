@@ -22,7 +22,7 @@ from groktrace.cli.options import (
     sampling_settings,
     set_threads,
 )
-from groktrace.cli.results import finish, write_logs
+from groktrace.cli.results import finish, more_reporters, write_logs
 
 if TYPE_CHECKING:
     from groktrace.reporting.progress import Progress
@@ -51,6 +51,8 @@ def command(
     jobs: int,
     dask: str | None,
     logdir: Path | None,
+    wandb: str | None,
+    as_csv: bool,
     reference: float | Literal["jacobian"] | None,
     curvature: bool,
     **given: Any,
@@ -65,7 +67,7 @@ def command(
     if not minutes > 0:
         raise click.UsageError(f"--time: expected a positive number of minutes, got {minutes:g}")
     settings, opened = sampling_settings(given, preset), open_run(run)
-    loaded = load_task(task)
+    loaded, reporters = load_task(task), more_reporters(wandb)
     with contextlib.ExitStack() as held:
         executor = None if dask is None else held.enter_context(dask_executor(dask))
         trajectory = analyze(
@@ -83,7 +85,7 @@ def command(
             partial=lambda trajectory: write_logs(trajectory, opened, logdir),
             settings=settings,
         )
-    finish(trajectory, opened, logdir, as_json)
+    finish(trajectory, opened, logdir, as_json, as_csv, reporters)
 
 
 class _Phases:

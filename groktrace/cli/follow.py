@@ -22,7 +22,7 @@ from groktrace.cli.options import (
     sampling_settings,
     set_threads,
 )
-from groktrace.cli.results import finish, write_logs
+from groktrace.cli.results import finish, more_reporters, write_logs
 
 
 @click.command("follow", cls=Command)
@@ -41,6 +41,8 @@ def command(
     jobs: int,
     dask: str | None,
     logdir: Path | None,
+    wandb: str | None,
+    as_csv: bool,
     reference: float | Literal["jacobian"] | None,
     curvature: bool,
     **given: Any,
@@ -52,7 +54,7 @@ def command(
     from groktrace.run.store import open_run
 
     set_threads(threads)
-    settings = sampling_settings(given, preset)
+    settings, reporters = sampling_settings(given, preset), more_reporters(wandb)
     if isinstance(run, Path):
         wait_for_run(run, timeout)
     opened = open_run(run)
@@ -73,4 +75,4 @@ def command(
             settings=settings,
         )
         trajectory = show_events(events, lambda trajectory: write_logs(trajectory, opened, logdir), as_json, sys.stdout)
-    finish(trajectory, opened.refreshed(), logdir, as_json)
+    finish(trajectory, opened.refreshed(), logdir, as_json, as_csv, reporters)

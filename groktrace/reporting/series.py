@@ -12,6 +12,7 @@ from groktrace.analysis.trajectory import Trajectory
 from groktrace.reporting.remarks import none_found, remarks
 
 CURVE = "curve"
+BAND = ("llc/lower", "llc/upper")  # the tags of its 95 % band
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,15 @@ class Quantity:
     def known(self) -> bool:
         """Whether it is known at any snapshot."""
         return bool(np.isfinite(self.values).any())
+
+    def charts(self) -> dict[str, np.ndarray]:
+        """The charts of a dashboard by tag, each [T]: its values, and its errors, those of the curve as a band."""
+        values, errors = self.values, self.errors
+        if errors is None:
+            return {self.tag: values}
+        if self.name == CURVE:
+            return {self.tag: values, BAND[0]: values - 1.96 * errors, BAND[1]: values + 1.96 * errors}
+        return {self.tag: values, f"{self.tag.partition('/')[0]}/{self.error_name}": errors}
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,16 +3,16 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from groktrace.analysis.detection import Transition
 from groktrace.errors import GroktraceError
 from groktrace.reporting.console import by_accuracy, settings_json, settings_line, transition_rows
-from groktrace.reporting.figure import trajectory_figure
+from groktrace.reporting.figure import pixels, trajectory_figure
 from groktrace.reporting.numbers import number
-from groktrace.reporting.series import CURVE, Events, Quantity, Series
+from groktrace.reporting.series import BAND, CURVE, Events, Series
 from groktrace.run import layout
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 CURVE_RUN = "trajectory"
 SUFFIX = layout.EVENTS_SUFFIX
-_BAND = ("llc/lower", "llc/upper")
 _TITLES = {"llc": "local learning coefficient λ̂, 95 %", "llc_centred": "centred learning coefficient λ_c, 95 %"}
 # A line needs its points at steps of their own: those sharing one collapse. Several at the top, so that smoothing does
 # not shorten it; in short runs fewer, so that it stays upright.
@@ -57,7 +56,7 @@ class TensorBoardReporter:
         if reference is not None and steps:
             with _writer(logdir / f"reference λ {number(reference.llc)}") as writer:
                 for step in sorted({steps[0], steps[-1]}):
-                    for tag in (curve.tag, *_BAND):
+                    for tag in (curve.tag, *BAND):
                         writer.add_scalar(tag, reference.llc, step)
         known = curve.values[np.isfinite(curve.values)]
         span = steps[-1] - steps[0] if steps else 0
@@ -67,7 +66,7 @@ class TensorBoardReporter:
         for position, each in enumerate(found, 1):
             extent = (known.min(), known.max()) if len(known) else sorted((each.llc_before, each.llc_after))
             # All three of the LLC's, for the chart with the band asks for them.
-            lines = dict.fromkeys((curve.tag, *_BAND), extent) | dict.fromkeys(accuracies, (0.0, 1.0))
+            lines = dict.fromkeys((curve.tag, *BAND), extent) | dict.fromkeys(accuracies, (0.0, 1.0))
             with _writer(logdir / _run_name(each, position, len(found))) as writer:
                 for i in range(count):
                     for tag, (low, high) in lines.items():
@@ -78,9 +77,9 @@ def _write_trajectory(series: Series, events: Events, logdir: Path) -> None:
     """All scalars, the texts and the figure."""
     trajectory, curve = series.trajectory, series[CURVE]
     with _writer(logdir / CURVE_RUN) as writer:
-        margin = ["Margin", [curve.tag, *_BAND]]
+        margin = ["Margin", [curve.tag, *BAND]]
         writer.add_custom_scalars({"LLC": {_TITLES[trajectory.curve.name]: margin}})
-        columns = {tag: column for quantity in series for tag, column in _scalars(quantity).items()}
+        columns = {tag: column for quantity in series for tag, column in quantity.charts().items()}
         for tag, column in columns.items():
             for step, measured in zip(series.steps.tolist(), column.tolist(), strict=True):
                 if abs(measured) <= _LARGEST:
@@ -93,17 +92,7 @@ def _write_trajectory(series: Series, events: Events, logdir: Path) -> None:
             pass
         else:
             last = int(series.steps[-1]) if len(series.steps) else 0
-            writer.add_image("trajectory", _pixels(figure), last, dataformats="HWC")
-
-
-def _scalars(quantity: Quantity) -> dict[str, np.ndarray]:
-    """The charts of a quantity by tag: its values, and its errors, those of the curve as a band."""
-    values, errors = quantity.values, quantity.errors
-    if errors is None:
-        return {quantity.tag: values}
-    if quantity.name == CURVE:
-        return {quantity.tag: values, _BAND[0]: values - 1.96 * errors, _BAND[1]: values + 1.96 * errors}
-    return {quantity.tag: values, f"{quantity.tag.partition('/')[0]}/{quantity.error_name}": errors}
+            writer.add_image("trajectory", pixels(figure), last, dataformats="HWC")
 
 
 def _writer(folder: Path) -> "SummaryWriter":
@@ -139,9 +128,3 @@ def _table(events: Events) -> str:
         parts = ["\n".join("| " + " | ".join(row) + " |" for row in [heading, ["---"] * len(heading), *rows])]
     parts += [f"Step {each.step}: {each.evidence}." for each in found if each.evidence]
     return "\n\n".join([*parts, *events.remarks, by_accuracy(events.grokking)])
-
-
-def _pixels(figure: Any) -> np.ndarray:
-    """The figure as [height, width, 3] bytes."""
-    figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3]

@@ -15,6 +15,7 @@ PROGRAM_FILE = "program.json"
 DATA_FILE = "data.safetensors"
 FROZEN_FILE = "frozen.safetensors"
 LOCK_FILE = ".lock"
+START_FILES = (RUN_FILE, PROGRAM_FILE, DATA_FILE, FROZEN_FILE)  # what a recording writes when it begins
 WEIGHTS_FOLDER = "weights"
 ANALYSIS_FOLDER = "analysis"
 TENSORBOARD_FOLDER = "tensorboard"

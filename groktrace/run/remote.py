@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 from groktrace.run import layout
 
 # Small files that are needed at once; weights are fetched one by one.
-_SMALL = (layout.RUN_FILE, layout.PROGRAM_FILE, layout.DATA_FILE, layout.FROZEN_FILE)
+_SMALL = layout.START_FILES
 
 
 def names_beside(url: str) -> list[str]:
