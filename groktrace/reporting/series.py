@@ -11,8 +11,12 @@ from groktrace.analysis.grokking import Grokking, measure_grokking
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.reporting.remarks import none_found, remarks
 
-CURVE = "curve"
+CURVE, CURVE_TAG = "curve", "grokking/llc"
 BAND = ("llc/lower", "llc/upper")  # the tags of its 95 % band
+
+
+# What is averaged over runs.
+QUANTITIES = (CURVE, "train_loss", "val_loss", "train_accuracy", "val_accuracy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +88,7 @@ class Series:
 
         curve = trajectory.curve
         quantities = [
-            Quantity(CURVE, "grokking/llc", curve.value, curve.error, f"{CURVE}_stderr"),
+            Quantity(CURVE, CURVE_TAG, curve.value, curve.error, f"{CURVE}_stderr"),
             read("llc", "llc/raw", "stderr", heading="λ̂"),
             read("llc_centred", "llc/centred", "stderr_centred", heading="λ_c"),
             read("train_loss", "learning/train_loss", heading="train loss", label="training loss", axis="loss"),

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,11 +12,13 @@ from groktrace.errors import GroktraceError
 from groktrace.reporting.console import by_accuracy, settings_json, settings_line, transition_rows
 from groktrace.reporting.figure import pixels, trajectory_figure
 from groktrace.reporting.numbers import number
-from groktrace.reporting.series import BAND, CURVE, Events, Series
+from groktrace.reporting.series import BAND, CURVE, CURVE_TAG, QUANTITIES, Events, Series
 from groktrace.run import layout
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+    from groktrace.reporting.groups import Group
 
 CURVE_RUN = "trajectory"
 SUFFIX = layout.EVENTS_SUFFIX
@@ -59,18 +61,59 @@ class TensorBoardReporter:
                     for tag in (curve.tag, *BAND):
                         writer.add_scalar(tag, reference.llc, step)
         known = curve.values[np.isfinite(curve.values)]
-        span = steps[-1] - steps[0] if steps else 0
-        count = min(max(span // 200, _LINE_POINTS[0]), _LINE_POINTS[-1])
         accuracies = [quantity.tag for quantity in series if quantity.axis == "accuracy" and quantity.known]
         found = events.transitions
         for position, each in enumerate(found, 1):
             extent = (known.min(), known.max()) if len(known) else sorted((each.llc_before, each.llc_after))
             # All three of the LLC's, for the chart with the band asks for them.
             lines = dict.fromkeys((curve.tag, *BAND), extent) | dict.fromkeys(accuracies, (0.0, 1.0))
-            with _writer(logdir / _run_name(each, position, len(found))) as writer:
-                for i in range(count):
-                    for tag, (low, high) in lines.items():
-                        writer.add_scalar(tag, float(high if i else low), each.step + i)
+            _write_line(logdir / _run_name(each, position, len(found)), each.step, lines, steps)
+
+
+def write_mean(group: "Group", logdir: Path) -> Path:
+    """Write the mean of several runs as a run beside them, its transitions as lines like theirs.
+
+    Args:
+        group: the runs.
+        logdir: the folder that TensorBoard is pointed at.
+
+    Returns:
+        The folder of the mean, in which nothing but what an earlier call wrote is replaced.
+    """
+    place = logdir / f"mean of {group.name}".replace("*", "…").replace("/", "-").replace(os.sep, "-")
+    _remove_own(place)
+    curve = group.mean(CURVE)
+    series = group.members[0][1]
+    with _writer(place / CURVE_RUN) as writer:
+        margin = ["Margin", [CURVE_TAG, *BAND]]
+        writer.add_custom_scalars({"LLC": {"mean over the runs, and standard deviation": margin}})
+        columns = {series[name].tag: (mean.steps, mean.value) for name in QUANTITIES if (mean := group.mean(name)).runs}
+        columns |= dict(zip(BAND, ((curve.steps, curve.low), (curve.steps, curve.high)), strict=True))
+        for tag, (steps, values) in columns.items():
+            for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+                if abs(value) <= _LARGEST:
+                    writer.add_scalar(tag, value, step)
+        writer.add_text("runs", "\n".join(f"- {name}" for name, *_ in group.members))
+    known = curve.value[np.isfinite(curve.value)]
+    for position, each in enumerate(group.transitions, 1):
+        label = (each.label or each.kind).replace("/", "-")
+        name = f"transition {position}: {label} @ {each.step.text()} ({each.runs} of {len(group)})"
+        extent = (known.min(), known.max()) if len(known) else (0.0, 1.0)
+        lines = dict.fromkeys((CURVE_TAG, *BAND), extent) | {
+            tag: (0.0, 1.0) for tag in columns if tag.endswith("accuracy")
+        }
+        folder = place / (name.replace(":", ",") if os.name == "nt" else name)
+        _write_line(folder, round(each.step.mean), lines, curve.steps.tolist())
+    return place
+
+
+def _write_line(folder: Path, step: int, lines: dict[str, Any], steps: list[int]) -> None:
+    """An upright line at a step as a run of its own, from the lower to the upper end that is given for each tag."""
+    span = steps[-1] - steps[0] if steps else 0
+    with _writer(folder) as writer:
+        for i in range(min(max(span // 200, _LINE_POINTS[0]), _LINE_POINTS[-1])):
+            for tag, (low, high) in lines.items():
+                writer.add_scalar(tag, float(high if i else low), step + i)
 
 
 def _write_trajectory(series: Series, events: Events, logdir: Path) -> None:

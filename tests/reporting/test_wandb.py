@@ -27,6 +27,7 @@ wandb = pytest.importorskip("wandb", reason="wandb is not installed")
 def client(tmp_path_factory):
     """The folder of the client, which reads its variables once."""
     folder = tmp_path_factory.mktemp("client")
+    wandb.teardown()  # others may have used it
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_SILENT": "true"}.items():
             patch.setenv(name, value)
