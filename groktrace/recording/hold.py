@@ -27,15 +27,16 @@ class Hold:
     def __init__(self, root: Path) -> None:
         self._run, self._path = root / layout.RUN_FILE, root / layout.LOCK_FILE
         self._signature = f"{os.getpid()} on {platform.node()}, {uuid.uuid4().hex}"
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115  # held as long as this object
+        # Not open for writing, so that the file system may become read-only; NFS locks only what is.
+        self._file: int | None = os.open(self._path, os.O_RDONLY | os.O_CREAT, 0o666)
         self.alone = True
-        with contextlib.suppress(ImportError, OSError):  # no such locks on this system, or on this file system
-            import fcntl
-
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.alone = False
+        try:
+            if not _lock(self._file):
+                os.close(self._file)
+                self._file = os.open(self._path, os.O_RDWR)
+                _lock(self._file)
+        except BlockingIOError:
+            self.alone = False
 
     def sign(self) -> None:
         """Take the folder, from whichever recording had it before.
@@ -43,9 +44,7 @@ class Hold:
         Raises:
             OSError: the file system refused.
         """
-        self._file.truncate(0)
-        self._file.write(self._signature)
-        self._file.flush()
+        self._path.write_text(self._signature, encoding="utf-8")
 
     def lost(self) -> bool:
         """Whether the folder was removed, or another recording has taken it."""
@@ -58,11 +57,29 @@ class Hold:
 
     def release(self) -> None:
         """Let go of the folder; further calls do nothing."""
-        if self._file.closed:
+        if self._file is None:
             return
         with contextlib.suppress(ImportError, OSError):
             import fcntl
 
             fcntl.flock(self._file, fcntl.LOCK_UN)  # copies of this process may have the file open too
         with contextlib.suppress(OSError):
-            self._file.close()
+            os.close(self._file)
+        self._file = None
+
+
+def _lock(file: int) -> bool:
+    """Lock an open file; False where that cannot be done in this way.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError):  # on this system, or on this file system
+        return False
+    return True
