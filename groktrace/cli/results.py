@@ -92,7 +92,7 @@ def finish(
 
 
 def exit_incomplete(trajectory: "Trajectory", run: "Run") -> None:
-    """Name unreadable and untrustworthy snapshots on stderr, and what the recording came to doubt of its program.
+    """Name unreadable and untrustworthy snapshots on stderr, what the recording came to doubt, and a later run.
 
     Leaves with exit code 3, if there is anything of these.
 
@@ -100,8 +100,11 @@ def exit_incomplete(trajectory: "Trajectory", run: "Run") -> None:
         trajectory: of the run.
         run: opened.
     """
+    from groktrace.recording.folder import latest_beside
     from groktrace.reporting.remarks import single_chain, untrusted
 
+    if run.remote is None and (later := latest_beside(run.root.absolute())) is not None:
+        click.echo(f"later: the same script was run again, and that run is in '{later}'", err=True)
     if lost := single_chain(trajectory):
         click.echo(lost, err=True)
     for line in run.doubts:

@@ -231,6 +231,21 @@ def choose(
     return Plan(first, "beside", why)
 
 
+def latest_beside(root: Path) -> Path | None:
+    """The latest of the runs that were recorded beside one, as it was there already; None where there are none.
+
+    Args:
+        root: of that run.
+    """
+    first = Folder(root, root, root)
+    for number in sorted(first.beside(), reverse=True):
+        other = first.numbered(number)
+        with contextlib.suppress(GroktraceError, OSError):
+            if (info := other.info()) is not None and info.get("out") == root.name:
+                return other.root
+    return None
+
+
 def with_earlier(folder: Folder, specs: dict[str, WeightSpec], start: int) -> dict[str, WeightSpec]:
     """Merge the tensors' specs with those of the recording that is continued, which knows when they train.
 

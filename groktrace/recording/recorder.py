@@ -78,7 +78,7 @@ class Recorder:
             if not capture.sharded:
                 probe = WeightProbe(trained(model, optimizer))
                 self._writer.idle = Watchdog(probe, self._moment, start, self._warn_once, optimizer is None).look
-            pending.register(self.out, self.flush)
+            pending.register(self.out, self.flush, self.asked)
         open_recorders.append(self)
         catch_termination()
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import groktrace
 from groktrace.errors import RunError, SettingsError
+from groktrace.recording.folder import latest_beside
 from groktrace.recording.termination import open_recorders
 from groktrace.recording.watch import watch
 from groktrace.run import layout
@@ -248,6 +249,22 @@ class TestInOneProcess:
             assert "closed" in repr(old)
             second.update(1)
         assert steps(root) == [[0, 1]]
+
+
+def test_readers_are_told_of_the_later_run(make_training, root, monkeypatch):
+    record(make_training(), root, 1)
+    groktrace.open_run(root)
+    assert latest_beside(root) is None
+    second = record(make_training(), root, 2)
+    with pytest.warns(
+        RuntimeWarning, match=rf"'{root}' is an earlier run; what was recorded here is in '{second.out}'"
+    ):
+        assert len(groktrace.open_run(root).snapshots) == 2
+    groktrace.open_run(root)  # told once
+    record(make_training(), root.with_name("run-3"), 1)  # of its own
+    assert latest_beside(root) == second.out
+    record(make_training(), root, 1, exist="replace")
+    groktrace.open_run(root)
 
 
 class TestLost:
