@@ -210,7 +210,7 @@ class TestInOneProcess:
         second = make_training()
         new = watch(second.model, second.optimizer, **second.data, out=root, every=2)
         assert "closed: 3 steps" in repr(old)
-        assert groktrace.open_run(root).closed
+        assert json.loads((root / "run.json").read_text())["closed"] is not None
         third = make_training()
         second.update(1)
         newest = watch(third.model, third.optimizer, **third.data, out=root, every=2)
@@ -256,9 +256,7 @@ def test_readers_are_told_of_the_later_run(make_training, root, monkeypatch):
     groktrace.open_run(root)
     assert latest_beside(root) is None
     second = record(make_training(), root, 2)
-    with pytest.warns(
-        RuntimeWarning, match=rf"'{root}' is an earlier run; what was recorded here is in '{second.out}'"
-    ):
+    with pytest.warns(RuntimeWarning, match=f"'{root}' is an earlier run; what was .* here is in '{second.out}'"):
         assert len(groktrace.open_run(root).snapshots) == 2
     groktrace.open_run(root)  # told once
     record(make_training(), root.with_name("run-3"), 1)  # of its own
