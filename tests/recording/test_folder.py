@@ -14,6 +14,7 @@ from torch import nn
 import groktrace
 from groktrace.errors import RunError, SettingsError
 from groktrace.recording.folder import latest_beside
+from groktrace.recording.hold import Hold
 from groktrace.recording.termination import open_recorders
 from groktrace.recording.watch import watch
 from groktrace.run import layout
@@ -327,6 +328,22 @@ for _ in range(3):
 recorder.close()
 print(recorder.out)
 """
+
+
+def test_a_folder_that_another_process_holds_is_left_to_it(make_training, root, capsys):
+    root.mkdir()
+    hold = Hold(root)
+    hold.sign()
+    assert record(make_training(), root, 1, start_step=0).out == root.with_name("run-2")
+    assert f"'{root}' is being recorded already and stays as it is" in capsys.readouterr().err
+    for exist in ("error", "replace"):
+        with pytest.raises(SettingsError, match="is being recorded already; choose another out="):
+            record(make_training(), root, 1, exist=exist)
+    assert [path.name for path in root.iterdir()] == [layout.LOCK_FILE]
+    assert not hold.lost()
+    hold.release()
+    assert record(make_training(), root, 1).out == root
+    assert hold.lost()
 
 
 def test_processes_that_start_together_take_folders_of_their_own(root):
