@@ -87,8 +87,9 @@ def _as_own_error(wandb: Any) -> Iterator[None]:
     try:
         yield
     except wandb.errors.Error as failure:
+        said = str(failure).rstrip(".")
         raise GroktraceError(
-            f"Weights & Biases: {failure}. Results are kept: the same command logs them again, after `wandb login`, or "
+            f"Weights & Biases: {said}. Results are kept: the same command logs them again, after `wandb login`, or "
             "with WANDB_MODE=offline."
         ) from failure
 
