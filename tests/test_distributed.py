@@ -156,6 +156,20 @@ def sharded_and_refused(rank, folder):
     train(model, optimizer, x, y, 2)
 
 
+def sharded_twice(rank, folder):
+    """The second run goes beside the first, and both processes know where."""
+    from torch.distributed.fsdp import fully_shard
+
+    for name in ("run", "run-2"):
+        model, x, y = make()
+        fully_shard(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        with groktrace.watch(model, optimizer, train=(x, y), loss="cross_entropy", out=folder / "run") as recorder:
+            assert recorder.out == folder / name
+            train(model, optimizer, x, y, 2)
+    assert not (folder / "run-3").exists()
+
+
 def sharded_and_failing(rank, folder):
     """The first process cannot write, and one leaves in the middle: no process waits for another."""
     from torch.distributed.fsdp import fully_shard
@@ -179,14 +193,14 @@ def sharded_and_failing(rank, folder):
         with pytest.raises(KeyError), recorder:
             raise KeyError
         if rank == 1:
-            groktrace.recording.recorder.warn_user("nothing: this process has nothing to say")
+            groktrace.recording.warning.warn_user("nothing: this process has nothing to say")
     if rank == 0:
         messages = [str(warning.message) for warning in caught]
         assert ["ZeroDivisionError" in messages[0], "every process calls close()" in messages[1]] == [True, True]
         assert layout.snapshot_steps(out) == [0, 1, 4]
 
 
-@pytest.mark.parametrize("body", [sharded_and_refused, sharded_and_failing])
+@pytest.mark.parametrize("body", [sharded_and_refused, sharded_twice, sharded_and_failing])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_processes_never_wait_for_each_other_in_vain(body, tmp_path):
     in_two_processes(body, tmp_path)

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import groktrace
+from groktrace.analysis import follow as following
 from groktrace.analysis import replay
+from groktrace.reporting.csv import as_csv
 from groktrace.reporting.figure import trajectory_figure
 
 
@@ -189,3 +191,23 @@ def test_reporters_show_what_there_is_so_far(small_run, monkeypatch):
     assert all(count + left == 6 and place == small_run for count, left, place in shown)
     assert shown[-1][1] == 0 < shown[0][1]
     assert len(told) == len(shown) - 1
+
+
+def test_reporters_follow_a_recording(small_run, monkeypatch):
+    shown = []
+
+    class Count:
+        def report(self, series, events, place):
+            shown.append((len(series.steps), events.transitions, place))
+
+    detector = Threshold(0.0)
+    *rounds, end = groktrace.follow(
+        small_run, timeout=0, draws=20, burn_in=20, detector=detector, reporters=[Count(), groktrace.CsvReporter()]
+    )
+    found = tuple(groktrace.find_transitions(end.trajectory, detector))
+    assert shown == [(6, found, small_run)] * 2  # the first round, and the end; those within seconds are left out
+    assert (small_run / "trajectory.csv").read_text() == as_csv(groktrace.Series.of(end.trajectory))
+    monkeypatch.setattr(following, "PARTIAL_SECONDS", 0.0)
+    shown.clear()
+    rounds = list(groktrace.follow(small_run, timeout=0, draws=20, burn_in=20, reporters=[Count()]))
+    assert len(shown) == 1 + sum(isinstance(event, groktrace.Trajectory) for event in rounds)

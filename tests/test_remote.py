@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import groktrace
 from groktrace.cli import main
+from groktrace.reporting.csv import as_csv
 from groktrace.run import layout
 from groktrace.run.remote import Remote
 
@@ -57,8 +58,8 @@ class Training:
         self.optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], lr=0.01)
         self.x, self.y = torch.randn(24, 4), torch.randint(0, 3, (24,))
 
-    def record(self, out, updates):
-        about = {"train": (self.x, self.y), "loss": "cross_entropy", "every": 2}
+    def record(self, out, updates, **more):
+        about = {"train": (self.x, self.y), "loss": "cross_entropy", "every": 2, **more}
         with groktrace.watch(self.model, self.optimizer, **about, out=out) as recorder:
             for _ in range(updates):
                 self.optimizer.zero_grad()
@@ -82,7 +83,7 @@ def test_recording_resuming_and_analysing(url):
     weights = {f"weights/{step:012d}.safetensors" for step in (0, 2, 4)}
     assert names(url) == weights | {"run.json", "program.json", "data.safetensors", "frozen.safetensors"}
     with pytest.raises(groktrace.GroktraceError, match=rf"'{url}' holds a recording up to step 4\. To continue"):
-        Training().record(url, 1)
+        Training().record(url, 1, exist="error")
     training.record(url + "/", 3)
     run = groktrace.open_run(url)
     assert [snapshot.step for snapshot in run.snapshots] == [0, 2, 4, 6, 7]
@@ -104,6 +105,71 @@ def test_recording_resuming_and_analysing(url):
     assert json.loads(shown.stdout)["trajectory"] == json.loads(first.stdout)["trajectory"]
     checked = CliRunner().invoke(main, ["check", url])
     assert "5 of 5 snapshots whole" in checked.stdout
+
+
+def test_a_second_run_goes_beside_the_first_or_replaces_it(url, capsys):
+    first = Training()
+    first.record(url, 2)
+    before = names(url)
+    second, interrupted = Training().record(url, 1), Training()
+    with torch.no_grad():
+        interrupted.model[0].weight.mul_(2)
+    interrupted.record(url, 3)
+    assert (second.out, names(url)) == (f"{url}-2", before)
+    assert f"'{url}' holds a recording up to step 2 and stays as it is" in capsys.readouterr().err
+    interrupted.record(url, 1)  # its optimizer has made three updates
+    assert [snapshot.step for snapshot in groktrace.open_run(f"{url}-3").snapshots] == [0, 2, 3, 4]
+    first.record(url, 2)
+    assert [snapshot.step for snapshot in groktrace.open_run(url).snapshots] == [0, 2, 4]
+    analysed = CliRunner().invoke(main, ["analyze", url, "--chains", "1", "--burn-in", "4", "--draws", "8"])
+    assert analysed.exit_code in (0, 3)
+    Training().record(url, 1, exist="replace")
+    assert names(url) == (before - {f"weights/{2:012d}.safetensors"}) | {f"weights/{1:012d}.safetensors"}
+    files, root = fsspec.core.url_to_fs(url)
+    for beside in ("-2", "-3"):
+        files.rm(root + beside, recursive=True)
+
+
+class Odd:
+    """A reporter of one's own that writes where it likes."""
+
+    def report(self, series, events, place):
+        (place / "mine").mkdir(exist_ok=True)
+        (place / "mine" / "report.txt").write_text(f"{len(series.steps)} {len(series.steps)}")
+
+
+def test_what_reporters_write_goes_where_the_run_is(url):
+    Training().record(url, 4)
+    before = names(url)
+    reporters = [groktrace.CsvReporter(), groktrace.TensorBoardReporter(), Odd()]
+    found = groktrace.analyze(url, reporters=reporters, **FEW)
+    first = {name for name in names(url) - before if not name.startswith("analysis/")}
+    assert {"trajectory.csv", "mine/report.txt"} < first
+    files, root = fsspec.core.url_to_fs(url)
+    assert files.cat_file(f"{root}/trajectory.csv").decode() == as_csv(groktrace.Series.of(found))
+    assert files.cat_file(f"{root}/mine/report.txt") == b"3 3"
+    groktrace.analyze(url, reporters=reporters, **FEW)
+    again = {name for name in names(url) - before if not name.startswith("analysis/")}
+    assert len(again) == len(first)  # TensorBoard's took the place of the first
+    assert again != first
+
+
+def test_the_command_line_writes_its_table_there(url):
+    Training().record(url, 4)
+    settings = ["--chains", "1", "--burn-in", "4", "--draws", "8"]
+    result = CliRunner().invoke(main, ["analyze", url, "--csv", *settings])
+    assert result.exit_code in (0, 3), result.output
+    (table,) = (name for name in names(url) if name.endswith(".csv"))
+    assert f"table: {url}/{table}" in result.stderr
+    assert table.startswith("analysis/")
+
+
+def test_a_bucket_has_nothing_beside_it(bucket):
+    files = fsspec.filesystem("s3")
+    files.mkdir("alone")
+    Training().record("s3://alone", 1)
+    with pytest.raises(groktrace.GroktraceError, match=r"'s3://alone' holds a recording up to step 1\. To continue"):
+        Training().record("s3://alone", 1)
 
 
 def test_another_folder_is_left_alone(url):

@@ -21,6 +21,7 @@ reporters: list[groktrace.Reporter] = [
     groktrace.ConsoleReporter(),
     groktrace.CsvReporter(),
     groktrace.FigureReporter(),
+    groktrace.WandbReporter("grokking"),
     Quiet(),
 ]
 settings = groktrace.SamplingSettings(chains=4, nbeta="curvature")
@@ -37,7 +38,7 @@ imported: groktrace.Run = groktrace.import_checkpoints(
 )
 latest: groktrace.Trajectory = run.trajectory()
 run.snapshots[-1].load_into(torch.nn.Linear(2, 2))
-for event in groktrace.follow("run", timeout=60, detector=detectors[1], draws=100):
+for event in groktrace.follow("run", timeout=60, detector=detectors[1], reporters=reporters, draws=100):
     if isinstance(event, groktrace.Announcement):
         step: int = event.transition.step
 seconds: float = groktrace.forecast(Path("run"), settings=settings, rtol=0.1).seconds

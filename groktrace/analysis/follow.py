@@ -1,8 +1,9 @@
 """A recording analysed while it goes on: points as they come, transitions as soon as they are significant."""
 
 import hashlib
+import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from groktrace.analysis.detection import Detector, Transition, find_transitions
 from groktrace.analysis.measure import SnapshotMetrics
 from groktrace.analysis.reference import check_reference
-from groktrace.analysis.replay import finish, replay
+from groktrace.analysis.replay import PARTIAL_SECONDS, finish, replay, show_by
 from groktrace.analysis.results import POINTS_FILE, check_positive
 from groktrace.analysis.session import Session, open_session
 from groktrace.analysis.setup import make_settings, run_layout
@@ -30,6 +31,8 @@ from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from groktrace.reporting.base import Reporter
 
 LIVE_FILE = "live.json"
 POLL_SECONDS = 1.0
@@ -107,6 +110,7 @@ def follow(
     jobs: int = 1,
     executor: Executor | None = None,
     detector: Detector | None = None,
+    reporters: Sequence["Reporter"] = (),
     settings: SamplingSettings | None = None,
     **options: "Unpack[SamplingOptions]",
 ) -> Iterator[Event]:
@@ -127,6 +131,7 @@ def follow(
         jobs: processes on this machine.
         executor: instead of `jobs`.
         detector: of the transitions that are announced; see `find_transitions`.
+        reporters: see `analyze`.
         settings: of the sampling; None for the defaults.
         **options: fields of `groktrace.SamplingSettings`, in place of those of `settings`.
 
@@ -150,9 +155,31 @@ def follow(
             with open_session(
                 source, chosen, task=task, task_name=task_name, device=device, jobs=jobs, executor=executor
             ) as session:
-                source = yield from _follow_session(session, timeout, reference, curvature, detector)
+                following = _follow_session(session, timeout, reference, curvature, detector)
+                source = yield from _reported(following, session.snapshots.run, reporters, detector)
 
     return events()
+
+
+def _reported(
+    events: Generator[Event, None, Run | str | Path | None],
+    run: Run,
+    reporters: Sequence["Reporter"],
+    detector: Detector | None,
+) -> Generator[Event, None, Run | str | Path | None]:
+    """The same events, whose trajectories are shown by reporters now and then, and the last one in any case."""
+    shown = -math.inf
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as stopped:
+            return stopped.value
+        trajectory = event.trajectory if isinstance(event, Ended) else event
+        due = isinstance(event, Ended) or time.monotonic() - shown > PARTIAL_SECONDS
+        if reporters and due and isinstance(trajectory, Trajectory):
+            show_by(run, reporters, detector, trajectory)
+            shown = time.monotonic()
+        yield event
 
 
 def _follow_session(

@@ -131,10 +131,13 @@ def show_by(run: Run, reporters: Sequence["Reporter"], detector: "Detector | Non
         reporters: called one after another.
         detector: of the transitions; see `find_transitions`.
         trajectory: of the run.
+
+    Raises:
+        RunError: files cannot be sent to a remote run.
     """
     from groktrace.reporting.base import report  # built on this package: only where it is called
 
-    with exclusive(run.root / layout.ANALYSIS_FOLDER, wait=True):
+    with exclusive(run.root / layout.ANALYSIS_FOLDER, wait=True), run.publishing():
         report(trajectory, reporters, run.root, detector)
 
 

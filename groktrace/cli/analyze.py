@@ -7,7 +7,7 @@ import click
 
 from groktrace.cli.options import ANALYSIS, JSON, RUN, Command, ExpertOption, as_keywords, options
 from groktrace.cli.phases import Phases
-from groktrace.cli.results import finish, write_logs
+from groktrace.cli.results import finish, more_reporters, write_logs
 
 
 @click.command("analyze", cls=Command)
@@ -21,7 +21,16 @@ from groktrace.cli.results import finish, write_logs
     help="Sample at most a tenth of the snapshots: those that date transitions.",
 )
 @options(*ANALYSIS)
-def command(run: Path | str, as_json: bool, minutes: float, adaptive: bool, logdir: Path | None, **given: Any) -> None:
+def command(
+    run: Path | str,
+    as_json: bool,
+    minutes: float,
+    adaptive: bool,
+    logdir: Path | None,
+    wandb: str | None,
+    as_csv: bool,
+    **given: Any,
+) -> None:
     """Replay the snapshots of RUN into an LLC trajectory, find its phase transitions, write TensorBoard files."""
     from groktrace.analysis.replay import analyze
     from groktrace.reporting.console import opening_line
@@ -30,6 +39,7 @@ def command(run: Path | str, as_json: bool, minutes: float, adaptive: bool, logd
     if not minutes > 0:
         raise click.UsageError(f"--time: expected a positive number of minutes, got {minutes:g}")
     with as_keywords(given) as keywords:
+        reporters = more_reporters(wandb)
         opened = open_run(run)
         with Phases(opening_line(opened)) as phases:
             trajectory = analyze(
@@ -40,4 +50,4 @@ def command(run: Path | str, as_json: bool, minutes: float, adaptive: bool, logd
                 partial=lambda trajectory: write_logs(trajectory, opened, logdir),
                 **keywords,
             )
-    finish(trajectory, opened, logdir, as_json)
+    finish(trajectory, opened, logdir, as_json, as_csv, reporters)

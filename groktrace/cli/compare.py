@@ -12,16 +12,32 @@ from groktrace.cli.options import FIGURE_FILE, JSON, Command
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @JSON
 @click.option("-o", "--output", type=FIGURE_FILE, help="Draw their curves too: a .png, .pdf or .svg file.")
-def command(runs: tuple[str, ...], as_json: bool, output: Path | None) -> None:
-    """Put the results that were last found for several runs side by side: seeds, learning rates, controls."""
-    from groktrace.reporting.comparison import compare
+@click.option(
+    "--group-by",
+    metavar="KEY",
+    help="Put runs together by a setting, such as lr, weight_decay or n [those that differ in their seed only].",
+)
+@click.option("--logdir", type=click.Path(path_type=Path), help="Write each group's mean there, for TensorBoard.")
+def command(
+    runs: tuple[str, ...], as_json: bool, output: Path | None, group_by: str | None, logdir: Path | None
+) -> None:
+    """Put the results that were last found for several runs side by side: seeds, learning rates, controls.
 
-    found = compare(*runs)
+    Of runs that differ in their seed only, mean and spread are shown.
+    """
+    from groktrace.reporting.comparison import compare
+    from groktrace.reporting.tensorboard import COLOURS
+
+    found = compare(*runs, group_by=group_by)
     if output is not None:
         found.plot(output)
+    if logdir is not None:
+        found.to_tensorboard(logdir)
     if as_json:
         click.echo(json.dumps(found.to_dict(), allow_nan=False))
         return
     click.echo(found.table())
     if output is not None:
         click.echo(f"\nFigure: {output}")
+    if logdir is not None:
+        click.echo(f"\nSee it:  tensorboard --logdir {logdir}\nthen:    http://localhost:6006/{COLOURS}")

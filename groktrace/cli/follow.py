@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from groktrace.cli.options import ANALYSIS, RUN, Command, as_keywords, options
-from groktrace.cli.results import finish, write_logs
+from groktrace.cli.results import finish, more_reporters, write_logs
 
 
 @click.command("follow", cls=Command)
@@ -16,17 +16,26 @@ from groktrace.cli.results import finish, write_logs
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, the result last.")
 @click.option("--timeout", type=float, help="Seconds without a new snapshot until it ends [none].")
 @options(*ANALYSIS)
-def command(run: Path | str, as_json: bool, timeout: float | None, logdir: Path | None, **given: Any) -> None:
+def command(
+    run: Path | str,
+    as_json: bool,
+    timeout: float | None,
+    logdir: Path | None,
+    wandb: str | None,
+    as_csv: bool,
+    **given: Any,
+) -> None:
     """Analyse the snapshots of RUN as they appear, until its recording is closed."""
     from groktrace.analysis.follow import follow, wait_for_run
     from groktrace.reporting.live import show_events
     from groktrace.run.store import open_run
 
     with as_keywords(given) as keywords:
+        reporters = more_reporters(wandb)
         if isinstance(run, Path):
             wait_for_run(run, timeout)
         opened = open_run(run)
         os.nice(19)  # the training goes first
         events = follow(opened, timeout=timeout, **keywords)
         trajectory = show_events(events, lambda trajectory: write_logs(trajectory, opened, logdir), as_json, sys.stdout)
-    finish(trajectory, opened.refreshed(), logdir, as_json)
+    finish(trajectory, opened.refreshed(), logdir, as_json, as_csv, reporters)

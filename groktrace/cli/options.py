@@ -128,6 +128,8 @@ WORKERS = (
 # What is shown beside λ, and where.
 BESIDE = (
     click.option("--logdir", type=click.Path(path_type=Path), help="Where TensorBoard's files go [RUN/tensorboard]."),
+    click.option("--wandb", metavar="PROJECT", help="Log the result to this project of Weights & Biases too."),
+    click.option("--csv", "as_csv", is_flag=True, help="Write trajectory.csv beside trajectory.json too."),
     _expert(
         "--reference",
         callback=number_or("jacobian"),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,25 @@ import click
 
 if TYPE_CHECKING:
     from groktrace.analysis.trajectory import Trajectory
+    from groktrace.reporting.base import Reporter
     from groktrace.reporting.series import Events, Series
     from groktrace.run.store import Run
 
 INCOMPLETE = 3
+
+
+def more_reporters(wandb: str | None) -> "list[Reporter]":
+    """What else shows the result; made before the work, so that what is missing is told then.
+
+    Args:
+        wandb: a project of Weights & Biases, or None.
+
+    Raises:
+        GroktraceError: its client is not installed.
+    """
+    from groktrace.reporting.wandb import WandbReporter
+
+    return [] if wandb is None else [WandbReporter(wandb)]
 
 
 def write_logs(trajectory: "Trajectory", run: "Run", logdir: Path | None) -> "tuple[Series, Events]":
@@ -37,7 +53,14 @@ def write_logs(trajectory: "Trajectory", run: "Run", logdir: Path | None) -> "tu
     return series, events
 
 
-def finish(trajectory: "Trajectory", run: "Run", logdir: Path | None, as_json: bool) -> None:
+def finish(
+    trajectory: "Trajectory",
+    run: "Run",
+    logdir: Path | None,
+    as_json: bool,
+    as_csv: bool = False,
+    reporters: "Sequence[Reporter]" = (),
+) -> None:
     """Write TensorBoard's files and print the result of an analysis; may exit with code 3, see `exit_incomplete`.
 
     Args:
@@ -45,21 +68,31 @@ def finish(trajectory: "Trajectory", run: "Run", logdir: Path | None, as_json: b
         run: opened.
         logdir: where TensorBoard's files go; None for the run's own folder.
         as_json: whether to print one JSON object.
+        as_csv: whether to write a table beside the trajectory's JSON.
+        reporters: what else shows the result, after it is printed.
     """
+    from groktrace.analysis.results import latest_file
     from groktrace.reporting import console
     from groktrace.reporting.tensorboard import COLOURS
 
     series, events = write_logs(trajectory, run, logdir)
+    if as_csv:
+        path = latest_file(run).with_suffix(".csv")
+        trajectory.to_csv(path)
+        run.publish(path)
+        click.echo(f"table: {path if run.remote is None else f'{run.name}/{path.relative_to(run.root)}'}", err=True)
     if as_json:
         click.echo(json.dumps(console.as_json(series, events), allow_nan=False))
     else:
         click.echo(console.transitions_table(events))
         click.echo(f"\nSee it:  tensorboard --logdir {logdir or run.name}\nthen:    http://localhost:6006/{COLOURS}")
+    for reporter in reporters:
+        reporter.report(series, events, run.root)
     exit_incomplete(trajectory, run)
 
 
 def exit_incomplete(trajectory: "Trajectory", run: "Run") -> None:
-    """Name unreadable and untrustworthy snapshots on stderr, and what the recording came to doubt of its program.
+    """Name unreadable and untrustworthy snapshots on stderr, what the recording came to doubt, and a later run.
 
     Leaves with exit code 3, if there is anything of these.
 
@@ -67,8 +100,11 @@ def exit_incomplete(trajectory: "Trajectory", run: "Run") -> None:
         trajectory: of the run.
         run: opened.
     """
+    from groktrace.recording.folder import latest_beside
     from groktrace.reporting.remarks import single_chain, untrusted
 
+    if run.remote is None and (later := latest_beside(run.root.absolute())) is not None:
+        click.echo(f"later: the same script was run again, and that run is in '{later}'", err=True)
     if lost := single_chain(trajectory):
         click.echo(lost, err=True)
     for line in run.doubts:

@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from groktrace.recording.warning import warn_user
 from groktrace.run import files
 from groktrace.run.batch import Batch
 from groktrace.run.isolation import eager_and_unfused
@@ -80,6 +81,24 @@ class Guard:
             return False
         self._next = 2 * self._count
         return True
+
+    def tell(
+        self, step: int, tensors: Mapping[str, Tensor], mark: Callable[[int, str], None], gradient: bool = False
+    ) -> None:
+        """Warn of differences at a snapshot, and have them kept with the run; of a check that fails once.
+
+        Args:
+            step: of the snapshot.
+            tensors: see `check`.
+            mark: called with the step and a text for each difference.
+            gradient: see `check`.
+        """
+        for text in self.check(tensors, gradient):
+            mark(step, text)
+            warn_user(f"at step {step} {text}")
+        if self._usable and self.failure is not None:
+            self._usable = False
+            warn_user(f"from step {step} on {self.failure}")
 
     def check(self, tensors: Mapping[str, Tensor], gradient: bool = False) -> list[str]:
         """Describe how the program differs from the live loss at a snapshot; loss and gradient once.

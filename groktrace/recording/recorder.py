@@ -4,22 +4,21 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
 from groktrace.recording.capture import Capture
+from groktrace.recording.folder import Folder
 from groktrace.recording.guard import Guard
 from groktrace.recording.hooks import Streak, UpdateHooks
 from groktrace.recording.others import OtherOptimizers
 from groktrace.recording.probe import HOW_TO_COUNT, BetweenUpdates, Reading, Watchdog, WeightProbe, trained
 from groktrace.recording.termination import catch_termination, open_recorders, restore_termination
-from groktrace.recording.warning import WarnOnce, warn_user
+from groktrace.recording.warning import WarnOnce
 from groktrace.recording.writer import Writer
 from groktrace.run import layout, pending
-from groktrace.run.remote import Remote
 
 SILENT_WAIT = 1.0  # seconds that training may wait for the disk without a warning
 
@@ -28,7 +27,8 @@ class Recorder:
     """A recording in progress; made by `watch`.
 
     Attributes:
-        out: the run directory, or its URL.
+        out: the run directory, or its URL; where another process writes a whole model, what `watch` was given.
+        asked: what `watch` was given.
         deferred: whether to take a snapshot only when the next update begins, after the script has updated an average
             of the weights or logged metrics.
     """
@@ -39,34 +39,31 @@ class Recorder:
         optimizer: Any,
         keep: Callable[[int], bool],
         capture: Capture,
-        out: Path | str,
+        folder: Folder,
         start: int,
-        writes: bool,
         deferred: bool = False,
-        remote: Remote | None = None,
         guard: Guard | None = None,
     ) -> None:
-        self.out = out
-        self._root = Path(out) if remote is None else remote.folder
+        self.out, self.asked, self._root = folder.place, folder.asked, folder.root
         self.deferred = deferred
         self._pid = os.getpid()
         self._model: nn.Module | None = model
         self._optimizer = optimizer
         self._keep = keep
         self._capture: Capture | None = capture
-        self._writer = Writer(self._root, remote) if writes else None
-        self._guard = guard if writes else None
+        self._writer = None if folder.hold is None else Writer(self._root, folder.hold, folder.remote)
+        self._guard = None if folder.hold is None else guard
         self._first = self._steps = start
         self._skipped: Tensor | None = None
         self._copied: int | None = None
         self._pending_step: int | None = None
         self._metrics: dict[str, float] = {}
         self._blocked = self._waited = 0.0
-        self._closed = self._in_update = self._on_signal = False
+        self._closed = self._left = self._in_update = self._on_signal = False
         self._warn_once = WarnOnce()
         self._hooks: UpdateHooks | None = None
         # An average follows the weights by rules of its own, and of a sharded model a process sees a part.
-        probed = writes and not deferred and not capture.sharded
+        probed = self._writer is not None and not deferred and not capture.sharded
         self._between = BetweenUpdates(WeightProbe(trained(model, optimizer)) if probed else None)
         self._others: OtherOptimizers | None = None
         self._streak: Streak | None = None  # of other optimizers, at the end
@@ -81,7 +78,7 @@ class Recorder:
             if not capture.sharded:
                 probe = WeightProbe(trained(model, optimizer))
                 self._writer.idle = Watchdog(probe, self._moment, start, self._warn_once, optimizer is None).look
-            pending.register(out, self.flush)
+            pending.register(self.out, self.flush, self.asked)
         open_recorders.append(self)
         catch_termination()
 
@@ -92,6 +89,11 @@ class Recorder:
             self._steps -= int(self._skipped)
             self._skipped = None
         return self._steps
+
+    @property
+    def began(self) -> bool:
+        """Whether an update was counted."""
+        return self.steps != self._first
 
     def step(self) -> None:
         """Count one update; for loops whose optimizer was not given to `watch`."""
@@ -140,6 +142,12 @@ class Recorder:
         """Close without the other processes of the group; the last step of a sharded model is then not kept."""
         self._close(collective=False)
 
+    def close_quietly(self) -> None:
+        """Close as another recording takes its place, before which the script may have changed weights and loss."""
+        self._guard = None
+        self._warn_once.silence("moved")
+        self.close()
+
     def close_on_signal(self) -> None:
         """Close from within a signal handler, whatever it interrupted."""
         if self._closed and self._writer is not None and os.getpid() == self._pid:
@@ -150,7 +158,7 @@ class Recorder:
         self.close_locally()
 
     def _close(self, collective: bool) -> None:
-        if self._inert():
+        if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
         try:
@@ -185,12 +193,11 @@ class Recorder:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
-        if self._writer is None:
-            return f"<groktrace.Recorder {state}: {self.steps} steps; another process of the group writes>"
-        return (
-            f"<groktrace.Recorder {state}: {self.steps} steps, {self._writer.written} snapshots, "
-            f"{self._writer.bytes} bytes, training blocked {self._blocked:.3f} s, in '{self.out}'>"
-        )
+        said = f"<groktrace.Recorder {state}: {self.steps} steps"
+        if (writer := self._writer) is None:
+            return f"{said}; another process of the group writes>"
+        kept = f"{writer.written} snapshots, {writer.bytes} bytes"
+        return f"{said}, {kept}, training blocked {self._blocked:.3f} s, in '{self.out}'>"
 
     def records(self, model: nn.Module, optimizer: Any) -> bool:
         """Whether this recording is open, and of that optimizer, or of that model where there is none."""
@@ -198,7 +205,7 @@ class Recorder:
 
     def _inert(self) -> bool:
         # A forked child inherits hooks and buffers, but not the writer's thread.
-        return self._closed or os.getpid() != self._pid
+        return self._closed or self._left or os.getpid() != self._pid
 
     def _begin(self) -> None:
         """Begin an update; until it is counted, the weights belong to no step."""
@@ -315,7 +322,7 @@ class Recorder:
                 writer.submit(step, tensors, metrics)
                 self._copied = step
                 if self._guard is not None and current and step != self._first and self._guard.due():
-                    self._check(step, tensors)
+                    self._guard.tell(step, tensors, writer.mark)
             elif capture.sharded:
                 capture.take_part()
         finally:
@@ -332,21 +339,10 @@ class Recorder:
                 "every= or a faster disk would spare it that.",
             )
         self._report()
-        return not layout.snapshot_path(self._root, step).exists()
-
-    def _check(self, step: int, tensors: dict[str, Tensor], gradient: bool = False) -> None:
-        """Compare the recorded program with the live loss; warn of differences, and keep them with the run."""
-        if (guard := self._guard) is None or (writer := self._writer) is None:
-            return
-        for text in guard.check(tensors, gradient):
-            writer.mark(step, text)
-            warn_user(f"at step {step} {text}")
-        if guard.failure is not None:
-            self._guard = None
-            warn_user(f"from step {step} on {guard.failure}")
+        return not writer.lost and not layout.snapshot_path(self._root, step).exists()
 
     def _finish(self) -> None:
-        if (capture := self._capture) is None:
+        if (capture := self._capture) is None or self._left:
             return
         writer = self._writer
         if self._streak is not None and self._others is not None and not self._in_update and not capture.sharded:
@@ -358,8 +354,8 @@ class Recorder:
         self._take_pending()
         steps = self.steps
         if self._in_update:
-            after = f"the weights after step {steps} are not kept."
-            self._warn_once("within", f"the end came within an update, or may have: {after}")
+            said = f"the end came within an update, or may have: the weights after step {steps} are not kept."
+            self._warn_once("within", said)
             return
         if writer is not None and not capture.sharded:
             writer.wait()  # so that the steps on disk are known
@@ -381,7 +377,7 @@ class Recorder:
             self._snapshot(steps)  # where the last write failed, this tries once more
             if self._guard is not None and writer is not None and steps != self._first:
                 writer.wait()
-                self._check(steps, capture.copy(), gradient=True)
+                self._guard.tell(steps, capture.copy(), writer.mark, gradient=True)
 
     def _finish_locally(self) -> None:
         """Finish without the other processes of the group, whose shards cannot be gathered."""
@@ -392,9 +388,12 @@ class Recorder:
 
     def _moment(self) -> tuple[int, bool]:
         """The number of updates so far, and whether one is in progress."""
-        return self._steps, self._in_update or self._closed
+        return self._steps, self._in_update or self._closed or self._left
 
     def _report(self) -> None:
-        if self._writer is not None and (failure := self._writer.error) is not None:
+        if self._writer is not None and self._writer.lost and self._capture is not None:
+            self._left = not self._capture.sharded  # of which each process has to take part in what the others do
+            self._warn_once("lost", f"'{self.out}' was removed, or taken by another recording: this one ends.")
+        elif self._writer is not None and (failure := self._writer.error) is not None:
             reason = f"{type(failure).__name__}: {failure}"
             self._warn_once("writer", f"a snapshot could not be written to '{self.out}' ({reason}); training goes on.")

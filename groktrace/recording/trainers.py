@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from groktrace.errors import GroktraceError, TaskError
+from groktrace.recording.folder import Exist
 from groktrace.recording.recorder import Recorder
 from groktrace.recording.warning import warn_user
 from groktrace.recording.watch import watch
@@ -25,6 +26,7 @@ class TrainerRecording:
         every: see `groktrace.watch`.
         schedule: see `groktrace.watch`.
         seed: see `groktrace.watch`.
+        exist: see `groktrace.watch`.
 
     Attributes:
         recorder: the recording, once training has begun.
@@ -42,9 +44,10 @@ class TrainerRecording:
         every: int | None = None,
         schedule: str | Iterable[int] | Callable[[int], bool] | None = None,
         seed: int = 0,
+        exist: Exist = "new",
     ) -> None:
         self._given = {"train": train, "val": val, "loss": loss, "batch_loss": batch_loss, "task": task, "out": out}
-        self._given |= {"every": every, "schedule": schedule, "seed": seed}
+        self._given |= {"every": every, "schedule": schedule, "seed": seed, "exist": exist}
         self.recorder: Recorder | None = None
 
 

@@ -1,5 +1,6 @@
 """Warnings to the user whose training is recorded; none of them ever raises."""
 
+import contextlib
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,12 @@ def warn_user(message: str) -> None:
         print(f"groktrace: {message}", file=sys.stderr)
 
 
+def say(message: str) -> None:
+    """Print a line on stderr: of what is as it should be, but not as it was asked for."""
+    with contextlib.suppress(OSError, ValueError):  # a stream that is closed
+        print(f"groktrace: {message}", file=sys.stderr, flush=True)
+
+
 class WarnOnce:
     """Warns of each kind of trouble once."""
 
@@ -24,6 +31,10 @@ class WarnOnce:
         if kind not in self._kinds:
             self._kinds.add(kind)
             warn_user(message)
+
+    def silence(self, kind: str) -> None:
+        """Do not warn of this kind of trouble any more."""
+        self._kinds.add(kind)
 
     def on_failure(self, action: Callable[[], None]) -> None:
         """Run an action, and warn where it fails."""

@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from groktrace.errors import GroktraceError, SettingsError
 from groktrace.recording.capture import Capture, describe_weights, gathered, is_sharded, parameters_of, views_of
+from groktrace.recording.folder import Exist, Folder, check_exist, check_out, choose, name_of, with_earlier
 from groktrace.recording.hooks import hookable
 from groktrace.recording.prepare import Evaluation, describe_run, prepare_evaluation, write_frozen, write_start
 from groktrace.recording.recorder import Recorder
@@ -20,12 +20,11 @@ from groktrace.recording.schedule import check_count, make_schedule
 from groktrace.recording.termination import open_recorders
 from groktrace.recording.warning import warn_user
 from groktrace.recording.writer import remove_leftovers
-from groktrace.run import files, layout
+from groktrace.run import layout
 from groktrace.run.factory import refuse_while_loading
-from groktrace.run.info import WeightSpec, check_info
+from groktrace.run.info import WeightSpec
 from groktrace.run.live import named_tensors, plain_model
 from groktrace.run.loss_tensors import LossTensors
-from groktrace.run.remote import Remote, is_url
 
 _FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
@@ -45,6 +44,7 @@ def watch(
     schedule: str | Iterable[int] | Callable[[int], bool] | None = None,
     start_step: int | None = None,
     seed: int = 0,
+    exist: Exist = "new",
 ) -> Recorder:
     """Record a training run: one line in the training script.
 
@@ -69,12 +69,14 @@ def watch(
         schedule: instead of `every`, "log", the steps to keep, or a function step -> bool.
         start_step: updates made before this call; by default what the optimizer's own state says.
         seed: chooses the subset of data sets of more than 8192 samples.
+        exist: where `out` holds a run that this training does not continue: "new" records in the next free folder
+            beside it, such as snapshots-2, and says so; "replace" removes the run; "error" refuses.
 
     Returns:
         The recorder; close it, use it in a `with` statement, or leave that to the end of the script.
 
     Raises:
-        SettingsError: an argument is not what it may be, or `out` holds something else.
+        SettingsError: an argument is not what it may be, or `out` holds something else than a run.
         TaskError: model, loss and data do not fit together.
         RunError: `out` holds a damaged run.
     """
@@ -85,7 +87,8 @@ def watch(
         start_step = check_count(start_step, "start_step", least=0)
     if task is not None and not (isinstance(task, str) and _FACTORY.fullmatch(task)):
         raise SettingsError(f"task: expected 'package.module:factory', got {task!r}.")
-    place = _check_out(out)
+    check_exist(exist)
+    place = check_out(out)
     if not isinstance(model, nn.Module):
         raise SettingsError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
     model = plain_model(model)
@@ -110,23 +113,18 @@ def watch(
         )
 
     for recorder in open_recorders:
-        if recorder.out == place:
+        if place in (recorder.out, recorder.asked):
             recorder.flush()
     earlier = _earlier(model, optimizer, place)
     start = _first_step(start_step, optimizer, earlier)
-    writes, sharded = _is_writer(), is_sharded(model)
-    remote, root = None, Path(place)
+    # An explicit start_step may contradict the open recording, which is then another one.
+    going = earlier.out if earlier is not None and start == earlier.steps else None
+    sharded = is_sharded(model)
+    folder, chosen = Folder(place, place, Path(place)), (start, start_step is not None, going, exist)
     with _agreed(sharded):
-        if writes and is_url(place):
-            try:
-                remote = Remote(str(place))
-            except OSError as failure:
-                raise SettingsError(f"out: cannot be reached ({failure}).") from failure
-            root = remote.folder
-        if writes:
-            # An explicit start_step may contradict the open recording; then it is refused as after a restart.
-            resuming = earlier is not None and start == earlier.steps
-            _check_folder(place, root, specs, start, resuming, start_step is not None)
+        if _is_writer():
+            folder = Folder.at(place, place)
+            choose(folder, None, *chosen, {})  # what can be refused before the evaluation takes its time
     evaluation = Evaluation()
     if train is not None:
         with gathered(model):
@@ -138,24 +136,39 @@ def watch(
             evaluation = prepare_evaluation(model, train, val, loss, batch_loss, seed, idle)
     own = evaluation.own
     specs = describe_weights(model, optimizer, own)
+    with _agreed(sharded) as told:
+        if _is_writer():
+            trained = {n: p for n, p in parameters_of(source, own).items() if specs[n].trainable and not sharded}
+            where = choose(folder, specs, *chosen, trained)
+            told.append(None if where.kind == "beside" else where.folder.place)
     for recorder in list(open_recorders):
-        if recorder.out == place:  # a folder has one recording at a time, so this one takes over
-            recorder.close()
+        # A folder has one recording at a time; and a cell or a loop that runs again ends what it began before, but not
+        # the recording of another network whose training has not begun.
+        if told[-1:] == [recorder.out] or (recorder.asked == place and (recorder.began or recorder is earlier)):
+            recorder.close_quietly()
     once: frozenset[str] = frozenset()
-    with _agreed(sharded):
-        if writes:
-            specs = _with_earlier(place, root, specs, start)
-            info = describe_run(model, specs, evaluation, optimizer, plan, task, seed)
+    with _agreed(sharded) as told:
+        if _is_writer():
             try:
-                if write_start(root, info, evaluation):
+                folder = where.take(exist)
+                place, root = folder.place, folder.root
+                specs = with_earlier(folder, specs, start)
+                info = describe_run(model, specs, evaluation, optimizer, plan, task, seed)
+                if write_start(root, info | {"out": name_of(folder.asked)}, evaluation):
                     warn_user(f"'{place}' held other data than these; the analysis will use the new ones throughout.")
                 if not sharded:
                     once = write_frozen(root, _frozen(specs, model, source, own))
                 remove_leftovers(root)
-                if remote is not None:
-                    remote.send_start()
-            except OSError as failure:
+                if folder.remote is not None:
+                    folder.remote.send_start()
+            except BaseException as failure:
+                for each in (where.folder, folder):
+                    if each.hold is not None:
+                        each.hold.release()
+                if not isinstance(failure, OSError):
+                    raise
                 raise SettingsError(f"out: '{place}' cannot be written ({failure.strerror or failure}).") from failure
+            told.append(place)
             for note in evaluation.notes:
                 warn_user(note)
             if evaluation.problem is not None:
@@ -168,22 +181,31 @@ def watch(
     capture = Capture(source, specs, once, trained=model, own=own, optimizer=optimizer, unreached=unreached, step=start)
     guard = None if sharded else evaluation.guard
     if guard is not None:
-        guard.frozen, guard.average = root / layout.FROZEN_FILE, weights is not None
-    return Recorder(model, optimizer, plan.keep, capture, place, start, writes, weights is not None, remote, guard)
+        guard.frozen, guard.average = folder.root / layout.FROZEN_FILE, weights is not None
+    if folder.hold is None and told:
+        folder.place = told[-1]  # the writing process knows
+    return Recorder(model, optimizer, plan.keep, capture, folder, start, weights is not None, guard)
 
 
 @contextlib.contextmanager
-def _agreed(sharded: bool) -> Iterator[None]:
-    """Raise the first process's refusal in all; for a sharded model the others would wait for it forever."""
-    refusal: list[GroktraceError | None] = [None]
+def _agreed(sharded: bool) -> Iterator[list[Any]]:
+    """Raise the first process's refusal in all; for a sharded model the others would wait for it forever.
+
+    Yields:
+        A list: for a sharded model, all find there afterwards what the first process has put into it.
+    """
+    told: list[Any] = []
+    refusal: GroktraceError | None = None
     try:
-        yield
+        yield told
     except GroktraceError as failure:
-        refusal = [failure]
+        refusal = failure
     if sharded:
-        torch.distributed.broadcast_object_list(refusal, src=0)
-    if refusal[0] is not None:
-        raise refusal[0]
+        shared: list[Any] = [refusal, told]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        refusal, told[:] = shared
+    if refusal is not None:
+        raise refusal
 
 
 def _check_weights(weights: Any, specs: dict[str, WeightSpec]) -> nn.Module:
@@ -199,25 +221,10 @@ def _check_weights(weights: Any, specs: dict[str, WeightSpec]) -> nn.Module:
     return weights
 
 
-def _check_out(out: Any) -> Path | str:
-    if not isinstance(out, str | os.PathLike):
-        raise SettingsError(f"out: expected the path of a folder, got {out!r}.")
-    if is_url(out):
-        return out.rstrip("/")
-    # Absolute, since scripts change their working directory.
-    root = Path(out).expanduser().absolute()
-    for folder in (root, *root.parents):
-        if folder.exists():
-            if not folder.is_dir():
-                raise SettingsError(f"out: expected a folder, but '{folder}' is a file.")
-            break
-    return root
-
-
 def _earlier(model: nn.Module, optimizer: Any, place: Path | str) -> Recorder | None:
     """The open recording of the same training into the same folder."""
     for recorder in open_recorders:
-        if recorder.out == place and recorder.records(model, optimizer):
+        if place in (recorder.out, recorder.asked) and recorder.records(model, optimizer):
             return recorder
     return None
 
@@ -237,61 +244,6 @@ def _is_writer() -> bool:
     """Whether this process writes: the first of a process group."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
-
-
-def _check_folder(
-    place: Path | str, root: Path, specs: dict[str, WeightSpec], start: int, resuming: bool, given: bool
-) -> None:
-    """Refuse to write into a folder that holds something else, or steps that this recording would make again."""
-    if not root.exists():
-        return
-    path = root / layout.RUN_FILE
-    if not path.exists():
-        # A recording that was killed while it began has left what it writes before run.json.
-        begun = {layout.DATA_FILE, layout.PROGRAM_FILE}
-        names = {entry.name for entry in root.iterdir() if not entry.name.startswith(files.TEMPORARY_PREFIX)}
-        if names - begun:
-            raise SettingsError(f"out: '{place}' holds files, but is not a groktrace run; choose another out=.")
-        return
-    known = {name: spec for name, spec in check_info(files.read_json(path), path).items() if not spec.loss}
-    if _shapes(known) != _shapes(specs):
-        raise SettingsError(f"out: '{place}' is the run of another network; choose another out=.")
-    steps = layout.snapshot_steps(root)
-    if steps and start == 0 and not resuming and not (given and steps == [0]):  # one killed right after its start
-        raise SettingsError(
-            f"out: '{place}' holds a recording up to step {steps[-1]}. To continue it, load the optimizer's state "
-            "before watch() or pass start_step=; to start anew, choose another out= or remove the folder."
-        )
-
-
-def _shapes(specs: dict[str, WeightSpec]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    return {name: (spec.shape, spec.dtype) for name, spec in specs.items()}
-
-
-def _with_earlier(place: Path | str, root: Path, specs: dict[str, WeightSpec], start: int) -> dict[str, WeightSpec]:
-    """Merge the tensors' specs with those of an earlier recording, which knows when they train.
-
-    Raises:
-        SettingsError: its loss had other weights.
-    """
-    path = root / layout.RUN_FILE
-    if not path.exists():
-        return specs
-    known = check_info(files.read_json(path), path)
-    if _shapes(known) != _shapes(specs):
-        odd = sorted(name for name in known.keys() | specs.keys() if known.get(name) != specs.get(name))
-        raise SettingsError(
-            f"out: '{place}' is the run of a loss with other weights ({', '.join(odd[:5])}); give the train= and loss= "
-            "of that run, or choose another out=."
-        )
-    merged = {}
-    for name, spec in specs.items():
-        before = known[name]
-        if before.trainable or not spec.trainable:
-            merged[name] = replace(spec, trainable=before.trainable, trainable_from=before.trainable_from)
-        else:
-            merged[name] = replace(spec, trainable_from=start)
-    return merged
 
 
 def _frozen(specs: dict[str, WeightSpec], model: nn.Module, source: nn.Module, own: LossTensors) -> dict[str, Tensor]:

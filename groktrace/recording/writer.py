@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from groktrace.recording.hold import Hold
 from groktrace.run import files, layout
 from groktrace.run.info import MAX_DOUBT
 from groktrace.run.remote import Remote
@@ -81,6 +82,7 @@ class Writer:
 
     Args:
         root: the run directory; its weights folder exists.
+        hold: on it; released at the end.
         remote: where files go from there, if anywhere.
 
     Attributes:
@@ -88,16 +90,18 @@ class Writer:
         bytes: their size.
         last_step: the newest step that lies on disk whole, or None.
         error: why the newest write that failed did, or None.
+        lost: whether the run directory is no longer this recording's, into which nothing is written any more.
         unsent: after `close`, the folder with what could not be uploaded, or None.
         idle: called about once a second while nothing is to be written; it must not raise.
     """
 
-    def __init__(self, root: Path, remote: Remote | None = None) -> None:
-        self._remote = remote
+    def __init__(self, root: Path, hold: Hold, remote: Remote | None = None) -> None:
+        self._hold, self._remote = hold, remote
         self.written = 0
         self.bytes = 0
         self.last_step: int | None = None
         self.error: Exception | None = None
+        self.lost = False
         self.unsent: Path | None = None
         self.idle: Callable[[], None] | None = None
         self._root = root
@@ -197,6 +201,7 @@ class Writer:
             self._describe(closed=now())
         except Exception as failure:
             self.error = failure
+        self._hold.release()
         if self._remote is not None:
             self.unsent = self._remote.close()
 
@@ -238,6 +243,8 @@ class Writer:
 
     def _describe(self, marks: Sequence[dict[str, Any]] = (), **entries: Any) -> None:
         """Change entries of run.json; only in the thread, or after it has ended."""
+        if self._is_lost():
+            return
         path = self._root / layout.RUN_FILE
         info = {**files.read_json(path), **entries}
         if marks:
@@ -254,8 +261,9 @@ class Writer:
             step, tensors, metrics = self._jobs[0]
             last = len(self._jobs) == 1
         try:
-            size = self._write(step, tensors, metrics)
-            self.written, self.bytes, self.last_step = self.written + 1, self.bytes + size, step
+            if not self._is_lost():
+                size = self._write(step, tensors, metrics)
+                self.written, self.bytes, self.last_step = self.written + 1, self.bytes + size, step
         except Exception as failure:  # the training thread reports it; later snapshots are still tried
             self.error = failure
         del tensors
@@ -267,6 +275,10 @@ class Writer:
             if not self._jobs:
                 self._queued = 0
                 self._changed.notify_all()
+
+    def _is_lost(self) -> bool:
+        self.lost = self.lost or self._hold.lost()
+        return self.lost
 
     def _write(self, step: int, tensors: dict[str, Tensor], metrics: dict[str, float]) -> int:
         size = write_snapshot(self._root, step, tensors, metrics)

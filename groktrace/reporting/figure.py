@@ -75,6 +75,16 @@ def empty_figure(height: float) -> "Figure":
     return figure
 
 
+def pixels(figure: "Figure") -> np.ndarray:
+    """A figure as [height, width, 3] bytes.
+
+    Args:
+        figure: of `empty_figure`.
+    """
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3]  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class FigureReporter:
     """Draws the trajectory into a file.

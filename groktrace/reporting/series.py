@@ -11,7 +11,12 @@ from groktrace.analysis.grokking import Grokking, measure_grokking
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.reporting.remarks import none_found, remarks
 
-CURVE = "curve"
+CURVE, CURVE_TAG = "curve", "grokking/llc"
+BAND = ("llc/lower", "llc/upper")  # the tags of its 95 % band
+
+
+# What is averaged over runs.
+QUANTITIES = (CURVE, "train_loss", "val_loss", "train_accuracy", "val_accuracy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +49,15 @@ class Quantity:
         """Whether it is known at any snapshot."""
         return bool(np.isfinite(self.values).any())
 
+    def charts(self) -> dict[str, np.ndarray]:
+        """The charts of a dashboard by tag, each [T]: its values, and its errors, those of the curve as a band."""
+        values, errors = self.values, self.errors
+        if errors is None:
+            return {self.tag: values}
+        if self.name == CURVE:
+            return {self.tag: values, BAND[0]: values - 1.96 * errors, BAND[1]: values + 1.96 * errors}
+        return {self.tag: values, f"{self.tag.partition('/')[0]}/{self.error_name}": errors}
+
 
 @dataclass(frozen=True, eq=False)
 class Series:
@@ -74,7 +88,7 @@ class Series:
 
         curve = trajectory.curve
         quantities = [
-            Quantity(CURVE, "grokking/llc", curve.value, curve.error, f"{CURVE}_stderr"),
+            Quantity(CURVE, CURVE_TAG, curve.value, curve.error, f"{CURVE}_stderr"),
             read("llc", "llc/raw", "stderr", heading="λ̂"),
             read("llc_centred", "llc/centred", "stderr_centred", heading="λ_c"),
             read("train_loss", "learning/train_loss", heading="train loss", label="training loss", axis="loss"),

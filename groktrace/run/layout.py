@@ -14,9 +14,13 @@ RUN_FILE = "run.json"
 PROGRAM_FILE = "program.json"
 DATA_FILE = "data.safetensors"
 FROZEN_FILE = "frozen.safetensors"
+LOCK_FILE = ".lock"
+START_FILES = (RUN_FILE, PROGRAM_FILE, DATA_FILE, FROZEN_FILE)  # what a recording writes when it begins
 WEIGHTS_FOLDER = "weights"
 ANALYSIS_FOLDER = "analysis"
 TENSORBOARD_FOLDER = "tensorboard"
+# The ending of the event files that are ours to replace.
+EVENTS_SUFFIX = ".groktrace"
 
 MAX_STEP = 10**12 - 1
 Step = Annotated[int, between(0, MAX_STEP)]

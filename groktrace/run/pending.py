@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -9,16 +10,22 @@ from pathlib import Path
 from groktrace.run.remote import is_url
 
 _flushes: dict[str, "weakref.WeakMethod[Callable[[], None]]"] = {}
+_elsewhere: dict[str, str] = {}
 
 
-def register(place: Path | str, flush: Callable[[], None]) -> None:
+def register(place: Path | str, flush: Callable[[], None], asked: Path | str | None = None) -> None:
     """Have `flush` called before the run is read.
 
     Args:
         place: the run directory or its URL.
         flush: a method; its object is not kept alive by this.
+        asked: the place that was asked for, where an earlier run is if it is another one.
     """
     _flushes[_key(place)] = weakref.WeakMethod(flush)
+    if asked is not None:
+        _elsewhere.pop(_key(asked), None)
+        if asked != place:
+            _elsewhere[_key(asked)] = str(place)
 
 
 def forget(place: Path | str, flush: Callable[[], None]) -> None:
@@ -29,11 +36,17 @@ def forget(place: Path | str, flush: Callable[[], None]) -> None:
 
 
 def flush(place: Path | str) -> None:
-    """Wait until what is being recorded at `place` is written.
+    """Wait until what is being recorded at `place` is written; warn once where this process recorded beside it.
 
     Args:
         place: a directory or a URL.
     """
+    if (other := _elsewhere.pop(_key(place), None)) is not None:
+        warnings.warn(
+            f"groktrace: '{place}' is an earlier run; what was recorded here is in '{other}' (recorder.out).",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     known = _flushes.get(_key(place))
     method = None if known is None else known()
     if method is not None:

@@ -12,7 +12,24 @@ from typing import Any, TypeGuard
 from groktrace.run import layout
 
 # Small files that are needed at once; weights are fetched one by one.
-_SMALL = (layout.RUN_FILE, layout.PROGRAM_FILE, layout.DATA_FILE, layout.FROZEN_FILE)
+_SMALL = layout.START_FILES
+
+
+def names_beside(url: str) -> list[str]:
+    """The names of files and folders beside that at a URL.
+
+    Raises:
+        OSError: it cannot be reached.
+    """
+    with _reaching(url):
+        import fsspec
+
+        files, root = fsspec.core.url_to_fs(url.rstrip("/"))
+        files.invalidate_cache()
+        try:
+            return [str(each).rstrip("/").rpartition("/")[2] for each in files.ls(files._parent(root), detail=False)]
+        except FileNotFoundError:
+            return []
 
 
 def is_url(place: Any) -> TypeGuard[str]:
@@ -128,6 +145,16 @@ class Remote:
         with _reaching(self.url):
             if self._files.exists(self._place(path)):
                 self._files.rm_file(self._place(path))
+
+    def clear(self) -> None:
+        """Remove what groktrace wrote there, run.json last."""
+        with _reaching(self.url):
+            for folder in (layout.WEIGHTS_FOLDER, layout.ANALYSIS_FOLDER, layout.TENSORBOARD_FOLDER):
+                for place in self._files.find(f"{self._root.rstrip('/')}/{folder}"):
+                    if folder != layout.TENSORBOARD_FOLDER or str(place).endswith(layout.EVENTS_SUFFIX):
+                        self._files.rm_file(place)
+        for name in (*_SMALL[1:], _SMALL[0]):
+            self.remove(self.folder / name)
 
     def close(self) -> Path | None:
         """Remove the local folder; where something in it could not be sent, it stays, and is returned."""

@@ -1,9 +1,10 @@
 """Read a run directory as hostile input: everything is checked before use."""
 
+import contextlib
 import hashlib
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -240,6 +241,30 @@ class Run:
                 self.remote.send_folder(folder, ending)
             except OSError as failure:
                 raise RunError(f"{self.name}: results cannot be sent ({failure}).") from failure
+
+    @contextlib.contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Send, where the run is remote, what is written within that belongs neither to recording nor analysis.
+
+        Raises:
+            RunError: it cannot be sent.
+        """
+        before = self._others()
+        yield
+        if self.remote is None:
+            return
+        logs, changed = self.root / layout.TENSORBOARD_FOLDER, self._others().items() - before.items()
+        for path in sorted(path for path, _ in changed if logs not in path.parents):
+            self.publish(path)
+        if any(logs in path.parents for path, _ in changed):
+            self.publish_folder(logs, layout.EVENTS_SUFFIX)
+
+    def _others(self) -> dict[Path, tuple[int, int]]:
+        """Time and size of the files in `root` that belong neither to recording nor analysis, if it is remote."""
+        own = (layout.WEIGHTS_FOLDER, layout.ANALYSIS_FOLDER, *layout.START_FILES)
+        found = () if self.remote is None else (path for path in self.root.iterdir() if path.name not in own)
+        paths = (path for each in found for path in (each, *each.rglob("*")) if path.is_file())
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
 
     @cached_property
     def data(self) -> RecordedData | None:

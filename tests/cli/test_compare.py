@@ -21,5 +21,7 @@ def test_runs_are_compared_in_a_table_a_figure_and_json(reference_run, small_run
     assert str(figure) in result.stdout
     assert figure.read_bytes().startswith(b"\x89PNG")
     found = json.loads(invoke("compare", out, small_run, "--json").stdout)
+    assert found["groups"] == []
+    found = found["runs"]
     assert found.keys() == {str(out), str(small_run)}
     assert found[str(out)] == json.loads(invoke("show", out, "--json").stdout)

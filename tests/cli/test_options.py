@@ -73,7 +73,7 @@ def test_every_option_says_what_it_does(command):
 
 def test_options_are_named_as_the_arguments_of_python():
     arguments = inspect.signature(analyze).parameters.keys() | SETTINGS
-    own = {"minutes", "preset", "logdir", "as_json", "threads", "dask"}
+    own = {"minutes", "preset", "logdir", "wandb", "as_json", "as_csv", "threads", "dask"}
     assert names_of("analyze") - own <= arguments
 
 

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import shutil
 
 from click.testing import CliRunner
 
@@ -34,3 +35,12 @@ def test_what_is_concluded_is_in_the_json_too(small_run):
     assert [float(row["llc"]) for row in rows] == [point["llc"] for point in found["trajectory"]]
     assert [float(row["curve"]) for row in rows] == [point["llc_centred"] for point in found["trajectory"]]
     assert "--json or --csv, not both" in invoke("show", small_run, "--csv", "--json").stderr
+
+
+def test_a_later_run_of_the_same_script_is_named(small_run):
+    groktrace.analyze(small_run, draws=20, burn_in=20)
+    assert "later" not in invoke("show", small_run).stderr
+    later = shutil.copytree(small_run, small_run.with_name("run-2"))  # whose run.json says the same out
+    result = invoke("show", small_run)
+    assert f"later: the same script was run again, and that run is in '{later}'" in result.stderr
+    assert "later" not in invoke("show", later).stderr

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+import groktrace.run.task  # noqa: F401  # before the stand-in
+
 
 class FakeProgram:
     """What recording needs of groktrace.run.program.Program."""

@@ -46,7 +46,8 @@ def test_weights_alone(training, tmp_path):
     watch(training.model, out=tmp_path / "run").close()
     info = read(tmp_path / "run")
     assert info["n"] is info["data"] is info["optimizer"] is None
-    assert {entry.name for entry in (tmp_path / "run").iterdir()} == {layout.RUN_FILE, layout.WEIGHTS_FOLDER}
+    names = {entry.name for entry in (tmp_path / "run").iterdir()}
+    assert names == {layout.RUN_FILE, layout.LOCK_FILE, layout.WEIGHTS_FOLDER}
 
 
 def test_large_sets_are_represented_by_a_subset():

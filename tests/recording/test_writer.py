@@ -11,6 +11,7 @@ import torch
 
 import groktrace
 from groktrace.recording import writer as writer_module
+from groktrace.recording.hold import Hold
 from groktrace.recording.writer import Writer, now, remove_leftovers
 from groktrace.run import files, layout
 
@@ -23,7 +24,9 @@ def root(tmp_path):
 
 @pytest.fixture
 def writer(root):
-    writer = Writer(root)
+    hold = Hold(root)
+    hold.sign()
+    writer = Writer(root, hold)
     yield writer
     writer.close()
 

@@ -59,9 +59,9 @@ def test_runs_their_paths_and_trajectories_are_compared_alike(small_run):
     compared = compare(small_run, str(small_run), groktrace.open_run(small_run), found, elsewhere)
     assert [name for name, *_ in compared.results] == 4 * [str(small_run)] + ["trajectory 5"]
     assert all(series.trajectory == found for _, series, _ in compared.results[:4])
-    assert compared.to_dict().keys() == {str(small_run), "trajectory 5"}
+    assert compared.to_dict()["runs"].keys() == {str(small_run), "trajectory 5"}
     assert str(compared) == compared.table()
-    assert len(compared.plot().axes) == 2
+    assert len(compared.plot().axes) == 3
     dropped = compare(elsewhere, detector=groktrace.LargestDropDetector())
     (drop,) = dropped.results[0][2].transitions
     assert (drop.llc_before, drop.llc_after) == (9.0, 4.0)
