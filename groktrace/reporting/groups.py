@@ -12,7 +12,6 @@ import numpy as np
 
 from groktrace.errors import GroktraceError, SettingsError, printable
 from groktrace.records import plain
-from groktrace.reporting.numbers import finite
 from groktrace.reporting.series import CURVE, QUANTITIES, Events, Series
 from groktrace.run import layout
 from groktrace.run.files import read_json
@@ -169,7 +168,7 @@ class Group:
             "runs": [name for name, *_ in self.members],
             "steps": means[CURVE].steps.tolist(),
             **{
-                name: {key: [finite(x) for x in getattr(each, key).tolist()] for key in ("value", "low", "high")}
+                name: {key: plain(getattr(each, key).tolist()) for key in ("value", "low", "high")}
                 for name, each in means.items()
                 if each.runs
             },
