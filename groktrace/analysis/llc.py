@@ -8,7 +8,7 @@ from torch import Tensor
 
 from groktrace.records import Record
 from groktrace.sampling import diagnostics as diagnose
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.traces import Traces
 
 # What is tolerated before a number is called unreliable; in each case plus three standard errors of the diagnostic.
@@ -103,16 +103,16 @@ def centred_error(paired: Tensor) -> float:
     return error * math.sqrt(1.5) if paired.shape[1] > 1 else error
 
 
-def unusable(reason: str, settings: SamplingSettings, nbeta: float, localization: float) -> LLCEstimate:
+def unusable(reason: str, settings: ResolvedSettings, nbeta: float, localization: float) -> LLCEstimate:
     """What is said of a snapshot that cannot be sampled."""
     return LLCEstimate(
-        None, None, None, None, False, (reason,), nbeta, localization, None, settings.chains or 0, 0, 0, None, {}
+        None, None, None, None, False, (reason,), nbeta, localization, None, settings.chains, 0, 0, None, {}
     )
 
 
 def summarise(
     traces: Traces,
-    settings: SamplingSettings,
+    settings: ResolvedSettings,
     *,
     n: int,
     loss: float,
@@ -143,7 +143,6 @@ def summarise(
             return unusable(reason, settings, nbeta, localization)
         reason = f"diverging: chains left the snapshot at every step size down to {traces.step_size:.3g}"
         return unusable(reason, settings, nbeta, localization)
-    chains = settings.chains or traces.excess.shape[1]
     llc, ess = float(traces.excess.mean()), diagnose.effective_sample_size(traces.excess)
     stderr = math.sqrt(float(traces.excess.double().var()) / ess)
     centred = stderr_centred = None
@@ -194,7 +193,7 @@ def summarise(
             "step_size"
         )
     # Half-chains of m effective draws differ by chance: R-hat is then about √(1 + 1/m).
-    if rhat > max(MAX_RHAT, math.sqrt(1 + 10 * chains / ess)):
+    if rhat > max(MAX_RHAT, math.sqrt(1 + 10 * settings.chains / ess)):
         reasons.append(f"chains disagree (split R-hat {rhat:.2f})")
     value, error = llc, stderr
     if by_centred and centred is not None and stderr_centred is not None:
@@ -211,7 +210,7 @@ def summarise(
         nbeta,
         localization,
         traces.step_size,
-        chains,
+        settings.chains,
         len(traces.excess),
         traces.burn_in,
         loss,

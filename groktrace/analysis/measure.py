@@ -17,7 +17,7 @@ from groktrace.run.batch import Batch
 from groktrace.run.layout import Step
 from groktrace.run.task import Task, failures_in_words
 from groktrace.sampling.batches import spread_ranks
-from groktrace.sampling.calibration import Scale, settle, step_size
+from groktrace.sampling.calibration import Scale, resolve, step_size
 from groktrace.sampling.chains import rows_per_stack, sample
 from groktrace.sampling.curvature import top_eigenvalue
 from groktrace.sampling.diagnostics import standard_error
@@ -26,7 +26,7 @@ from groktrace.sampling.large import sample_large, top_eigenvalue_large
 from groktrace.sampling.network import Network, as_float, shuffled, with_micro_batch
 from groktrace.sampling.noise import generator_for, normal_like
 from groktrace.sampling.posterior import FACTOR, PART_BYTES, StackedLoss, WeightLayout
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
 from groktrace.sampling.traces import Traces
 
 # Of large sets: what losses and accuracies are measured on at least, in so many parts or more, whose scatter gives the
@@ -91,13 +91,13 @@ class Objective:
     Attributes:
         task: loss and data.
         loss: the task's training loss, as it is stacked and differentiated.
-        settings: of the sampling, with a method and a number of chains.
+        settings: of the sampling.
         chance: training losses of networks that know nothing, see `chance_losses`.
     """
 
     task: Task
     loss: StackedLoss
-    settings: SamplingSettings
+    settings: ResolvedSettings
     chance: tuple[float, ...] = ()
 
     @classmethod
@@ -129,7 +129,7 @@ class Objective:
                 loss, anchor = stack_weights(loss, [weights])
                 loss = loss.probe(anchor)
         chance = chance_losses(task, weights, device, loss.micro_batch)
-        return cls(task, loss, settle(settings, layout.size, loss.micro_batch is None), chance)
+        return cls(task, loss, resolve(settings, layout.size, loss.micro_batch is None), chance)
 
     @property
     def layout(self) -> WeightLayout:
@@ -307,7 +307,7 @@ class Objective:
         if not self.large_set:
             return self.loss
         size, available = self._curvature_samples(), self._evaluated_samples()
-        if not self.loss.separable or size >= available:
+        if not self.loss.is_sample_mean or size >= available:
             return self.loss.subset(size)
         return self.loss.subset(available, size, size // HEAVY_SHARE)
 

@@ -105,8 +105,7 @@ def choose_sampling(
             "all is cheap, or the loss is no mean over samples."
         )
     scale = choose_scale(objective, metrics)
-    plain = settings.method is not None and settings.kernel.plain
-    if plain and large_set:  # as published: batches of all samples
+    if settings.kernel.plain and large_set:  # as published: batches of all samples
         return scale._replace(samples=settings.samples, batch_size=settings.batch_size)
     among = fitted(metrics)
     tried = [among[round(i * (len(among) - 1) / TRIED)] for i in range(TRIED, 0, -1)]

@@ -21,7 +21,7 @@ from groktrace.records import Record
 from groktrace.run.store import Run, open_run
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import RESOLUTION
-from groktrace.sampling.settings import SamplingOptions, SamplingSettings
+from groktrace.sampling.settings import ResolvedSettings, SamplingOptions, SamplingSettings
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -129,7 +129,7 @@ def temperature_curve_at(
         return _measure_curve(objective, weights, metrics, nbetas, session.key(step))
 
 
-def _with_localization(session: Session, metrics: SnapshotMetrics) -> SamplingSettings:
+def _with_localization(session: Session, metrics: SnapshotMetrics) -> ResolvedSettings:
     """The settings with the run's γ."""
     settings = session.objective.settings
     if settings.localization is not None:

@@ -1,12 +1,10 @@
 """Temperature, localisation, step size and run length from the curvature and size of the network."""
 
 import math
-import sys
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from groktrace.errors import SettingsError
-from groktrace.sampling.settings import LOCALITY, SamplingSettings
+from groktrace.sampling.settings import LOCALITY, ResolvedSettings, SamplingSettings
 
 RESOLUTION, FOLLOWING_RESOLUTION = 10.0, 100.0
 # ε = 2c/(s·nβ·h_max + γ), with s because curvature grows off the minimum and Lanczos iteration comes from below. At
@@ -48,23 +46,6 @@ class Scale(NamedTuple):
     samples: int | None = None
     batch_size: int | None = None
     locality: float | None = None
-
-    @classmethod
-    def from_dict(cls, value: Any) -> "Scale":
-        """The inverse of `_asdict`.
-
-        Raises:
-            KeyError: a value is missing.
-            TypeError: it is not a dict of numbers.
-            ValueError: a value is not positive.
-        """
-        found = {name: value[name] for name in cls._fields[:3]} | {name: value.get(name) for name in cls._fields[3:]}
-        given = {name: number for name, number in found.items() if number is not None}
-        positive = all(type(each) in (int, float) and 0 < each <= sys.float_info.max for each in given.values())
-        whole = all(type(given.get(name, 1)) is int for name in ("samples", "batch_size"))
-        if not (positive and whole and {"nbeta", "localization"} <= given.keys()):
-            raise ValueError(f"expected positive numbers, got {value}")
-        return cls(**found)
 
 
 def resolution(settings: SamplingSettings, follow: bool) -> float:
@@ -128,7 +109,7 @@ def step_size(nbeta: float, localization: float, top_curvature: float) -> float:
 
 
 def run_length(
-    settings: SamplingSettings,
+    settings: ResolvedSettings,
     localization: float,
     epsilon: float,
     relaxations: float = BURN_IN_RELAXATIONS,
@@ -168,8 +149,8 @@ def more_draws(draws: int, needed: float) -> int:
     return math.ceil(draws * min(max(needed - 1, LEAST_GROWTH), 1.0))
 
 
-def settle(settings: SamplingSettings, dimension: int, stacked: bool) -> SamplingSettings:
-    """The settings with a method and a number of chains.
+def resolve(settings: SamplingSettings, dimension: int, stacked: bool) -> ResolvedSettings:
+    """The settings for one network; resolved ones stay what they are.
 
     Args:
         settings: method and chains, where given.
@@ -178,4 +159,4 @@ def settle(settings: SamplingSettings, dimension: int, stacked: bool) -> Samplin
     """
     method = settings.method or ("baoab" if stacked else "leimkuhler_matthews")
     chains = settings.chains or min(max(MIN_CHAINS, STACKED_WEIGHTS // dimension), MAX_CHAINS)
-    return replace(settings, method=method, chains=chains)
+    return ResolvedSettings(**{**vars(settings), "method": method, "chains": chains})

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from groktrace.sampling.batches import GROUP, NoiseProfile
-from groktrace.sampling.calibration import settle
 from groktrace.sampling.curvature import difference_product
 from groktrace.sampling.engine import Target, sample_with_restarts
 from groktrace.sampling.posterior import StackedLoss
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.stack import HEATING_EVERY, StackedChains
-from groktrace.sampling.traces import Looks, Traces
+from groktrace.sampling.traces import SampleLossRecorder, Traces
 
 # Stacks beyond the processor's cache gain nothing (measured); a GPU wants more at once.
 WORKING_SET_BYTES = {"cpu": 12 * 2**20}
@@ -42,7 +41,7 @@ def sample(
     loss: StackedLoss,
     anchors: Tensor,
     steps: Sequence[int],
-    settings: SamplingSettings,
+    settings: ResolvedSettings,
     nbeta: float,
     localization: float,
     step_sizes: Sequence[float],
@@ -55,7 +54,7 @@ def sample(
         loss: of S rows.
         anchors: w* of each snapshot, [S, D].
         steps: the key of each one's noise: its training step, or a number of its own.
-        settings: chains, batch size, run length.
+        settings: kernel, chains, batch size, run length.
         nbeta: nβ.
         localization: γ.
         step_sizes: ε of each snapshot; halved where chains diverge, reduced where they find a larger curvature than at
@@ -68,7 +67,6 @@ def sample(
     Returns:
         Traces of each snapshot, those of the last attempt where its chains diverged at every step size tried.
     """
-    settings = settle(settings, anchors.shape[1], stacked=True)
     target = Target(settings, nbeta, localization, anchors.shape[1], loss.sample_bytes is not None)
 
     def begin(
@@ -85,7 +83,7 @@ def sample(
     return sample_with_restarts(begin, step_sizes, target, needed, whole is not None)
 
 
-def time_steps(loss: StackedLoss, anchors: Tensor, settings: SamplingSettings, seconds: float) -> tuple[float, float]:
+def time_steps(loss: StackedLoss, anchors: Tensor, settings: ResolvedSettings, seconds: float) -> tuple[float, float]:
     """Time of a stack's steps, by the clock.
 
     Args:
@@ -97,7 +95,7 @@ def time_steps(loss: StackedLoss, anchors: Tensor, settings: SamplingSettings, s
     Returns:
         Seconds that one step takes, and all that comes before the first.
     """
-    settings, count = settle(settings, anchors.shape[1], stacked=True), len(anchors)
+    count = len(anchors)
     target = Target(settings, 1.0, 1e6, anchors.shape[1], loss.sample_bytes is not None)
 
     def begin() -> StackedChains:
@@ -110,8 +108,8 @@ def time_steps(loss: StackedLoss, anchors: Tensor, settings: SamplingSettings, s
     before, spent, made = begun - start, 0.0, 0
     # As many as there are from one look at the noise of minibatches to the next.
     while not made or (spent < seconds and made < _TIMED_STEPS):
-        looks = Looks([(0, HEATING_EVERY)] * count) if loss.separable else None
-        chains.advance([HEATING_EVERY] * count, first=True, looks=looks)
+        recorder = SampleLossRecorder([(0, HEATING_EVERY)] * count) if loss.is_sample_mean else None
+        chains.advance([HEATING_EVERY] * count, first=True, recorder=recorder)
         made += HEATING_EVERY
         spent = time.perf_counter() - begun
     return spent / made, before
@@ -121,7 +119,7 @@ def profile_noise(
     loss: StackedLoss,
     anchor: Tensor,
     key: int,
-    settings: SamplingSettings,
+    settings: ResolvedSettings,
     nbeta: float,
     localization: float,
     epsilon: float,
@@ -141,7 +139,7 @@ def profile_noise(
     count = min(len(loss.tensors[0]), _PROFILED) // batch * batch
     loss = replace(loss, tensors=tuple(each[:count] for each in loss.tensors))
     groups = torch.arange(count, device=anchor.device).view(-1, 1, GROUP)
-    settings = replace(settle(settings, anchor.shape[1], stacked=True), chains=1, batch_size=batch)
+    settings = replace(settings, chains=1, batch_size=batch)
     target = Target(settings, nbeta, localization, anchor.shape[1], loss.sample_bytes is not None)
     chains = StackedChains(loss, anchor, [key], target, [epsilon], [0])
     displacement = chains.state.displacement

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from groktrace.sampling.calibration import MAX_STEPS, more_draws, step_size
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.traces import MOST_HEATING, SLACK, WANTED_HEATING, Traces, cooled
 
 MAX_RESTARTS, DEAR_RESTARTS = 16, 2
@@ -59,14 +59,14 @@ class Target:
     """What is sampled, and how dear a step is.
 
     Attributes:
-        settings: chains, batch size, run length; with a method and a number of chains.
+        settings: kernel, chains, batch size, run length.
         nbeta: nβ.
         localization: γ.
         dimension: D.
         dear: whether data are so many that they are sampled.
     """
 
-    settings: SamplingSettings
+    settings: ResolvedSettings
     nbeta: float
     localization: float
     dimension: int

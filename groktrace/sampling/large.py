@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, run_length, settle
+from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, run_length
 from groktrace.sampling.engine import Target, sample_with_restarts
 from groktrace.sampling.kernels.base import Dynamics
 from groktrace.sampling.network import Network
 from groktrace.sampling.noise import NormalNoise, generator_for
 from groktrace.sampling.posterior import StackedLoss
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.traces import Traces, pairs
 
 # Of the weights' norm: a classifier with large margins bends within a thousandth of it.
@@ -35,7 +35,7 @@ def sample_large(
     loss: StackedLoss,
     weights: Mapping[str, Tensor],
     step: int,
-    settings: SamplingSettings,
+    settings: ResolvedSettings,
     nbeta: float,
     localization: float,
     step_size: float,
@@ -47,7 +47,7 @@ def sample_large(
         loss: with its `micro_batch`.
         weights: all tensors of the network by name.
         step: the key of its noise: the training step, or a number of its own.
-        settings: chains, batch size, run length.
+        settings: kernel, chains, batch size, run length.
         nbeta: nβ.
         localization: γ.
         step_size: ε; halved where chains diverge, reduced where minibatch noise heats them.
@@ -57,7 +57,6 @@ def sample_large(
         Traces; not finite where the chains diverged at every step size tried.
     """
     network = Network(loss, weights)
-    settings = settle(settings, network.layout.size, stacked=False)
     target = Target(settings, nbeta, localization, network.layout.size, dear=False)
 
     def begin(some: Sequence[int], epsilons: Sequence[float], halvings: Sequence[int], in_batches: bool) -> LargeChains:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypedDict
 
 from groktrace.errors import SettingsError
@@ -100,14 +100,23 @@ class SamplingSettings:
         values = asdict(replace(self, method=None))
         return {**values, "method": None if self.method is None else find_kernel(self.method).name}
 
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSettings(SamplingSettings):
+    """Settings whose kernel and number of chains are known; what else is None is found at each snapshot.
+
+    Attributes:
+        method: of the steps.
+        chains: a snapshot.
+    """
+
+    method: str | Kernel = field()  # required here
+    chains: int = field()
+
     @property
     def kernel(self) -> Kernel:
-        """The one that `method` names.
-
-        Raises:
-            SettingsError: none is chosen yet.
-        """
-        return find_kernel(self.method or "")
+        """The one that `method` names."""
+        return find_kernel(self.method)
 
 
 class SamplingOptions(TypedDict, total=False):

@@ -16,7 +16,7 @@ from groktrace.sampling.kernels.base import ChainState, Dynamics
 from groktrace.sampling.network import shuffled
 from groktrace.sampling.noise import generator_for, normal_like
 from groktrace.sampling.posterior import StackedLoss
-from groktrace.sampling.traces import SLACK, Looks, Traces, inner_products, most_virial, pairs
+from groktrace.sampling.traces import SLACK, SampleLossRecorder, Traces, inner_products, most_virial, pairs
 
 # Where data are sampled, burn-in ends after so many steps where pull and spread are in equilibrium, within this
 # fraction and some errors.
@@ -127,8 +127,8 @@ class StackedChains:
             ]
             self._keep([s for s in self.active if not self._is_leaving(early[s])])
         rest = [(burn_in[s] - len(early[s]), self.lengths[s][1]) for s in self.active]
-        looks = Looks(rest) if rest and self.loss.separable else None
-        late = self._pieces([sum(each) for each in rest], first=True, looks=looks)
+        recorder = SampleLossRecorder(rest) if rest and self.loss.is_sample_mean else None
+        late = self._pieces([sum(each) for each in rest], first=True, recorder=recorder)
         traces = []
         for s, soon in enumerate(early):
             own = torch.cat([soon, late[s]]) if s in late else soon
@@ -138,7 +138,7 @@ class StackedChains:
             heating, fluctuation = 0.0, None
             if torch.isfinite(noise):
                 heating = float(self.noise_share[s] * noise) / abs(float(found.pull.mean()))
-            if looks is not None and s in late and (variance := looks.variance(self.active.index(s))) is not None:
+            if recorder is not None and s in late and (variance := recorder.variance(self.active.index(s))) is not None:
                 fluctuation = 0.5 * self.target.nbeta * variance
             traces.append(replace(found, fall=fall, heating=heating, fluctuation=fluctuation))
         curvatures = self._curvatures([s for s in self.active if self._is_odd(s, traces[s])])
@@ -203,15 +203,17 @@ class StackedChains:
                 self.control = self.control.select(rows)
         self.active = snapshots
 
-    def _pieces(self, counts: Sequence[int], first: bool = False, looks: Looks | None = None) -> dict[int, Tensor]:
+    def _pieces(
+        self, counts: Sequence[int], first: bool = False, recorder: SampleLossRecorder | None = None
+    ) -> dict[int, Tensor]:
         """What `advance` records of each snapshot in the stack, [its count, 5, C]."""
         if not self.active:
             return {}
-        record, chains = self.advance(counts, first, looks), self.settings.chains
+        record, chains = self.advance(counts, first, recorder), self.settings.chains
         parts = zip(self.active, counts, record.split(chains, 2), strict=True)
         return {s: part[:count] for s, count, part in parts}
 
-    def advance(self, counts: Sequence[int], first: bool = False, looks: Looks | None = None) -> Tensor:
+    def advance(self, counts: Sequence[int], first: bool = False, recorder: SampleLossRecorder | None = None) -> Tensor:
         """Make so many steps with each snapshot's chains; [steps, 5, R]: excess, pull, spread, paired, batch noise.
 
         The stack goes on until the last snapshot is done, or has lost a chain. The others are put back to where they
@@ -220,7 +222,7 @@ class StackedChains:
         Args:
             counts: of steps, for each snapshot.
             first: whether to measure the noise of minibatches now and then.
-            looks: when to keep the losses of single samples; None for never.
+            recorder: when to keep the losses of single samples; None for never.
         """
         rows, dimension = self.anchors.shape
         chains, nbeta = self.settings.chains, self.target.nbeta
@@ -253,9 +255,9 @@ class StackedChains:
             if first and t % HEATING_EVERY == 0 and self._corrected:
                 record[t, 4] = self._gradient_noise(evaluate, gradients)
             record[t, 0] = nbeta * excess
-            for s in looks.due(t) if looks is not None else ():
+            for s in recorder.due(t) if recorder is not None else ():
                 rows_of = self._rows([s])
-                looks.keep(s, self.loss.select(rows_of).sample_losses(weights[rows_of], seen))
+                recorder.keep(s, self.loss.select(rows_of).sample_losses(weights[rows_of], seen))
             products = []
             for block, anchors, positions, slopes in blocks:
                 products.append(inner_products(block.displacement, slopes, chains))

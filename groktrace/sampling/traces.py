@@ -132,7 +132,7 @@ class Traces:
         return excess > 0 and excess > HOT_ERRORS * self.virial_error(kernel, localization, dimension)
 
 
-class Looks:
+class SampleLossRecorder:
     """When the losses of single samples are looked at, and what was seen.
 
     Args:

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from groktrace.sampling import chains, engine, posterior, stack
-from groktrace.sampling.calibration import run_length, step_size
+from groktrace.sampling.calibration import resolve, run_length, step_size
 from groktrace.sampling.chains import rows_per_stack, sample
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.kernels import base
 from groktrace.sampling.posterior import StackedLoss, WeightLayout
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
 
 SPECTRUM = torch.cat([torch.zeros(20), torch.logspace(-3, 0, 40)]).double()
 
@@ -21,6 +21,7 @@ SPECTRUM = torch.cat([torch.zeros(20), torch.logspace(-3, 0, 40)]).double()
 def draw(loss, anchors, settings, nbeta, gamma, top=1.0, steps=None, needed=lambda traces: 1.0, epsilons=None):
     steps = list(range(len(anchors))) if steps is None else steps
     epsilons = epsilons or [step_size(nbeta, gamma, top)] * len(anchors)
+    settings = resolve(settings, anchors.shape[1], stacked=True)
     return sample(loss, anchors, steps, settings, nbeta, gamma, epsilons, needed)
 
 
@@ -91,7 +92,7 @@ def test_results_do_not_depend_on_what_is_stacked_with_them(bowl):
 @pytest.mark.parametrize(("batch_size", "lengths"), [(None, [140, 610, 122]), (50, [113, 610, 251])])
 def test_nor_do_they_where_run_lengths_differ_and_grow(batch_size, lengths):
     loss, best, _ = regression()
-    loss = replace(loss, separable=True)
+    loss = replace(loss, is_sample_mean=True)
     anchors = torch.stack([best, best + 0.01, best - 0.01])
     epsilons = [f * step_size(10.0, 1.0, 4.0) for f in (1.0, 0.1, 0.5)]
     settings = SamplingSettings(chains=2, batch_size=batch_size)
@@ -164,7 +165,7 @@ def test_steps_are_timed_without_what_comes_before_them(bowl, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: clock[-1])
     monkeypatch.setattr(base.Dynamics, "step", slowed(base.Dynamics.step, 0.002))
     monkeypatch.setattr(stack, "gaussian_start", slowed(stack.gaussian_start, 0.3))
-    settings = SamplingSettings(chains=2)
+    settings = ResolvedSettings(method="baoab", chains=2)
     step, before = chains.time_steps(bowl(SPECTRUM), torch.zeros(3, 60).double(), settings, 30.0)
     assert (step, before) == (pytest.approx(0.002), pytest.approx(0.3))
     assert made == ["gaussian_start", "step", "gaussian_start"] + 80 * ["step"]
@@ -230,7 +231,7 @@ def test_chains_that_the_step_heats_are_tried_again_at_half_of_it_a_few_times(
         return traces.step_size > quiet_below * stable
 
     monkeypatch.setattr(chains.Traces, sign, property(heated) if sign == "burst" else heated)
-    settings = SamplingSettings("baoab", chains=2)
+    settings = ResolvedSettings(method="baoab", chains=2)
     asked = []
     arguments = bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, 1000.0, 1.0
     (traces,) = draw(*arguments, needed=lambda each: asked.append(each) or 3.0 - len(asked), epsilons=[stable])
@@ -331,7 +332,7 @@ def test_single_losses_are_seen_of_two_minibatches_at_most(monkeypatch, batch_si
     loss, best, _ = regression()
     shapes = set()
     monkeypatch.setattr(posterior, "MAX_SINGLE_SAMPLES", 190)  # of 200
-    monkeypatch.setattr(chains.Looks, "keep", lambda self, s, losses: shapes.add(tuple(losses.shape)))
+    monkeypatch.setattr(chains.SampleLossRecorder, "keep", lambda self, s, losses: shapes.add(tuple(losses.shape)))
     settings = SamplingSettings(chains=2, draws=20, burn_in=0, batch_size=batch_size)
     draw(loss.probe(best[None]), best[None], settings, 30.0, 5.0)
     assert shapes == {(2, seen)}

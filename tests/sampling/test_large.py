@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from groktrace.sampling import large
-from groktrace.sampling.calibration import step_size
+from groktrace.sampling.calibration import resolve, step_size
 from groktrace.sampling.chains import sample
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.large import hessian_trace_large, sample_large, top_eigenvalue_large
@@ -21,7 +21,14 @@ def alone(loss, micro_batch=8):
 
 
 def draw(loss, weights, settings, nbeta, gamma, epsilon, needed=lambda traces: 1.0, step=0):
+    settings = resolve(settings, loss.layout.size, stacked=False)
     return sample_large(loss, weights, step, settings, nbeta, gamma, epsilon, needed)
+
+
+def stacked(loss, weights, settings, nbeta, gamma, epsilon, step=0):
+    settings = resolve(settings, loss.layout.size, stacked=True)
+    (traces,) = sample(loss, weights["w"][None], [step], settings, nbeta, gamma, [epsilon], lambda traces: 1.0)
+    return traces
 
 
 @pytest.mark.parametrize("batch_size", [None, 5])
@@ -30,7 +37,7 @@ def test_large_networks_take_the_same_steps_as_stacked_ones(batch_size):
     loss, weights = regression()
     settings = SamplingSettings("sgld", chains=3, draws=20, burn_in=4, step_size=1e-3, batch_size=batch_size)
     found = draw(alone(loss, 7), weights, settings, 30.0, 5.0, 1e-3, step=700)
-    (expected,) = sample(loss, weights["w"][None], [700], settings, 30.0, 5.0, [1e-3], lambda traces: 1.0)
+    expected = stacked(loss, weights, settings, 30.0, 5.0, 1e-3, step=700)
     for name in ("excess", "pull", "spread"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-9, atol=1e-9)
     assert found.paired.shape == expected.paired.shape
@@ -97,7 +104,7 @@ def test_minibatches_heat_a_large_network_as_they_heat_stacked_ones(method, epsi
     loss, weights = regression()
     settings = SamplingSettings(method, chains=2, burn_in=20, draws=1500, step_size=epsilon, batch_size=20)
     found = draw(alone(loss, 16), weights, settings, 200.0, 1.0, epsilon)
-    (expected,) = sample(loss, weights["w"][None], [0], settings, 200.0, 1.0, [epsilon], lambda traces: 1.0)
+    expected = stacked(loss, weights, settings, 200.0, 1.0, epsilon)
     assert expected.heating > 0.01
     assert found.heating == pytest.approx(expected.heating, rel=0.4)
 

@@ -66,7 +66,7 @@ def test_a_probed_loss_repeats_recorded_operations_to_the_same_bits(classifier, 
     plain = StackedLoss(task.forward, layout, (x, y), buffers)
     flat = torch.stack([layout.flatten(row) for row in rows])
     probed = plain.probe(flat[:1])
-    assert (probed.vectorised, probed.separable) == (True, True)
+    assert (probed.vectorised, probed.is_sample_mean) == (True, True)
     for weights in (flat, 0.5 * flat):
         expected = plain.gradients(weights, index)
         found = probed.gradients(weights, index)
@@ -157,7 +157,7 @@ def test_a_loss_that_cannot_be_recorded_is_differentiated_each_time():
     assert list(loss.plans.values()) == [None]
 
 
-def test_single_samples_of_a_separable_loss(classifier):
+def test_single_samples_of_a_loss_that_is_a_mean_over_samples(classifier):
     model, task, layout, rows, buffers, (x, y) = classifier
     flat = torch.stack([layout.flatten(row) for row in rows])
     loss = StackedLoss(task.forward, layout, (x, y), buffers)

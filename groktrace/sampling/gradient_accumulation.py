@@ -33,7 +33,7 @@ def leaf(tensor: Tensor, place: Tensor) -> Tensor:
     return each
 
 
-class Uses(TorchFunctionMode):
+class GradientAccumulation(TorchFunctionMode):
     """Makes every use of a weight a leaf of its own.
 
     Autograd would hold the gradients of both uses of tied embeddings, and their sum beside them.
