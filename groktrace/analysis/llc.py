@@ -185,7 +185,7 @@ def summarise(
         reasons.append(PERHAPS_OFF)
     if abs(virial - 1) > MAX_VIRIAL_GAP + 3 * virial_error:
         reasons.append(f"not equilibrated (virial ratio {virial:.3f}, expected 1); needs a longer burn-in")
-    elif traces.hot(settings.kernel, localization, dimension):
+    elif traces.has_discretization_bias(settings.kernel, localization, dimension):
         reasons.append(f"heated by the sampler's step (virial ratio {virial:.3f}, expected 1); use a smaller step_size")
     if traces.heating > MAX_HEATING:
         reasons.append(

@@ -21,13 +21,13 @@ from groktrace.sampling.calibration import Scale, resolve, step_size
 from groktrace.sampling.chains import rows_per_stack, sample
 from groktrace.sampling.curvature import top_eigenvalue
 from groktrace.sampling.diagnostics import standard_error
-from groktrace.sampling.engine import MAX_GROWTH
 from groktrace.sampling.large import sample_large, top_eigenvalue_large
 from groktrace.sampling.network import Network, as_float, shuffled, with_micro_batch
 from groktrace.sampling.noise import generator_for, normal_like
 from groktrace.sampling.posterior import FACTOR, PART_BYTES, StackedLoss, WeightLayout
 from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
 from groktrace.sampling.traces import Traces
+from groktrace.sampling.tuning import WHOLE_DATA
 
 # Of large sets: what losses and accuracies are measured on at least, in so many parts or more, whose scatter gives the
 # error.
@@ -376,7 +376,7 @@ def _needed(traces: Traces, rtol: float) -> float:
 def _needed_centred(traces: Traces, rtol: float) -> float:
     """How many times as many draws give λ_c to `rtol`; 1 where so many would be needed that none are spent."""
     times = _times(centred_error(traces.paired), float(traces.paired.mean()), rtol)
-    return times if times <= MAX_GROWTH else 1.0
+    return times if times <= WHOLE_DATA.growth else 1.0
 
 
 def _times(error: float, value: float, rtol: float) -> float:

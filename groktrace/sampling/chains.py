@@ -7,20 +7,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from groktrace.sampling.batches import GROUP, NoiseProfile
+from groktrace.sampling.batches import NoiseProfile
 from groktrace.sampling.curvature import difference_product
 from groktrace.sampling.engine import Target, sample_with_restarts
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import ResolvedSettings
-from groktrace.sampling.stack import HEATING_EVERY, StackedChains
+from groktrace.sampling.stack import StackedChains
 from groktrace.sampling.traces import SampleLossRecorder, Traces
+from groktrace.sampling.tuning import MINIBATCH_NOISE
 
 # Stacks beyond the processor's cache gain nothing (measured); a GPU wants more at once.
 WORKING_SET_BYTES = {"cpu": 12 * 2**20}
 WORKING_SET_BYTES_ELSEWHERE = 2**31
 _STATE_VECTORS = 8
-# Samples whose noise is looked at.
-_PROFILED = 512
 # A step is timed in so many at most.
 _TIMED_STEPS = 80
 
@@ -106,11 +105,12 @@ def time_steps(loss: StackedLoss, anchors: Tensor, settings: ResolvedSettings, s
     chains = begin()
     begun = time.perf_counter()
     before, spent, made = begun - start, 0.0, 0
-    # As many as there are from one look at the noise of minibatches to the next.
+    # As many as there are from one measurement of the noise of minibatches to the next.
+    every = MINIBATCH_NOISE.every
     while not made or (spent < seconds and made < _TIMED_STEPS):
-        recorder = SampleLossRecorder([(0, HEATING_EVERY)] * count) if loss.is_sample_mean else None
-        chains.advance([HEATING_EVERY] * count, first=True, recorder=recorder)
-        made += HEATING_EVERY
+        recorder = SampleLossRecorder([(0, every)] * count) if loss.is_sample_mean else None
+        chains.advance([every] * count, first=True, recorder=recorder)
+        made += every
         spent = time.perf_counter() - begun
     return spent / made, before
 
@@ -135,10 +135,11 @@ def profile_noise(
         localization: γ.
         epsilon: ε.
     """
-    batch = 4 * GROUP
-    count = min(len(loss.tensors[0]), _PROFILED) // batch * batch
+    group = MINIBATCH_NOISE.group
+    batch = 4 * group
+    count = min(len(loss.tensors[0]), MINIBATCH_NOISE.profiled) // batch * batch
     loss = replace(loss, tensors=tuple(each[:count] for each in loss.tensors))
-    groups = torch.arange(count, device=anchor.device).view(-1, 1, GROUP)
+    groups = torch.arange(count, device=anchor.device).view(-1, 1, group)
     settings = replace(settings, chains=1, batch_size=batch)
     target = Target(settings, nbeta, localization, anchor.shape[1], loss.sample_bytes is not None)
     chains = StackedChains(loss, anchor, [key], target, [epsilon], [0])
@@ -151,11 +152,11 @@ def profile_noise(
         change += there
         squares += float(there.double().square().sum())
     total, change = total / len(groups), change / len(groups)
-    variance = GROUP * (squares / len(groups) - float(change.double().square().sum()))
+    variance = group * (squares / len(groups) - float(change.double().square().sum()))
     stiff = change / change.norm().clamp(min=torch.finfo(change.dtype).tiny)  # H(w − w*)
     products = [difference_product(loss, anchor, loss.gradients(anchor, each)[1], stiff, each) for each in groups]
     curvatures = torch.stack([torch.linalg.vecdot(each, stiff)[0] for each in products]).double()
-    bending = GROUP * float(curvatures.var(correction=0) / curvatures.mean().square())
+    bending = group * float(curvatures.var(correction=0) / curvatures.mean().square())
     pull = nbeta * abs(float((displacement * total).sum()))
     gain = float(chains.dynamics.noise_gain[0]) * nbeta**2 * float(chains.noise_share[0])
     return NoiseProfile(gain * variance / max(pull, 1e-300), bending)

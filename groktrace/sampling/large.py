@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, run_length
+from groktrace.sampling.calibration import run_length
 from groktrace.sampling.engine import Target, sample_with_restarts
 from groktrace.sampling.kernels.base import Dynamics
 from groktrace.sampling.network import Network
@@ -22,13 +22,11 @@ from groktrace.sampling.noise import NormalNoise, generator_for
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.traces import Traces, pairs
+from groktrace.sampling.tuning import CALIBRATION, EQUILIBRIUM, MINIBATCH_NOISE
 
 # Of the weights' norm: a classifier with large margins bends within a thousandth of it.
 _RELATIVE_STEP = 1e-4
 _POWER_ITERATIONS = 8
-_MAX_VIRIAL = 1.5
-# Steps between two looks at the noise of minibatches, each of which costs four gradients.
-_HEATING_EVERY = 32
 
 
 def sample_large(
@@ -57,7 +55,7 @@ def sample_large(
         Traces; not finite where the chains diverged at every step size tried.
     """
     network = Network(loss, weights)
-    target = Target(settings, nbeta, localization, network.layout.size, dear=False)
+    target = Target(settings, nbeta, localization, network.layout.size, subsampled=False)
 
     def begin(some: Sequence[int], epsilons: Sequence[float], halvings: Sequence[int], in_batches: bool) -> LargeChains:
         return LargeChains(network, step, target, epsilons[0], halvings[0])
@@ -99,7 +97,8 @@ class LargeChains:
         self.network, self.settings, self.target = network, target.settings, target
         self.nbeta, self.localization, self.step_size = target.nbeta, target.localization, step_size
         settings, nbeta, localization = target.settings, target.nbeta, target.localization
-        self.lengths = [run_length(settings, localization, step_size, COLD_BURN_IN_RELAXATIONS, halvings)]
+        cold = CALIBRATION.burn_in_relaxations_cold
+        self.lengths = [run_length(settings, localization, step_size, cold, halvings)]
         self.kernel = settings.kernel
         row = torch.tensor([step_size], dtype=network.dtype, device=network.device), torch.tensor([halvings])
         dynamics = Dynamics(self.kernel, nbeta, localization, *row)
@@ -114,7 +113,7 @@ class LargeChains:
         self.control = None
         if self.corrected:
             self.base = network.add_gradient(self.gradient)
-            # Read once a step, in pieces: it need not lie where memory is dear.
+            # Read once a step, in pieces: it need not lie where memory is scarce.
             self.control = self.gradient.clone() if network.device.type == "cpu" else self.gradient.cpu()
         else:
             self.base = network.mean_loss()
@@ -154,7 +153,7 @@ class LargeChains:
     def has_left(self, traces: Traces) -> bool:
         """Whether a chain is or was on its way out: there is no look at the curvature that it met."""
         # In equilibrium pull and spread add up to D, wherever w* lies.
-        climbed = float((traces.pull + traces.spread).mean()) > _MAX_VIRIAL * self.target.dimension
+        climbed = float((traces.pull + traces.spread).mean()) > EQUILIBRIUM.max_virial_large * self.target.dimension
         return climbed or traces.diverged(self.target.dimension)
 
     def _traces(self, record: Tensor, burn_in: int) -> Traces:
@@ -173,7 +172,7 @@ class LargeChains:
             self.made += 1
             products = torch.zeros(chains, chains, dtype=torch.float64)  # displacement of one, gradient of another
             for c, chain in enumerate(self.chains):
-                if measured and self.corrected and t % _HEATING_EVERY == 0:
+                if measured and self.corrected and t % MINIBATCH_NOISE.every_large == 0:
                     self.heating.append(self._gradient_noise(chain))
                 record[t, 0, c] = self.nbeta * self._evaluate(chain)
                 products[:, c], record[t, 2, c] = self._move(c)

@@ -10,9 +10,6 @@ from groktrace.sampling.kernels import find_kernel
 from groktrace.sampling.kernels.base import Kernel
 
 NAMED_NBETA = ("wbic", "curvature")
-# Farther from w*, λ_c counts quartic directions beyond the exact soft rank (trained quadratic networks: 6.6 % at 0.3,
-# 4.3 % at 0.22); closer, λ̂ counts the slope of what is not quite a minimum.
-LOCALITY = 0.22
 
 
 @dataclass(frozen=True)

@@ -11,26 +11,18 @@ from groktrace.sampling.batches import Minibatches
 from groktrace.sampling.calibration import run_length
 from groktrace.sampling.control import ControlVariates, stiff_share
 from groktrace.sampling.curvature import gaussian_start, top_eigenvalue
-from groktrace.sampling.engine import DEAR_FALL, Target, interruption
+from groktrace.sampling.engine import Target, interruption
 from groktrace.sampling.kernels.base import ChainState, Dynamics
 from groktrace.sampling.network import shuffled
 from groktrace.sampling.noise import generator_for, normal_like
 from groktrace.sampling.posterior import StackedLoss
-from groktrace.sampling.traces import SLACK, SampleLossRecorder, Traces, inner_products, most_virial, pairs
+from groktrace.sampling.traces import SampleLossRecorder, Traces, inner_products, most_virial, pairs
+from groktrace.sampling.tuning import EQUILIBRIUM, MINIBATCH_NOISE
 
-# Where data are sampled, burn-in ends after so many steps where pull and spread are in equilibrium, within this
-# fraction and some errors.
-_LEAST_BURN_IN = 8
-_SETTLED, _SETTLED_ERRORS = 0.03, 3.0
-# There: products with the Hessian where chains have gone, steps between two looks at whether they are still there, and
-# single samples that are looked at.
-_DEAR_ITERATIONS, _DEAR_CHECK = 3, 8
-_DEAR_LOOKS = 16
 # What the gradients of all minibatches at w* may take, of the snapshots of a stack together.
 CONTROL_BYTES = 2**28
-_CHECK_EVERY = 64
-# A second batch tells at every so many steps how noisy the gradients are.
-HEATING_EVERY = 16
+# Steps within which a loss that falls tells of no basin.
+_FALL_STEPS = 64
 
 
 class StackedChains:
@@ -59,7 +51,7 @@ class StackedChains:
         self.halvings = halvings
         self.epsilons = epsilons
         self.lengths = [
-            run_length(settings, localization, epsilon, halvings=halved, dear=target.dear)
+            run_length(settings, localization, epsilon, halvings=halved, effort=target.effort)
             for epsilon, halved in zip(epsilons, halvings, strict=True)
         ]
         self.active = list(range(len(epsilons)))
@@ -99,7 +91,7 @@ class StackedChains:
                 at_anchors = self.loss.gradients(self.anchors, self.index)
             start = gaussian_start(self.loss, self.anchors, at_anchors, start, nbeta, localization, self.index)
         self.noise_share = anchors.new_ones(len(anchors))
-        if self.control is not None and target.dear:
+        if self.control is not None and target.subsampled:
             rows, weights = torch.arange(0, len(start), chains, device=device), self.anchors + start
             self.noise_share = stiff_share(
                 self.loss, weights, self.batches, self.control, start, rows, nbeta, localization
@@ -117,12 +109,12 @@ class StackedChains:
         """Burn in, and make the first draws."""
         chains, count = self.settings.chains, len(self.epsilons)
         early, burn_in = [self.anchors.new_empty(0, 5, chains).double()] * count, [each for each, _ in self.lengths]
-        if self.target.dear and self.settings.burn_in is None:
+        if self.target.subsampled and self.settings.burn_in is None:
             # Chains start near equilibrium: where they are in it, what is left of the burn-in would be for nothing.
-            record = self.advance([_LEAST_BURN_IN] * count, first=True)
+            record = self.advance([EQUILIBRIUM.least_burn_in] * count, first=True)
             early = [record[:, :, s * chains : (s + 1) * chains] for s in range(count)]
             burn_in = [
-                _LEAST_BURN_IN if self._has_settled(piece) else max(each, _LEAST_BURN_IN)
+                EQUILIBRIUM.least_burn_in if self._has_settled(piece) else max(each, EQUILIBRIUM.least_burn_in)
                 for piece, each in zip(early, burn_in, strict=True)
             ]
             self._keep([s for s in self.active if not self._is_leaving(early[s])])
@@ -132,7 +124,7 @@ class StackedChains:
         traces = []
         for s, soon in enumerate(early):
             own = torch.cat([soon, late[s]]) if s in late else soon
-            fall = max(0.0, -float(own[:_CHECK_EVERY, 0].nan_to_num(nan=math.inf).amin()))
+            fall = max(0.0, -float(own[:_FALL_STEPS, 0].nan_to_num(nan=math.inf).amin()))
             found = self._traces(own[burn_in[s] :] if s in late else own, s, burn_in[s])
             noise = own[:, 4].nanmean()  # NaN where a snapshot has too few draws for a single measurement, too
             heating, fluctuation = 0.0, None
@@ -159,11 +151,12 @@ class StackedChains:
         dimension = self.target.dimension
         late = record[len(record) // 2 :]
         off = abs(float((late[:, 1] + late[:, 2]).mean()) - dimension)
-        return off <= _SETTLED * dimension + _SETTLED_ERRORS * math.sqrt(2 * dimension / late.shape[2])
+        error = math.sqrt(2 * dimension / late.shape[2])
+        return off <= EQUILIBRIUM.settled * dimension + EQUILIBRIUM.settled_errors * error
 
     def _is_leaving(self, record: Tensor) -> bool:
         """Whether a chain is on its way out, or the loss fell so far at once that there is no basin where it began."""
-        fell = not float(record[:, 0].amin()) >= -(DEAR_FALL * self.target.dimension + SLACK)
+        fell = self.target.has_fallen(-float(record[:, 0].amin()), EQUILIBRIUM.fall_for_good)
         if fell:
             record[:, 1] = torch.nan
         return fell or not bool(torch.isfinite(record[:, 1]).all())
@@ -172,7 +165,7 @@ class StackedChains:
         """Whether a snapshot's loss is perhaps not the bowl, where its chains are, that it is at w*."""
         if self.has_left(traces):
             return False
-        return self.halvings[s] > 0 or (not self.target.dear and traces.anharmonic(self.target.dimension))
+        return self.halvings[s] > 0 or (not self.target.subsampled and traces.anharmonic(self.target.dimension))
 
     def _curvatures(self, snapshots: Sequence[int]) -> dict[int, float]:
         """h_max where the chains of some snapshots are now."""
@@ -181,11 +174,9 @@ class StackedChains:
         rows = self._rows([self.active.index(s) for s in snapshots])
         positions = self.anchors[rows] + self.state.displacement[rows]
         start = self.state.displacement[rows] + torch.finfo(positions.dtype).tiny
-        if not self.target.dear:
-            top = top_eigenvalue(self.loss.select(rows), positions, start)
-        else:
-            index = None if self.batches is None else self.index[rows]
-            top = top_eigenvalue(self.loss.select(rows), positions, start, _DEAR_ITERATIONS, index)
+        index = self.index[rows] if self.target.subsampled and self.batches is not None else None
+        products = self.target.effort.curvature_products
+        top = top_eigenvalue(self.loss.select(rows), positions, start, products, index)
         return dict(zip(snapshots, top.view(-1, self.settings.chains).amax(1).tolist(), strict=True))
 
     def _keep(self, snapshots: list[int]) -> None:
@@ -226,7 +217,7 @@ class StackedChains:
         """
         rows, dimension = self.anchors.shape
         chains, nbeta = self.settings.chains, self.target.nbeta
-        count, check = max(counts), _DEAR_CHECK if self.target.dear else _CHECK_EVERY
+        count, check = max(counts), self.target.effort.check_every
         record = torch.full((count, 5, rows), torch.nan, dtype=torch.float64, device=self.anchors.device)
         state: ChainState = self.state
         weights, gradients = self.anchors + state.displacement, torch.empty_like(self.anchors)
@@ -242,17 +233,15 @@ class StackedChains:
         gone = torch.zeros_like(own, dtype=torch.bool)
         stacks = self.anchors, weights, gradients
         blocks = [(block, *(each[:, columns] for each in stacks)) for columns, block in state.blocks()]
-        # Chains of minibatches look at two batches' samples: looks at all would cost more than the steps between them.
         seen = self.samples if self.index is None else 2 * self.index.shape[1]
-        if self.target.dear:
-            seen = _DEAR_LOOKS
+        seen = self.target.effort.sample_losses or seen
         scale = record.new_tensor([[nbeta], [self.target.localization], [0.25 * nbeta]])
         for t in range(count):
             if interruption.is_set():
                 raise InterruptedError
             self.made += 1
             excess = evaluate()
-            if first and t % HEATING_EVERY == 0 and self._corrected:
+            if first and t % MINIBATCH_NOISE.every == 0 and self._corrected:
                 record[t, 4] = self._gradient_noise(evaluate, gradients)
             record[t, 0] = nbeta * excess
             for s in recorder.due(t) if recorder is not None else ():

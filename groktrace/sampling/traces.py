@@ -10,24 +10,8 @@ from torch import Tensor
 
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.kernels import Kernel
+from groktrace.sampling.tuning import EQUILIBRIUM, MINIBATCH_NOISE
 
-# Minibatch noise may raise λ̂ by this fraction at most. Of large sets it is measured from a few batches, and scatters by
-# a third: chains are not begun anew for less than the second.
-WANTED_HEATING, MOST_HEATING = 0.02, 0.03
-MIN_COOLING = 1 / 32
-# Chains whose pull and spread come to so many times D in the mean have left; so has one whose spread was once so many
-# times D and that of most draws, though some come back, to another place. Few draws of a few weights scatter by SLACK.
-MAX_VIRIAL = 10.0
-MAX_SPREAD = 3.0
-SLACK = 100.0
-# Pull and spread of a draw scatter by √(2D) about D in a bowl. So many times their own scatter above most draws, and
-# BURST_SLACK more for small networks at singular minima, is no draw of a posterior but energy fed in by the step.
-BURST = 10.0
-BURST_SLACK = 300.0
-# Pull and spread beyond D by this fraction of the pull, and by so many standard errors, are such energy in all draws.
-HOT, HOT_ERRORS = 0.05, 4.0
-# In a bowl half of the pull is the excess; off by this fraction, the curvature may be another than at w*.
-ANHARMONIC = 0.2
 # The losses of single samples are looked at in so many draws of each chain, and so many steps apart at least.
 _FLUCTUATION_DRAWS = 16
 _FLUCTUATION_EVERY = 8
@@ -81,7 +65,7 @@ class Traces:
         """
         if not (torch.isfinite(self.excess).all() and torch.isfinite(self.pull).all()):
             return True
-        farthest = MAX_SPREAD * max(dimension, float(self.spread.median())) + SLACK
+        farthest = EQUILIBRIUM.max_spread * max(dimension, float(self.spread.median())) + EQUILIBRIUM.slack
         if not float(self.spread.amax()) <= farthest:
             return True
         return not float((self.pull.double() + self.spread).mean(0).amax()) <= most_virial(dimension)
@@ -93,10 +77,11 @@ class Traces:
             dimension: D.
         """
         pull, spread, excess = (float(each.mean()) for each in (self.pull, self.spread, self.excess))
-        return abs(0.5 * pull - excess) > ANHARMONIC * abs(excess) or pull + spread > 1.05 * dimension
+        off = abs(0.5 * pull - excess) > EQUILIBRIUM.anharmonicity * abs(excess)
+        return off or pull + spread > 1.05 * dimension
 
     @property
-    def burst(self) -> bool:
+    def has_energy_spike(self) -> bool:
         """Whether a draw stands far out from all others in energy, though the chain came back.
 
         Where a valley turns so it may, too, at any step: it is a reason to try a smaller one, not to give up.
@@ -104,7 +89,7 @@ class Traces:
         virial = (self.pull.double() + self.spread).nan_to_num(nan=torch.inf)
         median = virial.median()
         scatter = 1.4826 * (virial - median).abs().median()  # of normal draws their standard deviation
-        return bool(virial.amax() > median + BURST * scatter + BURST_SLACK)
+        return bool(virial.amax() > median + EQUILIBRIUM.spike * scatter + EQUILIBRIUM.spike_slack)
 
     def virial_error(self, kernel: Kernel, localization: float, dimension: int) -> float:
         """Standard error of the mean of pull and spread together.
@@ -119,7 +104,7 @@ class Traces:
         passes = len(self.spread) / kernel.relaxation(self.step_size, localization, self.halvings)
         return max(error, math.sqrt(2 * dimension / (self.spread.shape[1] * passes))) if passes >= 1 else error
 
-    def hot(self, kernel: Kernel, localization: float, dimension: int) -> bool:
+    def has_discretization_bias(self, kernel: Kernel, localization: float, dimension: int) -> bool:
         """Whether pull and spread are beyond D for certain, by what matters beside the pull: twice λ̂ in a bowl.
 
         Args:
@@ -128,8 +113,8 @@ class Traces:
             dimension: D.
         """
         pull = float(self.pull.double().mean())
-        excess = pull + float(self.spread.double().mean()) - dimension - HOT * abs(pull)
-        return excess > 0 and excess > HOT_ERRORS * self.virial_error(kernel, localization, dimension)
+        excess = pull + float(self.spread.double().mean()) - dimension - EQUILIBRIUM.bias * abs(pull)
+        return excess > 0 and excess > EQUILIBRIUM.bias_errors * self.virial_error(kernel, localization, dimension)
 
 
 class SampleLossRecorder:
@@ -195,10 +180,12 @@ def most_virial(dimension: int) -> float:
     Args:
         dimension: D.
     """
-    return MAX_VIRIAL * dimension + SLACK
+    return EQUILIBRIUM.max_virial * dimension + EQUILIBRIUM.slack
 
 
-def cooled(traces: Traces, kernel: Kernel, localization: float, most: float = WANTED_HEATING) -> float:
+def reduced_step_size(
+    traces: Traces, kernel: Kernel, localization: float, most: float = MINIBATCH_NOISE.wanted
+) -> float:
     """The step at which the noise of minibatches heats the chains no more than is wanted.
 
     Args:
@@ -210,7 +197,7 @@ def cooled(traces: Traces, kernel: Kernel, localization: float, most: float = WA
     smaller = traces.step_size
     if traces.heating > most:
         gain = partial(kernel.noise_gain, localization=localization, halvings=traces.halvings)
-        wanted = 0.8 * WANTED_HEATING / traces.heating * gain(smaller)
-        while smaller > MIN_COOLING * traces.step_size and gain(smaller) > wanted:
+        wanted = 0.8 * MINIBATCH_NOISE.wanted / traces.heating * gain(smaller)
+        while smaller > MINIBATCH_NOISE.reduction * traces.step_size and gain(smaller) > wanted:
             smaller *= 0.95
     return smaller

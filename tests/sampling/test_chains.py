@@ -14,6 +14,7 @@ from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.kernels import base
 from groktrace.sampling.posterior import StackedLoss, WeightLayout
 from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
+from groktrace.sampling.tuning import EQUILIBRIUM
 
 SPECTRUM = torch.cat([torch.zeros(20), torch.logspace(-3, 0, 40)]).double()
 
@@ -206,12 +207,12 @@ def test_chains_that_fall_far_at_once_get_few_attempts(bowl, monkeypatch):
     falling, settled = draw(loss, anchors, SamplingSettings(chains=2, draws=300), 10.0, 1.0, epsilons=epsilons)
     assert not settled.diverged(60)
     assert settled.fall == 0
-    assert settled.halvings > engine.FEW_RESTARTS
+    assert settled.halvings > EQUILIBRIUM.tolerated_restarts
     assert not falling.diverged(60)  # too large a step falls nowhere before it explodes
-    assert falling.halvings > engine.FEW_RESTARTS
+    assert falling.halvings > EQUILIBRIUM.tolerated_restarts
     assert settled.halvings == falling.halvings == 6
     # Only the last of the attempts that diverged had first fallen.
-    monkeypatch.setattr(engine, "FEW_RESTARTS", 0)
+    monkeypatch.setattr(engine, "EQUILIBRIUM", replace(EQUILIBRIUM, tolerated_restarts=0))
     falling, settled = draw(loss, anchors, SamplingSettings(chains=2, draws=300), 10.0, 1.0, epsilons=epsilons)
     assert falling.fall > 0.1 * 60 + 100
     assert falling.diverged(60)
@@ -220,8 +221,8 @@ def test_chains_that_fall_far_at_once_get_few_attempts(bowl, monkeypatch):
     assert settled.halvings == 6
 
 
-@pytest.mark.parametrize("sign", ["burst", "hot"])
-@pytest.mark.parametrize(("quiet_below", "halvings"), [(0.3, 2), (0.0, engine.FEW_RESTARTS)])
+@pytest.mark.parametrize("sign", ["has_energy_spike", "has_discretization_bias"])
+@pytest.mark.parametrize(("quiet_below", "halvings"), [(0.3, 2), (0.0, EQUILIBRIUM.tolerated_restarts)])
 def test_chains_that_the_step_heats_are_tried_again_at_half_of_it_a_few_times(
     bowl, monkeypatch, sign, quiet_below, halvings
 ):
@@ -230,7 +231,7 @@ def test_chains_that_the_step_heats_are_tried_again_at_half_of_it_a_few_times(
     def heated(traces, *scale):
         return traces.step_size > quiet_below * stable
 
-    monkeypatch.setattr(chains.Traces, sign, property(heated) if sign == "burst" else heated)
+    monkeypatch.setattr(chains.Traces, sign, property(heated) if sign == "has_energy_spike" else heated)
     settings = ResolvedSettings(method="baoab", chains=2)
     asked = []
     arguments = bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, 1000.0, 1.0

@@ -28,10 +28,11 @@ import groktrace
 from groktrace.analysis.measure import Objective, stack_weights
 from groktrace.analysis.setup import weight_layout
 from groktrace.run.task import Task
-from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, RESOLUTION, Scale, resolve, run_length, step_size
+from groktrace.sampling.calibration import Scale, resolve, run_length, step_size
 from groktrace.sampling.chains import time_steps
 from groktrace.sampling.large import sample_large
 from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
+from groktrace.sampling.tuning import CALIBRATION
 from tools.common.measurements import Bar, Row, Store, command_line, peak_bytes, run_parts, say
 from tools.common.networks import Transformer, sequence_cross_entropy, size
 
@@ -42,11 +43,10 @@ CHAINS = 2
 # For which the steps of a stack are timed, or 80 of them.
 SECONDS = 20.0
 # Of a snapshot whose curvature is typical, at the default resolution: stacked, and alone.
-_EPSILON = step_size(RESOLUTION, 1.0, 1.0)
+_EPSILON = step_size(CALIBRATION.resolution, 1.0, 1.0)
 STEPS = sum(run_length(ResolvedSettings(method="baoab", chains=CHAINS), 1.0, _EPSILON))
-STEPS_LARGE = sum(
-    run_length(ResolvedSettings(method="leimkuhler_matthews", chains=CHAINS), 1.0, _EPSILON, COLD_BURN_IN_RELAXATIONS)
-)
+_LARGE = ResolvedSettings(method="leimkuhler_matthews", chains=CHAINS)
+STEPS_LARGE = sum(run_length(_LARGE, 1.0, _EPSILON, CALIBRATION.burn_in_relaxations_cold))
 
 
 @dataclass(frozen=True)
