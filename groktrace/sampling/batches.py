@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from groktrace.sampling.noise import copy_generator
 from groktrace.sampling.tuning import MINIBATCH_NOISE
 
 
@@ -79,7 +80,7 @@ class Minibatches:
     def saved(self, rows: Tensor) -> "Minibatches":
         """A copy of some of the rows as they are."""
         saved = self.select(rows)
-        saved.generators = [torch.Generator(each.device).set_state(each.get_state()) for each in saved.generators]
+        saved.generators = list(map(copy_generator, saved.generators))
         return saved
 
     def restore(self, rows: Tensor, saved: "Minibatches") -> None:

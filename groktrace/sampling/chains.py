@@ -138,7 +138,7 @@ def profile_noise(
     group = MINIBATCH_NOISE.group
     batch = 4 * group
     count = min(len(loss.tensors[0]), MINIBATCH_NOISE.profiled) // batch * batch
-    loss = replace(loss, tensors=tuple(each[:count] for each in loss.tensors))
+    loss = replace(loss, tensors=tuple(tensor[:count] for tensor in loss.tensors))
     groups = torch.arange(count, device=anchor.device).view(-1, 1, group)
     settings = replace(settings, chains=1, batch_size=batch)
     target = Target(settings, nbeta, localization, anchor.shape[1], loss.sample_bytes is not None)
@@ -154,8 +154,10 @@ def profile_noise(
     total, change = total / len(groups), change / len(groups)
     variance = group * (squares / len(groups) - float(change.double().square().sum()))
     stiff = change / change.norm().clamp(min=torch.finfo(change.dtype).tiny)  # H(w − w*)
-    products = [difference_product(loss, anchor, loss.gradients(anchor, each)[1], stiff, each) for each in groups]
-    curvatures = torch.stack([torch.linalg.vecdot(each, stiff)[0] for each in products]).double()
+    products = [
+        difference_product(loss, anchor, loss.gradients(anchor, samples)[1], stiff, samples) for samples in groups
+    ]
+    curvatures = torch.stack([torch.linalg.vecdot(product, stiff)[0] for product in products]).double()
     bending = group * float(curvatures.var(correction=0) / curvatures.mean().square())
     pull = nbeta * abs(float((displacement * total).sum()))
     gain = float(chains.dynamics.noise_gain[0]) * nbeta**2 * float(chains.noise_share[0])

@@ -114,8 +114,8 @@ def _checked_lanczos(
 def _combined(basis: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     """The sum of m vectors, [R, D] each, with coefficients [R, m]; [R, D]."""
     total = torch.zeros_like(basis[0])
-    for number, each in enumerate(basis):
-        total.addcmul_(each, coefficients[:, number, None].to(total.dtype))
+    for number, vector in enumerate(basis):
+        total.addcmul_(vector, coefficients[:, number, None].to(total.dtype))
     return total
 
 

@@ -273,7 +273,7 @@ def top_eigenvalue_large(network: Network, generator: torch.Generator) -> float:
             return math.nan if not math.isfinite(norms[-1]) else max(map(abs, quotients))
         direction, product = product.div_(norms[-1]), direction
     overlap = quotients[-2] / norms[-2]
-    best = max(abs(each) for each in quotients[-2:])
+    best = max(abs(quotient) for quotient in quotients[-2:])
     if 1 - overlap**2 < 1e-3:
         return best
     # Of the iterates u and w, in the orthonormal basis of u and what of w is not along u.

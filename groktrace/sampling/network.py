@@ -111,7 +111,7 @@ class Network:
         """
         places = self.layout.places(out)
         leaves = {name: leaf(tensor, places[name]) for name, tensor in self._named(at).items()}
-        with torch.enable_grad(), GradientAccumulation({id(each): places[name] for name, each in leaves.items()}):
+        with torch.enable_grad(), GradientAccumulation({id(tensor): places[name] for name, tensor in leaves.items()}):
             return self._evaluate(leaves, index, lambda part: (scale * part).backward())
 
     def _named(self, at: Tensor | None) -> dict[str, Tensor]:

@@ -67,6 +67,11 @@ def generator_for(seed: int, snapshot: int, chain: int, purpose: str, device: to
     return torch.Generator(device).manual_seed(int.from_bytes(key[:4], "little"))
 
 
+def copy_generator(generator: torch.Generator) -> torch.Generator:
+    """Another that draws the same numbers from here on."""
+    return torch.Generator(generator.device).set_state(generator.get_state())
+
+
 def normal_like(tensor: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Standard normal numbers of a tensor's shape, dtype and device, for once.
 

@@ -364,8 +364,8 @@ class StackedLoss:
                     loss = self._forward({**self.layout.of_places(leaves), **fixed}, part)
                     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
                 losses[r] += share * loss.detach()
-                for place, each in zip(places, found, strict=True):
-                    torch.mul(each, share, out=place) if number == 0 else place.add_(each, alpha=share)
+                for place, gradient in zip(places, found, strict=True):
+                    torch.mul(gradient, share, out=place) if number == 0 else place.add_(gradient, alpha=share)
         return losses
 
     def _parts(self, tensors: Sequence[Tensor]) -> Iterator[tuple[float, Sequence[Tensor]]]:
@@ -444,8 +444,8 @@ class StackedLoss:
             else:
                 # At another point too: what depends on values in a way that the recording missed shows there.
                 moved = weights * 1.01
-                expected = torch.cat([each.flatten() for each in self._differentiate(moved, index)])
-                got = torch.cat([each.flatten() for each in plan(*self._arguments(moved, index))])
+                expected = torch.cat([tensor.flatten() for tensor in self._differentiate(moved, index)])
+                got = torch.cat([tensor.flatten() for tensor in plan(*self._arguments(moved, index))])
                 if (got - expected).nan_to_num().norm() > 1e-3 * expected.nan_to_num().norm():
                     plan = None
             self.plans[key] = plan

@@ -14,7 +14,7 @@ from groktrace.sampling.curvature import gaussian_start, top_eigenvalue
 from groktrace.sampling.engine import Target, interruption
 from groktrace.sampling.kernels.base import ChainState, Dynamics
 from groktrace.sampling.network import shuffled
-from groktrace.sampling.noise import generator_for, normal_like
+from groktrace.sampling.noise import copy_generator, generator_for, normal_like
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.traces import SampleLossRecorder, Traces, inner_products, most_virial, pairs
 from groktrace.sampling.tuning import EQUILIBRIUM, MINIBATCH_NOISE
@@ -56,11 +56,11 @@ class StackedChains:
         ]
         self.active = list(range(len(epsilons)))
         device, chains = anchors.device, settings.chains
-        each = torch.arange(len(anchors), device=device).repeat_interleave(chains)
-        self.loss = loss.select(each)
-        self.anchors = anchors[each]
-        step_size = torch.tensor(epsilons, dtype=anchors.dtype, device=device)[each]
-        halved = torch.tensor(halvings, device=device)[each]
+        snapshot = torch.arange(len(anchors), device=device).repeat_interleave(chains)
+        self.loss = loss.select(snapshot)
+        self.anchors = anchors[snapshot]
+        step_size = torch.tensor(epsilons, dtype=anchors.dtype, device=device)[snapshot]
+        halved = torch.tensor(halvings, device=device)[snapshot]
         self.dynamics = Dynamics(settings.kernel, nbeta, localization, step_size, halved)
         keys = [(step, chain) for step in steps for chain in range(chains)]
         self.samples = len(loss.tensors[0])
@@ -74,7 +74,7 @@ class StackedChains:
             if whole and not settings.kernel.plain and kept <= CONTROL_BYTES:
                 parts = shuffled(self.samples).to(device).view(-1, settings.batch_size)
                 self.batches = Minibatches.of_parts(parts, self.samples, generators)
-                self.control = ControlVariates.of(loss, anchors, parts, each)
+                self.control = ControlVariates.of(loss, anchors, parts, snapshot)
             else:
                 self.batches = Minibatches.begin(self.samples, settings.batch_size, generators, device)
         if self.control is None:
@@ -108,19 +108,19 @@ class StackedChains:
     def begin(self) -> list[Traces]:
         """Burn in, and make the first draws."""
         chains, count = self.settings.chains, len(self.epsilons)
-        early, burn_in = [self.anchors.new_empty(0, 5, chains).double()] * count, [each for each, _ in self.lengths]
+        early, burn_in = [self.anchors.new_empty(0, 5, chains).double()] * count, [length for length, _ in self.lengths]
         if self.target.subsampled and self.settings.burn_in is None:
             # Chains start near equilibrium: where they are in it, what is left of the burn-in would be for nothing.
             record = self.advance([EQUILIBRIUM.least_burn_in] * count, first=True)
             early = [record[:, :, s * chains : (s + 1) * chains] for s in range(count)]
             burn_in = [
-                EQUILIBRIUM.least_burn_in if self._has_settled(piece) else max(each, EQUILIBRIUM.least_burn_in)
-                for piece, each in zip(early, burn_in, strict=True)
+                EQUILIBRIUM.least_burn_in if self._has_settled(piece) else max(length, EQUILIBRIUM.least_burn_in)
+                for piece, length in zip(early, burn_in, strict=True)
             ]
             self._keep([s for s in self.active if not self._is_leaving(early[s])])
         rest = [(burn_in[s] - len(early[s]), self.lengths[s][1]) for s in self.active]
         recorder = SampleLossRecorder(rest) if rest and self.loss.is_sample_mean else None
-        late = self._pieces([sum(each) for each in rest], first=True, recorder=recorder)
+        late = self._pieces([sum(lengths) for lengths in rest], first=True, recorder=recorder)
         traces = []
         for s, soon in enumerate(early):
             own = torch.cat([soon, late[s]]) if s in late else soon
@@ -134,7 +134,7 @@ class StackedChains:
                 fluctuation = 0.5 * self.target.nbeta * variance
             traces.append(replace(found, fall=fall, heating=heating, fluctuation=fluctuation))
         curvatures = self._curvatures([s for s in self.active if self._is_odd(s, traces[s])])
-        return [replace(each, curvature=curvatures.get(s)) for s, each in enumerate(traces)]
+        return [replace(drawn, curvature=curvatures.get(s)) for s, drawn in enumerate(traces)]
 
     def extend(self, counts: Mapping[int, int]) -> dict[int, Traces]:
         """More draws of some snapshots; the others are dropped."""
@@ -232,7 +232,7 @@ class StackedChains:
         most = most_virial(dimension) * own
         gone = torch.zeros_like(own, dtype=torch.bool)
         stacks = self.anchors, weights, gradients
-        blocks = [(block, *(each[:, columns] for each in stacks)) for columns, block in state.blocks()]
+        blocks = [(block, *(stack[:, columns] for stack in stacks)) for columns, block in state.blocks()]
         seen = self.samples if self.index is None else 2 * self.index.shape[1]
         seen = self.target.effort.sample_losses or seen
         scale = record.new_tensor([[nbeta], [self.target.localization], [0.25 * nbeta]])
@@ -271,7 +271,7 @@ class StackedChains:
         """A copy of one snapshot's chains as they are, and the state of what draws their batches."""
         rows = self._rows([s])
         saved = self.state.select(rows)
-        copies = [torch.Generator(each.device).set_state(each.get_state()) for each in saved.generators]
+        copies = list(map(copy_generator, saved.generators))
         return replace(saved, generators=copies), None if self.batches is None else self.batches.saved(rows)
 
     def _restore(self, s: int, saved: ChainState, batches: Minibatches | None) -> None:
@@ -293,7 +293,7 @@ class StackedChains:
             control = torch.empty_like(gradients)
             at_anchors = self.loss.bound(self.anchors, control, self.index)
             stacks = gradients, control, self.base_gradients
-            blocks = [[each[:, columns] for each in stacks] for columns, _ in self.state.blocks()]
+            blocks = [[stack[:, columns] for stack in stacks] for columns, _ in self.state.blocks()]
 
         def evaluate() -> Tensor:
             if self.batches is not None:

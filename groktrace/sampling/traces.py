@@ -76,7 +76,7 @@ class Traces:
         Args:
             dimension: D.
         """
-        pull, spread, excess = (float(each.mean()) for each in (self.pull, self.spread, self.excess))
+        pull, spread, excess = (float(values.mean()) for values in (self.pull, self.spread, self.excess))
         off = abs(0.5 * pull - excess) > EQUILIBRIUM.anharmonicity * abs(excess)
         return off or pull + spread > 1.05 * dimension
 
