@@ -83,14 +83,14 @@ def off_minimum(traces: Traces) -> bool:
     In equilibrium λ_c − ½E[(w − w*)·nβ∇L] = ½γ‖w̄ − w*‖²: the chains' mean has moved off w*, downhill. With a single
     chain only λ̂ < 0 tells.
     """
-    llc = float(traces.excess.mean())
+    llc = float(traces.delta_loss.mean())
     if llc < 0 or not traces.paired.shape[1]:
         return llc < 0
     centred = float(traces.paired.mean())
-    margin = min(0.9 * centred - llc, 0.97 * centred - 0.5 * float(traces.pull.mean()))
+    margin = min(0.9 * centred - llc, 0.97 * centred - 0.5 * float(traces.virial.mean()))
     if margin <= 0:  # nearly always, and the errors take time
         return False
-    return margin > 3 * math.hypot(diagnose.standard_error(traces.excess), centred_error(traces.paired))
+    return margin > 3 * math.hypot(diagnose.standard_error(traces.delta_loss), centred_error(traces.paired))
 
 
 def centred_error(paired: Tensor) -> float:
@@ -143,25 +143,25 @@ def summarise(
             return unusable(reason, settings, nbeta, localization)
         reason = f"diverging: chains left the snapshot at every step size down to {traces.step_size:.3g}"
         return unusable(reason, settings, nbeta, localization)
-    llc, ess = float(traces.excess.mean()), diagnose.effective_sample_size(traces.excess)
-    stderr = math.sqrt(float(traces.excess.double().var()) / ess)
+    llc, ess = float(traces.delta_loss.mean()), diagnose.effective_sample_size(traces.delta_loss)
+    stderr = math.sqrt(float(traces.delta_loss.double().var()) / ess)
     centred = stderr_centred = None
     if traces.paired.shape[1]:
         centred, stderr_centred = float(traces.paired.mean()), centred_error(traces.paired)
-    virial = diagnose.virial_ratio(traces.pull, traces.spread, dimension)
-    anharmonicity = diagnose.anharmonicity(traces.pull, traces.excess)
-    distance = math.sqrt(float(traces.spread.mean()) / localization)
+    virial = diagnose.virial_ratio(traces.virial, traces.restraint, dimension)
+    anharmonicity = diagnose.anharmonicity(traces.virial, traces.delta_loss)
+    distance = math.sqrt(float(traces.restraint.mean()) / localization)
     relative_distance = distance / norm if norm > 0 else math.inf
-    rhat, off = diagnose.split_rhat(traces.excess), off_minimum(traces)
-    virial_error = traces.virial_error(settings.kernel, localization, dimension) / dimension
+    rhat, off = diagnose.split_rhat(traces.delta_loss), off_minimum(traces)
+    virial_error = traces.total_virial_error(settings.kernel, localization, dimension) / dimension
     reasons = []
-    ratio_error = diagnose.standard_error(0.5 * traces.pull - traces.excess) / abs(llc) if llc else 0.0
+    ratio_error = diagnose.standard_error(0.5 * traces.virial - traces.delta_loss) / abs(llc) if llc else 0.0
     # Where all weights are zero there is no length to compare with.
     far = norm > 0 and relative_distance > MAX_DISTANCE
     bent = abs(anharmonicity - 1) > MAX_ANHARMONICITY + 3 * ratio_error
     guess = next((level for level in chance if level > loss), math.inf)
     climb = llc / nbeta / (guess - loss)
-    bowl = float((0.5 * traces.pull - traces.excess).abs().mean()) <= MAX_BENDING * llc
+    bowl = float((0.5 * traces.virial - traces.delta_loss).abs().mean()) <= MAX_BENDING * llc
     # Neither of `far` and `bent` alone does harm: in a quadratic bowl the estimate is exact however wide it is, and a
     # singular loss is of higher degree however close one looks.
     if climb > MAX_CLIMB and not bowl:
@@ -211,7 +211,7 @@ def summarise(
         localization,
         traces.step_size,
         settings.chains,
-        len(traces.excess),
+        len(traces.delta_loss),
         traces.burn_in,
         loss,
         {
@@ -219,11 +219,11 @@ def summarise(
             "anharmonicity": anharmonicity if math.isfinite(anharmonicity) else None,
             "rhat": rhat,
             "ess": ess,
-            "drift": diagnose.drift(traces.excess),
+            "drift": diagnose.drift(traces.delta_loss),
             "distance": relative_distance if norm > 0 else None,
             "halvings": traces.halvings,
             "lost_steps": traces.lost,
-            "steps": traces.burn_in + len(traces.excess),
+            "steps": traces.burn_in + len(traces.delta_loss),
             "heating": traces.heating,
             "singular_fluctuation": None if traces.fluctuation is None else float(traces.fluctuation.mean()),
             "wbic": n * (loss + llc / nbeta) if settings.nbeta == "wbic" else None,

@@ -370,7 +370,7 @@ def _needed(traces: Traces, rtol: float) -> float:
     """How many times as many draws give λ̂ to `rtol`; 1 off a minimum, where it is no measure of the basin."""
     if off_minimum(traces):
         return 1.0
-    return _times(standard_error(traces.excess), abs(float(traces.excess.mean())), rtol)
+    return _times(standard_error(traces.delta_loss), abs(float(traces.delta_loss.mean())), rtol)
 
 
 def _needed_centred(traces: Traces, rtol: float) -> float:

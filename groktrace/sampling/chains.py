@@ -159,6 +159,6 @@ def profile_noise(
     ]
     curvatures = torch.stack([torch.linalg.vecdot(product, stiff)[0] for product in products]).double()
     bending = group * float(curvatures.var(correction=0) / curvatures.mean().square())
-    pull = nbeta * abs(float((displacement * total).sum()))
+    virial = nbeta * abs(float((displacement * total).sum()))
     gain = float(chains.dynamics.noise_gain[0]) * nbeta**2 * float(chains.noise_share[0])
-    return NoiseProfile(gain * variance / max(pull, 1e-300), bending)
+    return NoiseProfile(gain * variance / max(virial, 1e-300), bending)

@@ -115,9 +115,9 @@ class Target:
             for s, drawn in enumerate(traces):
                 first = chains.lengths[s][1]
                 limit = min(self.effort.growth * first, CALIBRATION.max_steps)
-                grows = not chains.has_left(drawn) and len(drawn.excess) < limit and not self.is_heated(drawn)
+                grows = not chains.has_left(drawn) and len(drawn.delta_loss) < limit and not self.is_heated(drawn)
                 if grows and self.curved_step(drawn) is None and (times := needed(drawn)) > 1:
-                    counts[s] = more_draws(len(drawn.excess), times)
+                    counts[s] = more_draws(len(drawn.delta_loss), times)
             if not counts:
                 break
             for s, more in chains.extend(counts).items():

@@ -142,7 +142,7 @@ class LargeChains:
         self._advance(burn_in)
         traces = self._traces(self._advance(draws, measured=True), burn_in)
         if self.heating:
-            heating = sum(self.heating) / len(self.heating) / abs(float(traces.pull.mean()))
+            heating = sum(self.heating) / len(self.heating) / abs(float(traces.virial.mean()))
             traces = replace(traces, heating=heating)
         return [traces]
 
@@ -152,16 +152,16 @@ class LargeChains:
 
     def has_left(self, traces: Traces) -> bool:
         """Whether a chain is or was on its way out: there is no look at the curvature that it met."""
-        # In equilibrium pull and spread add up to D, wherever w* lies.
-        climbed = float((traces.pull + traces.spread).mean()) > EQUILIBRIUM.max_virial_large * self.target.dimension
-        return climbed or traces.diverged(self.target.dimension)
+        dimension = self.target.dimension
+        climbed = float(traces.total_virial.mean()) > EQUILIBRIUM.max_total_virial_large * dimension
+        return climbed or traces.diverged(dimension)
 
     def _traces(self, record: Tensor, burn_in: int) -> Traces:
-        excess, pull, spread, paired = record.unbind(1)
-        return Traces(excess, pull, spread, paired[:, : pairs(self.settings.chains)], self.step_size, burn_in)
+        delta_loss, virial, restraint, paired = record.unbind(1)
+        return Traces(delta_loss, virial, restraint, paired[:, : pairs(self.settings.chains)], self.step_size, burn_in)
 
     def _advance(self, count: int, measured: bool = False) -> Tensor:
-        """Make `count` steps of every chain; [count, 4, C]: excess, pull, spread, paired.
+        """Make `count` steps of every chain; [count, 4, C]: delta_loss, virial, restraint, paired.
 
         Chains take turns, so that one gradient after another is all there is. A pair's product w_a·g_b then takes w_a
         one step later than g_b for one of the two; the chains are independent, so that its expectation is the same.

@@ -16,7 +16,7 @@ from groktrace.sampling.kernels.base import ChainState, Dynamics
 from groktrace.sampling.network import shuffled
 from groktrace.sampling.noise import copy_generator, generator_for, normal_like
 from groktrace.sampling.posterior import StackedLoss
-from groktrace.sampling.traces import SampleLossRecorder, Traces, inner_products, most_virial, pairs
+from groktrace.sampling.traces import SampleLossRecorder, Traces, inner_products, most_total_virial, pairs
 from groktrace.sampling.tuning import EQUILIBRIUM, MINIBATCH_NOISE
 
 # What the gradients of all minibatches at w* may take, of the snapshots of a stack together.
@@ -129,7 +129,7 @@ class StackedChains:
             noise = own[:, 4].nanmean()  # NaN where a snapshot has too few draws for a single measurement, too
             heating, fluctuation = 0.0, None
             if torch.isfinite(noise):
-                heating = float(self.noise_share[s] * noise) / abs(float(found.pull.mean()))
+                heating = float(self.noise_share[s] * noise) / abs(float(found.virial.mean()))
             if recorder is not None and s in late and (variance := recorder.variance(self.active.index(s))) is not None:
                 fluctuation = 0.5 * self.target.nbeta * variance
             traces.append(replace(found, fall=fall, heating=heating, fluctuation=fluctuation))
@@ -147,7 +147,7 @@ class StackedChains:
         return traces.diverged(self.target.dimension)
 
     def _has_settled(self, record: Tensor) -> bool:
-        """Whether pull and spread add up to what they come to in equilibrium, in the second half of some steps."""
+        """Whether virial and restraint add up to what they come to in equilibrium, in the second half of some steps."""
         dimension = self.target.dimension
         late = record[len(record) // 2 :]
         off = abs(float((late[:, 1] + late[:, 2]).mean()) - dimension)
@@ -205,7 +205,9 @@ class StackedChains:
         return {s: part[:count] for s, count, part in parts}
 
     def advance(self, counts: Sequence[int], first: bool = False, recorder: SampleLossRecorder | None = None) -> Tensor:
-        """Make so many steps with each snapshot's chains; [steps, 5, R]: excess, pull, spread, paired, batch noise.
+        """Make so many steps with each snapshot's chains; [steps, 5, R].
+
+        They are delta_loss, virial, restraint and paired of `Traces`, and the noise of batches.
 
         The stack goes on until the last snapshot is done, or has lost a chain. The others are put back to where they
         were when they were done themselves, so that no result depends on what a snapshot was stacked with.
@@ -229,7 +231,7 @@ class StackedChains:
                 ends.setdefault(length, []).append(s)
         own = torch.tensor(counts, device=record.device).repeat_interleave(chains)
         # Beyond this a single draw makes the mean too large.
-        most = most_virial(dimension) * own
+        most = most_total_virial(dimension) * own
         gone = torch.zeros_like(own, dtype=torch.bool)
         stacks = self.anchors, weights, gradients
         blocks = [(block, *(stack[:, columns] for stack in stacks)) for columns, block in state.blocks()]
@@ -240,10 +242,10 @@ class StackedChains:
             if interruption.is_set():
                 raise InterruptedError
             self.made += 1
-            excess = evaluate()
+            delta_loss = evaluate()
             if first and t % MINIBATCH_NOISE.every == 0 and self._corrected:
                 record[t, 4] = self._gradient_noise(evaluate, gradients)
-            record[t, 0] = nbeta * excess
+            record[t, 0] = nbeta * delta_loss
             for s in recorder.due(t) if recorder is not None else ():
                 rows_of = self._rows([s])
                 recorder.keep(s, self.loss.select(rows_of).sample_losses(weights[rows_of], seen))
@@ -298,10 +300,10 @@ class StackedChains:
         def evaluate() -> Tensor:
             if self.batches is not None:
                 self.batches.draw()
-            excess = here() - at_anchors()
+            delta_loss = here() - at_anchors()
             for slopes, there, base in blocks:
                 slopes.sub_(there).add_(base)
-            return excess
+            return delta_loss
 
         return evaluate
 
@@ -312,10 +314,10 @@ class StackedChains:
 
         def evaluate() -> Tensor:
             batches.draw()
-            excess = here() - control.losses[control.snapshot, batches.number]
+            delta_loss = here() - control.losses[control.snapshot, batches.number]
             for (row, s), number in zip(rows, batches.number.tolist(), strict=True):
                 row.add_(control.shifts[s, number])
-            return excess
+            return delta_loss
 
         return evaluate
 
@@ -335,5 +337,6 @@ class StackedChains:
         return self.dynamics.noise_gain * self.target.nbeta**2 * noise
 
     def _traces(self, record: Tensor, s: int, burn_in: int) -> Traces:
-        excess, pull, spread, paired = record[:, :4].cpu().unbind(1)
-        return Traces(excess, pull, spread, paired[:, : pairs(self.settings.chains)], self.epsilons[s], burn_in)
+        delta_loss, virial, restraint, paired = record[:, :4].cpu().unbind(1)
+        paired = paired[:, : pairs(self.settings.chains)]
+        return Traces(delta_loss, virial, restraint, paired, self.epsilons[s], burn_in)

@@ -22,9 +22,9 @@ class Traces:
     """One snapshot's draws after burn-in, in units of U (nats).
 
     Attributes:
-        excess: nβ(L(w) − L(w*)), [draws, chains].
-        pull: (w − w*)·nβ∇L(w), [draws, chains].
-        spread: γ‖w − w*‖², [draws, chains].
+        delta_loss: nβ(L(w) − L(w*)), [draws, chains].
+        virial: (w − w*)·nβ∇L(w), [draws, chains].
+        restraint: γ‖w − w*‖², [draws, chains].
         paired: ¼nβ(w_a − w_b)·(∇L(w_a) − ∇L(w_b)) for neighbouring chains a, b, [draws, pairs]. Its expectation is
             ½nβE[(w − w̄)·∇L], without any estimate of the mean w̄: the chains are independent.
         step_size: ε in the end.
@@ -39,9 +39,9 @@ class Traces:
         fall: largest −nβ(L(w) − L(w*)) within the first 64 steps, burn-in or not.
     """
 
-    excess: Tensor
-    pull: Tensor
-    spread: Tensor
+    delta_loss: Tensor
+    virial: Tensor
+    restraint: Tensor
     paired: Tensor
     step_size: float
     burn_in: int
@@ -54,31 +54,37 @@ class Traces:
 
     def extended(self, more: "Traces") -> "Traces":
         """These draws and those that came after them."""
-        names = ("excess", "pull", "spread", "paired")
+        names = ("delta_loss", "virial", "restraint", "paired")
         return replace(self, **{name: torch.cat([getattr(self, name), getattr(more, name)]) for name in names})
 
+    @property
+    def total_virial(self) -> Tensor:
+        """(w − w*)·∇U, [draws, chains]: virial and restraint, D in the mean in equilibrium wherever w* lies."""
+        return self.virial.double() + self.restraint
+
     def diverged(self, dimension: int) -> bool:
-        """Whether a chain is or was on its way out: in equilibrium pull and spread add up to D, wherever w* lies.
+        """Whether a chain is or was on its way out.
 
         Args:
             dimension: D.
         """
-        if not (torch.isfinite(self.excess).all() and torch.isfinite(self.pull).all()):
+        if not (torch.isfinite(self.delta_loss).all() and torch.isfinite(self.virial).all()):
             return True
-        farthest = EQUILIBRIUM.max_spread * max(dimension, float(self.spread.median())) + EQUILIBRIUM.slack
-        if not float(self.spread.amax()) <= farthest:
+        farthest = EQUILIBRIUM.max_restraint * max(dimension, float(self.restraint.median())) + EQUILIBRIUM.slack
+        if not float(self.restraint.amax()) <= farthest:
             return True
-        return not float((self.pull.double() + self.spread).mean(0).amax()) <= most_virial(dimension)
+        return not float(self.total_virial.mean(0).amax()) <= most_total_virial(dimension)
 
     def anharmonic(self, dimension: int) -> bool:
-        """Whether the pull is not twice the excess, as in a bowl, or both are too large for equilibrium.
+        """Whether the virial is not twice the loss difference, as in a bowl, or too large for equilibrium.
 
         Args:
             dimension: D.
         """
-        pull, spread, excess = (float(values.mean()) for values in (self.pull, self.spread, self.excess))
-        off = abs(0.5 * pull - excess) > EQUILIBRIUM.anharmonicity * abs(excess)
-        return off or pull + spread > 1.05 * dimension
+        traces = self.virial, self.restraint, self.delta_loss
+        virial, restraint, delta_loss = (float(values.mean()) for values in traces)
+        off = abs(0.5 * virial - delta_loss) > EQUILIBRIUM.anharmonicity * abs(delta_loss)
+        return off or virial + restraint > 1.05 * dimension
 
     @property
     def has_energy_spike(self) -> bool:
@@ -86,35 +92,36 @@ class Traces:
 
         Where a valley turns so it may, too, at any step: it is a reason to try a smaller one, not to give up.
         """
-        virial = (self.pull.double() + self.spread).nan_to_num(nan=torch.inf)
-        median = virial.median()
-        scatter = 1.4826 * (virial - median).abs().median()  # of normal draws their standard deviation
-        return bool(virial.amax() > median + EQUILIBRIUM.spike * scatter + EQUILIBRIUM.spike_slack)
+        total = self.total_virial.nan_to_num(nan=torch.inf)
+        median = total.median()
+        scatter = 1.4826 * (total - median).abs().median()  # of normal draws their standard deviation
+        return bool(total.amax() > median + EQUILIBRIUM.spike * scatter + EQUILIBRIUM.spike_slack)
 
-    def virial_error(self, kernel: Kernel, localization: float, dimension: int) -> float:
-        """Standard error of the mean of pull and spread together.
+    def total_virial_error(self, kernel: Kernel, localization: float, dimension: int) -> float:
+        """Standard error of the mean total virial.
 
         Args:
             kernel: of the dynamics.
             localization: γ.
             dimension: D.
         """
-        error = standard_error(self.pull + self.spread)
+        error = standard_error(self.virial + self.restraint)
         # Traces of few relaxation times of the flat directions cannot tell how slow these are.
-        passes = len(self.spread) / kernel.relaxation(self.step_size, localization, self.halvings)
-        return max(error, math.sqrt(2 * dimension / (self.spread.shape[1] * passes))) if passes >= 1 else error
+        passes = len(self.restraint) / kernel.relaxation(self.step_size, localization, self.halvings)
+        return max(error, math.sqrt(2 * dimension / (self.restraint.shape[1] * passes))) if passes >= 1 else error
 
     def has_discretization_bias(self, kernel: Kernel, localization: float, dimension: int) -> bool:
-        """Whether pull and spread are beyond D for certain, by what matters beside the pull: twice λ̂ in a bowl.
+        """Whether the total virial is beyond D for certain, by what matters beside the virial: twice λ̂ in a bowl.
 
         Args:
             kernel: of the dynamics.
             localization: γ.
             dimension: D.
         """
-        pull = float(self.pull.double().mean())
-        excess = pull + float(self.spread.double().mean()) - dimension - EQUILIBRIUM.bias * abs(pull)
-        return excess > 0 and excess > EQUILIBRIUM.bias_errors * self.virial_error(kernel, localization, dimension)
+        virial = float(self.virial.double().mean())
+        beyond = virial + float(self.restraint.double().mean()) - dimension - EQUILIBRIUM.bias * abs(virial)
+        error = self.total_virial_error(kernel, localization, dimension) if beyond > 0 else 0.0
+        return beyond > EQUILIBRIUM.bias_errors * error
 
 
 class SampleLossRecorder:
@@ -174,13 +181,13 @@ def pairs(chains: int) -> int:
     return {1: 0, 2: 1}.get(chains, chains)
 
 
-def most_virial(dimension: int) -> float:
-    """What pull and spread come to in the mean at most, of chains that have not left.
+def most_total_virial(dimension: int) -> float:
+    """What the total virial comes to in the mean at most, of chains that have not left.
 
     Args:
         dimension: D.
     """
-    return EQUILIBRIUM.max_virial * dimension + EQUILIBRIUM.slack
+    return EQUILIBRIUM.max_total_virial * dimension + EQUILIBRIUM.slack
 
 
 def reduced_step_size(

@@ -18,7 +18,7 @@ class Calibration:
         curvature_safety: s; curvature grows off the minimum, and Lanczos iteration comes from below.
         burn_in_relaxations: relaxation times of the flat directions. Chains start near equilibrium; of what they have
             to forget one leaves e⁻².
-        burn_in_relaxations_cold: of chains that start at w*, where flat directions have no spread yet; e⁻⁵ is left.
+        burn_in_relaxations_cold: of chains that start at w*, where flat directions are not filled yet; e⁻⁵ is left.
         draw_relaxations: draws of all chains together, at first; each chain takes one at least.
         min_draws: of a chain; fewer tell little of their own error.
         max_steps: of a chain; minutes for a small network.
@@ -72,22 +72,22 @@ class Effort:
 class Equilibrium:
     """What tells chains in equilibrium from those that leave, or that the step feeds with energy.
 
-    In equilibrium pull and spread, (w − w*)·nβ∇L and γ‖w − w*‖², add up to D in the mean.
+    In equilibrium virial and restraint, (w − w*)·nβ∇L and γ‖w − w*‖², add up to D in the mean: the total virial.
 
     Attributes:
-        max_virial: chains have left where they come to so many times D; a convention.
-        max_virial_large: the same in large networks, where no look at the curvature tells of a step that is too large.
-        max_spread: a chain was away where its spread once was so many times D and that of most draws, though some come
-            back, to another place. The pull tells less: it is far above D where a valley turns.
+        max_total_virial: chains have left where it comes to so many times D; a convention.
+        max_total_virial_large: the same in large networks, where no look at the curvature tells of too large a step.
+        max_restraint: a chain was away where its restraint once was so many times D and that of most draws, though
+            some come back, to another place. The virial tells less: it is far above D where a valley turns.
         slack: draws of few weights scatter by so much.
         spike: a draw is energy fed in by the step where it is so many times their own scatter above most draws: under
             cross-entropy λ_c came out at up to three times its neighbours' with such draws. (Draws of a posterior
             scatter by √(2D) in a bowl.)
         spike_slack: and by so much more, for small networks at singular minima.
-        bias: all draws have such energy where pull and spread are beyond D by this fraction of the pull: a transformer
+        bias: all draws have such energy where the total is beyond D by this fraction of the virial: a transformer
             whose λ_c came out 60 % too large was by two per cent of D, a third of 2λ.
         bias_errors: and by so many standard errors.
-        anharmonicity: in a bowl half of the pull is the excess; off by this fraction, the curvature may be another.
+        anharmonicity: in a bowl half of the virial is nβ(L(w) − L(w*)); off by this fraction, curvatures may be others.
         fall: chains that fall by so many nats a weight at once may be in no basin, as where training has hardly begun:
             they would be followed through ever steeper walls for as long as all other snapshots take together.
         tolerated_restarts: attempts that they get, and at most so many are given to a step that heats.
@@ -97,9 +97,9 @@ class Equilibrium:
         settled_errors: and so many errors; both conventions.
     """
 
-    max_virial: float = 10.0
-    max_virial_large: float = 1.5
-    max_spread: float = 3.0
+    max_total_virial: float = 10.0
+    max_total_virial_large: float = 1.5
+    max_restraint: float = 3.0
     slack: float = 100.0
     spike: float = 10.0
     spike_slack: float = 300.0

@@ -22,11 +22,11 @@ def test_chains_that_are_far_out_have_diverged_however_finite():
     assert traces(30.0, 1e4).diverged(60)
     assert traces(math.nan, 30.0).diverged(60)
     one = traces(30.0, 30.0)
-    one.spread[7, 1] = 500.0  # out and back: no draw of a posterior lies there
+    one.restraint[7, 1] = 500.0  # out and back: no draw of a posterior lies there
     assert one.diverged(60)
-    one.spread[7, 1] = 200.0
+    one.restraint[7, 1] = 200.0
     assert not one.diverged(60)
-    one.pull[7, 1] = 600.0  # where a valley turns, stiff forces act along the way to w*
+    one.virial[7, 1] = 600.0  # where a valley turns, stiff forces act along the way to w*
     assert not one.diverged(60)
 
 
@@ -39,12 +39,12 @@ def test_no_draw_of_a_posterior_is_a_burst_but_one_of_fed_in_energy_is(dimension
     virial = 2 * degree * torch._standard_gamma(shape)
     quiet = Traces(virial / 2, 0.9 * virial, 0.1 * virial, virial[:, :1], 0.1, 0)
     assert not quiet.has_energy_spike
-    pull = quiet.pull.clone()
+    pull = quiet.virial.clone()
     pull[300:320, 1] += 0.15 * dimension + 600
-    assert replace(quiet, pull=pull).has_energy_spike
-    assert not replace(quiet, pull=pull).diverged(dimension)
+    assert replace(quiet, virial=pull).has_energy_spike
+    assert not replace(quiet, virial=pull).diverged(dimension)
     pull[300, 1] = math.nan
-    assert replace(quiet, pull=pull).has_energy_spike
+    assert replace(quiet, virial=pull).has_energy_spike
 
 
 def test_chains_are_hot_where_pull_and_spread_exceed_what_equilibrium_allows_beside_the_pull():
