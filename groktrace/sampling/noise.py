@@ -14,10 +14,11 @@ _PER_WORD = 64 // _BITS
 class NormalNoise:
     """Fills tensors of one shape with standard normal numbers.
 
-    On a processor, float32 numbers are looked up: sixteen random bits choose among as many quantiles, which takes half
-    the time of exact ones. What a chain does depends on the noise's moments alone where the step is small (weak
-    convergence: Leimkuhler & Matthews 2013), and in a quadratic bowl on the first two at any step. The first is 0, the
-    second 1, the fourth 3 within 0.1 %; none is beyond 4.4.
+    On a processor, float32 numbers are looked up: sixteen random bits choose among 65 536 quantiles. 160 000 take
+    0.4 ms; exact ones 0.45 ms with AVX2, and 1.7 ms where PyTorch has no vector instructions for them. What a chain
+    does depends on the noise's moments alone where the step is small (weak convergence: Leimkuhler & Matthews 2013),
+    and in a quadratic bowl on the first two at any step. The first is 0, the second 1, the fourth 3 within 0.1 %; none
+    is beyond 4.4.
 
     Args:
         shape: (R, D).
