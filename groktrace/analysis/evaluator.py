@@ -21,7 +21,7 @@ from groktrace.run.store import Run, Snapshot, open_run
 from groktrace.run.task import Task, failures_in_words
 from groktrace.sampling.calibration import Scale
 from groktrace.sampling.network import as_float
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
 
 Result = SnapshotMetrics | Point | HessianMetrics
 Phase = Literal["metrics", "llc", "hessian"]
@@ -61,7 +61,7 @@ class EvaluatorSpec:
 
     run: str
     task_name: str | None
-    settings: SamplingSettings
+    settings: ResolvedSettings
     device: str
     first: int
     identity: Identity

@@ -84,7 +84,7 @@ def forecast(
         done, steps = session.known_points(), session.steps
         wanted = [step for step in steps if step not in done]
         objective = session.objective
-        of_run = (len(wanted), len(steps) - len(wanted), objective.layout.size, objective.settings.chains or 0)
+        of_run = (len(wanted), len(steps) - len(wanted), objective.layout.size, objective.settings.chains)
         if not wanted:
             return Forecast(*of_run, 0, _memory(place), 0.0, 0)
         start = time.perf_counter()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from groktrace.records import Record
 from groktrace.sampling import diagnostics as diagnose
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.traces import Traces
 
 # What is tolerated before a number is called unreliable; in each case plus three standard errors of the diagnostic.
@@ -83,14 +83,14 @@ def off_minimum(traces: Traces) -> bool:
     In equilibrium λ_c − ½E[(w − w*)·nβ∇L] = ½γ‖w̄ − w*‖²: the chains' mean has moved off w*, downhill. With a single
     chain only λ̂ < 0 tells.
     """
-    llc = float(traces.excess.mean())
+    llc = float(traces.delta_loss.mean())
     if llc < 0 or not traces.paired.shape[1]:
         return llc < 0
     centred = float(traces.paired.mean())
-    margin = min(0.9 * centred - llc, 0.97 * centred - 0.5 * float(traces.pull.mean()))
+    margin = min(0.9 * centred - llc, 0.97 * centred - 0.5 * float(traces.virial.mean()))
     if margin <= 0:  # nearly always, and the errors take time
         return False
-    return margin > 3 * math.hypot(diagnose.standard_error(traces.excess), centred_error(traces.paired))
+    return margin > 3 * math.hypot(diagnose.standard_error(traces.delta_loss), centred_error(traces.paired))
 
 
 def centred_error(paired: Tensor) -> float:
@@ -103,16 +103,16 @@ def centred_error(paired: Tensor) -> float:
     return error * math.sqrt(1.5) if paired.shape[1] > 1 else error
 
 
-def unusable(reason: str, settings: SamplingSettings, nbeta: float, localization: float) -> LLCEstimate:
+def unusable(reason: str, settings: ResolvedSettings, nbeta: float, localization: float) -> LLCEstimate:
     """What is said of a snapshot that cannot be sampled."""
     return LLCEstimate(
-        None, None, None, None, False, (reason,), nbeta, localization, None, settings.chains or 0, 0, 0, None, {}
+        None, None, None, None, False, (reason,), nbeta, localization, None, settings.chains, 0, 0, None, {}
     )
 
 
 def summarise(
     traces: Traces,
-    settings: SamplingSettings,
+    settings: ResolvedSettings,
     *,
     n: int,
     loss: float,
@@ -143,26 +143,25 @@ def summarise(
             return unusable(reason, settings, nbeta, localization)
         reason = f"diverging: chains left the snapshot at every step size down to {traces.step_size:.3g}"
         return unusable(reason, settings, nbeta, localization)
-    chains = settings.chains or traces.excess.shape[1]
-    llc, ess = float(traces.excess.mean()), diagnose.effective_sample_size(traces.excess)
-    stderr = math.sqrt(float(traces.excess.double().var()) / ess)
+    llc, ess = float(traces.delta_loss.mean()), diagnose.effective_sample_size(traces.delta_loss)
+    stderr = math.sqrt(float(traces.delta_loss.double().var()) / ess)
     centred = stderr_centred = None
     if traces.paired.shape[1]:
         centred, stderr_centred = float(traces.paired.mean()), centred_error(traces.paired)
-    virial = diagnose.virial_ratio(traces.pull, traces.spread, dimension)
-    anharmonicity = diagnose.anharmonicity(traces.pull, traces.excess)
-    distance = math.sqrt(float(traces.spread.mean()) / localization)
+    virial = diagnose.virial_ratio(traces.virial, traces.restraint, dimension)
+    anharmonicity = diagnose.anharmonicity(traces.virial, traces.delta_loss)
+    distance = math.sqrt(float(traces.restraint.mean()) / localization)
     relative_distance = distance / norm if norm > 0 else math.inf
-    rhat, off = diagnose.split_rhat(traces.excess), off_minimum(traces)
-    virial_error = traces.virial_error(settings.kernel, localization, dimension) / dimension
+    rhat, off = diagnose.split_rhat(traces.delta_loss), off_minimum(traces)
+    virial_error = traces.total_virial_error(settings.kernel, localization, dimension) / dimension
     reasons = []
-    ratio_error = diagnose.standard_error(0.5 * traces.pull - traces.excess) / abs(llc) if llc else 0.0
+    ratio_error = diagnose.standard_error(0.5 * traces.virial - traces.delta_loss) / abs(llc) if llc else 0.0
     # Where all weights are zero there is no length to compare with.
     far = norm > 0 and relative_distance > MAX_DISTANCE
     bent = abs(anharmonicity - 1) > MAX_ANHARMONICITY + 3 * ratio_error
     guess = next((level for level in chance if level > loss), math.inf)
     climb = llc / nbeta / (guess - loss)
-    bowl = float((0.5 * traces.pull - traces.excess).abs().mean()) <= MAX_BENDING * llc
+    bowl = float((0.5 * traces.virial - traces.delta_loss).abs().mean()) <= MAX_BENDING * llc
     # Neither of `far` and `bent` alone does harm: in a quadratic bowl the estimate is exact however wide it is, and a
     # singular loss is of higher degree however close one looks.
     if climb > MAX_CLIMB and not bowl:
@@ -186,7 +185,7 @@ def summarise(
         reasons.append(PERHAPS_OFF)
     if abs(virial - 1) > MAX_VIRIAL_GAP + 3 * virial_error:
         reasons.append(f"not equilibrated (virial ratio {virial:.3f}, expected 1); needs a longer burn-in")
-    elif traces.hot(settings.kernel, localization, dimension):
+    elif traces.has_discretization_bias(settings.kernel, localization, dimension):
         reasons.append(f"heated by the sampler's step (virial ratio {virial:.3f}, expected 1); use a smaller step_size")
     if traces.heating > MAX_HEATING:
         reasons.append(
@@ -194,7 +193,7 @@ def summarise(
             "step_size"
         )
     # Half-chains of m effective draws differ by chance: R-hat is then about √(1 + 1/m).
-    if rhat > max(MAX_RHAT, math.sqrt(1 + 10 * chains / ess)):
+    if rhat > max(MAX_RHAT, math.sqrt(1 + 10 * settings.chains / ess)):
         reasons.append(f"chains disagree (split R-hat {rhat:.2f})")
     value, error = llc, stderr
     if by_centred and centred is not None and stderr_centred is not None:
@@ -211,8 +210,8 @@ def summarise(
         nbeta,
         localization,
         traces.step_size,
-        chains,
-        len(traces.excess),
+        settings.chains,
+        len(traces.delta_loss),
         traces.burn_in,
         loss,
         {
@@ -220,11 +219,11 @@ def summarise(
             "anharmonicity": anharmonicity if math.isfinite(anharmonicity) else None,
             "rhat": rhat,
             "ess": ess,
-            "drift": diagnose.drift(traces.excess),
+            "drift": diagnose.drift(traces.delta_loss),
             "distance": relative_distance if norm > 0 else None,
             "halvings": traces.halvings,
             "lost_steps": traces.lost,
-            "steps": traces.burn_in + len(traces.excess),
+            "steps": traces.burn_in + len(traces.delta_loss),
             "heating": traces.heating,
             "singular_fluctuation": None if traces.fluctuation is None else float(traces.fluctuation.mean()),
             "wbic": n * (loss + llc / nbeta) if settings.nbeta == "wbic" else None,

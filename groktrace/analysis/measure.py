@@ -17,17 +17,17 @@ from groktrace.run.batch import Batch
 from groktrace.run.layout import Step
 from groktrace.run.task import Task, failures_in_words
 from groktrace.sampling.batches import spread_ranks
-from groktrace.sampling.calibration import Scale, settle, step_size
+from groktrace.sampling.calibration import Scale, resolve, step_size
 from groktrace.sampling.chains import rows_per_stack, sample
 from groktrace.sampling.curvature import top_eigenvalue
 from groktrace.sampling.diagnostics import standard_error
-from groktrace.sampling.engine import MAX_GROWTH
 from groktrace.sampling.large import sample_large, top_eigenvalue_large
 from groktrace.sampling.network import Network, as_float, shuffled, with_micro_batch
 from groktrace.sampling.noise import generator_for, normal_like
 from groktrace.sampling.posterior import FACTOR, PART_BYTES, StackedLoss, WeightLayout
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
 from groktrace.sampling.traces import Traces
+from groktrace.sampling.tuning import WHOLE_DATA
 
 # Of large sets: what losses and accuracies are measured on at least, in so many parts or more, whose scatter gives the
 # error.
@@ -91,13 +91,13 @@ class Objective:
     Attributes:
         task: loss and data.
         loss: the task's training loss, as it is stacked and differentiated.
-        settings: of the sampling, with a method and a number of chains.
+        settings: of the sampling.
         chance: training losses of networks that know nothing, see `chance_losses`.
     """
 
     task: Task
     loss: StackedLoss
-    settings: SamplingSettings
+    settings: ResolvedSettings
     chance: tuple[float, ...] = ()
 
     @classmethod
@@ -129,7 +129,7 @@ class Objective:
                 loss, anchor = stack_weights(loss, [weights])
                 loss = loss.probe(anchor)
         chance = chance_losses(task, weights, device, loss.micro_batch)
-        return cls(task, loss, settle(settings, layout.size, loss.micro_batch is None), chance)
+        return cls(task, loss, resolve(settings, layout.size, loss.micro_batch is None), chance)
 
     @property
     def layout(self) -> WeightLayout:
@@ -307,7 +307,7 @@ class Objective:
         if not self.large_set:
             return self.loss
         size, available = self._curvature_samples(), self._evaluated_samples()
-        if not self.loss.separable or size >= available:
+        if not self.loss.is_sample_mean or size >= available:
             return self.loss.subset(size)
         return self.loss.subset(available, size, size // HEAVY_SHARE)
 
@@ -370,13 +370,13 @@ def _needed(traces: Traces, rtol: float) -> float:
     """How many times as many draws give λ̂ to `rtol`; 1 off a minimum, where it is no measure of the basin."""
     if off_minimum(traces):
         return 1.0
-    return _times(standard_error(traces.excess), abs(float(traces.excess.mean())), rtol)
+    return _times(standard_error(traces.delta_loss), abs(float(traces.delta_loss.mean())), rtol)
 
 
 def _needed_centred(traces: Traces, rtol: float) -> float:
     """How many times as many draws give λ_c to `rtol`; 1 where so many would be needed that none are spent."""
     times = _times(centred_error(traces.paired), float(traces.paired.mean()), rtol)
-    return times if times <= MAX_GROWTH else 1.0
+    return times if times <= WHOLE_DATA.growth else 1.0
 
 
 def _times(error: float, value: float, rtol: float) -> float:

@@ -15,14 +15,13 @@ from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.measure import Objective, SnapshotMetrics, stack_weights
 from groktrace.analysis.predictions import evaluate
 from groktrace.errors import SettingsError
-from groktrace.sampling.batches import GROUP, NoiseProfile
+from groktrace.sampling.batches import NoiseProfile
 from groktrace.sampling.calibration import Scale, posterior_scale, step_size
 from groktrace.sampling.chains import profile_noise
 from groktrace.sampling.engine import interruption
 from groktrace.sampling.network import as_float
 from groktrace.sampling.posterior import FACTOR
-from groktrace.sampling.settings import LOCALITY
-from groktrace.sampling.traces import WANTED_HEATING
+from groktrace.sampling.tuning import CALIBRATION, MINIBATCH_NOISE
 
 # A snapshot counts as fitted once its training loss has fallen to this fraction of the run's range.
 FITTED = 0.05
@@ -30,7 +29,7 @@ FITTED = 0.05
 FALLEN = 10.0
 
 # ρ, the widest first. A basin is left where the loss climbs by this share of the way to that of chance.
-LOCALITIES = (LOCALITY, 0.1, 0.05, 0.022, 0.01)
+LOCALITIES = (CALIBRATION.locality, 0.1, 0.05, 0.022, 0.01)
 MOST_CLIMB = 0.2
 # Snapshots that are tried, and steps of each trial; minibatch noise is looked at every 16 steps.
 TRIED = 2
@@ -105,8 +104,7 @@ def choose_sampling(
             "all is cheap, or the loss is no mean over samples."
         )
     scale = choose_scale(objective, metrics)
-    plain = settings.method is not None and settings.kernel.plain
-    if plain and large_set:  # as published: batches of all samples
+    if settings.kernel.plain and large_set:  # as published: batches of all samples
         return scale._replace(samples=settings.samples, batch_size=settings.batch_size)
     among = fitted(metrics)
     tried = [among[round(i * (len(among) - 1) / TRIED)] for i in range(TRIED, 0, -1)]
@@ -172,7 +170,7 @@ class _Trial:
         """The scale with batches so large that their noise does no harm."""
         if profiles is None:
             return scale
-        sizes = [profile.batch(scale.samples, AIMED * WANTED_HEATING) for profile in profiles]
+        sizes = [profile.batch(scale.samples, AIMED * MINIBATCH_NOISE.wanted) for profile in profiles]
         return _in_batches(scale, scale.samples, None if None in sizes else max(sizes))
 
     def _step_size(self, known: SnapshotMetrics, scale: Scale) -> float:
@@ -181,7 +179,7 @@ class _Trial:
 
     def _profile(self, known: SnapshotMetrics, weights: Mapping[str, Tensor], scale: Scale) -> NoiseProfile:
         """How noisy gradients of few samples are at one snapshot."""
-        loss = self._loss.subset(scale.samples, 4 * GROUP)
+        loss = self._loss.subset(scale.samples, 4 * MINIBATCH_NOISE.group)
         factor = 1.0 if scale.curvature is None else scale.curvature / known.top_curvature
         stacked, anchor = stack_weights(loss, [{**weights, FACTOR: torch.tensor(factor)}])
         key, size = self._key(known.step), self._step_size(known, scale)

@@ -14,7 +14,7 @@ from groktrace.run import layout
 from groktrace.run.files import read_json, write_json
 from groktrace.run.store import Run
 from groktrace.sampling.calibration import Scale
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import ResolvedSettings
 
 SETTINGS_FILE = "settings.json"
 POINTS_FILE = "points.jsonl"
@@ -28,12 +28,12 @@ _ESTIMATOR = 7
 _PARTS = (layout.DATA_FILE, layout.FROZEN_FILE)
 
 
-def results_folder(run: Run, settings: SamplingSettings, identity: Identity) -> Path:
+def results_folder(run: Run, settings: ResolvedSettings, identity: Identity) -> Path:
     """Where results lie: the method, and a digest of everything that they depend on but the snapshots.
 
     Args:
         run: analysed.
-        settings: with a method and a number of chains.
+        settings: of the sampling.
         identity: of what is analysed.
     """
     digest = _digest([layout.FORMAT_VERSION, _ESTIMATOR, settings.to_dict(), identity.key])

@@ -20,8 +20,8 @@ from groktrace.errors import SettingsError
 from groktrace.records import Record
 from groktrace.run.store import Run, open_run
 from groktrace.run.task import Task
-from groktrace.sampling.calibration import RESOLUTION
-from groktrace.sampling.settings import SamplingOptions, SamplingSettings
+from groktrace.sampling.settings import ResolvedSettings, SamplingOptions, SamplingSettings
+from groktrace.sampling.tuning import CALIBRATION
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -129,7 +129,7 @@ def temperature_curve_at(
         return _measure_curve(objective, weights, metrics, nbetas, session.key(step))
 
 
-def _with_localization(session: Session, metrics: SnapshotMetrics) -> SamplingSettings:
+def _with_localization(session: Session, metrics: SnapshotMetrics) -> ResolvedSettings:
     """The settings with the run's γ."""
     settings = session.objective.settings
     if settings.localization is not None:
@@ -159,7 +159,7 @@ def _measure_curve(
     scale = choose_sampling(objective, lambda step: weights, [metrics], lambda step: key)
     middle = scale.nbeta
     if nbetas is None:
-        own = objective.settings.resolution or RESOLUTION
+        own = objective.settings.resolution or CALIBRATION.resolution
         nbetas = [middle * resolution / own for resolution in RESOLUTIONS]
     for nbeta in nbetas:
         make_settings(None, {"nbeta": nbeta})

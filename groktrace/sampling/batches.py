@@ -7,14 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Batches are chosen in multiples of so many samples.
-GROUP = 16
-LEAST_BATCH = 32
-# The curvature of a batch scatters by so much of its mean at most, or single batches would throw chains out: where few
-# samples have most of it, as in classifiers with large margins, all are used.
-MOST_BENT = 0.3
-# With fewer batches to a set, all samples are as cheap.
-LEAST_BATCHES = 2
+from groktrace.sampling.noise import copy_generator
+from groktrace.sampling.tuning import MINIBATCH_NOISE
 
 
 @dataclass
@@ -86,7 +80,7 @@ class Minibatches:
     def saved(self, rows: Tensor) -> "Minibatches":
         """A copy of some of the rows as they are."""
         saved = self.select(rows)
-        saved.generators = [torch.Generator(each.device).set_state(each.get_state()) for each in saved.generators]
+        saved.generators = list(map(copy_generator, saved.generators))
         return saved
 
     def restore(self, rows: Tensor, saved: "Minibatches") -> None:
@@ -130,8 +124,9 @@ class NoiseProfile:
             samples: N, how many there are.
             wanted: what the noise may add to λ̂, relative to it.
         """
+        tuned = MINIBATCH_NOISE
         # Drawn without replacement, a batch has the variance of single samples times 1/B − 1/N.
-        needed = max(self.heating / wanted, self.bending / MOST_BENT**2)
+        needed = max(self.heating / wanted, self.bending / tuned.bending**2)
         least = needed / (1 + needed / samples) if math.isfinite(needed) else samples
-        size = GROUP * math.ceil(max(least, LEAST_BATCH) / GROUP)
-        return size if LEAST_BATCHES * size <= samples else None
+        size = tuned.group * math.ceil(max(least, tuned.least) / tuned.group)
+        return size if tuned.least_batches * size <= samples else None

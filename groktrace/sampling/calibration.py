@@ -1,32 +1,11 @@
 """Temperature, localisation, step size and run length from the curvature and size of the network."""
 
 import math
-import sys
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from groktrace.errors import SettingsError
-from groktrace.sampling.settings import LOCALITY, SamplingSettings
-
-RESOLUTION, FOLLOWING_RESOLUTION = 10.0, 100.0
-# ε = 2c/(s·nβ·h_max + γ), with s because curvature grows off the minimum and Lanczos iteration comes from below. At
-# c = 1 a direction of curvature s·h_max forgets its start in one step; twice that is where it becomes unstable.
-STEP_FRACTION = 1.0
-CURVATURE_SAFETY = 1.5
-# Chains start near equilibrium; of what they have to forget a relaxation time leaves e⁻².
-BURN_IN_RELAXATIONS = 1.0
-# Of chains that start at w*, where flat directions have no spread yet.
-COLD_BURN_IN_RELAXATIONS = 2.5
-# Draws of all chains together, at first; each chain takes one at least.
-DRAW_RELAXATIONS = 10.0
-MIN_DRAWS = 64
-# Where data are so many that they are sampled, a step is dear and a draw tells much: of λ_c, 1/√λ of it.
-DEAR_DRAWS = 16
-MAX_STEPS = 400_000
-LEAST_GROWTH = 0.25
-# Below so many weights in a stack of chains, a step costs the same however many there are.
-STACKED_WEIGHTS = 2**14
-MIN_CHAINS, MAX_CHAINS = 2, 16
+from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
+from groktrace.sampling.tuning import CALIBRATION, WHOLE_DATA, Effort
 
 
 class Scale(NamedTuple):
@@ -49,23 +28,6 @@ class Scale(NamedTuple):
     batch_size: int | None = None
     locality: float | None = None
 
-    @classmethod
-    def from_dict(cls, value: Any) -> "Scale":
-        """The inverse of `_asdict`.
-
-        Raises:
-            KeyError: a value is missing.
-            TypeError: it is not a dict of numbers.
-            ValueError: a value is not positive.
-        """
-        found = {name: value[name] for name in cls._fields[:3]} | {name: value.get(name) for name in cls._fields[3:]}
-        given = {name: number for name, number in found.items() if number is not None}
-        positive = all(type(each) in (int, float) and 0 < each <= sys.float_info.max for each in given.values())
-        whole = all(type(given.get(name, 1)) is int for name in ("samples", "batch_size"))
-        if not (positive and whole and {"nbeta", "localization"} <= given.keys()):
-            raise ValueError(f"expected positive numbers, got {value}")
-        return cls(**found)
-
 
 def resolution(settings: SamplingSettings, follow: bool) -> float:
     """κ.
@@ -74,7 +36,7 @@ def resolution(settings: SamplingSettings, follow: bool) -> float:
         settings: resolution, where given.
         follow: whether nβ follows each snapshot's curvature.
     """
-    return settings.resolution or (FOLLOWING_RESOLUTION if follow else RESOLUTION)
+    return settings.resolution or (CALIBRATION.resolution_following if follow else CALIBRATION.resolution)
 
 
 def posterior_scale(
@@ -106,7 +68,7 @@ def posterior_scale(
     """
     localization, locality = settings.localization, None
     if localization is None:
-        locality = settings.locality or LOCALITY
+        locality = settings.locality or CALIBRATION.locality
         if not norm_squared > 0:
             raise SettingsError("localization: cannot be derived where all weights are zero; give a number.")
         localization = dimension / (locality**2 * norm_squared)
@@ -124,16 +86,17 @@ def posterior_scale(
 
 def step_size(nbeta: float, localization: float, top_curvature: float) -> float:
     """ε for one snapshot; `top_curvature` is its h_max."""
-    return 2 * STEP_FRACTION / (CURVATURE_SAFETY * nbeta * top_curvature + localization)
+    tuned = CALIBRATION
+    return 2 * tuned.step_fraction / (tuned.curvature_safety * nbeta * top_curvature + localization)
 
 
 def run_length(
-    settings: SamplingSettings,
+    settings: ResolvedSettings,
     localization: float,
     epsilon: float,
-    relaxations: float = BURN_IN_RELAXATIONS,
+    relaxations: float = CALIBRATION.burn_in_relaxations,
     halvings: int = 0,
-    dear: bool = False,
+    effort: Effort = WHOLE_DATA,
 ) -> tuple[int, int]:
     """Burn-in and first round of draws, in steps.
 
@@ -143,12 +106,12 @@ def run_length(
         epsilon: ε.
         relaxations: relaxation times of the flat directions to burn in for.
         halvings: how often ε was halved.
-        dear: whether to begin with few draws.
+        effort: what is spent.
     """
-    relaxation = settings.kernel.relaxation(epsilon, localization, halvings)
-    burn_in = min(math.ceil(relaxations * relaxation), MAX_STEPS // 2)
-    share = max(1.0, DRAW_RELAXATIONS / settings.chains)
-    draws = DEAR_DRAWS if dear else min(max(MIN_DRAWS, math.ceil(share * relaxation)), MAX_STEPS // 2)
+    relaxation, most = settings.kernel.relaxation(epsilon, localization, halvings), CALIBRATION.max_steps // 2
+    burn_in = min(math.ceil(relaxations * relaxation), most)
+    share = max(1.0, CALIBRATION.draw_relaxations / settings.chains)
+    draws = effort.draws or min(max(CALIBRATION.min_draws, math.ceil(share * relaxation)), most)
     return (
         burn_in if settings.burn_in is None else settings.burn_in,
         draws if settings.draws is None else settings.draws,
@@ -158,18 +121,17 @@ def run_length(
 def more_draws(draws: int, needed: float) -> int:
     """How many draws to add before it is asked again whether they suffice.
 
-    The error that says how many are needed is itself uncertain: a quarter of the draws so far are added at least, and
-    as many again at most.
+    A quarter of the draws so far are added at least, and as many again at most.
 
     Args:
         draws: so far.
         needed: how many times as many.
     """
-    return math.ceil(draws * min(max(needed - 1, LEAST_GROWTH), 1.0))
+    return math.ceil(draws * min(max(needed - 1, CALIBRATION.least_growth), 1.0))
 
 
-def settle(settings: SamplingSettings, dimension: int, stacked: bool) -> SamplingSettings:
-    """The settings with a method and a number of chains.
+def resolve(settings: SamplingSettings, dimension: int, stacked: bool) -> ResolvedSettings:
+    """The settings for one network; resolved ones stay what they are.
 
     Args:
         settings: method and chains, where given.
@@ -177,5 +139,6 @@ def settle(settings: SamplingSettings, dimension: int, stacked: bool) -> Samplin
         stacked: whether chains run as a stack, and not one at a time as those of large networks.
     """
     method = settings.method or ("baoab" if stacked else "leimkuhler_matthews")
-    chains = settings.chains or min(max(MIN_CHAINS, STACKED_WEIGHTS // dimension), MAX_CHAINS)
-    return replace(settings, method=method, chains=chains)
+    tuned = CALIBRATION
+    chains = settings.chains or min(max(tuned.min_chains, tuned.stacked_weights // dimension), tuned.max_chains)
+    return ResolvedSettings(**{**vars(settings), "method": method, "chains": chains})

@@ -7,21 +7,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from groktrace.sampling.batches import GROUP, NoiseProfile
-from groktrace.sampling.calibration import settle
+from groktrace.sampling.batches import NoiseProfile
 from groktrace.sampling.curvature import difference_product
 from groktrace.sampling.engine import Target, sample_with_restarts
 from groktrace.sampling.posterior import StackedLoss
-from groktrace.sampling.settings import SamplingSettings
-from groktrace.sampling.stack import HEATING_EVERY, StackedChains
-from groktrace.sampling.traces import Looks, Traces
+from groktrace.sampling.settings import ResolvedSettings
+from groktrace.sampling.stack import StackedChains
+from groktrace.sampling.traces import SampleLossRecorder, Traces
+from groktrace.sampling.tuning import MINIBATCH_NOISE
 
 # Stacks beyond the processor's cache gain nothing (measured); a GPU wants more at once.
 WORKING_SET_BYTES = {"cpu": 12 * 2**20}
 WORKING_SET_BYTES_ELSEWHERE = 2**31
 _STATE_VECTORS = 8
-# Samples whose noise is looked at.
-_PROFILED = 512
 # A step is timed in so many at most.
 _TIMED_STEPS = 80
 
@@ -42,7 +40,7 @@ def sample(
     loss: StackedLoss,
     anchors: Tensor,
     steps: Sequence[int],
-    settings: SamplingSettings,
+    settings: ResolvedSettings,
     nbeta: float,
     localization: float,
     step_sizes: Sequence[float],
@@ -55,7 +53,7 @@ def sample(
         loss: of S rows.
         anchors: w* of each snapshot, [S, D].
         steps: the key of each one's noise: its training step, or a number of its own.
-        settings: chains, batch size, run length.
+        settings: kernel, chains, batch size, run length.
         nbeta: nβ.
         localization: γ.
         step_sizes: ε of each snapshot; halved where chains diverge, reduced where they find a larger curvature than at
@@ -68,7 +66,6 @@ def sample(
     Returns:
         Traces of each snapshot, those of the last attempt where its chains diverged at every step size tried.
     """
-    settings = settle(settings, anchors.shape[1], stacked=True)
     target = Target(settings, nbeta, localization, anchors.shape[1], loss.sample_bytes is not None)
 
     def begin(
@@ -85,7 +82,7 @@ def sample(
     return sample_with_restarts(begin, step_sizes, target, needed, whole is not None)
 
 
-def time_steps(loss: StackedLoss, anchors: Tensor, settings: SamplingSettings, seconds: float) -> tuple[float, float]:
+def time_steps(loss: StackedLoss, anchors: Tensor, settings: ResolvedSettings, seconds: float) -> tuple[float, float]:
     """Time of a stack's steps, by the clock.
 
     Args:
@@ -97,7 +94,7 @@ def time_steps(loss: StackedLoss, anchors: Tensor, settings: SamplingSettings, s
     Returns:
         Seconds that one step takes, and all that comes before the first.
     """
-    settings, count = settle(settings, anchors.shape[1], stacked=True), len(anchors)
+    count = len(anchors)
     target = Target(settings, 1.0, 1e6, anchors.shape[1], loss.sample_bytes is not None)
 
     def begin() -> StackedChains:
@@ -108,11 +105,12 @@ def time_steps(loss: StackedLoss, anchors: Tensor, settings: SamplingSettings, s
     chains = begin()
     begun = time.perf_counter()
     before, spent, made = begun - start, 0.0, 0
-    # As many as there are from one look at the noise of minibatches to the next.
+    # As many as there are from one measurement of the noise of minibatches to the next.
+    every = MINIBATCH_NOISE.every
     while not made or (spent < seconds and made < _TIMED_STEPS):
-        looks = Looks([(0, HEATING_EVERY)] * count) if loss.separable else None
-        chains.advance([HEATING_EVERY] * count, first=True, looks=looks)
-        made += HEATING_EVERY
+        recorder = SampleLossRecorder([(0, every)] * count) if loss.is_sample_mean else None
+        chains.advance([every] * count, first=True, recorder=recorder)
+        made += every
         spent = time.perf_counter() - begun
     return spent / made, before
 
@@ -121,7 +119,7 @@ def profile_noise(
     loss: StackedLoss,
     anchor: Tensor,
     key: int,
-    settings: SamplingSettings,
+    settings: ResolvedSettings,
     nbeta: float,
     localization: float,
     epsilon: float,
@@ -137,11 +135,12 @@ def profile_noise(
         localization: γ.
         epsilon: ε.
     """
-    batch = 4 * GROUP
-    count = min(len(loss.tensors[0]), _PROFILED) // batch * batch
-    loss = replace(loss, tensors=tuple(each[:count] for each in loss.tensors))
-    groups = torch.arange(count, device=anchor.device).view(-1, 1, GROUP)
-    settings = replace(settle(settings, anchor.shape[1], stacked=True), chains=1, batch_size=batch)
+    group = MINIBATCH_NOISE.group
+    batch = 4 * group
+    count = min(len(loss.tensors[0]), MINIBATCH_NOISE.profiled) // batch * batch
+    loss = replace(loss, tensors=tuple(tensor[:count] for tensor in loss.tensors))
+    groups = torch.arange(count, device=anchor.device).view(-1, 1, group)
+    settings = replace(settings, chains=1, batch_size=batch)
     target = Target(settings, nbeta, localization, anchor.shape[1], loss.sample_bytes is not None)
     chains = StackedChains(loss, anchor, [key], target, [epsilon], [0])
     displacement = chains.state.displacement
@@ -153,11 +152,13 @@ def profile_noise(
         change += there
         squares += float(there.double().square().sum())
     total, change = total / len(groups), change / len(groups)
-    variance = GROUP * (squares / len(groups) - float(change.double().square().sum()))
+    variance = group * (squares / len(groups) - float(change.double().square().sum()))
     stiff = change / change.norm().clamp(min=torch.finfo(change.dtype).tiny)  # H(w − w*)
-    products = [difference_product(loss, anchor, loss.gradients(anchor, each)[1], stiff, each) for each in groups]
-    curvatures = torch.stack([torch.linalg.vecdot(each, stiff)[0] for each in products]).double()
-    bending = GROUP * float(curvatures.var(correction=0) / curvatures.mean().square())
-    pull = nbeta * abs(float((displacement * total).sum()))
+    products = [
+        difference_product(loss, anchor, loss.gradients(anchor, samples)[1], stiff, samples) for samples in groups
+    ]
+    curvatures = torch.stack([torch.linalg.vecdot(product, stiff)[0] for product in products]).double()
+    bending = group * float(curvatures.var(correction=0) / curvatures.mean().square())
+    virial = nbeta * abs(float((displacement * total).sum()))
     gain = float(chains.dynamics.noise_gain[0]) * nbeta**2 * float(chains.noise_share[0])
-    return NoiseProfile(gain * variance / max(pull, 1e-300), bending)
+    return NoiseProfile(gain * variance / max(virial, 1e-300), bending)

@@ -94,7 +94,7 @@ def _checked_lanczos(
 ) -> tuple[Tensor, list[Tensor]]:
     """See `lanczos`: by differences, and by exact products in those rows where a smaller difference disagrees."""
     by_difference = partial(difference_product, loss, weights, gradients, index=index)
-    if loss.sample_bytes is not None:  # where gradients are dear, a difference that is short enough for all has to do
+    if loss.sample_bytes is not None:  # where gradients take long, a difference that is short enough for all has to do
         return lanczos(partial(by_difference, relative_step=_SHORT_STEP), start, iterations)
     tridiagonal, basis = lanczos(by_difference, start, iterations)
     values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num())
@@ -114,8 +114,8 @@ def _checked_lanczos(
 def _combined(basis: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     """The sum of m vectors, [R, D] each, with coefficients [R, m]; [R, D]."""
     total = torch.zeros_like(basis[0])
-    for number, each in enumerate(basis):
-        total.addcmul_(each, coefficients[:, number, None].to(total.dtype))
+    for number, vector in enumerate(basis):
+        total.addcmul_(vector, coefficients[:, number, None].to(total.dtype))
     return total
 
 

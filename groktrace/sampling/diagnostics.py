@@ -74,18 +74,18 @@ def drift(trace: Tensor) -> float:
     return float((trace[-half:].double().mean() - trace[:half].double().mean()) / mean.abs().clamp_min(1e-300))
 
 
-def virial_ratio(pull: Tensor, spread: Tensor, dimension: int) -> float:
+def virial_ratio(virial: Tensor, restraint: Tensor, dimension: int) -> float:
     """(E[(w−w*)·nβ∇L] + γE‖w−w*‖²)/D: 1 in equilibrium whatever the loss (integration by parts).
 
     Args:
-        pull: (w−w*)·nβ∇L, [draws, chains].
-        spread: γ‖w−w*‖², [draws, chains].
+        virial: (w−w*)·nβ∇L, [draws, chains].
+        restraint: γ‖w−w*‖², [draws, chains].
         dimension: D.
     """
-    return float(pull.double().mean() + spread.double().mean()) / dimension
+    return float(virial.double().mean() + restraint.double().mean()) / dimension
 
 
-def anharmonicity(pull: Tensor, excess: Tensor) -> float:
+def anharmonicity(virial: Tensor, delta_loss: Tensor) -> float:
     """½E[(w−w*)·nβ∇L]/λ̂: 1 for a quadratic bowl, k for a loss of degree 2k; arguments [draws, chains]."""
-    mean = float(excess.double().mean())
-    return 0.5 * float(pull.double().mean()) / mean if mean else float("inf")
+    mean = float(delta_loss.double().mean())
+    return 0.5 * float(virial.double().mean()) / mean if mean else float("inf")

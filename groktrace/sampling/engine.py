@@ -5,18 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from groktrace.sampling.calibration import MAX_STEPS, more_draws, step_size
-from groktrace.sampling.settings import SamplingSettings
-from groktrace.sampling.traces import MOST_HEATING, SLACK, WANTED_HEATING, Traces, cooled
+from groktrace.sampling.calibration import more_draws, step_size
+from groktrace.sampling.settings import ResolvedSettings
+from groktrace.sampling.traces import Traces, reduced_step_size
+from groktrace.sampling.tuning import CALIBRATION, EQUILIBRIUM, SUBSAMPLED, WHOLE_DATA, Effort
 
-MAX_RESTARTS, DEAR_RESTARTS = 16, 2
-# Chains that fall by so many nats for each weight at once are not in a basin: training has hardly begun. They would be
-# followed through ever steeper walls for as long as all other snapshots take together.
-MAX_FALL = 0.1
-FEW_RESTARTS = 3
-# The same where data are sampled, at once and for good: no smaller step would help.
-DEAR_FALL = 1.0
-MAX_GROWTH, DEAR_GROWTH = 16, 4
 # Set to have the chains of all threads give up what they are at.
 interruption = threading.Event()
 
@@ -56,25 +49,40 @@ class Chains(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """What is sampled, and how dear a step is.
+    """What is sampled.
 
     Attributes:
-        settings: chains, batch size, run length; with a method and a number of chains.
+        settings: kernel, chains, batch size, run length.
         nbeta: nβ.
         localization: γ.
         dimension: D.
-        dear: whether data are so many that they are sampled.
+        subsampled: whether data are so many that they are sampled.
     """
 
-    settings: SamplingSettings
+    settings: ResolvedSettings
     nbeta: float
     localization: float
     dimension: int
-    dear: bool
+    subsampled: bool
+
+    @property
+    def effort(self) -> Effort:
+        """What is spent on each snapshot."""
+        return SUBSAMPLED if self.subsampled else WHOLE_DATA
+
+    def has_fallen(self, fall: float, share: float) -> bool:
+        """Whether nβ·L fell by more than so many nats a weight.
+
+        Args:
+            fall: of nβ·L; NaN for one without a bottom.
+            share: nats a weight.
+        """
+        return not fall <= share * self.dimension + EQUILIBRIUM.slack
 
     def is_heated(self, traces: Traces) -> bool:
         """Whether the discretisation fed energy to the chains, which more draws would not mend."""
-        return traces.burst or traces.hot(self.settings.kernel, self.localization, self.dimension)
+        scale = self.settings.kernel, self.localization, self.dimension
+        return traces.has_energy_spike or traces.has_discretization_bias(*scale)
 
     def curved_step(self, traces: Traces) -> float | None:
         """The step for the curvature that the chains met, where theirs was too large for it; else None."""
@@ -85,12 +93,13 @@ class Target:
 
     def fitting_step(self, traces: Traces) -> float:
         """The step for the curvature that the chains met, or for the noise of their minibatches."""
-        most = MOST_HEATING if self.dear else WANTED_HEATING
-        return self.curved_step(traces) or cooled(traces, self.settings.kernel, self.localization, most)
+        noise = self.settings.kernel, self.localization, self.effort.heating
+        return self.curved_step(traces) or reduced_step_size(traces, *noise)
 
     def is_hopeless(self, traces: Traces, falls: int) -> bool:
         """Whether no smaller step will do, as the snapshot is in no basin."""
-        return falls > FEW_RESTARTS or (self.dear and traces.fall > DEAR_FALL * self.dimension + SLACK)
+        for_good = self.subsampled and self.has_fallen(traces.fall, EQUILIBRIUM.fall_for_good)
+        return for_good or falls > EQUILIBRIUM.tolerated_restarts
 
     def draw(self, chains: Chains, needed: Callable[[Traces], float]) -> list[Traces]:
         """Burn in, draw, and go on with those snapshots whose draws do not suffice yet.
@@ -103,12 +112,12 @@ class Target:
         traces = chains.begin()
         while self.settings.draws is None:
             counts = {}
-            for s, each in enumerate(traces):
+            for s, drawn in enumerate(traces):
                 first = chains.lengths[s][1]
-                limit = min((DEAR_GROWTH if self.dear else MAX_GROWTH) * first, MAX_STEPS)
-                grows = not chains.has_left(each) and len(each.excess) < limit and not self.is_heated(each)
-                if grows and self.curved_step(each) is None and (times := needed(each)) > 1:
-                    counts[s] = more_draws(len(each.excess), times)
+                limit = min(self.effort.growth * first, CALIBRATION.max_steps)
+                grows = not chains.has_left(drawn) and len(drawn.delta_loss) < limit and not self.is_heated(drawn)
+                if grows and self.curved_step(drawn) is None and (times := needed(drawn)) > 1:
+                    counts[s] = more_draws(len(drawn.delta_loss), times)
             if not counts:
                 break
             for s, more in chains.extend(counts).items():
@@ -143,7 +152,7 @@ def sample_with_restarts(
     pending = list(range(count))
     epsilon, halvings, falls, lost = list(step_sizes), [0] * count, [0] * count, [0] * count
     batched = [target.settings.batch_size is not None] * count
-    for attempt in range((DEAR_RESTARTS if target.dear else MAX_RESTARTS) + 1):
+    for attempt in range(target.effort.restarts + 1):
         again: list[int] = []
         for in_batches in (True, False):
             some = [s for s in pending if batched[s] is in_batches]
@@ -153,10 +162,10 @@ def sample_with_restarts(
             for s, found, length in zip(some, target.draw(chains, needed), chains.lengths, strict=True):
                 traces = results[s] = replace(found, halvings=halvings[s], lost=lost[s])
                 lost[s] += min(chains.made, sum(length))
-                falls[s] += traces.fall > MAX_FALL * target.dimension + SLACK
+                falls[s] += target.has_fallen(traces.fall, EQUILIBRIUM.fall)
                 if target.is_hopeless(traces, falls[s]):
                     continue
-                if chains.has_left(traces) or (attempt < FEW_RESTARTS and target.is_heated(traces)):
+                if chains.has_left(traces) or (attempt < EQUILIBRIUM.tolerated_restarts and target.is_heated(traces)):
                     if in_batches and fallback:
                         batched[s] = False
                         again.append(s)

@@ -14,28 +14,26 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, run_length, settle
+from groktrace.sampling.calibration import run_length
 from groktrace.sampling.engine import Target, sample_with_restarts
 from groktrace.sampling.kernels.base import Dynamics
 from groktrace.sampling.network import Network
 from groktrace.sampling.noise import NormalNoise, generator_for
 from groktrace.sampling.posterior import StackedLoss
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.traces import Traces, pairs
+from groktrace.sampling.tuning import CALIBRATION, EQUILIBRIUM, MINIBATCH_NOISE
 
 # Of the weights' norm: a classifier with large margins bends within a thousandth of it.
 _RELATIVE_STEP = 1e-4
 _POWER_ITERATIONS = 8
-_MAX_VIRIAL = 1.5
-# Steps between two looks at the noise of minibatches, each of which costs four gradients.
-_HEATING_EVERY = 32
 
 
 def sample_large(
     loss: StackedLoss,
     weights: Mapping[str, Tensor],
     step: int,
-    settings: SamplingSettings,
+    settings: ResolvedSettings,
     nbeta: float,
     localization: float,
     step_size: float,
@@ -47,7 +45,7 @@ def sample_large(
         loss: with its `micro_batch`.
         weights: all tensors of the network by name.
         step: the key of its noise: the training step, or a number of its own.
-        settings: chains, batch size, run length.
+        settings: kernel, chains, batch size, run length.
         nbeta: nβ.
         localization: γ.
         step_size: ε; halved where chains diverge, reduced where minibatch noise heats them.
@@ -57,8 +55,7 @@ def sample_large(
         Traces; not finite where the chains diverged at every step size tried.
     """
     network = Network(loss, weights)
-    settings = settle(settings, network.layout.size, stacked=False)
-    target = Target(settings, nbeta, localization, network.layout.size, dear=False)
+    target = Target(settings, nbeta, localization, network.layout.size, subsampled=False)
 
     def begin(some: Sequence[int], epsilons: Sequence[float], halvings: Sequence[int], in_batches: bool) -> LargeChains:
         return LargeChains(network, step, target, epsilons[0], halvings[0])
@@ -100,7 +97,8 @@ class LargeChains:
         self.network, self.settings, self.target = network, target.settings, target
         self.nbeta, self.localization, self.step_size = target.nbeta, target.localization, step_size
         settings, nbeta, localization = target.settings, target.nbeta, target.localization
-        self.lengths = [run_length(settings, localization, step_size, COLD_BURN_IN_RELAXATIONS, halvings)]
+        cold = CALIBRATION.burn_in_relaxations_cold
+        self.lengths = [run_length(settings, localization, step_size, cold, halvings)]
         self.kernel = settings.kernel
         row = torch.tensor([step_size], dtype=network.dtype, device=network.device), torch.tensor([halvings])
         dynamics = Dynamics(self.kernel, nbeta, localization, *row)
@@ -115,7 +113,7 @@ class LargeChains:
         self.control = None
         if self.corrected:
             self.base = network.add_gradient(self.gradient)
-            # Read once a step, in pieces: it need not lie where memory is dear.
+            # Read once a step, in pieces: it need not lie where memory is scarce.
             self.control = self.gradient.clone() if network.device.type == "cpu" else self.gradient.cpu()
         else:
             self.base = network.mean_loss()
@@ -144,7 +142,7 @@ class LargeChains:
         self._advance(burn_in)
         traces = self._traces(self._advance(draws, measured=True), burn_in)
         if self.heating:
-            heating = sum(self.heating) / len(self.heating) / abs(float(traces.pull.mean()))
+            heating = sum(self.heating) / len(self.heating) / abs(float(traces.virial.mean()))
             traces = replace(traces, heating=heating)
         return [traces]
 
@@ -154,16 +152,16 @@ class LargeChains:
 
     def has_left(self, traces: Traces) -> bool:
         """Whether a chain is or was on its way out: there is no look at the curvature that it met."""
-        # In equilibrium pull and spread add up to D, wherever w* lies.
-        climbed = float((traces.pull + traces.spread).mean()) > _MAX_VIRIAL * self.target.dimension
-        return climbed or traces.diverged(self.target.dimension)
+        dimension = self.target.dimension
+        climbed = float(traces.total_virial.mean()) > EQUILIBRIUM.max_total_virial_large * dimension
+        return climbed or traces.diverged(dimension)
 
     def _traces(self, record: Tensor, burn_in: int) -> Traces:
-        excess, pull, spread, paired = record.unbind(1)
-        return Traces(excess, pull, spread, paired[:, : pairs(self.settings.chains)], self.step_size, burn_in)
+        delta_loss, virial, restraint, paired = record.unbind(1)
+        return Traces(delta_loss, virial, restraint, paired[:, : pairs(self.settings.chains)], self.step_size, burn_in)
 
     def _advance(self, count: int, measured: bool = False) -> Tensor:
-        """Make `count` steps of every chain; [count, 4, C]: excess, pull, spread, paired.
+        """Make `count` steps of every chain; [count, 4, C]: delta_loss, virial, restraint, paired.
 
         Chains take turns, so that one gradient after another is all there is. A pair's product w_a·g_b then takes w_a
         one step later than g_b for one of the two; the chains are independent, so that its expectation is the same.
@@ -174,7 +172,7 @@ class LargeChains:
             self.made += 1
             products = torch.zeros(chains, chains, dtype=torch.float64)  # displacement of one, gradient of another
             for c, chain in enumerate(self.chains):
-                if measured and self.corrected and t % _HEATING_EVERY == 0:
+                if measured and self.corrected and t % MINIBATCH_NOISE.every_large == 0:
                     self.heating.append(self._gradient_noise(chain))
                 record[t, 0, c] = self.nbeta * self._evaluate(chain)
                 products[:, c], record[t, 2, c] = self._move(c)
@@ -275,7 +273,7 @@ def top_eigenvalue_large(network: Network, generator: torch.Generator) -> float:
             return math.nan if not math.isfinite(norms[-1]) else max(map(abs, quotients))
         direction, product = product.div_(norms[-1]), direction
     overlap = quotients[-2] / norms[-2]
-    best = max(abs(each) for each in quotients[-2:])
+    best = max(abs(quotient) for quotient in quotients[-2:])
     if 1 - overlap**2 < 1e-3:
         return best
     # Of the iterates u and w, in the orthonormal basis of u and what of w is not along u.

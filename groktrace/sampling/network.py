@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from groktrace.sampling.gradient_accumulation import GradientAccumulation, leaf
 from groktrace.sampling.posterior import FACTOR, WHOLE_BYTES, StackedLoss, as_reals
-from groktrace.sampling.uses import Uses, leaf
 
 # Networks of so many numbers, and those whose activations take so much, are evaluated alone and in micro-batches.
 LARGE_WEIGHTS = 2**24
@@ -111,7 +111,7 @@ class Network:
         """
         places = self.layout.places(out)
         leaves = {name: leaf(tensor, places[name]) for name, tensor in self._named(at).items()}
-        with torch.enable_grad(), Uses({id(each): places[name] for name, each in leaves.items()}):
+        with torch.enable_grad(), GradientAccumulation({id(tensor): places[name] for name, tensor in leaves.items()}):
             return self._evaluate(leaves, index, lambda part: (scale * part).backward())
 
     def _named(self, at: Tensor | None) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Automatic differentiation and vectorisation find the same operations anew, and a
 call. A sampler calls one function thousands of times with tensors of the same shapes: here its operations are recorded
 once and then replayed into buffers that are shared between values that do not live at the same time. An elementwise
 operation writes over an argument that nobody needs any more. The arithmetic is the same, operation by operation, but
-for products that there is a quicker way to (`products`), or of which only the transposes are wanted.
+for products with samples that are mostly zeros (`products`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groktrace.sampling.products import Product
+from groktrace.sampling.products import FixedProduct
 from groktrace.sampling.record import Operation, Record, Recorder, Ref, kind, storage_of, tensors_in, whole
 
 _aten = torch.ops.aten
@@ -127,7 +127,7 @@ def _lay_out(record: Record) -> list[tuple[Operation, list[Tensor] | _Result | N
 
 def _writing_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outs: list[Tensor]) -> Call:
     """An operation as a call that writes into `outs`."""
-    if isinstance(target, Product):
+    if isinstance(target, FixedProduct):
         return target, args, {"out": outs[0]}
     if target in _COPIES or (target is _aten.pow.Tensor_Scalar and args[1] == 1 and args[0].dtype == outs[0].dtype):
         return outs[0].copy_, args[:1], {}
@@ -154,11 +154,11 @@ def _writing_variant(target: Any) -> tuple[Callable[..., Any], str] | None:
 
     None where there is none, and where it is made of the ordinary one.
     """
-    wanted = [(each.name, str(each.type)) for each in target._schema.arguments]
+    wanted = [(argument.name, str(argument.type)) for argument in target._schema.arguments]
     for name in target.overloadpacket.overloads():
         overload = getattr(target.overloadpacket, name)
-        outs = [each.name for each in overload._schema.arguments if each.is_out]
-        rest = [(each.name, str(each.type)) for each in overload._schema.arguments if not each.is_out]
+        outs = [argument.name for argument in overload._schema.arguments if argument.is_out]
+        rest = [(argument.name, str(argument.type)) for argument in overload._schema.arguments if not argument.is_out]
         if len(outs) == 1 and rest == wanted and torch.Tag.generated not in overload.tags:
             return overload, outs[0]
     return None
@@ -168,4 +168,4 @@ def _filled(value: Any, place: Mapping[int, Tensor]) -> Any:
     """An argument with tensors where it refers to some."""
     if isinstance(value, Ref):
         return place[value.number]
-    return type(value)(_filled(each, place) for each in value) if isinstance(value, (tuple, list)) else value
+    return type(value)(_filled(part, place) for part in value) if isinstance(value, (tuple, list)) else value

@@ -97,7 +97,7 @@ class StackedLoss:
         row_bytes: memory that one row's gradient takes with all samples; None where it was not measured.
         sample_bytes: what one sample's gradient keeps between forward and backward, where only some of the samples are
             used at a time; None where all are. They lie in a random order, and the first of them are a subset.
-        separable: whether it was found to be a mean over samples of losses of single samples.
+        is_sample_mean: whether it was found to be a mean over samples of losses of single samples.
         heavy: of the samples that an index names for a row, so many come first that stand for themselves alone; the
             others stand for all the rest.
         micro_batch: samples evaluated at once where networks are large and go alone, in place (`network`, `large`);
@@ -112,7 +112,7 @@ class StackedLoss:
     vectorised: bool = True
     row_bytes: int | None = None
     sample_bytes: int | None = None
-    separable: bool = False
+    is_sample_mean: bool = False
     heavy: int = 0
     micro_batch: int | None = None
     plans: dict[Any, Plan | None] = field(default_factory=dict, repr=False, compare=False)
@@ -168,7 +168,7 @@ class StackedLoss:
         for shared in self.tensors:
             seen.pop(shared.untyped_storage().data_ptr(), None)
         found = replace(self, vectorised=first.vectorised, row_bytes=sum(seen.values()))
-        return replace(found, separable=found.select(twice[:1])._is_separable(weights))
+        return replace(found, is_sample_mean=found.select(twice[:1])._finds_sample_mean(weights))
 
     def _probe_few(self, weights: Tensor) -> "StackedLoss":
         """The same from a few samples."""
@@ -179,8 +179,8 @@ class StackedLoss:
             few.select(twice)._differentiate(weights[twice])
         except (RuntimeError, ValueError):
             few = replace(few, vectorised=False)
-        separable = few.select(twice[:1])._is_separable(weights)
-        return replace(self, vectorised=few.vectorised, separable=separable)
+        found = few.select(twice[:1])._finds_sample_mean(weights)
+        return replace(self, vectorised=few.vectorised, is_sample_mean=found)
 
     def losses(self, weights: Tensor, index: Tensor | None = None) -> Tensor:
         """L of each row.
@@ -230,7 +230,7 @@ class StackedLoss:
         return int(share * (self.row_bytes or 0))
 
     def sample_losses(self, weights: Tensor, most: int = MAX_SINGLE_SAMPLES) -> Tensor:
-        """The losses of single samples, evenly spread over all; for separable losses.
+        """The losses of single samples, evenly spread over all; for losses that are a mean over samples.
 
         Args:
             weights: [R, D].
@@ -250,7 +250,7 @@ class StackedLoss:
             return torch.func.vmap(of_samples, in_dims=(0, 0, None))(weights, self.fixed, tensors)
 
     def ranks(self, weights: Tensor) -> Tensor:
-        """The samples of each row in the order of their losses, the largest first; for separable losses.
+        """The samples of each row by their losses, the largest first; for losses that are a mean over samples.
 
         Each row's are found alone, so that they do not depend on what it is stacked with.
 
@@ -275,7 +275,7 @@ class StackedLoss:
         count = len(self.tensors[0])
         return torch.linspace(0, count - 1, min(count, most, MAX_SINGLE_SAMPLES), device=self.device).long()
 
-    def _is_separable(self, weights: Tensor) -> bool:
+    def _finds_sample_mean(self, weights: Tensor) -> bool:
         if not self.vectorised:
             return False
         weights = 1.1 * weights + 0.01  # at a perfect fit every loss is zero, and so are its parts
@@ -364,14 +364,14 @@ class StackedLoss:
                     loss = self._forward({**self.layout.of_places(leaves), **fixed}, part)
                     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
                 losses[r] += share * loss.detach()
-                for place, each in zip(places, found, strict=True):
-                    torch.mul(each, share, out=place) if number == 0 else place.add_(each, alpha=share)
+                for place, gradient in zip(places, found, strict=True):
+                    torch.mul(gradient, share, out=place) if number == 0 else place.add_(gradient, alpha=share)
         return losses
 
     def _parts(self, tensors: Sequence[Tensor]) -> Iterator[tuple[float, Sequence[Tensor]]]:
         """Samples that are evaluated at once, and their share of all."""
         count = len(tensors[0])
-        size = max(1, PART_BYTES // self.sample_bytes) if self.separable and self.sample_bytes else count
+        size = max(1, PART_BYTES // self.sample_bytes) if self.is_sample_mean and self.sample_bytes else count
         if size >= count:
             yield 1.0, tensors
             return
@@ -444,8 +444,8 @@ class StackedLoss:
             else:
                 # At another point too: what depends on values in a way that the recording missed shows there.
                 moved = weights * 1.01
-                expected = torch.cat([each.flatten() for each in self._differentiate(moved, index)])
-                got = torch.cat([each.flatten() for each in plan(*self._arguments(moved, index))])
+                expected = torch.cat([tensor.flatten() for tensor in self._differentiate(moved, index)])
+                got = torch.cat([tensor.flatten() for tensor in plan(*self._arguments(moved, index))])
                 if (got - expected).nan_to_num().norm() > 1e-3 * expected.nan_to_num().norm():
                     plan = None
             self.plans[key] = plan

@@ -9,17 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from groktrace.sampling.products import (
-    FixedProduct,
-    GatheredProduct,
-    GatheredTransposedProduct,
-    NarrowProduct,
-    Product,
-    TurnedProduct,
-    is_narrow,
-    is_sparse,
-    is_sparse_gathered,
-)
+from groktrace.sampling.products import FixedProduct, is_sparse
 
 _aten = torch.ops.aten
 # Their values depend on the shape of their argument alone.
@@ -106,19 +96,8 @@ class Record:
         self.values, self.constant = recorder.values, recorder.constant
         self.results = [recorder.number(tensor) for tensor in results]
         needed = set(self.results)
-        self._kept = {storage_of(self.values[number]) for number in self.results}
-        self._gathers = {
-            storage_of(self.values[operation.results[0]]): operation
-            for operation in recorder.operations
-            if operation.target is _aten.index.Tensor
-        }
-        self._readers: dict[int, list[Operation]] = {}
-        for operation in recorder.operations:
-            if not self.is_view(operation):
-                for storage in {storage_of(self.values[number]) for number in operation.uses}:
-                    self._readers.setdefault(storage, []).append(operation)
         operations: list[Operation] = []
-        for operation in map(self._quicker, reversed(self._turned(recorder.operations))):
+        for operation in map(self._quicker, reversed(recorder.operations)):
             if needed.intersection(operation.results) and not self.constant.issuperset(operation.results):
                 operations.append(operation)
                 needed.update(operation.uses)
@@ -143,66 +122,16 @@ class Record:
         value = self.values[number]
         return value.is_contiguous() and value.numel() == len(whole(value))
 
-    def _turned(self, operations: Sequence[Operation]) -> list[Operation]:
-        """The operations, with products of which nothing but a transposed copy is read computed as that."""
-        copies: dict[Operation, Operation] = {}
-        for operation in operations:
-            if operation.target is _aten.bmm.default and (copy := self._transposed_copy(operation)) is not None:
-                copies[operation] = copy
-        dropped = set(copies.values())
-        return [
-            replace(operation, target=TurnedProduct(), results=copies[operation].results)
-            if operation in copies
-            else operation
-            for operation in operations
-            if operation not in dropped
-        ]
-
-    def _transposed_copy(self, product: Operation) -> Operation | None:
-        """What copies the transposes of a stack of products, if nothing else reads them and that is no slow way."""
-        value = self.values[product.results[0]]
-        readers = self._readers.get(storage_of(value), [])
-        if len(readers) != 1 or readers[0].target is not _aten.clone.default or storage_of(value) in self._kept:
-            return None
-        read, copied = (self.values[number] for number in (*readers[0].uses, *readers[0].results))
-        if _geometry(read) != _geometry(value.mT) or not copied.is_contiguous():
-            return None
-        left, right = (self.values[number] for number in product.uses)
-        slow = is_narrow(right.mT, left.mT) or self._without_zeros(*product.uses) is not None
-        return None if slow else readers[0]
-
     def _quicker(self, operation: Operation) -> Operation:
-        """The operation, or one that gives the same products in less time."""
+        """The operation, or one that gives the same products of a constant matrix without its zeros."""
         if operation.target is not _aten.bmm.default:
             return operation
-        left, right = (self.values[number] for number in operation.uses)
-        found = self._without_zeros(*operation.uses)
-        if found is None and is_narrow(left, right):
-            found = NarrowProduct(left, right), operation.uses
-        if found is None:
-            return operation
-        product, uses = found
-        return replace(operation, target=product, args=tuple(map(Ref, uses)), uses=uses)
-
-    def _without_zeros(self, left: int, right: int) -> tuple[Product, tuple[int, ...]] | None:
-        """Products with constant rows that are mostly zeros, or with some of such rows, and the numbers they take."""
+        left, right = operation.uses
         matrix, dense = self.values[left], self.values[right]
-        if left in self.constant:
-            alike = matrix.stride(0) == 0 or len(matrix) == 1
-            fits = alike and right not in self.constant and is_sparse(matrix[0])
-            return (FixedProduct(matrix[0], dense), (right,)) if fits else None
-        gather = self._gathers.get(storage_of(matrix))
-        if gather is None or len(gather.uses) != 2 or gather.uses[0] not in self.constant:
-            return None
-        samples, index, rows = (self.values[number] for number in (*gather.uses, *gather.results))
-        if (samples.dim(), index.dim()) != (2, 2) or not is_sparse_gathered(samples, index.numel(), dense.shape[2]):
-            return None
-        uses = gather.uses[1], right
-        if _geometry(matrix) == _geometry(rows):
-            return GatheredProduct(samples, index, dense), uses
-        if _geometry(matrix) == _geometry(rows.transpose(1, 2)):
-            return GatheredTransposedProduct(samples, index, dense), uses
-        return None
+        alike = left in self.constant and (matrix.stride(0) == 0 or len(matrix) == 1)
+        if not alike or right in self.constant or not is_sparse(matrix[0]):
+            return operation
+        return replace(operation, target=FixedProduct(matrix[0], dense), args=(Ref(right),), uses=(right,))
 
     def is_view(self, operation: Operation) -> bool:
         """Whether the results lie in memory that the arguments lie in."""
@@ -235,7 +164,7 @@ def _is_gather(target: Any, args: tuple[Any, ...]) -> bool:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors among arguments, or what an operation returned."""
-    return [each for each in pytree.tree_leaves(value) if isinstance(each, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypedDict
 
 from groktrace.errors import SettingsError
@@ -10,9 +10,6 @@ from groktrace.sampling.kernels import find_kernel
 from groktrace.sampling.kernels.base import Kernel
 
 NAMED_NBETA = ("wbic", "curvature")
-# Farther from w*, λ_c counts quartic directions beyond the exact soft rank (trained quadratic networks: 6.6 % at 0.3,
-# 4.3 % at 0.22); closer, λ̂ counts the slope of what is not quite a minimum.
-LOCALITY = 0.22
 
 
 @dataclass(frozen=True)
@@ -100,14 +97,23 @@ class SamplingSettings:
         values = asdict(replace(self, method=None))
         return {**values, "method": None if self.method is None else find_kernel(self.method).name}
 
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSettings(SamplingSettings):
+    """Settings whose kernel and number of chains are known; what else is None is found at each snapshot.
+
+    Attributes:
+        method: of the steps.
+        chains: a snapshot.
+    """
+
+    method: str | Kernel = field()  # required here
+    chains: int = field()
+
     @property
     def kernel(self) -> Kernel:
-        """The one that `method` names.
-
-        Raises:
-            SettingsError: none is chosen yet.
-        """
-        return find_kernel(self.method or "")
+        """The one that `method` names."""
+        return find_kernel(self.method)
 
 
 class SamplingOptions(TypedDict, total=False):

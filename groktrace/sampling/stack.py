@@ -11,26 +11,18 @@ from groktrace.sampling.batches import Minibatches
 from groktrace.sampling.calibration import run_length
 from groktrace.sampling.control import ControlVariates, stiff_share
 from groktrace.sampling.curvature import gaussian_start, top_eigenvalue
-from groktrace.sampling.engine import DEAR_FALL, Target, interruption
+from groktrace.sampling.engine import Target, interruption
 from groktrace.sampling.kernels.base import ChainState, Dynamics
 from groktrace.sampling.network import shuffled
-from groktrace.sampling.noise import generator_for, normal_like
+from groktrace.sampling.noise import copy_generator, generator_for, normal_like
 from groktrace.sampling.posterior import StackedLoss
-from groktrace.sampling.traces import SLACK, Looks, Traces, inner_products, most_virial, pairs
+from groktrace.sampling.traces import SampleLossRecorder, Traces, inner_products, most_total_virial, pairs
+from groktrace.sampling.tuning import EQUILIBRIUM, MINIBATCH_NOISE
 
-# Where data are sampled, burn-in ends after so many steps where pull and spread are in equilibrium, within this
-# fraction and some errors.
-_LEAST_BURN_IN = 8
-_SETTLED, _SETTLED_ERRORS = 0.03, 3.0
-# There: products with the Hessian where chains have gone, steps between two looks at whether they are still there, and
-# single samples that are looked at.
-_DEAR_ITERATIONS, _DEAR_CHECK = 3, 8
-_DEAR_LOOKS = 16
 # What the gradients of all minibatches at w* may take, of the snapshots of a stack together.
 CONTROL_BYTES = 2**28
-_CHECK_EVERY = 64
-# A second batch tells at every so many steps how noisy the gradients are.
-HEATING_EVERY = 16
+# Steps within which a loss that falls tells of no basin.
+_FALL_STEPS = 64
 
 
 class StackedChains:
@@ -59,16 +51,16 @@ class StackedChains:
         self.halvings = halvings
         self.epsilons = epsilons
         self.lengths = [
-            run_length(settings, localization, epsilon, halvings=halved, dear=target.dear)
+            run_length(settings, localization, epsilon, halvings=halved, effort=target.effort)
             for epsilon, halved in zip(epsilons, halvings, strict=True)
         ]
         self.active = list(range(len(epsilons)))
         device, chains = anchors.device, settings.chains
-        each = torch.arange(len(anchors), device=device).repeat_interleave(chains)
-        self.loss = loss.select(each)
-        self.anchors = anchors[each]
-        step_size = torch.tensor(epsilons, dtype=anchors.dtype, device=device)[each]
-        halved = torch.tensor(halvings, device=device)[each]
+        snapshot = torch.arange(len(anchors), device=device).repeat_interleave(chains)
+        self.loss = loss.select(snapshot)
+        self.anchors = anchors[snapshot]
+        step_size = torch.tensor(epsilons, dtype=anchors.dtype, device=device)[snapshot]
+        halved = torch.tensor(halvings, device=device)[snapshot]
         self.dynamics = Dynamics(settings.kernel, nbeta, localization, step_size, halved)
         keys = [(step, chain) for step in steps for chain in range(chains)]
         self.samples = len(loss.tensors[0])
@@ -82,7 +74,7 @@ class StackedChains:
             if whole and not settings.kernel.plain and kept <= CONTROL_BYTES:
                 parts = shuffled(self.samples).to(device).view(-1, settings.batch_size)
                 self.batches = Minibatches.of_parts(parts, self.samples, generators)
-                self.control = ControlVariates.of(loss, anchors, parts, each)
+                self.control = ControlVariates.of(loss, anchors, parts, snapshot)
             else:
                 self.batches = Minibatches.begin(self.samples, settings.batch_size, generators, device)
         if self.control is None:
@@ -99,7 +91,7 @@ class StackedChains:
                 at_anchors = self.loss.gradients(self.anchors, self.index)
             start = gaussian_start(self.loss, self.anchors, at_anchors, start, nbeta, localization, self.index)
         self.noise_share = anchors.new_ones(len(anchors))
-        if self.control is not None and target.dear:
+        if self.control is not None and target.subsampled:
             rows, weights = torch.arange(0, len(start), chains, device=device), self.anchors + start
             self.noise_share = stiff_share(
                 self.loss, weights, self.batches, self.control, start, rows, nbeta, localization
@@ -116,33 +108,33 @@ class StackedChains:
     def begin(self) -> list[Traces]:
         """Burn in, and make the first draws."""
         chains, count = self.settings.chains, len(self.epsilons)
-        early, burn_in = [self.anchors.new_empty(0, 5, chains).double()] * count, [each for each, _ in self.lengths]
-        if self.target.dear and self.settings.burn_in is None:
+        early, burn_in = [self.anchors.new_empty(0, 5, chains).double()] * count, [length for length, _ in self.lengths]
+        if self.target.subsampled and self.settings.burn_in is None:
             # Chains start near equilibrium: where they are in it, what is left of the burn-in would be for nothing.
-            record = self.advance([_LEAST_BURN_IN] * count, first=True)
+            record = self.advance([EQUILIBRIUM.least_burn_in] * count, first=True)
             early = [record[:, :, s * chains : (s + 1) * chains] for s in range(count)]
             burn_in = [
-                _LEAST_BURN_IN if self._has_settled(piece) else max(each, _LEAST_BURN_IN)
-                for piece, each in zip(early, burn_in, strict=True)
+                EQUILIBRIUM.least_burn_in if self._has_settled(piece) else max(length, EQUILIBRIUM.least_burn_in)
+                for piece, length in zip(early, burn_in, strict=True)
             ]
             self._keep([s for s in self.active if not self._is_leaving(early[s])])
         rest = [(burn_in[s] - len(early[s]), self.lengths[s][1]) for s in self.active]
-        looks = Looks(rest) if rest and self.loss.separable else None
-        late = self._pieces([sum(each) for each in rest], first=True, looks=looks)
+        recorder = SampleLossRecorder(rest) if rest and self.loss.is_sample_mean else None
+        late = self._pieces([sum(lengths) for lengths in rest], first=True, recorder=recorder)
         traces = []
         for s, soon in enumerate(early):
             own = torch.cat([soon, late[s]]) if s in late else soon
-            fall = max(0.0, -float(own[:_CHECK_EVERY, 0].nan_to_num(nan=math.inf).amin()))
+            fall = max(0.0, -float(own[:_FALL_STEPS, 0].nan_to_num(nan=math.inf).amin()))
             found = self._traces(own[burn_in[s] :] if s in late else own, s, burn_in[s])
             noise = own[:, 4].nanmean()  # NaN where a snapshot has too few draws for a single measurement, too
             heating, fluctuation = 0.0, None
             if torch.isfinite(noise):
-                heating = float(self.noise_share[s] * noise) / abs(float(found.pull.mean()))
-            if looks is not None and s in late and (variance := looks.variance(self.active.index(s))) is not None:
+                heating = float(self.noise_share[s] * noise) / abs(float(found.virial.mean()))
+            if recorder is not None and s in late and (variance := recorder.variance(self.active.index(s))) is not None:
                 fluctuation = 0.5 * self.target.nbeta * variance
             traces.append(replace(found, fall=fall, heating=heating, fluctuation=fluctuation))
         curvatures = self._curvatures([s for s in self.active if self._is_odd(s, traces[s])])
-        return [replace(each, curvature=curvatures.get(s)) for s, each in enumerate(traces)]
+        return [replace(drawn, curvature=curvatures.get(s)) for s, drawn in enumerate(traces)]
 
     def extend(self, counts: Mapping[int, int]) -> dict[int, Traces]:
         """More draws of some snapshots; the others are dropped."""
@@ -155,15 +147,16 @@ class StackedChains:
         return traces.diverged(self.target.dimension)
 
     def _has_settled(self, record: Tensor) -> bool:
-        """Whether pull and spread add up to what they come to in equilibrium, in the second half of some steps."""
+        """Whether virial and restraint add up to what they come to in equilibrium, in the second half of some steps."""
         dimension = self.target.dimension
         late = record[len(record) // 2 :]
         off = abs(float((late[:, 1] + late[:, 2]).mean()) - dimension)
-        return off <= _SETTLED * dimension + _SETTLED_ERRORS * math.sqrt(2 * dimension / late.shape[2])
+        error = math.sqrt(2 * dimension / late.shape[2])
+        return off <= EQUILIBRIUM.settled * dimension + EQUILIBRIUM.settled_errors * error
 
     def _is_leaving(self, record: Tensor) -> bool:
         """Whether a chain is on its way out, or the loss fell so far at once that there is no basin where it began."""
-        fell = not float(record[:, 0].amin()) >= -(DEAR_FALL * self.target.dimension + SLACK)
+        fell = self.target.has_fallen(-float(record[:, 0].amin()), EQUILIBRIUM.fall_for_good)
         if fell:
             record[:, 1] = torch.nan
         return fell or not bool(torch.isfinite(record[:, 1]).all())
@@ -172,7 +165,7 @@ class StackedChains:
         """Whether a snapshot's loss is perhaps not the bowl, where its chains are, that it is at w*."""
         if self.has_left(traces):
             return False
-        return self.halvings[s] > 0 or (not self.target.dear and traces.anharmonic(self.target.dimension))
+        return self.halvings[s] > 0 or (not self.target.subsampled and traces.anharmonic(self.target.dimension))
 
     def _curvatures(self, snapshots: Sequence[int]) -> dict[int, float]:
         """h_max where the chains of some snapshots are now."""
@@ -181,11 +174,9 @@ class StackedChains:
         rows = self._rows([self.active.index(s) for s in snapshots])
         positions = self.anchors[rows] + self.state.displacement[rows]
         start = self.state.displacement[rows] + torch.finfo(positions.dtype).tiny
-        if not self.target.dear:
-            top = top_eigenvalue(self.loss.select(rows), positions, start)
-        else:
-            index = None if self.batches is None else self.index[rows]
-            top = top_eigenvalue(self.loss.select(rows), positions, start, _DEAR_ITERATIONS, index)
+        index = self.index[rows] if self.target.subsampled and self.batches is not None else None
+        products = self.target.effort.curvature_products
+        top = top_eigenvalue(self.loss.select(rows), positions, start, products, index)
         return dict(zip(snapshots, top.view(-1, self.settings.chains).amax(1).tolist(), strict=True))
 
     def _keep(self, snapshots: list[int]) -> None:
@@ -203,16 +194,20 @@ class StackedChains:
                 self.control = self.control.select(rows)
         self.active = snapshots
 
-    def _pieces(self, counts: Sequence[int], first: bool = False, looks: Looks | None = None) -> dict[int, Tensor]:
+    def _pieces(
+        self, counts: Sequence[int], first: bool = False, recorder: SampleLossRecorder | None = None
+    ) -> dict[int, Tensor]:
         """What `advance` records of each snapshot in the stack, [its count, 5, C]."""
         if not self.active:
             return {}
-        record, chains = self.advance(counts, first, looks), self.settings.chains
+        record, chains = self.advance(counts, first, recorder), self.settings.chains
         parts = zip(self.active, counts, record.split(chains, 2), strict=True)
         return {s: part[:count] for s, count, part in parts}
 
-    def advance(self, counts: Sequence[int], first: bool = False, looks: Looks | None = None) -> Tensor:
-        """Make so many steps with each snapshot's chains; [steps, 5, R]: excess, pull, spread, paired, batch noise.
+    def advance(self, counts: Sequence[int], first: bool = False, recorder: SampleLossRecorder | None = None) -> Tensor:
+        """Make so many steps with each snapshot's chains; [steps, 5, R].
+
+        They are delta_loss, virial, restraint and paired of `Traces`, and the noise of batches.
 
         The stack goes on until the last snapshot is done, or has lost a chain. The others are put back to where they
         were when they were done themselves, so that no result depends on what a snapshot was stacked with.
@@ -220,11 +215,11 @@ class StackedChains:
         Args:
             counts: of steps, for each snapshot.
             first: whether to measure the noise of minibatches now and then.
-            looks: when to keep the losses of single samples; None for never.
+            recorder: when to keep the losses of single samples; None for never.
         """
         rows, dimension = self.anchors.shape
         chains, nbeta = self.settings.chains, self.target.nbeta
-        count, check = max(counts), _DEAR_CHECK if self.target.dear else _CHECK_EVERY
+        count, check = max(counts), self.target.effort.check_every
         record = torch.full((count, 5, rows), torch.nan, dtype=torch.float64, device=self.anchors.device)
         state: ChainState = self.state
         weights, gradients = self.anchors + state.displacement, torch.empty_like(self.anchors)
@@ -236,26 +231,24 @@ class StackedChains:
                 ends.setdefault(length, []).append(s)
         own = torch.tensor(counts, device=record.device).repeat_interleave(chains)
         # Beyond this a single draw makes the mean too large.
-        most = most_virial(dimension) * own
+        most = most_total_virial(dimension) * own
         gone = torch.zeros_like(own, dtype=torch.bool)
         stacks = self.anchors, weights, gradients
-        blocks = [(block, *(each[:, columns] for each in stacks)) for columns, block in state.blocks()]
-        # Chains of minibatches look at two batches' samples: looks at all would cost more than the steps between them.
+        blocks = [(block, *(stack[:, columns] for stack in stacks)) for columns, block in state.blocks()]
         seen = self.samples if self.index is None else 2 * self.index.shape[1]
-        if self.target.dear:
-            seen = _DEAR_LOOKS
+        seen = self.target.effort.sample_losses or seen
         scale = record.new_tensor([[nbeta], [self.target.localization], [0.25 * nbeta]])
         for t in range(count):
             if interruption.is_set():
                 raise InterruptedError
             self.made += 1
-            excess = evaluate()
-            if first and t % HEATING_EVERY == 0 and self._corrected:
+            delta_loss = evaluate()
+            if first and t % MINIBATCH_NOISE.every == 0 and self._corrected:
                 record[t, 4] = self._gradient_noise(evaluate, gradients)
-            record[t, 0] = nbeta * excess
-            for s in looks.due(t) if looks is not None else ():
+            record[t, 0] = nbeta * delta_loss
+            for s in recorder.due(t) if recorder is not None else ():
                 rows_of = self._rows([s])
-                looks.keep(s, self.loss.select(rows_of).sample_losses(weights[rows_of], seen))
+                recorder.keep(s, self.loss.select(rows_of).sample_losses(weights[rows_of], seen))
             products = []
             for block, anchors, positions, slopes in blocks:
                 products.append(inner_products(block.displacement, slopes, chains))
@@ -280,7 +273,7 @@ class StackedChains:
         """A copy of one snapshot's chains as they are, and the state of what draws their batches."""
         rows = self._rows([s])
         saved = self.state.select(rows)
-        copies = [torch.Generator(each.device).set_state(each.get_state()) for each in saved.generators]
+        copies = list(map(copy_generator, saved.generators))
         return replace(saved, generators=copies), None if self.batches is None else self.batches.saved(rows)
 
     def _restore(self, s: int, saved: ChainState, batches: Minibatches | None) -> None:
@@ -302,15 +295,15 @@ class StackedChains:
             control = torch.empty_like(gradients)
             at_anchors = self.loss.bound(self.anchors, control, self.index)
             stacks = gradients, control, self.base_gradients
-            blocks = [[each[:, columns] for each in stacks] for columns, _ in self.state.blocks()]
+            blocks = [[stack[:, columns] for stack in stacks] for columns, _ in self.state.blocks()]
 
         def evaluate() -> Tensor:
             if self.batches is not None:
                 self.batches.draw()
-            excess = here() - at_anchors()
+            delta_loss = here() - at_anchors()
             for slopes, there, base in blocks:
                 slopes.sub_(there).add_(base)
-            return excess
+            return delta_loss
 
         return evaluate
 
@@ -321,10 +314,10 @@ class StackedChains:
 
         def evaluate() -> Tensor:
             batches.draw()
-            excess = here() - control.losses[control.snapshot, batches.number]
+            delta_loss = here() - control.losses[control.snapshot, batches.number]
             for (row, s), number in zip(rows, batches.number.tolist(), strict=True):
                 row.add_(control.shifts[s, number])
-            return excess
+            return delta_loss
 
         return evaluate
 
@@ -344,5 +337,6 @@ class StackedChains:
         return self.dynamics.noise_gain * self.target.nbeta**2 * noise
 
     def _traces(self, record: Tensor, s: int, burn_in: int) -> Traces:
-        excess, pull, spread, paired = record[:, :4].cpu().unbind(1)
-        return Traces(excess, pull, spread, paired[:, : pairs(self.settings.chains)], self.epsilons[s], burn_in)
+        delta_loss, virial, restraint, paired = record[:, :4].cpu().unbind(1)
+        paired = paired[:, : pairs(self.settings.chains)]
+        return Traces(delta_loss, virial, restraint, paired, self.epsilons[s], burn_in)

@@ -10,24 +10,8 @@ from torch import Tensor
 
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.kernels import Kernel
+from groktrace.sampling.tuning import EQUILIBRIUM, MINIBATCH_NOISE
 
-# Minibatch noise may raise λ̂ by this fraction at most. Of large sets it is measured from a few batches, and scatters by
-# a third: chains are not begun anew for less than the second.
-WANTED_HEATING, MOST_HEATING = 0.02, 0.03
-MIN_COOLING = 1 / 32
-# Chains whose pull and spread come to so many times D in the mean have left; so has one whose spread was once so many
-# times D and that of most draws, though some come back, to another place. Few draws of a few weights scatter by SLACK.
-MAX_VIRIAL = 10.0
-MAX_SPREAD = 3.0
-SLACK = 100.0
-# Pull and spread of a draw scatter by √(2D) about D in a bowl. So many times their own scatter above most draws, and
-# BURST_SLACK more for small networks at singular minima, is no draw of a posterior but energy fed in by the step.
-BURST = 10.0
-BURST_SLACK = 300.0
-# Pull and spread beyond D by this fraction of the pull, and by so many standard errors, are such energy in all draws.
-HOT, HOT_ERRORS = 0.05, 4.0
-# In a bowl half of the pull is the excess; off by this fraction, the curvature may be another than at w*.
-ANHARMONIC = 0.2
 # The losses of single samples are looked at in so many draws of each chain, and so many steps apart at least.
 _FLUCTUATION_DRAWS = 16
 _FLUCTUATION_EVERY = 8
@@ -38,9 +22,9 @@ class Traces:
     """One snapshot's draws after burn-in, in units of U (nats).
 
     Attributes:
-        excess: nβ(L(w) − L(w*)), [draws, chains].
-        pull: (w − w*)·nβ∇L(w), [draws, chains].
-        spread: γ‖w − w*‖², [draws, chains].
+        delta_loss: nβ(L(w) − L(w*)), [draws, chains].
+        virial: (w − w*)·nβ∇L(w), [draws, chains].
+        restraint: γ‖w − w*‖², [draws, chains].
         paired: ¼nβ(w_a − w_b)·(∇L(w_a) − ∇L(w_b)) for neighbouring chains a, b, [draws, pairs]. Its expectation is
             ½nβE[(w − w̄)·∇L], without any estimate of the mean w̄: the chains are independent.
         step_size: ε in the end.
@@ -55,9 +39,9 @@ class Traces:
         fall: largest −nβ(L(w) − L(w*)) within the first 64 steps, burn-in or not.
     """
 
-    excess: Tensor
-    pull: Tensor
-    spread: Tensor
+    delta_loss: Tensor
+    virial: Tensor
+    restraint: Tensor
     paired: Tensor
     step_size: float
     burn_in: int
@@ -70,69 +54,77 @@ class Traces:
 
     def extended(self, more: "Traces") -> "Traces":
         """These draws and those that came after them."""
-        names = ("excess", "pull", "spread", "paired")
+        names = ("delta_loss", "virial", "restraint", "paired")
         return replace(self, **{name: torch.cat([getattr(self, name), getattr(more, name)]) for name in names})
 
+    @property
+    def total_virial(self) -> Tensor:
+        """(w − w*)·∇U, [draws, chains]: virial and restraint, D in the mean in equilibrium wherever w* lies."""
+        return self.virial.double() + self.restraint
+
     def diverged(self, dimension: int) -> bool:
-        """Whether a chain is or was on its way out: in equilibrium pull and spread add up to D, wherever w* lies.
+        """Whether a chain is or was on its way out.
 
         Args:
             dimension: D.
         """
-        if not (torch.isfinite(self.excess).all() and torch.isfinite(self.pull).all()):
+        if not (torch.isfinite(self.delta_loss).all() and torch.isfinite(self.virial).all()):
             return True
-        farthest = MAX_SPREAD * max(dimension, float(self.spread.median())) + SLACK
-        if not float(self.spread.amax()) <= farthest:
+        farthest = EQUILIBRIUM.max_restraint * max(dimension, float(self.restraint.median())) + EQUILIBRIUM.slack
+        if not float(self.restraint.amax()) <= farthest:
             return True
-        return not float((self.pull.double() + self.spread).mean(0).amax()) <= most_virial(dimension)
+        return not float(self.total_virial.mean(0).amax()) <= most_total_virial(dimension)
 
     def anharmonic(self, dimension: int) -> bool:
-        """Whether the pull is not twice the excess, as in a bowl, or both are too large for equilibrium.
+        """Whether the virial is not twice the loss difference, as in a bowl, or too large for equilibrium.
 
         Args:
             dimension: D.
         """
-        pull, spread, excess = (float(each.mean()) for each in (self.pull, self.spread, self.excess))
-        return abs(0.5 * pull - excess) > ANHARMONIC * abs(excess) or pull + spread > 1.05 * dimension
+        traces = self.virial, self.restraint, self.delta_loss
+        virial, restraint, delta_loss = (float(values.mean()) for values in traces)
+        off = abs(0.5 * virial - delta_loss) > EQUILIBRIUM.anharmonicity * abs(delta_loss)
+        return off or virial + restraint > 1.05 * dimension
 
     @property
-    def burst(self) -> bool:
+    def has_energy_spike(self) -> bool:
         """Whether a draw stands far out from all others in energy, though the chain came back.
 
         Where a valley turns so it may, too, at any step: it is a reason to try a smaller one, not to give up.
         """
-        virial = (self.pull.double() + self.spread).nan_to_num(nan=torch.inf)
-        median = virial.median()
-        scatter = 1.4826 * (virial - median).abs().median()  # of normal draws their standard deviation
-        return bool(virial.amax() > median + BURST * scatter + BURST_SLACK)
+        total = self.total_virial.nan_to_num(nan=torch.inf)
+        median = total.median()
+        scatter = 1.4826 * (total - median).abs().median()  # of normal draws their standard deviation
+        return bool(total.amax() > median + EQUILIBRIUM.spike * scatter + EQUILIBRIUM.spike_slack)
 
-    def virial_error(self, kernel: Kernel, localization: float, dimension: int) -> float:
-        """Standard error of the mean of pull and spread together.
+    def total_virial_error(self, kernel: Kernel, localization: float, dimension: int) -> float:
+        """Standard error of the mean total virial.
 
         Args:
             kernel: of the dynamics.
             localization: γ.
             dimension: D.
         """
-        error = standard_error(self.pull + self.spread)
+        error = standard_error(self.virial + self.restraint)
         # Traces of few relaxation times of the flat directions cannot tell how slow these are.
-        passes = len(self.spread) / kernel.relaxation(self.step_size, localization, self.halvings)
-        return max(error, math.sqrt(2 * dimension / (self.spread.shape[1] * passes))) if passes >= 1 else error
+        passes = len(self.restraint) / kernel.relaxation(self.step_size, localization, self.halvings)
+        return max(error, math.sqrt(2 * dimension / (self.restraint.shape[1] * passes))) if passes >= 1 else error
 
-    def hot(self, kernel: Kernel, localization: float, dimension: int) -> bool:
-        """Whether pull and spread are beyond D for certain, by what matters beside the pull: twice λ̂ in a bowl.
+    def has_discretization_bias(self, kernel: Kernel, localization: float, dimension: int) -> bool:
+        """Whether the total virial is beyond D for certain, by what matters beside the virial: twice λ̂ in a bowl.
 
         Args:
             kernel: of the dynamics.
             localization: γ.
             dimension: D.
         """
-        pull = float(self.pull.double().mean())
-        excess = pull + float(self.spread.double().mean()) - dimension - HOT * abs(pull)
-        return excess > 0 and excess > HOT_ERRORS * self.virial_error(kernel, localization, dimension)
+        virial = float(self.virial.double().mean())
+        beyond = virial + float(self.restraint.double().mean()) - dimension - EQUILIBRIUM.bias * abs(virial)
+        error = self.total_virial_error(kernel, localization, dimension) if beyond > 0 else 0.0
+        return beyond > EQUILIBRIUM.bias_errors * error
 
 
-class Looks:
+class SampleLossRecorder:
     """When the losses of single samples are looked at, and what was seen.
 
     Args:
@@ -189,16 +181,18 @@ def pairs(chains: int) -> int:
     return {1: 0, 2: 1}.get(chains, chains)
 
 
-def most_virial(dimension: int) -> float:
-    """What pull and spread come to in the mean at most, of chains that have not left.
+def most_total_virial(dimension: int) -> float:
+    """What the total virial comes to in the mean at most, of chains that have not left.
 
     Args:
         dimension: D.
     """
-    return MAX_VIRIAL * dimension + SLACK
+    return EQUILIBRIUM.max_total_virial * dimension + EQUILIBRIUM.slack
 
 
-def cooled(traces: Traces, kernel: Kernel, localization: float, most: float = WANTED_HEATING) -> float:
+def reduced_step_size(
+    traces: Traces, kernel: Kernel, localization: float, most: float = MINIBATCH_NOISE.wanted
+) -> float:
     """The step at which the noise of minibatches heats the chains no more than is wanted.
 
     Args:
@@ -210,7 +204,7 @@ def cooled(traces: Traces, kernel: Kernel, localization: float, most: float = WA
     smaller = traces.step_size
     if traces.heating > most:
         gain = partial(kernel.noise_gain, localization=localization, halvings=traces.halvings)
-        wanted = 0.8 * WANTED_HEATING / traces.heating * gain(smaller)
-        while smaller > MIN_COOLING * traces.step_size and gain(smaller) > wanted:
+        wanted = 0.8 * MINIBATCH_NOISE.wanted / traces.heating * gain(smaller)
+        while smaller > MINIBATCH_NOISE.reduction * traces.step_size and gain(smaller) > wanted:
             smaller *= 0.95
     return smaller

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from groktrace.analysis.llc import OFF_MINIMUM, PERHAPS_OFF, off_minimum, summarise
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.traces import Traces
 
 DIMENSION, STIFF = 400, 100
@@ -27,7 +27,7 @@ def bowl_traces(chains, seed, draws=200, slope=0.0):
 
 
 def judged(traces, chains, **more):
-    settings = SamplingSettings("leimkuhler_matthews", chains=chains)
+    settings = ResolvedSettings(method="leimkuhler_matthews", chains=chains)
     scale = {"nbeta": 1.0, "localization": 1.0}
     return summarise(traces, settings, n=10, loss=0.0, norm=1e3, dimension=DIMENSION, **scale, **more)
 
@@ -85,7 +85,7 @@ def test_energy_that_the_step_fed_in_is_named_even_where_it_is_little_beside_all
         pulls = pull + heat + 20 * noise[1]
         traces = Traces(pulls / 2, pulls, spread, pulls[:, :1] / 2, step_size=0.1, burn_in=0)
         scale = {"nbeta": 1.0, "localization": 1.0, "dimension": dimension}
-        return summarise(traces, SamplingSettings("baoab", chains=2), n=10, loss=0.0, norm=1e3, **scale).reasons
+        return summarise(traces, ResolvedSettings(method="baoab", chains=2), n=10, loss=0.0, norm=1e3, **scale).reasons
 
     assert reasons(0.0) == ()
     (reason,) = reasons(250.0)
@@ -100,7 +100,7 @@ def climbed(excess, half_pull, seed=0, chains=2, **more):
     paired = half_pull + 0.1 * noise[0][:, : chains - 1]
     traces = Traces(excess * (1 + 0.1 * noise[0]), pull, spread, paired, step_size=0.1, burn_in=0)
     settings, scale = (
-        SamplingSettings("leimkuhler_matthews", chains=chains),
+        ResolvedSettings(method="leimkuhler_matthews", chains=chains),
         {"nbeta": 100.0, "localization": 1.0, "dimension": 4000},
     )
     return summarise(traces, settings, n=10, loss=1.0, norm=1e3, **scale, **more)

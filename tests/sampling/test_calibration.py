@@ -3,9 +3,9 @@ import math
 import pytest
 
 from groktrace.errors import SettingsError
-from groktrace.sampling.calibration import Scale, more_draws, posterior_scale, run_length, settle, step_size
+from groktrace.sampling.calibration import Scale, more_draws, posterior_scale, resolve, run_length, step_size
 from groktrace.sampling.kernels import KERNELS
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import PAPER, ResolvedSettings, SamplingSettings
 
 
 def test_dials_give_locality_and_resolution():
@@ -28,11 +28,6 @@ def test_numbers_are_taken_as_they_are_and_wbic_is_n_over_log_n():
 def test_a_scale_that_follows_the_curvature_is_finer_and_keeps_where_it_belongs():
     scale = posterior_scale(SamplingSettings(localization=2.0), 10, 10, 1.0, 0.5, follow=True)
     assert scale == Scale(100 * 2.0 / 0.5, 2.0, 0.5)
-    assert Scale.from_dict(scale._asdict()) == scale
-    sampled = scale._replace(samples=1024, batch_size=64, locality=0.1)
-    assert Scale.from_dict(sampled._asdict()) == sampled
-    with pytest.raises(ValueError, match="expected positive numbers"):
-        Scale.from_dict({"nbeta": -1.0, "localization": 2.0, "curvature": None})
 
 
 @pytest.mark.parametrize(
@@ -56,14 +51,14 @@ def test_step_is_stable_and_run_length_covers_the_flat_directions(method, top):
     assert epsilon * (1.5 * nbeta * top + gamma) < 4
     once = KERNELS[method].relaxation(epsilon, gamma)
     for chains, relaxations in ((1, 10), (2, 5), (16, 1)):
-        burn_in, draws = run_length(SamplingSettings(method, chains=chains), gamma, epsilon)
+        burn_in, draws = run_length(ResolvedSettings(method=method, chains=chains), gamma, epsilon)
         assert burn_in == math.ceil(once)
         assert draws == max(64, math.ceil(relaxations * once))
     halved, halvings = epsilon / 8, 3
-    burn_in, _ = run_length(SamplingSettings(method, chains=2), gamma, halved, halvings=halvings)
+    burn_in, _ = run_length(ResolvedSettings(method=method, chains=2), gamma, halved, halvings=halvings)
     assert burn_in == math.ceil(KERNELS[method].relaxation(halved, gamma, halvings))
     assert (burn_in < KERNELS[method].relaxation(halved, gamma)) == (method == "baoab")
-    assert run_length(SamplingSettings(method, chains=2, burn_in=7, draws=9), gamma, epsilon) == (7, 9)
+    assert run_length(ResolvedSettings(method=method, chains=2, burn_in=7, draws=9), gamma, epsilon) == (7, 9)
 
 
 @pytest.mark.parametrize(
@@ -75,11 +70,21 @@ def test_draws_grow_by_what_is_needed_within_bounds(needed, added):
 
 @pytest.mark.parametrize(("dimension", "chains"), [(2, 16), (3000, 5), (8832, 2), (10**9, 2)])
 def test_small_networks_get_more_chains(dimension, chains):
-    assert settle(SamplingSettings(), dimension, stacked=True).chains == chains
-    assert settle(SamplingSettings(chains=3), dimension, stacked=True).chains == 3
+    assert resolve(SamplingSettings(), dimension, stacked=True).chains == chains
+    assert resolve(SamplingSettings(chains=3), dimension, stacked=True).chains == 3
 
 
 def test_large_networks_get_the_method_that_keeps_no_momenta():
-    assert settle(SamplingSettings(), 100, stacked=True).method == "baoab"
-    assert settle(SamplingSettings(), 100, stacked=False).method == "leimkuhler_matthews"
-    assert settle(SamplingSettings("baoab"), 100, stacked=False).method == "baoab"
+    assert resolve(SamplingSettings(), 100, stacked=True).method == "baoab"
+    assert resolve(SamplingSettings(), 100, stacked=False).method == "leimkuhler_matthews"
+    assert resolve(SamplingSettings("baoab"), 100, stacked=False).method == "baoab"
+
+
+@pytest.mark.parametrize("settings", [SamplingSettings(seed=3, parameters=("a.*",)), PAPER])
+def test_resolved_settings_keep_what_was_asked_for_and_stay_as_they_are(settings):
+    resolved = resolve(settings, 100, stacked=True)
+    expected = {**settings.to_dict(), "method": resolved.kernel.name, "chains": resolved.chains}
+    assert resolved.to_dict() == expected
+    assert resolve(resolved, 10**9, stacked=False) == resolved
+    with pytest.raises(TypeError, match="chains"):
+        ResolvedSettings(method="baoab")

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from groktrace.sampling import chains, engine, posterior, stack
-from groktrace.sampling.calibration import run_length, step_size
+from groktrace.sampling.calibration import resolve, run_length, step_size
 from groktrace.sampling.chains import rows_per_stack, sample
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.kernels import base
 from groktrace.sampling.posterior import StackedLoss, WeightLayout
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
+from groktrace.sampling.tuning import EQUILIBRIUM
 
 SPECTRUM = torch.cat([torch.zeros(20), torch.logspace(-3, 0, 40)]).double()
 
@@ -21,6 +22,7 @@ SPECTRUM = torch.cat([torch.zeros(20), torch.logspace(-3, 0, 40)]).double()
 def draw(loss, anchors, settings, nbeta, gamma, top=1.0, steps=None, needed=lambda traces: 1.0, epsilons=None):
     steps = list(range(len(anchors))) if steps is None else steps
     epsilons = epsilons or [step_size(nbeta, gamma, top)] * len(anchors)
+    settings = resolve(settings, anchors.shape[1], stacked=True)
     return sample(loss, anchors, steps, settings, nbeta, gamma, epsilons, needed)
 
 
@@ -34,9 +36,9 @@ def test_llc_of_a_bowl_is_its_soft_rank(bowl, nbeta, gamma):
     settings = SamplingSettings(chains=4, draws=3000)
     (traces,) = draw(bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, nbeta, gamma)
     for estimate, series in (
-        (traces.excess.mean(), traces.excess),
+        (traces.delta_loss.mean(), traces.delta_loss),
         (traces.paired.mean(), traces.paired.mean(1, keepdim=True)),
-        (0.5 * traces.pull.mean(), traces.excess),
+        (0.5 * traces.virial.mean(), traces.delta_loss),
     ):
         error = standard_error(series)
         assert error < 0.04 * soft_rank(nbeta, gamma)
@@ -54,8 +56,8 @@ def test_off_the_minimum_the_centred_estimate_holds_and_the_plain_one_has_the_kn
     assert offset < -soft_rank(nbeta, gamma)
     series = traces.paired.mean(1, keepdim=True)
     assert float(series.mean()) == pytest.approx(soft_rank(nbeta, gamma), abs=3.5 * standard_error(series))
-    assert float(traces.excess.mean()) == pytest.approx(
-        soft_rank(nbeta, gamma) + offset, abs=3.5 * standard_error(traces.excess)
+    assert float(traces.delta_loss.mean()) == pytest.approx(
+        soft_rank(nbeta, gamma) + offset, abs=3.5 * standard_error(traces.delta_loss)
     )
 
 
@@ -64,8 +66,8 @@ def test_the_estimate_does_not_depend_on_the_step_size(bowl):
     epsilon = step_size(100.0, 1.0, 1.0)
     for factor in (0.2, 1.0, 1.8):
         (traces,) = draw(bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, 100.0, 1.0, epsilons=[factor * epsilon])
-        assert float(traces.excess.mean()) == pytest.approx(
-            soft_rank(100.0, 1.0), abs=3.5 * standard_error(traces.excess)
+        assert float(traces.delta_loss.mean()) == pytest.approx(
+            soft_rank(100.0, 1.0), abs=3.5 * standard_error(traces.delta_loss)
         )
 
 
@@ -73,9 +75,9 @@ def test_virial_identity_holds_for_a_quartic_loss():
     layout = WeightLayout(("w",), ((50,),))
     loss = StackedLoss(lambda weights, t: (weights["w"].pow(4).sum(), None), layout, (torch.ones(4),), {})
     (traces,) = draw(loss, torch.zeros(1, 50), SamplingSettings(chains=4, draws=3000), 100.0, 1.0, top=3.0)
-    virial = traces.pull + traces.spread
+    virial = traces.virial + traces.restraint
     assert float(virial.mean()) == pytest.approx(50, abs=3.5 * standard_error(virial))
-    assert float(traces.pull.mean() / traces.excess.mean()) == pytest.approx(4, rel=1e-4)
+    assert float(traces.virial.mean() / traces.delta_loss.mean()) == pytest.approx(4, rel=1e-4)
 
 
 def test_results_do_not_depend_on_what_is_stacked_with_them(bowl):
@@ -84,27 +86,27 @@ def test_results_do_not_depend_on_what_is_stacked_with_them(bowl):
     together = draw(bowl(SPECTRUM), anchors, settings, 10.0, 1.0, steps=[0, 50, 100, 150])
     for s in (1, 3):
         (alone,) = draw(bowl(SPECTRUM), anchors[s : s + 1], settings, 10.0, 1.0, steps=[50 * s])
-        torch.testing.assert_close(alone.excess, together[s].excess, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(alone.delta_loss, together[s].delta_loss, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(alone.paired, together[s].paired, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("batch_size", "lengths"), [(None, [140, 610, 122]), (50, [113, 610, 251])])
 def test_nor_do_they_where_run_lengths_differ_and_grow(batch_size, lengths):
     loss, best, _ = regression()
-    loss = replace(loss, separable=True)
+    loss = replace(loss, is_sample_mean=True)
     anchors = torch.stack([best, best + 0.01, best - 0.01])
     epsilons = [f * step_size(10.0, 1.0, 4.0) for f in (1.0, 0.1, 0.5)]
     settings = SamplingSettings(chains=2, batch_size=batch_size)
 
     def needed(traces):
-        return 2.0 if len(traces.excess) < 100 else 1.0
+        return 2.0 if len(traces.delta_loss) < 100 else 1.0
 
     together = draw(loss, anchors, settings, 10.0, 1.0, needed=needed, epsilons=epsilons)
     # The first is done before the second, and grows.
-    assert [len(traces.excess) for traces in together] == lengths
+    assert [len(traces.delta_loss) for traces in together] == lengths
     for s, traces in enumerate(together):
         (alone,) = draw(loss, anchors[s : s + 1], settings, 10.0, 1.0, 1.0, [s], needed, epsilons[s : s + 1])
-        torch.testing.assert_close(alone.excess, traces.excess, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(alone.delta_loss, traces.delta_loss, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(alone.fluctuation, traces.fluctuation, rtol=1e-9, atol=1e-9)
         assert alone.heating == pytest.approx(traces.heating, rel=1e-9)
         assert (traces.heating > 0) == (batch_size is not None)
@@ -121,7 +123,7 @@ def test_columns_in_blocks_give_what_all_at_once_give(chains_each, batch_size, m
         return draw(loss, torch.stack([best, best + 0.01]), settings, 10.0, 1.0, top=4.0)
 
     for whole, blocked in zip(drawn(2**17), drawn(8), strict=True):
-        for name in ("excess", "pull", "spread", "paired"):
+        for name in ("delta_loss", "virial", "restraint", "paired"):
             torch.testing.assert_close(getattr(blocked, name), getattr(whole, name), rtol=1e-3, atol=1e-3)
 
 
@@ -144,9 +146,9 @@ def test_diverging_chains_are_halved_until_they_hold_and_counted(bowl):
         10.0,
         1.0,
         epsilons=[stable, 16 * stable],
-        needed=lambda traces: 901 / len(traces.excess),
+        needed=lambda traces: 901 / len(traces.delta_loss),
     )
-    assert len(good.excess) > 900
+    assert len(good.delta_loss) > 900
     assert bad.lost <= (bad.halvings + 1) * 80
     assert bad.step_size <= stable * 1.5  # the chains met the curvature that the first step was too large for
 
@@ -164,7 +166,7 @@ def test_steps_are_timed_without_what_comes_before_them(bowl, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: clock[-1])
     monkeypatch.setattr(base.Dynamics, "step", slowed(base.Dynamics.step, 0.002))
     monkeypatch.setattr(stack, "gaussian_start", slowed(stack.gaussian_start, 0.3))
-    settings = SamplingSettings(chains=2)
+    settings = ResolvedSettings(method="baoab", chains=2)
     step, before = chains.time_steps(bowl(SPECTRUM), torch.zeros(3, 60).double(), settings, 30.0)
     assert (step, before) == (pytest.approx(0.002), pytest.approx(0.3))
     assert made == ["gaussian_start", "step", "gaussian_start"] + 80 * ["step"]
@@ -193,7 +195,7 @@ def test_a_stack_whose_snapshots_have_all_lost_a_chain_goes_no_further(bowl, mon
     assert len(made) == 2200
     assert not good.diverged(60)
     assert bad.diverged(60)
-    assert torch.isfinite(good.excess).all()
+    assert torch.isfinite(good.delta_loss).all()
 
 
 def test_chains_that_fall_far_at_once_get_few_attempts(bowl, monkeypatch):
@@ -205,12 +207,12 @@ def test_chains_that_fall_far_at_once_get_few_attempts(bowl, monkeypatch):
     falling, settled = draw(loss, anchors, SamplingSettings(chains=2, draws=300), 10.0, 1.0, epsilons=epsilons)
     assert not settled.diverged(60)
     assert settled.fall == 0
-    assert settled.halvings > engine.FEW_RESTARTS
+    assert settled.halvings > EQUILIBRIUM.tolerated_restarts
     assert not falling.diverged(60)  # too large a step falls nowhere before it explodes
-    assert falling.halvings > engine.FEW_RESTARTS
+    assert falling.halvings > EQUILIBRIUM.tolerated_restarts
     assert settled.halvings == falling.halvings == 6
     # Only the last of the attempts that diverged had first fallen.
-    monkeypatch.setattr(engine, "FEW_RESTARTS", 0)
+    monkeypatch.setattr(engine, "EQUILIBRIUM", replace(EQUILIBRIUM, tolerated_restarts=0))
     falling, settled = draw(loss, anchors, SamplingSettings(chains=2, draws=300), 10.0, 1.0, epsilons=epsilons)
     assert falling.fall > 0.1 * 60 + 100
     assert falling.diverged(60)
@@ -219,8 +221,8 @@ def test_chains_that_fall_far_at_once_get_few_attempts(bowl, monkeypatch):
     assert settled.halvings == 6
 
 
-@pytest.mark.parametrize("sign", ["burst", "hot"])
-@pytest.mark.parametrize(("quiet_below", "halvings"), [(0.3, 2), (0.0, engine.FEW_RESTARTS)])
+@pytest.mark.parametrize("sign", ["has_energy_spike", "has_discretization_bias"])
+@pytest.mark.parametrize(("quiet_below", "halvings"), [(0.3, 2), (0.0, EQUILIBRIUM.tolerated_restarts)])
 def test_chains_that_the_step_heats_are_tried_again_at_half_of_it_a_few_times(
     bowl, monkeypatch, sign, quiet_below, halvings
 ):
@@ -229,8 +231,8 @@ def test_chains_that_the_step_heats_are_tried_again_at_half_of_it_a_few_times(
     def heated(traces, *scale):
         return traces.step_size > quiet_below * stable
 
-    monkeypatch.setattr(chains.Traces, sign, property(heated) if sign == "burst" else heated)
-    settings = SamplingSettings("baoab", chains=2)
+    monkeypatch.setattr(chains.Traces, sign, property(heated) if sign == "has_energy_spike" else heated)
+    settings = ResolvedSettings(method="baoab", chains=2)
     asked = []
     arguments = bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, 1000.0, 1.0
     (traces,) = draw(*arguments, needed=lambda each: asked.append(each) or 3.0 - len(asked), epsilons=[stable])
@@ -256,18 +258,18 @@ def test_draws_grow_until_they_are_enough_and_only_where_they_are_not(bowl):
     asked = []
 
     def needed(traces):
-        asked.append(len(traces.excess))
-        return 300 / len(traces.excess)
+        asked.append(len(traces.delta_loss))
+        return 300 / len(traces.delta_loss)
 
     anchors = torch.zeros(2, 60).double()
     epsilons = [step_size(10.0, 1.0, 1.0), 0.2 * step_size(10.0, 1.0, 1.0)]
     short, long = draw(bowl(SPECTRUM), anchors, SamplingSettings(chains=2), 10.0, 1.0, needed=needed, epsilons=epsilons)
-    assert 300 <= len(short.excess) < 375
-    assert len(long.excess) == 300
+    assert 300 <= len(short.delta_loss) < 375
+    assert len(long.delta_loss) == 300
     assert min(asked) < 300
     # What came first is what a run without growth gives.
     first, _ = draw(bowl(SPECTRUM), anchors, SamplingSettings(chains=2), 10.0, 1.0, epsilons=epsilons)
-    torch.testing.assert_close(short.excess[: len(first.excess)], first.excess, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(short.delta_loss[: len(first.delta_loss)], first.delta_loss, rtol=1e-12, atol=1e-12)
 
 
 def regression(n=200, d=8):
@@ -295,8 +297,8 @@ def test_minibatches_with_control_variate_agree_with_the_full_batch(off):
     settings = SamplingSettings(chains=4, draws=4000, batch_size=40)
     (traces,) = draw(loss, (best + off)[None], settings, nbeta, gamma, top=4 * float(eigenvalues.max()))
     # The gradient's remaining noise widens the posterior a little: 3 % beside the statistical error.
-    error = 3 * standard_error(traces.excess)
-    assert float(traces.excess.mean()) == pytest.approx(exact, abs=0.03 * soft_rank + error)
+    error = 3 * standard_error(traces.delta_loss)
+    assert float(traces.delta_loss.mean()) == pytest.approx(exact, abs=0.03 * soft_rank + error)
     assert error < 0.1 * soft_rank
 
 
@@ -305,12 +307,12 @@ def test_published_sgld_scores_minibatch_losses_against_the_full_loss():
     settings = SamplingSettings(method="sgld", chains=2, draws=5, burn_in=0, step_size=1e-12, batch_size=10)
     (traces,) = draw(loss, best[None], settings, 30.0, 5.0, epsilons=[1e-12])
     full = loss.losses(best[None])[0]
-    assert traces.excess.shape == (5, 2)
+    assert traces.delta_loss.shape == (5, 2)
     # Hardly moved: what differs from zero is the minibatch's own loss, times nβ.
     x, y = loss.tensors
     one = 30.0 * (0.5 * (x @ best - y).square() - full)
-    assert float(traces.excess.abs().max()) <= float(one.abs().max())
-    assert float(traces.excess.std()) == pytest.approx(float(one.std()) / math.sqrt(10), rel=0.8)
+    assert float(traces.delta_loss.abs().max()) <= float(one.abs().max())
+    assert float(traces.delta_loss.std()) == pytest.approx(float(one.std()) / math.sqrt(10), rel=0.8)
 
 
 def test_minibatches_are_recorded_with_samples_that_exist():
@@ -322,7 +324,7 @@ def test_minibatches_are_recorded_with_samples_that_exist():
         (traces,) = draw(loss, best[None], settings, 30.0, 5.0, epsilons=[1e-12])
     finally:
         torch.use_deterministic_algorithms(False)
-    assert torch.isfinite(traces.excess).all()
+    assert torch.isfinite(traces.delta_loss).all()
     assert any(plan is not None and batch for (*_, batch, _), plan in loss.plans.items())
 
 
@@ -331,7 +333,7 @@ def test_single_losses_are_seen_of_two_minibatches_at_most(monkeypatch, batch_si
     loss, best, _ = regression()
     shapes = set()
     monkeypatch.setattr(posterior, "MAX_SINGLE_SAMPLES", 190)  # of 200
-    monkeypatch.setattr(chains.Looks, "keep", lambda self, s, losses: shapes.add(tuple(losses.shape)))
+    monkeypatch.setattr(chains.SampleLossRecorder, "keep", lambda self, s, losses: shapes.add(tuple(losses.shape)))
     settings = SamplingSettings(chains=2, draws=20, burn_in=0, batch_size=batch_size)
     draw(loss.probe(best[None]), best[None], settings, 30.0, 5.0)
     assert shapes == {(2, seen)}
@@ -341,9 +343,9 @@ def test_single_losses_are_seen_of_two_minibatches_at_most(monkeypatch, batch_si
 def test_the_first_draw_is_where_the_chains_start(bowl, batch_size):
     settings = SamplingSettings(chains=2, draws=5, burn_in=0, step_size=1e-12, batch_size=batch_size)
     (traces,) = draw(bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, 10.0, 1.0, epsilons=[1e-12])
-    assert (traces.excess > 0.1).all()
-    torch.testing.assert_close(traces.excess, traces.excess[-1:].expand(5, -1), rtol=1e-3, atol=0)
-    torch.testing.assert_close(traces.pull, 2 * traces.excess, rtol=1e-3, atol=0)
+    assert (traces.delta_loss > 0.1).all()
+    torch.testing.assert_close(traces.delta_loss, traces.delta_loss[-1:].expand(5, -1), rtol=1e-3, atol=0)
+    torch.testing.assert_close(traces.virial, 2 * traces.delta_loss, rtol=1e-3, atol=0)
 
 
 def test_single_chains_have_no_centred_estimate(bowl):

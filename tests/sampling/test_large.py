@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from groktrace.sampling import large
-from groktrace.sampling.calibration import step_size
+from groktrace.sampling.calibration import resolve, step_size
 from groktrace.sampling.chains import sample
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.large import hessian_trace_large, sample_large, top_eigenvalue_large
@@ -21,7 +21,14 @@ def alone(loss, micro_batch=8):
 
 
 def draw(loss, weights, settings, nbeta, gamma, epsilon, needed=lambda traces: 1.0, step=0):
+    settings = resolve(settings, loss.layout.size, stacked=False)
     return sample_large(loss, weights, step, settings, nbeta, gamma, epsilon, needed)
+
+
+def stacked(loss, weights, settings, nbeta, gamma, epsilon, step=0):
+    settings = resolve(settings, loss.layout.size, stacked=True)
+    (traces,) = sample(loss, weights["w"][None], [step], settings, nbeta, gamma, [epsilon], lambda traces: 1.0)
+    return traces
 
 
 @pytest.mark.parametrize("batch_size", [None, 5])
@@ -30,8 +37,8 @@ def test_large_networks_take_the_same_steps_as_stacked_ones(batch_size):
     loss, weights = regression()
     settings = SamplingSettings("sgld", chains=3, draws=20, burn_in=4, step_size=1e-3, batch_size=batch_size)
     found = draw(alone(loss, 7), weights, settings, 30.0, 5.0, 1e-3, step=700)
-    (expected,) = sample(loss, weights["w"][None], [700], settings, 30.0, 5.0, [1e-3], lambda traces: 1.0)
-    for name in ("excess", "pull", "spread"):
+    expected = stacked(loss, weights, settings, 30.0, 5.0, 1e-3, step=700)
+    for name in ("delta_loss", "virial", "restraint"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-9, atol=1e-9)
     assert found.paired.shape == expected.paired.shape
 
@@ -48,10 +55,10 @@ def test_chains_of_a_large_network_find_the_posterior_of_a_bowl(bowl, method, ch
     slope = 0.5 * nbeta * float((SPECTRUM * ((off - shift).square() - off**2)).sum())
     settings = SamplingSettings(method, chains=chains, burn_in=150, draws=3000 // chains)
     traces = draw(loss, {"w": torch.zeros(60).double()}, settings, nbeta, gamma, step_size(nbeta, gamma, 1.0))
-    error = standard_error(traces.excess)
-    assert float(traces.excess.mean()) == pytest.approx(soft_rank + slope, abs=4 * error)
+    error = standard_error(traces.delta_loss)
+    assert float(traces.delta_loss.mean()) == pytest.approx(soft_rank + slope, abs=4 * error)
     assert error < 0.07 * soft_rank
-    assert float((traces.pull + traces.spread).mean()) == pytest.approx(60, rel=0.03)
+    assert float((traces.virial + traces.restraint).mean()) == pytest.approx(60, rel=0.03)
     if chains == 1:
         assert traces.paired.shape[1] == 0
     else:  # that of the centre, wherever w* lies
@@ -85,8 +92,8 @@ def test_minibatches_of_a_large_network_agree_with_the_full_batch_and_cool_down(
         )
         for size in (None, 40)
     )
-    error = math.hypot(standard_error(full.excess), standard_error(batched.excess))
-    assert float(batched.excess.mean()) == pytest.approx(float(full.excess.mean()), abs=4 * error + 0.1)
+    error = math.hypot(standard_error(full.delta_loss), standard_error(batched.delta_loss))
+    assert float(batched.delta_loss.mean()) == pytest.approx(float(full.delta_loss.mean()), abs=4 * error + 0.1)
     assert full.heating == 0
     assert 0 < batched.heating < 0.03
     assert batched.step_size < full.step_size
@@ -97,7 +104,7 @@ def test_minibatches_heat_a_large_network_as_they_heat_stacked_ones(method, epsi
     loss, weights = regression()
     settings = SamplingSettings(method, chains=2, burn_in=20, draws=1500, step_size=epsilon, batch_size=20)
     found = draw(alone(loss, 16), weights, settings, 200.0, 1.0, epsilon)
-    (expected,) = sample(loss, weights["w"][None], [0], settings, 200.0, 1.0, [epsilon], lambda traces: 1.0)
+    expected = stacked(loss, weights, settings, 200.0, 1.0, epsilon)
     assert expected.heating > 0.01
     assert found.heating == pytest.approx(expected.heating, rel=0.4)
 
@@ -122,10 +129,11 @@ def test_draws_of_a_large_network_grow_until_they_are_enough(bowl):
     weights = {"w": torch.zeros(60).double()}
     epsilon = step_size(10.0, 1.0, 1.0)
     settings = SamplingSettings(chains=2)
-    first = draw(alone(bowl(SPECTRUM)), weights, settings, 10.0, 1.0, epsilon)
-    grown = draw(alone(bowl(SPECTRUM)), weights, settings, 10.0, 1.0, epsilon, lambda traces: 300 / len(traces.excess))
-    assert len(grown.excess) == 300
-    assert torch.equal(grown.excess[: len(first.excess)], first.excess)
+    target = alone(bowl(SPECTRUM)), weights, settings, 10.0, 1.0, epsilon
+    first = draw(*target)
+    grown = draw(*target, lambda traces: 300 / len(traces.delta_loss))
+    assert len(grown.delta_loss) == 300
+    assert torch.equal(grown.delta_loss[: len(first.delta_loss)], first.delta_loss)
 
 
 def test_curvature_of_a_large_network(bowl):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from groktrace.sampling.kernels import KERNELS
-from groktrace.sampling.traces import WANTED_HEATING, Traces, cooled, inner_products
+from groktrace.sampling.traces import Traces, inner_products, reduced_step_size
+from groktrace.sampling.tuning import MINIBATCH_NOISE
 
 
 def test_chains_that_are_far_out_have_diverged_however_finite():
@@ -21,11 +22,11 @@ def test_chains_that_are_far_out_have_diverged_however_finite():
     assert traces(30.0, 1e4).diverged(60)
     assert traces(math.nan, 30.0).diverged(60)
     one = traces(30.0, 30.0)
-    one.spread[7, 1] = 500.0  # out and back: no draw of a posterior lies there
+    one.restraint[7, 1] = 500.0  # out and back: no draw of a posterior lies there
     assert one.diverged(60)
-    one.spread[7, 1] = 200.0
+    one.restraint[7, 1] = 200.0
     assert not one.diverged(60)
-    one.pull[7, 1] = 600.0  # where a valley turns, stiff forces act along the way to w*
+    one.virial[7, 1] = 600.0  # where a valley turns, stiff forces act along the way to w*
     assert not one.diverged(60)
 
 
@@ -37,13 +38,13 @@ def test_no_draw_of_a_posterior_is_a_burst_but_one_of_fed_in_energy_is(dimension
     torch.manual_seed(0)
     virial = 2 * degree * torch._standard_gamma(shape)
     quiet = Traces(virial / 2, 0.9 * virial, 0.1 * virial, virial[:, :1], 0.1, 0)
-    assert not quiet.burst
-    pull = quiet.pull.clone()
+    assert not quiet.has_energy_spike
+    pull = quiet.virial.clone()
     pull[300:320, 1] += 0.15 * dimension + 600
-    assert replace(quiet, pull=pull).burst
-    assert not replace(quiet, pull=pull).diverged(dimension)
+    assert replace(quiet, virial=pull).has_energy_spike
+    assert not replace(quiet, virial=pull).diverged(dimension)
     pull[300, 1] = math.nan
-    assert replace(quiet, pull=pull).burst
+    assert replace(quiet, virial=pull).has_energy_spike
 
 
 def test_chains_are_hot_where_pull_and_spread_exceed_what_equilibrium_allows_beside_the_pull():
@@ -54,7 +55,7 @@ def test_chains_are_hot_where_pull_and_spread_exceed_what_equilibrium_allows_bes
     def hot(more, step_size=0.1, pull=pull, halvings=0):
         pulls = torch.full_like(spread, pull + more)
         traces = Traces(pulls / 2, pulls, spread, pulls[:, :1] / 2, step_size, 0, halvings)
-        return traces.hot(KERNELS["baoab"], 1.0, dimension)
+        return traces.has_discretization_bias(KERNELS["baoab"], 1.0, dimension)
 
     assert not hot(0.0)
     assert not hot(-200.0)
@@ -76,14 +77,14 @@ def test_chains_are_hot_where_pull_and_spread_exceed_what_equilibrium_allows_bes
 def test_hot_chains_get_the_step_at_which_noise_heats_as_little_as_is_wanted(method, heating, step_size, halvings):
     values = torch.ones(20, 2)
     hot = Traces(values, values, values, values[:, :1], step_size, 0, halvings, heating=heating)
-    smaller = cooled(hot, KERNELS[method], 2.0)
+    smaller = reduced_step_size(hot, KERNELS[method], 2.0)
     left = (
         heating
         * KERNELS[method].noise_gain(smaller, 2.0, halvings)
         / KERNELS[method].noise_gain(step_size, 2.0, halvings)
     )
-    assert 0.7 * WANTED_HEATING < left <= 0.8 * WANTED_HEATING or smaller <= step_size / 32
-    assert cooled(replace(hot, heating=WANTED_HEATING), KERNELS[method], 2.0) == step_size
+    assert 0.7 * MINIBATCH_NOISE.wanted < left <= 0.8 * MINIBATCH_NOISE.wanted or smaller <= step_size / 32
+    assert reduced_step_size(replace(hot, heating=MINIBATCH_NOISE.wanted), KERNELS[method], 2.0) == step_size
 
 
 @pytest.mark.parametrize("chains", [1, 2, 3])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from groktrace import theory
-from groktrace.sampling.settings import LOCALITY
+from groktrace.sampling.tuning import CALIBRATION
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 # Generic manifolds: nβ is such that the exact Hessian's soft rank is within this fraction of λ; γ by the locality rule.
@@ -189,7 +189,7 @@ def resolved(make: Callable[..., KnownModel]) -> KnownModel:
     """
     known = make(nbeta=1.0, localization=1.0)
     weights = torch.cat([weight.detach().reshape(-1) for weight in known.model.parameters()])
-    localization = len(weights) / (LOCALITY**2 * float(weights.square().sum()))
+    localization = len(weights) / (CALIBRATION.locality**2 * float(weights.square().sum()))
     spectrum = spectrum_at(known)
     low, high = 1e-12, 1e6
     while high / low > 1.001:

@@ -28,10 +28,11 @@ import groktrace
 from groktrace.analysis.measure import Objective, stack_weights
 from groktrace.analysis.setup import weight_layout
 from groktrace.run.task import Task
-from groktrace.sampling.calibration import COLD_BURN_IN_RELAXATIONS, RESOLUTION, Scale, run_length, step_size
+from groktrace.sampling.calibration import Scale, resolve, run_length, step_size
 from groktrace.sampling.chains import time_steps
 from groktrace.sampling.large import sample_large
-from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
+from groktrace.sampling.tuning import CALIBRATION
 from tools.common.measurements import Bar, Row, Store, command_line, peak_bytes, run_parts, say
 from tools.common.networks import Transformer, sequence_cross_entropy, size
 
@@ -42,11 +43,10 @@ CHAINS = 2
 # For which the steps of a stack are timed, or 80 of them.
 SECONDS = 20.0
 # Of a snapshot whose curvature is typical, at the default resolution: stacked, and alone.
-_EPSILON = step_size(RESOLUTION, 1.0, 1.0)
-STEPS = sum(run_length(SamplingSettings(method="baoab", chains=CHAINS), 1.0, _EPSILON))
-STEPS_LARGE = sum(
-    run_length(SamplingSettings(method="leimkuhler_matthews", chains=CHAINS), 1.0, _EPSILON, COLD_BURN_IN_RELAXATIONS)
-)
+_EPSILON = step_size(CALIBRATION.resolution, 1.0, 1.0)
+STEPS = sum(run_length(ResolvedSettings(method="baoab", chains=CHAINS), 1.0, _EPSILON))
+_LARGE = ResolvedSettings(method="leimkuhler_matthews", chains=CHAINS)
+STEPS_LARGE = sum(run_length(_LARGE, 1.0, _EPSILON, CALIBRATION.burn_in_relaxations_cold))
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def cost_of_snapshot(weights: int, samples: int, steps: int) -> dict[str, float]
     else:
         stacked, anchors = stack_weights(objective.loss, [named])
         with mock.patch("time.perf_counter", time.process_time):
-            step, before = time_steps(stacked, anchors, SamplingSettings(chains=CHAINS), SECONDS)
+            step, before = time_steps(stacked, anchors, objective.settings, SECONDS)
         step /= CHAINS
     total = measured + before + CHAINS * (STEPS_LARGE if alone else STEPS) * step
     return {
@@ -350,7 +350,7 @@ def _chain_steps(model: nn.Module, data: Any, settings: dict[str, Any]) -> Calla
     loss = Objective.of(task, sampled, SamplingSettings(), named, torch.device("cpu")).loss
 
     def run(draws: int) -> None:
-        chosen = SamplingSettings(**settings, draws=draws)
+        chosen = resolve(SamplingSettings(**settings, draws=draws), sampled.size, stacked=False)
         scale = FIXED["nbeta"], FIXED["localization"], FIXED["step_size"]
         sample_large(loss, named, 0, chosen, *scale, lambda traces: 1.0)
 

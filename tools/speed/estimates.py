@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 import groktrace
 from groktrace.run import layout
-from groktrace.sampling import chains as chains_module
+from groktrace.sampling import stack as stack_module
+from groktrace.sampling.calibration import resolve
 from groktrace.sampling.chains import WORKING_SET_BYTES, rows_per_stack, sample
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
@@ -127,11 +128,12 @@ def sampler(loss: StackedLoss, anchors: Tensor, chains: int, **settings: Any) ->
         return start.mul_(0.1 * SCALE["localization"] ** -0.5)
 
     def run(steps: int) -> None:
-        chosen = SamplingSettings(**SCALE, step_size=STEP_SIZE, chains=chains, burn_in=0, draws=steps, **settings)
+        given = {**SCALE, "step_size": STEP_SIZE, "chains": chains, "burn_in": 0, "draws": steps, **settings}
+        chosen = resolve(SamplingSettings(**given), loss.layout.size, stacked=True)
         keys, sizes = range(len(anchors)), [STEP_SIZE] * len(anchors)
         with (
-            mock.patch.object(chains_module, "gaussian_start", anywhere),
-            mock.patch.object(chains_module, "top_eigenvalue", lambda loss, anchors, start: torch.zeros(len(anchors))),
+            mock.patch.object(stack_module, "gaussian_start", anywhere),
+            mock.patch.object(stack_module, "top_eigenvalue", lambda loss, anchors, start: torch.zeros(len(anchors))),
         ):
             traces = sample(loss, anchors, keys, chosen, SCALE["nbeta"], SCALE["localization"], sizes, lambda _: 1.0)
         if any(trace.diverged(loss.layout.size) for trace in traces):

@@ -97,8 +97,8 @@ def measure_workers(folder: Path, settings: Settings) -> None:
     store = Store(folder, "workers", vars(settings))
     run = record(folder, settings.snapshots - 1, 20)
     with open_session(run, SamplingSettings(), device="cpu", keep=False) as session:
-        settled, identity = session.objective.settings, session.evaluator.identity
-        spec = EvaluatorSpec(str(run.absolute()), None, settled, "cpu", session.steps[0], identity)
+        chosen, identity = session.objective.settings, session.evaluator.identity
+        spec = EvaluatorSpec(str(run.absolute()), None, chosen, "cpu", session.steps[0], identity)
 
     def one_round(number: int) -> dict[str, float]:
         found: dict[str, float] = {}

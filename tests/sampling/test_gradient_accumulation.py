@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from groktrace.sampling.uses import Uses, leaf
+from groktrace.sampling.gradient_accumulation import GradientAccumulation, leaf
 
 aten = torch.ops.aten
 INDICES = torch.tensor([[0, 3, 3], [6, 2, 0]])
@@ -30,7 +30,10 @@ def gradients(function, *weights):
     function(*plain).square().sum().backward()
     places = [torch.ones_like(weight) for weight in weights]
     leaves = [leaf(weight, place) for weight, place in zip(weights, places, strict=True)]
-    with Shapes() as shapes, Uses({id(each): place for each, place in zip(leaves, places, strict=True)}):
+    with (
+        Shapes() as shapes,
+        GradientAccumulation({id(each): place for each, place in zip(leaves, places, strict=True)}),
+    ):
         function(*leaves).square().sum().backward()
     return [each.grad + 1 for each in plain], places, shapes.seen
 
@@ -106,6 +109,6 @@ def test_layers_of_modules_are_met():
     layer = nn.Linear(4, 7)
     place = torch.zeros(7, 4)
     each = leaf(layer.weight, place)
-    with Uses({id(each): place}):
+    with GradientAccumulation({id(each): place}):
         torch.func.functional_call(layer, {"weight": each}, random(5, 4)).sum().backward()
     torch.testing.assert_close(place, random(5, 4).sum(0).expand(7, 4))

@@ -23,17 +23,17 @@ def leaf(tensor: Tensor, place: Tensor) -> Tensor:
         place: of the same shape, or, for a complex tensor, of pairs of real numbers.
     """
 
-    def collect(each: Tensor) -> None:
-        if each.grad is not None:  # as where a use has added its own
-            place.add_(torch.view_as_real(each.grad.resolve_conj()) if each.is_complex() else each.grad)
-            each.grad = None
+    def collect(used: Tensor) -> None:
+        if used.grad is not None:  # as where a use has added its own
+            place.add_(torch.view_as_real(used.grad.resolve_conj()) if used.is_complex() else used.grad)
+            used.grad = None
 
-    each = tensor.detach().requires_grad_()
-    each.register_post_accumulate_grad_hook(collect)
-    return each
+    used = tensor.detach().requires_grad_()
+    used.register_post_accumulate_grad_hook(collect)
+    return used
 
 
-class Uses(TorchFunctionMode):
+class GradientAccumulation(TorchFunctionMode):
     """Makes every use of a weight a leaf of its own.
 
     Autograd would hold the gradients of both uses of tied embeddings, and their sum beside them.
@@ -70,8 +70,8 @@ class Uses(TorchFunctionMode):
 
 def _is_plain(*operands: Tensor | None) -> bool:
     """Whether operands are multiplied as they are, in one real dtype."""
-    present = [each for each in operands if each is not None]
-    alike = len({each.dtype for each in present}) == 1 and not present[0].is_complex()
+    present = [operand for operand in operands if operand is not None]
+    alike = len({operand.dtype for operand in present}) == 1 and not present[0].is_complex()
     return alike and not torch.is_autocast_enabled(present[0].device.type)
 
 

@@ -1,0 +1,148 @@
+"""The tuned numbers of the sampler, each with where it comes from."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Where the posterior is measured, how large the steps are, and how many.
+
+    Attributes:
+        locality: ρ. Farther from w*, λ_c counts quartic directions beyond the exact soft rank (trained quadratic
+            networks: 6.6 % at 0.3, 4.3 % at 0.22); closer, λ̂ counts the slope of what is not quite a minimum.
+        resolution: κ; a convention.
+        resolution_following: the same where nβ follows the curvature: λ then falls by 17 to 37 % in perceptrons that
+            grok, and by at most 8 % in memorising ones.
+        step_fraction: c in ε = 2c/(s·nβ·h_max + γ). At 1 a direction of curvature s·h_max forgets its start in one
+            step; twice that is where it becomes unstable.
+        curvature_safety: s; curvature grows off the minimum, and Lanczos iteration comes from below.
+        burn_in_relaxations: relaxation times of the flat directions. Chains start near equilibrium; of what they have
+            to forget one leaves e⁻².
+        burn_in_relaxations_cold: of chains that start at w*, where flat directions are not filled yet; e⁻⁵ is left.
+        draw_relaxations: draws of all chains together, at first; each chain takes one at least.
+        min_draws: of a chain; fewer tell little of their own error.
+        max_steps: of a chain; minutes for a small network.
+        least_growth: draws are added by this fraction at least: the error that calls for them is itself uncertain.
+        stacked_weights: below so many weights in a stack of chains, a step costs the same however many there are.
+        min_chains: the centred estimate needs two.
+        max_chains: a convention.
+    """
+
+    locality: float = 0.22
+    resolution: float = 10.0
+    resolution_following: float = 100.0
+    step_fraction: float = 1.0
+    curvature_safety: float = 1.5
+    burn_in_relaxations: float = 1.0
+    burn_in_relaxations_cold: float = 2.5
+    draw_relaxations: float = 10.0
+    min_draws: int = 64
+    max_steps: int = 400_000
+    least_growth: float = 0.25
+    stacked_weights: int = 2**14
+    min_chains: int = 2
+    max_chains: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """What is spent on a snapshot whose data are used whole, by default.
+
+    Attributes:
+        restarts: attempts after the first, each with a smaller step.
+        growth: draws at most, times the first ones.
+        draws: of each chain at first; None for relaxation times, see `Calibration`.
+        heating: what minibatches may add to λ̂, relative to it, before chains begin again with a smaller step.
+        curvature_products: products with the Hessian where chains have gone.
+        check_every: steps between two checks that chains have not left.
+        sample_losses: single samples whose losses are recorded; None for all, or those of two minibatches: more would
+            cost more than the steps between them.
+    """
+
+    restarts: int = 16
+    growth: int = 16
+    draws: int | None = None
+    heating: float = 0.02
+    curvature_products: int = 8
+    check_every: int = 64
+    sample_losses: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equilibrium:
+    """What tells chains in equilibrium from those that leave, or that the step feeds with energy.
+
+    In equilibrium virial and restraint, (w − w*)·nβ∇L and γ‖w − w*‖², add up to D in the mean: the total virial.
+
+    Attributes:
+        max_total_virial: chains have left where it comes to so many times D; a convention.
+        max_total_virial_large: the same in large networks, where no look at the curvature tells of too large a step.
+        max_restraint: a chain was away where its restraint once was so many times D and that of most draws, though
+            some come back, to another place. The virial tells less: it is far above D where a valley turns.
+        slack: draws of few weights scatter by so much.
+        spike: a draw is energy fed in by the step where it is so many times their own scatter above most draws: under
+            cross-entropy λ_c came out at up to three times its neighbours' with such draws. (Draws of a posterior
+            scatter by √(2D) in a bowl.)
+        spike_slack: and by so much more, for small networks at singular minima.
+        bias: all draws have such energy where the total is beyond D by this fraction of the virial: a transformer
+            whose λ_c came out 60 % too large was by two per cent of D, a third of 2λ.
+        bias_errors: and by so many standard errors.
+        anharmonicity: in a bowl half of the virial is nβ(L(w) − L(w*)); off by this fraction, curvatures may be others.
+        fall: chains that fall by so many nats a weight at once may be in no basin, as where training has hardly begun:
+            they would be followed through ever steeper walls for as long as all other snapshots take together.
+        tolerated_restarts: attempts that they get, and at most so many are given to a step that heats.
+        fall_for_good: the same where data are sampled, at the first time: no smaller step would help.
+        least_burn_in: where data are sampled, burn-in ends after so many steps in equilibrium,
+        settled: within this fraction of D,
+        settled_errors: and so many errors; both conventions.
+    """
+
+    max_total_virial: float = 10.0
+    max_total_virial_large: float = 1.5
+    max_restraint: float = 3.0
+    slack: float = 100.0
+    spike: float = 10.0
+    spike_slack: float = 300.0
+    bias: float = 0.05
+    bias_errors: float = 4.0
+    anharmonicity: float = 0.2
+    fall: float = 0.1
+    tolerated_restarts: int = 3
+    fall_for_good: float = 1.0
+    least_burn_in: int = 8
+    settled: float = 0.03
+    settled_errors: float = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinibatchNoise:
+    """How large minibatches are, and how their noise is measured.
+
+    Attributes:
+        wanted: what it may add to λ̂, relative to it; the default `rtol`.
+        reduction: to so much of the step at least, to get there.
+        every: steps between two measurements, a gradient each.
+        every_large: the same in large networks, four gradients each.
+        profiled: samples that tell how noisy gradients are at a snapshot.
+        group: batches are chosen in multiples of so many samples.
+        least: samples a batch.
+        bending: the curvature of a batch scatters by so much of its mean at most, or single batches would throw chains
+            out: where few samples have most of it, as in classifiers with large margins, all are used.
+        least_batches: with fewer to a set, all samples are as cheap.
+    """
+
+    wanted: float = 0.02
+    reduction: float = 1 / 32
+    every: int = 16
+    every_large: int = 32
+    profiled: int = 512
+    group: int = 16
+    least: int = 32
+    bending: float = 0.3
+    least_batches: int = 2
+
+
+CALIBRATION, EQUILIBRIUM, MINIBATCH_NOISE = Calibration(), Equilibrium(), MinibatchNoise()
+WHOLE_DATA = Effort()
+# A step takes long, and a draw tells λ_c to 1/√λ of it. Heating is measured from few batches, and scatters by a third.
+SUBSAMPLED = Effort(restarts=2, growth=4, draws=16, heating=0.03, curvature_products=3, check_every=8, sample_losses=16)
