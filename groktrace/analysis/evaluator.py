@@ -106,6 +106,7 @@ class Evaluator:
             TaskError: there is no loss to evaluate, no data, or they do not fit the network.
         """
         task, layout = choose_task(run, given), run_layout(run, settings.parameters)
+        task, first = replace(task, forward=layout.joined(task.forward)), layout.split(first)
         advice = "it has to be of the network that was recorded."
         with failures_in_words("the task's loss cannot be evaluated on the recorded weights", advice), torch.no_grad():
             named = {name: as_float(tensor) for name, tensor in first.items()}
@@ -143,7 +144,7 @@ class Evaluator:
                         f"the snapshot of step {step} is not the one that was there when the analysis began: the run "
                         "was recorded anew, or a worker sees another copy of it. Run the analysis again."
                     )
-                weights[step] = snapshots[step].load(with_loss=True)
+                weights[step] = self.objective.layout.split(snapshots[step].load(with_loss=True))
             except SnapshotError as failure:
                 results[step] = failure
         if weights:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,7 +85,9 @@ def prepare_point(
     moving = {name for name, tensor in task.parameters.items() if tensor.requires_grad}
     moving = {task.follow.get(name, name) for name in moving}  # what lies in the memory of another counts with that
     specs = {name: (tuple(t.shape), t.dtype, name in moving) for name, t in task.parameters.items()}
-    objective = Objective.of(task, weight_layout(specs, settings.parameters), settings, weights, device)
+    layout = weight_layout(specs, settings.parameters)
+    task, weights = replace(task, forward=layout.joined(task.forward)), layout.split(weights)
+    objective = Objective.of(task, layout, settings, weights, device)
     (metrics,) = objective.metrics([weights], [0])
     if not math.isfinite(metrics.train_loss):
         raise TaskError(f"loss: expected a finite loss at the weights given, got {metrics.train_loss}.")

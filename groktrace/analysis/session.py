@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from groktrace.analysis import results
 from groktrace.analysis.backends import Backend, ExecutorBackend, available_threads, process_pool, thread_backend
@@ -21,7 +22,7 @@ from groktrace.analysis.measure import Objective, SnapshotMetrics
 from groktrace.analysis.pilot import choose_sampling, choose_scale
 from groktrace.analysis.reference import Reference, jacobian_reference
 from groktrace.analysis.reminders import reminders
-from groktrace.analysis.setup import choose_device, choose_task
+from groktrace.analysis.setup import choose_device, choose_task, run_layout
 from groktrace.analysis.snapshots import Snapshots
 from groktrace.analysis.trajectory import Point, with_logged
 from groktrace.errors import RunError, SettingsError, SnapshotError
@@ -84,7 +85,7 @@ def open_session(
     # A task of another network is refused here, before anything is written.
     evaluator = Evaluator.of(run, task, settings, place, first)
     if task is not None:
-        for reminder in reminders(run, task, evaluator.objective.layout, first):
+        for reminder in reminders(run, task, run_layout(run, None), first):
             warnings.warn(f"groktrace: {reminder}", RuntimeWarning, stacklevel=2)
     with contextlib.ExitStack() as held:
         if threads is None:
@@ -294,9 +295,14 @@ class Session:
             scale = choose_scale(self.objective, known, locality=before.locality)
             return scale._replace(samples=before.samples, batch_size=before.batch_size)
         self.report("locality, samples, batches", 0, 1)
-        chosen = choose_sampling(self.objective, self.snapshots.load, known, self.key, self.backend.threads)
+        chosen = choose_sampling(self.objective, self._load, known, self.key, self.backend.threads)
         self.report("locality, samples, batches", 1, 1)
         return chosen
+
+    def _load(self, step: int) -> dict[str, Tensor] | None:
+        """A snapshot's weights, as the objective takes them; None where the file is damaged."""
+        weights = self.snapshots.load(step)
+        return None if weights is None else self.objective.layout.split(weights)
 
     def rank(self) -> Reference | None:
         """Half the rank of the Jacobian at the last snapshot; None where none loads."""
@@ -308,7 +314,7 @@ class Session:
         known = read_journal(journal, Reference.from_dict)
         self.report("Jacobian rank", 0, 1)
         if fingerprint not in known:
-            objective = self.objective
+            objective, weights = self.objective, self.objective.layout.split(weights)
             known[fingerprint] = jacobian_reference(
                 objective.task, objective.layout, weights, step, objective.loss.device
             )

@@ -1,8 +1,9 @@
 """What an analysis is set up with, from what it was asked for: settings, device, task and the weights to sample."""
 
 import fnmatch
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from groktrace.errors import SettingsError, TaskError
 from groktrace.run.store import Run
 from groktrace.run.task import Task
+from groktrace.sampling.parts import FORM, Part, cut, parse_part, part_name, part_shape
 from groktrace.sampling.posterior import WeightLayout
 from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 
@@ -86,11 +88,11 @@ def weight_layout(
 
     Args:
         specs: (shape, dtype, whether it ever trains) by name.
-        patterns: shell-style patterns of the names to sample; None for all.
+        patterns: shell-style patterns of the names to sample, or of parts of tensors; None for all.
 
     Raises:
         TaskError: there is nothing to sample.
-        SettingsError: a pattern fits none of the trainable weights.
+        SettingsError: a pattern fits none of the trainable weights, or a tensor has no such part.
     """
     chosen = {
         name: shape
@@ -99,11 +101,49 @@ def weight_layout(
     }
     if not sum(math.prod(shape) for shape in chosen.values()):
         raise TaskError("weights: expected at least one trainable parameter of real or complex numbers, found none.")
-    for pattern in patterns or ():
-        if not fnmatch.filter(chosen, pattern):
-            raise SettingsError(f"parameters: '{pattern}' fits none of the trainable weights: {', '.join(chosen)}.")
-    if patterns is not None:
-        chosen = {name: s for name, s in chosen.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
+    sampled = [Part(name, ()) for name in chosen] if patterns is None else _parts(chosen, patterns)
+    names = [part_name(part, chosen[part.tensor]) for part in sampled]
     return WeightLayout(
-        tuple(chosen), tuple(chosen.values()), tuple(name for name in chosen if specs[name][1].is_complex)
+        tuple(names),
+        tuple(part_shape(part, chosen[part.tensor]) for part in sampled),
+        tuple(name for name, part in zip(names, sampled, strict=True) if specs[part.tensor][1].is_complex),
+        tuple((name, part) for name, part in zip(names, sampled, strict=True) if part.ranges),
     )
+
+
+def _parts(shapes: dict[str, tuple[int, ...]], patterns: Sequence[str]) -> list[Part]:
+    """What patterns choose of tensors: all that any of them does, each weight once.
+
+    Brackets at the end of a pattern cut a part out of what the pattern before them fits. Where the whole fits names as
+    it stands (`layers.*.[01]`), it is a pattern of names, unless what is before the brackets is a tensor's own name.
+
+    Raises:
+        SettingsError: one fits nothing, a tensor has no such part, or two parts overlap without being one.
+    """
+    found: dict[str, list[Part]] = {name: [] for name in shapes}
+    for pattern in patterns:
+        tensor, fits, ranges = pattern.partition("[")[0], _fits(shapes, pattern), None
+        if pattern not in shapes and (not fits or (tensor in shapes and pattern.endswith("]"))):
+            tensor, ranges = parse_part(pattern) or (tensor, None)
+            fits = _fits(shapes, tensor)
+            if fits and ranges is None:
+                raise SettingsError(f"parameters: '{pattern}' is no part of a tensor; expected {FORM}.")
+        if not fits:
+            raise SettingsError(f"parameters: '{pattern}' fits none of the trainable weights: {', '.join(shapes)}.")
+        for name in fits:
+            found[name].append(Part(name, ()) if ranges is None else cut(name, shapes[name], ranges))
+    chosen = []
+    for name, parts in found.items():
+        whole = Part(name, ())
+        parts = [whole] if whole in parts else sorted(set(parts), key=lambda part: part.ranges)
+        for one, other in itertools.combinations(parts, 2):
+            if one.overlaps(other):
+                both = " and ".join(f"'{part_name(part, shapes[name])}'" for part in (one, other))
+                raise SettingsError(f"parameters: {both} overlap; give each weight once.")
+        chosen += parts
+    return chosen
+
+
+def _fits(names: Iterable[str], pattern: str) -> list[str]:
+    """The names that a pattern fits; a name fits itself, whatever it has in it."""
+    return [name for name in names if name == pattern or fnmatch.fnmatchcase(name, pattern)]

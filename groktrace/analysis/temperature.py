@@ -126,7 +126,7 @@ def temperature_curve_at(
     with open_session(run, chosen, task=task, device=device, threads=1, keep=False) as session:
         metrics = session.metrics([step])[step]
         objective = replace(session.objective, settings=_with_localization(session, metrics))
-        return _measure_curve(objective, weights, metrics, nbetas, session.key(step))
+        return _measure_curve(objective, objective.layout.split(weights), metrics, nbetas, session.key(step))
 
 
 def _with_localization(session: Session, metrics: SnapshotMetrics) -> ResolvedSettings:

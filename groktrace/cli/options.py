@@ -106,7 +106,12 @@ SAMPLING = (
     _expert("--step-size", type=float, help="Step size; found from the curvature where not given."),
     _expert("--samples", type=int, help="Samples the posterior is of [all; of large sets as many as needed]."),
     _expert("--batch-size", type=int, help="Samples a gradient [all; of large sets as many as their noise allows]."),
-    _expert("--parameters", multiple=True, metavar="PATTERN", help="Let only these weights move (refined LLC)."),
+    _expert(
+        "--parameters",
+        multiple=True,
+        metavar="PATTERN",
+        help="Let only these weights move (refined LLC), or a part of a tensor: 'blocks.0.attn.qkv[0:64]'.",
+    ),
 )
 # Where to compute, and with whose code.
 COMPUTING = (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from groktrace.attention import twice_differentiable
+from groktrace.sampling.parts import Part
 from groktrace.sampling.plan import Plan, run
 from groktrace.sampling.record import CannotPlanError
 
@@ -36,11 +37,13 @@ class WeightLayout:
         names: the sampled tensors, in order.
         shapes: their shapes.
         complex_names: those that are complex.
+        parts: those that are parts of a tensor, by name.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     complex_names: tuple[str, ...] = ()
+    parts: tuple[tuple[str, Part], ...] = field(default=(), repr=False)  # the names tell all of it
 
     @property
     def sizes(self) -> list[int]:
@@ -52,6 +55,29 @@ class WeightLayout:
     def size(self) -> int:
         """D, the number of sampled weights."""
         return sum(self.sizes)
+
+    def split(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors of a network, and beside them the sampled parts, as views."""
+        return {**weights, **{name: part.of(weights[part.tensor]) for name, part in self.parts}}
+
+    def joined(self, forward: Forward) -> Forward:
+        """The loss of what `split` gives, whose wholes hold whatever their parts do.
+
+        Args:
+            forward: of a network's own tensors.
+        """
+        if not self.parts:
+            return forward
+
+        def join(weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+            named = dict(weights)
+            for name, part in self.parts:
+                values = named.pop(name)
+                whole = part.put(as_reals(named[part.tensor].to(values.dtype)), as_reals(values))
+                named[part.tensor] = as_complex(whole) if values.is_complex() else whole
+            return forward(named, tensors)
+
+        return join
 
     def flatten(self, weights: Mapping[str, Tensor]) -> Tensor:
         """One vector [D] of all sampled tensors, in float32 unless one of them is float64."""

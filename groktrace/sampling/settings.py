@@ -39,8 +39,10 @@ class SamplingSettings:
             snapshots need.
         batch_size: samples a gradient; None for all, or of large sets for as many as keep their noise below 2 %.
         rtol: wanted standard error relative to the estimate, where `draws` is None.
-        parameters: names, or patterns such as "blocks.0.*", of the weights that move, for a refined LLC; None for all
-            that train at some time of the run, at every snapshot, so that snapshots stay comparable.
+        parameters: names, or patterns such as "blocks.0.*", of the weights that move, for a refined LLC; or parts of
+            them, such as "blocks.0.attn.qkv[0:64]" or "head.weight[:, 3]", beside which the rest of the tensor stays
+            fixed. None for all that train at some time of the run, at every snapshot, so that snapshots stay
+            comparable.
         seed: of every random number drawn.
 
     Raises:
