@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from groktrace.reporting.series import Series as Series
     from groktrace.reporting.tensorboard import TensorBoardReporter as TensorBoardReporter
     from groktrace.reporting.wandb import WandbReporter as WandbReporter
+    from groktrace.run.data import save_data as save_data
     from groktrace.run.store import Run as Run
     from groktrace.run.store import Snapshot as Snapshot
     from groktrace.run.store import open_run as open_run
@@ -75,6 +76,7 @@ _NAMES = {
     "reporting.series": ("Events", "Quantity", "Series"),
     "reporting.tensorboard": ("TensorBoardReporter",),
     "reporting.wandb": ("WandbReporter",),
+    "run.data": ("save_data",),
     "run.store": ("Run", "Snapshot", "open_run"),
     "run.task": ("Task",),
     "sampling.kernels.baoab": ("BAOAB",),

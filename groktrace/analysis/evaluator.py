@@ -13,10 +13,11 @@ from groktrace.analysis.hessian import HessianMetrics, measure_hessian
 from groktrace.analysis.identity import Identity, identify, noise_key, recorded_digest
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.measure import Objective, SnapshotMetrics
-from groktrace.analysis.setup import choose_task, run_layout
+from groktrace.analysis.setup import OtherData, choose_task, run_layout
 from groktrace.analysis.trajectory import Point
 from groktrace.errors import RunError, SnapshotError
 from groktrace.run.factory import load_factory
+from groktrace.run.layout import ANALYSIS_FOLDER, DATA_FILE
 from groktrace.run.store import Run, Snapshot, open_run
 from groktrace.run.task import Task, failures_in_words
 from groktrace.sampling.calibration import Scale
@@ -57,6 +58,7 @@ class EvaluatorSpec:
         device: where to compute.
         first: the snapshot at which the loss is tried.
         identity: of data, program, and the factory's task, which it has to find there.
+        data: the folder of results that holds the samples; None for the run's own, or the task's.
     """
 
     run: str
@@ -65,6 +67,7 @@ class EvaluatorSpec:
     device: str
     first: int
     identity: Identity
+    data: str | None = None
 
 
 class ReplacedError(RunError):
@@ -91,6 +94,7 @@ class Evaluator:
         settings: SamplingSettings,
         device: torch.device,
         first: dict[str, Tensor],
+        other: OtherData | None = None,
     ) -> "Evaluator":
         """Prepare what evaluates the snapshots of a run.
 
@@ -100,14 +104,17 @@ class Evaluator:
             settings: of the sampling.
             device: where to compute.
             first: the weights of the run's first snapshot, to try the loss at.
+            other: samples in place of the task's.
 
         Raises:
             RunError: files of the run are damaged.
             TaskError: there is no loss to evaluate, no data, or they do not fit the network.
         """
-        task, layout = choose_task(run, given), run_layout(run, settings.parameters)
+        task, layout = choose_task(run, given, other), run_layout(run, settings.parameters)
         task, first = replace(task, forward=layout.joined(task.forward)), layout.split(first)
         advice = "it has to be of the network that was recorded."
+        if other is not None:
+            advice = "the samples have to be such as the network takes; some programs take one number of them only."
         with failures_in_words("the task's loss cannot be evaluated on the recorded weights", advice), torch.no_grad():
             named = {name: as_float(tensor) for name, tensor in first.items()}
             try:
@@ -115,7 +122,7 @@ class Evaluator:
             except Exception:  # some take one batch size only
                 task.forward(named, task.train.tensors)
         objective = Objective.of(task, layout, settings, first, device)
-        return cls(objective, identify(run, given, task, layout, first))
+        return cls(objective, identify(run, given, task, layout, first, other is not None))
 
     def fork(self) -> "Evaluator":
         """The same for another thread."""
@@ -201,7 +208,10 @@ def _rebuild(spec: EvaluatorSpec) -> tuple[Evaluator, dict[int, Snapshot]]:
         raise ReplacedError(f"{spec.run}: a worker finds no snapshot of step {spec.first} there; see that it can.")
     first = snapshots[spec.first].load(with_loss=True)
     task = None if spec.task_name is None else load_factory(spec.task_name)
-    evaluator = Evaluator.of(run, task, spec.settings, torch.device(spec.device), first)
+    other = None
+    if spec.data is not None:
+        other = OtherData.of(run, task, run.root / ANALYSIS_FOLDER / spec.data / DATA_FILE, None)
+    evaluator = Evaluator.of(run, task, spec.settings, torch.device(spec.device), first, other)
     evaluator.identity.check(spec.identity, spec.run, spec.task_name)
     return evaluator, snapshots
 

@@ -44,6 +44,8 @@ def measure_grokking(trajectory: Trajectory) -> Grokking:
     The severity is GSM = 1[acc_val(T) ≥ 0.95]/T · Σ_t |acc_train(t) − acc_val(t)| (Cullen et al. 2026,
     arXiv 2603.01192), the sum over steps by the trapezoidal rule between snapshots.
     """
+    if trajectory.data is not None:  # whose accuracy is not the training's
+        return Grokking(None, _first(trajectory.column("step"), trajectory.column("val_accuracy")), None)
     steps = trajectory.column("step")
     train, val = trajectory.column("train_accuracy"), trajectory.column("val_accuracy")
     severity = None

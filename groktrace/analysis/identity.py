@@ -76,7 +76,7 @@ class Identity:
     Attributes:
         recorded: digest of what the run holds beside its snapshots.
         content: digest of that, of the sampled weights, of when the recording began (one that is resumed keeps it, and
-            so does a copy), and of the data of a task that was given.
+            so does a copy), and of the data of a task that was given, or of data that were.
         behaviour: of a task that was given, for which there is no program.
     """
 
@@ -114,7 +114,14 @@ class Identity:
             )
 
 
-def identify(run: Run, given: Task | None, task: Task, layout: WeightLayout, weights: Mapping[str, Tensor]) -> Identity:
+def identify(
+    run: Run,
+    given: Task | None,
+    task: Task,
+    layout: WeightLayout,
+    weights: Mapping[str, Tensor],
+    other_data: bool = False,
+) -> Identity:
     """What an analysis of a run depends on.
 
     Args:
@@ -123,18 +130,27 @@ def identify(run: Run, given: Task | None, task: Task, layout: WeightLayout, wei
         task: the one that is evaluated.
         layout: the sampled weights.
         weights: tensors by name, of the run's first snapshot.
+        other_data: whether the task has other training samples than it came with.
 
     Raises:
         TaskError: the given task's loss cannot be evaluated.
     """
     recorded = recorded_digest(run)
     content = [recorded, repr(layout), run.info.get("created")]
-    if given is None:
+    if given is None and not other_data:
         return Identity(recorded, _digest(content))
     data = [None if batch is None else _describe(batch) for batch in (task.train, task.val)]
-    return Identity(
-        recorded, _digest([*content, data, task.n, task.shift_invariant]), measure_behaviour(task, layout, weights)
-    )
+    behaviour = None if given is None else measure_behaviour(task, layout, weights)
+    return Identity(recorded, _digest([*content, data, task.n, task.shift_invariant]), behaviour)
+
+
+def data_digest(batch: Batch) -> str:
+    """What samples are known by.
+
+    Args:
+        batch: the samples.
+    """
+    return _digest(_describe(batch))[:16]
 
 
 def recorded_parts(run: Run) -> dict[str, str]:

@@ -17,7 +17,9 @@ from groktrace.run.task import Task
 from groktrace.sampling.posterior import WeightLayout
 
 
-def reminders(run: Run, given: Task, layout: WeightLayout, weights: Mapping[str, Tensor]) -> list[str]:
+def reminders(
+    run: Run, given: Task, layout: WeightLayout, weights: Mapping[str, Tensor], other_data: bool = False
+) -> list[str]:
     """A sentence for each way in which a task differs from the recording: in its data, in its loss.
 
     Args:
@@ -25,6 +27,7 @@ def reminders(run: Run, given: Task, layout: WeightLayout, weights: Mapping[str,
         given: the task, with or without data.
         layout: the sampled weights.
         weights: tensors by name, of the run's first snapshot.
+        other_data: whether other data were asked for than the task's.
     """
     try:
         data = run.data
@@ -33,7 +36,7 @@ def reminders(run: Run, given: Task, layout: WeightLayout, weights: Mapping[str,
     if data is None:
         return []
     found = []
-    if given.train is not None and (said := _different_data(given, data)) is not None:
+    if given.train is not None and not other_data and (said := _different_data(given, data)) is not None:
         found.append(
             f"the task's data are others than those recorded ({said}); the task's are used. To use the recorded ones, "
             "leave train out of groktrace.Task.from_model."

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from groktrace.analysis.journal import exclusive
 from groktrace.analysis.passes import sample_adaptively, sample_in_passes, spread
 from groktrace.analysis.reference import Reference, check_reference
-from groktrace.analysis.results import TRAJECTORY_FILE, note_latest
+from groktrace.analysis.results import TRAJECTORY_FILE, files_place, note_latest
 from groktrace.analysis.session import Progress, Session, open_session
 from groktrace.analysis.setup import make_settings
 from groktrace.analysis.trajectory import Point, Trajectory
@@ -39,6 +39,8 @@ PARTIAL_SECONDS = 15.0
 def analyze(
     run: Run | str | Path,
     *,
+    train: Any = None,
+    n: int | None = None,
     task: Task | None = None,
     task_name: str | None = None,
     device: str | torch.device | None = None,
@@ -61,6 +63,11 @@ def analyze(
 
     Args:
         run: a run directory, its path or its URL.
+        train: other data to measure the same snapshots on, in place of the run's training samples (the data-refined
+            LLC): any of the kinds that `watch(train=...)` takes, or the path of a file that `save_data` wrote. Shapes
+            and dtypes are those of the recorded samples, but for their number. Results are kept apart; nβ and γ are
+            those of the run's own analysis with the same settings, where there is one.
+        n: how many samples `train` stands for; by default as many as it has.
         task: loss and data, where the recording could not keep them, or in their place; without data of its own, it
             is measured on the run's. Its results are kept apart from those of other losses and data.
         task_name: "package.module:factory", by which other processes import that task.
@@ -108,6 +115,8 @@ def analyze(
         progress=progress,
         jobs=jobs,
         executor=executor,
+        train=train,
+        n=n,
     ) as session:
         source = session.snapshots.run
 
@@ -124,7 +133,7 @@ def analyze(
 
 
 def show_by(run: Run, reporters: Sequence["Reporter"], detector: "Detector | None", trajectory: Trajectory) -> None:
-    """Show a trajectory by reporters, whose files go into the run directory.
+    """Show a trajectory by reporters, whose files go into the run directory, or beside its results if on other data.
 
     Args:
         run: that was analysed.
@@ -137,8 +146,13 @@ def show_by(run: Run, reporters: Sequence["Reporter"], detector: "Detector | Non
     """
     from groktrace.reporting.base import report  # built on this package: only where it is called
 
+    place = files_place(run, trajectory)
     with exclusive(run.root / layout.ANALYSIS_FOLDER, wait=True), run.publishing():
-        report(trajectory, reporters, run.root, detector)
+        report(trajectory, reporters, place, detector)
+    if place != run.root and run.remote is not None:
+        for path in sorted(place.rglob("[!.]*")):
+            if path.is_file():
+                run.publish(path)
 
 
 def replay(
@@ -256,6 +270,7 @@ def finish(
         reference=beside,
         weight_decay=run.weight_decay,
         unsampled=unsampled,
+        data=session.other_samples(scale),
     )
     trajectory.save(session.folder / TRAJECTORY_FILE)
     run.publish(session.folder / TRAJECTORY_FILE)

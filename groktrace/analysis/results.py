@@ -1,5 +1,6 @@
 """Where the results of analyses lie in a run directory, and which of them was finished last."""
 
+import contextlib
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from groktrace.analysis.identity import Identity, recorded_parts
+from groktrace.analysis.journal import read_lines
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.errors import RunError, SnapshotError
 from groktrace.records import read_record
@@ -184,6 +186,41 @@ def latest_file(run: Run) -> Path:
         if named:
             return named[0]
     return max(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def files_place(run: Run, trajectory: Trajectory) -> Path:
+    """The folder for files that show a trajectory: the run's, or that of its results where it is on other data.
+
+    Args:
+        run: analysed.
+        trajectory: that was finished last.
+    """
+    return run.root if trajectory.data is None else latest_file(run).parent
+
+
+def all_results(run: Run) -> list[tuple[Path, Trajectory, dict[str, Any]]]:
+    """All results of a run whose snapshots are still there: folder, trajectory, and the settings that were asked for.
+
+    Args:
+        run: opened.
+
+    Raises:
+        RunError: there are none, or a file is damaged.
+    """
+    found = []
+    for path in sorted((run.root / layout.ANALYSIS_FOLDER).glob(f"*/{TRAJECTORY_FILE}")):
+        trajectory = Trajectory.load(path)
+        steps = {point.step for point in trajectory.points}
+        known = {record.get("snapshot") for record in read_lines(path.parent / POINTS_FILE)}
+        shown = [snapshot for snapshot in run.snapshots if snapshot.step in steps][-1:]
+        with contextlib.suppress(SnapshotError):
+            if all(run.remote is not None or snapshot.fingerprint() in known for snapshot in shown):
+                settings = read_json(path.parent / SETTINGS_FILE)
+                asked = settings.get("asked") if isinstance(settings, dict) else None
+                found.append((path.parent, trajectory, asked if isinstance(asked, dict) else {}))
+    if not found:
+        raise RunError(f"{run.name}: not analysed yet; run 'groktrace analyze {run.name}' first.")
+    return found
 
 
 def _digest(content: list[Any]) -> str:

@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,19 @@ from groktrace.analysis import results
 from groktrace.analysis.backends import Backend, ExecutorBackend, available_threads, process_pool, thread_backend
 from groktrace.analysis.evaluator import Evaluator, EvaluatorSpec, Phase, WorkItem
 from groktrace.analysis.hessian import HessianMetrics
+from groktrace.analysis.identity import data_digest, identify
 from groktrace.analysis.journal import append_lines, exclusive, read_journal
 from groktrace.analysis.measure import Objective, SnapshotMetrics
 from groktrace.analysis.pilot import choose_sampling, choose_scale
 from groktrace.analysis.reference import Reference, jacobian_reference
 from groktrace.analysis.reminders import reminders
-from groktrace.analysis.setup import choose_device, choose_task, run_layout
+from groktrace.analysis.setup import OtherData, choose_device, choose_task, run_layout
 from groktrace.analysis.snapshots import Snapshots
-from groktrace.analysis.trajectory import Point, with_logged
-from groktrace.errors import RunError, SettingsError, SnapshotError
+from groktrace.analysis.trajectory import OtherSamples, Point, with_logged
+from groktrace.errors import RunError, SettingsError, SnapshotError, TaskError
+from groktrace.run.data import write_data
 from groktrace.run.files import write_file
+from groktrace.run.layout import DATA_FILE
 from groktrace.run.store import Run, open_run
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import Scale
@@ -53,6 +56,8 @@ def open_session(
     executor: Executor | None = None,
     threads: int | None = None,
     keep: bool = True,
+    train: Any = None,
+    n: int | None = None,
 ) -> Iterator["Session"]:
     """An analysis whose folder no other process writes to meanwhile.
 
@@ -69,6 +74,8 @@ def open_session(
         executor: the same.
         threads: of this process that evaluate; None for one a core, or for one where a task is given.
         keep: whether results are read from the run directory and written there.
+        train: see `groktrace.analyze`; only with `keep`, as other processes read it there.
+        n: the same.
 
     Raises:
         RunError: no snapshot can be read, or other files are damaged.
@@ -79,14 +86,22 @@ def open_session(
         raise SettingsError("executor: takes the place of jobs; give one of them.")
     place = choose_device(device)
     run = run if isinstance(run, Run) else open_run(run)
-    choose_task(run, task)  # refused before snapshots are read, which may have to be fetched
+    # Refused before snapshots are read, which may have to be fetched.
+    if train is None:
+        if n is not None:
+            raise SettingsError("n: says how many samples train= stands for; give both, or neither.")
+        other = None
+        choose_task(run, task)
+    else:
+        other = OtherData.of(run, task, train, n)
     snapshots = Snapshots(run)
     step, first = snapshots.first()
     # A task of another network is refused here, before anything is written.
-    evaluator = Evaluator.of(run, task, settings, place, first)
+    evaluator = Evaluator.of(run, task, settings, place, first, other)
     if task is not None:
-        for reminder in reminders(run, task, run_layout(run, None), first):
+        for reminder in reminders(run, task, run_layout(run, None), first, other is not None):
             warnings.warn(f"groktrace: {reminder}", RuntimeWarning, stacklevel=2)
+    folder = results.results_folder(run, evaluator.objective.settings, evaluator.identity)
     with contextlib.ExitStack() as held:
         if threads is None:
             threads = 1 if task is not None else available_threads(place)
@@ -96,16 +111,34 @@ def open_session(
                 raise SettingsError("task: other processes need its name; give task_name='package.module:factory'.")
             where = str(run.root.absolute()) if run.remote is None else run.name
             name = None if task is None else task_name
-            spec = EvaluatorSpec(where, name, evaluator.objective.settings, str(place), step, evaluator.identity)
+            held_in = None if other is None else folder.name
+            spec = EvaluatorSpec(
+                where, name, evaluator.objective.settings, str(place), step, evaluator.identity, held_in
+            )
             pool = (executor, None) if executor is not None else held.enter_context(process_pool(jobs))
             backend = ExecutorBackend(spec, *pool)
-        folder = results.results_folder(run, evaluator.objective.settings, evaluator.identity)
         session = Session(evaluator, snapshots, backend, folder, progress or silent, keep)
         if keep:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(exclusive(folder))
             session.take_metrics()
+        if other is not None:
+            session.other, session.own_folder = other, _own_folder(run, task, evaluator, first)
+            write_data(folder / DATA_FILE, other.train, other.n)
+            run.publish(folder / DATA_FILE)
         yield session
+
+
+def _own_folder(run: Run, task: Task | None, evaluator: Evaluator, first: dict[str, Tensor]) -> Path | None:
+    """Where the analysis lies, or would, of the same settings on the run's own data; None where it has none."""
+    try:
+        own = choose_task(run, task)
+    except TaskError:
+        return None
+    layout = evaluator.objective.layout
+    own = replace(own, forward=layout.joined(own.forward))
+    identity = identify(run, task, own, layout, layout.split(first))
+    return results.results_folder(run, evaluator.objective.settings, identity)
 
 
 @dataclass
@@ -119,6 +152,8 @@ class Session:
         folder: where the results are kept.
         report: called with (phase, snapshots done, snapshots in all).
         keep: whether they are.
+        other: samples in place of the run's own; None for these.
+        own_folder: where the results of the same settings on the run's own samples lie, or would, beside those.
     """
 
     evaluator: Evaluator
@@ -127,6 +162,8 @@ class Session:
     folder: Path
     report: Progress = silent
     keep: bool = True
+    other: OtherData | None = None
+    own_folder: Path | None = None
 
     @property
     def objective(self) -> Objective:
@@ -273,15 +310,38 @@ class Session:
     def fix_scale(self, metrics: dict[int, SnapshotMetrics]) -> Scale:
         """nβ and γ of this analysis: chosen once, then kept, so that later snapshots are measured with the same.
 
+        On other data they are those of the run's own analysis where there is one, so that λ compares.
+
         Args:
             metrics: of all snapshots.
         """
         if (kept := self.kept_scale()) is not None:
             return kept
-        scale = self.choose_scale(metrics)
+        own = self._own_scale()
+        if own is None:
+            scale = self.choose_scale(metrics)
+        else:
+            chosen = self.choose_scale(metrics) if self.objective.large_set else Scale(*own[:2])
+            scale = own._replace(samples=chosen.samples, batch_size=chosen.batch_size)
         asked = results.KeptSettings(self.objective.settings.to_dict(), scale)
         self.snapshots.run.publish(asked.save(self.folder))
         return scale
+
+    def _own_scale(self) -> Scale | None:
+        """nβ and γ of the run's own analysis, where this one is on other data and there is one; else None."""
+        return None if self.own_folder is None else results.kept_scale(self.own_folder)
+
+    def other_samples(self, scale: Scale) -> OtherSamples | None:
+        """What is measured in place of the run's own training samples; None for these.
+
+        Args:
+            scale: of this analysis.
+        """
+        if self.other is None:
+            return None
+        own = self._own_scale()
+        same = own is not None and own[:3] == scale[:3]
+        return OtherSamples(self.other.name, data_digest(self.other.train), same)
 
     def choose_scale(self, metrics: dict[int, SnapshotMetrics], before: Scale | None = None) -> Scale:
         """nβ and γ that these snapshots call for, and what few of them say of how to sample all.

@@ -4,11 +4,15 @@ import fnmatch
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from groktrace.errors import SettingsError, TaskError
+from groktrace.run.batch import Batch
+from groktrace.run.data import take_data
 from groktrace.run.store import Run
 from groktrace.run.task import Task
 from groktrace.sampling.parts import FORM, Part, cut, parse_part, part_name, part_shape
@@ -49,17 +53,62 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def choose_task(run: Run, given: Task | None) -> Task:
+@dataclass(frozen=True)
+class OtherData:
+    """Samples to measure a run on in place of its own training samples.
+
+    Attributes:
+        train: the samples, nested as the run's.
+        n: how many they stand for.
+        name: what they are called; None where nothing says so.
+    """
+
+    train: Batch
+    n: int
+    name: str | None = None
+
+    @classmethod
+    def of(cls, run: Run, given: Task | None, data: Any, n: int | None) -> "OtherData":
+        """Data in any of the forms that `analyze` takes.
+
+        Args:
+            run: opened.
+            given: the task in place of the recorded one, if any.
+            data: see `analyze`.
+            n: the same.
+
+        Raises:
+            TaskError: they are not of the form of the run's, or there is nothing to evaluate on them.
+            RunError: files are damaged.
+            SettingsError: `n` is less than there are.
+        """
+        if given is not None and given.train is not None:
+            recorded: Batch | None = given.train
+        elif given is None:
+            recorded = run.task.train
+        else:
+            recorded = None if run.data is None else run.data.train
+        path = isinstance(data, str | Path)
+        train, found = take_data(data, str(data) if path else "train", recorded, n)
+        return cls(train, found, Path(data).name if path else None)
+
+
+def choose_task(run: Run, given: Task | None, other: OtherData | None = None) -> Task:
     """The task that is evaluated: the one that was given, on the run's data if it has none, or the one recorded.
 
     Args:
         run: opened.
         given: in place of the one that was recorded.
+        other: training samples in place of those that it has.
 
     Raises:
         TaskError: there is none, or no data for it.
         RunError: the files that hold loss or data are damaged.
     """
+    if other is not None:
+        if given is not None and given.train is None and run.data is None:
+            return given.with_data(other.train, None, other.n)
+        return replace(choose_task(run, given), train=other.train, n=other.n)
     if given is None:
         return run.task
     if given.train is not None:

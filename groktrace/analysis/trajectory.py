@@ -123,6 +123,24 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class OtherSamples(Record):
+    """What a trajectory was measured on, where not on the run's own training samples.
+
+    Attributes:
+        name: of the file; None of data given in Python.
+        digest: of the samples.
+        own_scale: whether nβ and γ are those of the run's own analysis, with which λ then compares.
+    """
+
+    name: str | None
+    digest: str
+    own_scale: bool
+
+    def __str__(self) -> str:
+        return self.name or f"other data ({self.digest[:6]})"
+
+
+@dataclass(frozen=True)
 class Trajectory(Record):
     """λ̂ against the training step, all at one (nβ, γ) or at one resolution.
 
@@ -138,6 +156,7 @@ class Trajectory(Record):
         reference: a value of λ to hold the trajectory against; None where none was asked for.
         weight_decay: whether training decayed the weights; None if unknown.
         unsampled: snapshots that are still to be sampled; the trajectory is partial where there are any.
+        data: what λ and the training loss are of, in place of the run's own training samples; None for these.
     """
 
     points: tuple[Point, ...]
@@ -152,6 +171,7 @@ class Trajectory(Record):
     reference: Reference | None = None
     weight_decay: bool | None = None
     unsampled: Annotated[int, between(0)] = 0
+    data: OtherSamples | None = None
 
     @property
     def follows_curvature(self) -> bool:

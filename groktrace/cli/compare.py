@@ -17,9 +17,15 @@ from groktrace.cli.options import FIGURE_FILE, JSON, Command
     metavar="KEY",
     help="Put runs together by a setting, such as lr, weight_decay or n [those that differ in their seed only].",
 )
+@click.option("--analyses", is_flag=True, help="Show all analyses of each run: on other data, of other weights.")
 @click.option("--logdir", type=click.Path(path_type=Path), help="Write each group's mean there, for TensorBoard.")
 def command(
-    runs: tuple[str, ...], as_json: bool, output: Path | None, group_by: str | None, logdir: Path | None
+    runs: tuple[str, ...],
+    as_json: bool,
+    output: Path | None,
+    group_by: str | None,
+    analyses: bool,
+    logdir: Path | None,
 ) -> None:
     """Put the results that were last found for several runs side by side: seeds, learning rates, controls.
 
@@ -28,7 +34,7 @@ def command(
     from groktrace.reporting.comparison import compare
     from groktrace.reporting.tensorboard import COLOURS
 
-    found = compare(*runs, group_by=group_by)
+    found = compare(*runs, group_by=group_by, analyses=analyses)
     if output is not None:
         found.plot(output)
     if logdir is not None:

@@ -1,6 +1,7 @@
 """What several commands do with a result: write TensorBoard's files, print, and tell by the exit code."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,12 +46,30 @@ def write_logs(trajectory: "Trajectory", run: "Run", logdir: Path | None) -> "tu
     from groktrace.run import layout
 
     series, events = Series.of(trajectory), Events.of(trajectory)
-    logs = logdir or run.root / layout.TENSORBOARD_FOLDER
+    logs = logdir or logs_folder(run, trajectory)
     with exclusive(run.root / layout.ANALYSIS_FOLDER, wait=True):
         TensorBoardReporter(logs.name).report(series, events, logs.parent)
     if logdir is None:
         run.publish_folder(logs, SUFFIX)
     return series, events
+
+
+def logs_folder(run: "Run", trajectory: "Trajectory") -> Path:
+    """Where TensorBoard's files go: on other data they lie beside the results, as those of a run of that name.
+
+    Args:
+        run: analysed.
+        trajectory: that was finished last.
+    """
+    from groktrace.analysis.results import files_place
+    from groktrace.run import layout
+
+    name = (
+        ""
+        if trajectory.data is None
+        else "-" + re.sub(r"[^\w.-]", "-", str(trajectory.data).removesuffix(".safetensors"))[:80]
+    )
+    return files_place(run, trajectory) / f"{layout.TENSORBOARD_FOLDER}{name}"
 
 
 def finish(
@@ -71,7 +90,7 @@ def finish(
         as_csv: whether to write a table beside the trajectory's JSON.
         reporters: what else shows the result, after it is printed.
     """
-    from groktrace.analysis.results import latest_file
+    from groktrace.analysis.results import files_place, latest_file
     from groktrace.reporting import console
     from groktrace.reporting.tensorboard import COLOURS
 
@@ -87,7 +106,7 @@ def finish(
         click.echo(console.transitions_table(events))
         click.echo(f"\nSee it:  tensorboard --logdir {logdir or run.name}\nthen:    http://localhost:6006/{COLOURS}")
     for reporter in reporters:
-        reporter.report(series, events, run.root)
+        reporter.report(series, events, files_place(run, trajectory))
     exit_incomplete(trajectory, run)
 
 

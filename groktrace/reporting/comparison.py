@@ -1,5 +1,6 @@
 """Several runs side by side: their curves in one figure, their transitions in one table."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ import numpy as np
 from groktrace.analysis.detection import Detector
 from groktrace.analysis.detection.piecewise import usable_points
 from groktrace.analysis.detection.settings import DEFAULTS
+from groktrace.analysis.results import all_results
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.errors import SettingsError
 from groktrace.reporting.console import aligned, as_json
@@ -92,6 +94,7 @@ class Comparison:
                 f"These runs were measured at different nβ and γ ({listed}): steps compare, λ does not. "
                 f"Analyse them with the same --nbeta and --localization to compare it{say}.",
             ]
+        lines += _said_of_data(self.results)
         if curves:
             lines += ["", "λ is λ_c in the runs that have it at each snapshot, else λ̂."]
         return "\n".join(lines)
@@ -202,7 +205,10 @@ class Comparison:
 
 
 def compare(
-    *runs: Run | Trajectory | str | Path, group_by: str | None = None, detector: Detector | None = None
+    *runs: Run | Trajectory | str | Path,
+    group_by: str | None = None,
+    analyses: bool = False,
+    detector: Detector | None = None,
 ) -> Comparison:
     """Put the results that were last found for several runs side by side: seeds, learning rates, controls.
 
@@ -211,6 +217,7 @@ def compare(
     Args:
         runs: run directories, their paths or URLs, or trajectories, which stand alone.
         group_by: put those together instead that share this setting, such as "lr", "weight_decay" or "n".
+        analyses: show all analyses of each run instead of the last one: on other data, of other weights.
         detector: of the transitions; see `find_transitions`.
 
     Raises:
@@ -219,14 +226,59 @@ def compare(
     """
     if not runs:
         raise SettingsError("runs: expected one at least, such as compare('runs/seed0', 'runs/seed1').")
-    results, settings = [], []
+    if analyses and group_by is not None:
+        raise SettingsError("group_by: puts runs together by their settings, and analyses=True shows each alone.")
+    results: list[Result] = []
+    settings: list[dict[str, Any] | None] = []
     for i, run in enumerate(runs):
         opened = open_run(run) if isinstance(run, str | Path) else run
+        if analyses and isinstance(opened, Run):
+            found = _named_analyses(opened)
+            results += [(label, Series.of(each), Events.of(each, detector)) for label, each in found]
+            settings += [None] * len(found)
+            continue
         trajectory = opened.trajectory() if isinstance(opened, Run) else opened
         name = str(run) if isinstance(run, str | Path) else trajectory.run or f"trajectory {i + 1}"
         results.append((name, Series.of(trajectory), Events.of(trajectory, detector)))
         settings.append(settings_of(opened) if isinstance(opened, Run) else None)
     return Comparison(tuple(results), group_runs(results, settings, group_by))
+
+
+def _named_analyses(run: Run) -> list[tuple[str, Trajectory]]:
+    """All analyses of a run, that on its own data first, each named by the settings in which they differ."""
+    found = sorted(all_results(run), key=lambda each: each[1].data is not None)
+    told: list[dict[str, Any]] = [
+        {"data": "training data" if trajectory.data is None else str(trajectory.data), **asked}
+        for _, trajectory, asked in found
+    ]
+    # How many chains there were is rarely asked for, but follows from the rest.
+    keys = [key for key in told[0] if key != "chains" and any(each.get(key) != told[0].get(key) for each in told)]
+    labels = [
+        ", ".join(
+            str(each[key]) if key == "data" else f"{key} {_in_words(each.get(key))}"
+            for key in keys
+            if key == "data" or each.get(key) is not None
+        )
+        for each in told
+    ]
+    labels = [
+        label if label and labels.count(label) == 1 else f"{label}{', ' if label else ''}{folder.name}"
+        for label, (folder, _, _) in zip(labels, found, strict=True)
+    ]
+    return [(f"{run.name}: {label}", each) for label, (_, each, _) in zip(labels, found, strict=True)]
+
+
+def _said_of_data(results: Sequence[Result]) -> list[str]:
+    """What was measured on other data than a run's own, where runs were analysed on different ones."""
+    others = [(name, series.trajectory.data) for name, series, _ in results]
+    if len({None if data is None else data.digest for _, data in others}) < 2:
+        return []
+    said = "; ".join(f"{name} on {data}" for name, data in others if data is not None and str(data) not in name)
+    return ["", f"Not measured on the run's training samples: {said}."] if said else []
+
+
+def _in_words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _scale(trajectory: Trajectory) -> tuple[float | None, ...]:

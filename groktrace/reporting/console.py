@@ -57,6 +57,7 @@ def as_json(series: Series, events: Events) -> dict[str, Any]:
         "transitions": [transition.to_dict() for transition in events.transitions],
         "grokking": events.grokking.to_dict(),
         "unreadable": kept["unreadable"],
+        "data": kept["data"],
     }
 
 
@@ -204,6 +205,7 @@ def settings_line(trajectory: Trajectory) -> str:
     """What the trajectory was measured with, in one line."""
     parts = [
         f"{len(trajectory.points)} snapshot{'' if len(trajectory.points) == 1 else 's'}",
+        f"on {trajectory.data}" if trajectory.data is not None else None,
         f"n = {trajectory.n}" if trajectory.n is not None else None,
         f"method {trajectory.method}" if trajectory.method else None,
         "nβ follows each snapshot's curvature" if trajectory.follows_curvature else None,

@@ -140,8 +140,9 @@ def trajectory_figure(series: Series, events: Events) -> "Figure":
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=SMALL)
     _name_transitions(figure, upper, events.transitions)
-    if said := partial(series.trajectory):
-        figure.suptitle(said.split(";")[0], fontsize=SMALL, color="0.4", ha="left", x=0.05)
+    data, said = series.trajectory.data, partial(series.trajectory).split(";")[0]
+    if title := ". ".join(part for part in ("" if data is None else f"Measured on {data}", said) if part):
+        figure.suptitle(title, fontsize=SMALL, color="0.4", ha="left", x=0.05)
     return figure
 
 

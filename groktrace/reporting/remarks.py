@@ -92,7 +92,25 @@ def remarks(trajectory: Trajectory) -> list[str]:
     Args:
         trajectory: λ̂ along the run.
     """
-    return [remark for remark in (partial(trajectory), risen_in_words(trajectory), single_chain(trajectory)) if remark]
+    found = (other_data(trajectory), partial(trajectory), risen_in_words(trajectory), single_chain(trajectory))
+    return [remark for remark in found if remark]
+
+
+def other_data(trajectory: Trajectory) -> str:
+    """That λ is not of the run's own training samples, and whether it compares with that; empty where it is of these.
+
+    Args:
+        trajectory: λ̂ along the run.
+    """
+    if trajectory.data is None:
+        return ""
+    scale = (
+        "nβ and γ are those of the run's own analysis, so that λ compares"
+        if trajectory.data.own_scale
+        else "nβ and γ are of these data, as there was no analysis of the run's own with the same settings: λ compares "
+        "where both are given the same --nbeta and --localization"
+    )
+    return f"Measured on {trajectory.data}, not on the run's training samples; {scale}."
 
 
 def partial(trajectory: Trajectory) -> str:

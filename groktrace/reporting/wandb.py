@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from groktrace.analysis.trajectory import Trajectory
 from groktrace.errors import GroktraceError
 from groktrace.reporting.figure import pixels, trajectory_figure
 from groktrace.reporting.series import CURVE, Events, Series
@@ -49,7 +50,7 @@ class WandbReporter:
             GroktraceError: the client refused, as without an account.
         """
         wandb, trajectory = _client(), series.trajectory
-        name, identity = _identity(trajectory.run, place)
+        name, identity = _identity(trajectory, place)
         plain = trajectory.to_dict()
         config = {key: value for key, value in plain.items() if key not in ("points", "unreadable", "unsampled")}
         settings = wandb.Settings(console="off", quiet=True, x_disable_stats=True, x_save_requirements=False)
@@ -93,8 +94,12 @@ def _as_own_error(wandb: Any) -> Iterator[None]:
         ) from failure
 
 
-def _identity(run: str | None, place: Path) -> tuple[str, str]:
+def _identity(trajectory: Trajectory, place: Path) -> tuple[str, str]:
     """The name that is shown for a recording, and an id that stays the same as long as that lies where it does."""
+    run, data = trajectory.run, trajectory.data
+    if data is not None:
+        digest = hashlib.sha256(json.dumps([str(run), str(place.resolve()), data.digest]).encode()).hexdigest()
+        return f"{Path(run or place).name} on {data}", f"groktrace-{digest[:12]}"
     where = run if run is not None and is_url(run) else str(place.resolve())
     began = None
     with contextlib.suppress(GroktraceError, AttributeError):  # of a trajectory that is of no run

@@ -107,7 +107,7 @@ def since_risen(trajectory: Trajectory, settings: DetectionSettings = DEFAULTS) 
     """
     loss = trajectory.column("train_loss")
     position = np.flatnonzero(np.isfinite(loss))
-    if not len(position):
+    if not len(position) or trajectory.data is not None:  # of other data, it may well rise
         return None
     lowest = int(position[np.argmin(loss[position])])
     after = position[position > lowest]
@@ -163,6 +163,8 @@ def label_of(
     """
     before, after = measured.before, measured.after
     loss = trajectory.column("train_loss")
+    if trajectory.data is not None:
+        return None, "no label: not measured on the run's training samples"
     if not np.isfinite(loss[[onset, end]]).all():
         return None, "no label: the training loss is not known"
     if after > before:

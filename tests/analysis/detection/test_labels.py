@@ -8,7 +8,8 @@ import pytest
 from groktrace.analysis.detection import PiecewiseDetector, find_transitions
 from groktrace.analysis.detection.labels import high_loss, risen_in_words, since_risen
 from groktrace.analysis.llc import OFF_MINIMUM, PERHAPS_OFF
-from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.grokking import measure_grokking
+from groktrace.analysis.trajectory import OtherSamples, Point, Trajectory
 
 STEPS = np.arange(0, 3050, 50)
 HUMP = np.interp(STEPS, [0, 200, 1200, 3000], [100.0, 1000.0, 600.0, 600.0])
@@ -143,3 +144,20 @@ def test_a_slope_that_a_single_chain_may_have_measured_is_no_change():
         trajectory = measured(values, reasons=lambda step, why=reason: (why,) if step < 300 else ())
         single = [replace(point, llc_centred=None, stderr_centred=None) for point in trajectory.points]
         assert [kind for kind, _ in found(replace(trajectory, points=tuple(single)))] == expected
+
+
+def test_no_label_rests_on_a_loss_that_is_not_trained_on():
+    points = [
+        replace(point, train_accuracy=1.0, val_accuracy=float(point.step > 1000)) for point in measured(HUMP).points
+    ]
+    own = Trajectory(tuple(points), nbeta=1.0)
+    other = replace(own, data=OtherSamples("other.safetensors", "12ab", True))
+    assert found(own) == [RISE, FALL]
+    assert found(other) == [(RISE[0], None), (FALL[0], None)]
+    evidence = {transition.evidence for transition in find_transitions(other)}
+    assert evidence == {"no label: not measured on the run's training samples"}
+    assert (measure_grokking(own).memorised_at, measure_grokking(other).memorised_at) == (0, None)
+    assert measure_grokking(other).generalised_at == measure_grokking(own).generalised_at == 1050
+    rising = replace(other, points=measured(HUMP, loss=FALLING[::-1]).points)
+    assert [kind for kind, _ in found(rising)] == [RISE[0], FALL[0]]  # such a loss may rise
+    assert since_risen(rising) is None
