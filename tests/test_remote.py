@@ -154,6 +154,25 @@ def test_what_reporters_write_goes_where_the_run_is(url):
     assert again != first
 
 
+def test_other_data_are_measured_there(url):
+    training = Training()
+    training.record(url, 4)
+    other = torch.randn(30, 4), torch.randint(0, 3, (30,))
+    reporters = [groktrace.CsvReporter(), groktrace.TensorBoardReporter()]
+    found = groktrace.analyze(url, train=other, reporters=reporters, **FEW)
+    first = names(url)
+    assert not any(name.startswith("tensorboard/") for name in first)
+    (folder,) = {name.split("/")[1] for name in first if name.endswith("/data.safetensors")}
+    assert f"analysis/{folder}/trajectory.csv" in first
+    groktrace.analyze(url, train=other, reporters=reporters, **FEW)
+    assert len(names(url)) == len(first)  # TensorBoard's took the place of the first
+    if url.startswith("s3"):  # which other processes see too
+        kept = groktrace.open_run(url).root / "analysis" / folder / "data.safetensors"
+        again = groktrace.analyze(url, train=kept, jobs=2, seed=0, **FEW)
+        assert again.points == found.points
+    assert [p.llc for p in groktrace.compare(url, analyses=True).results[0][1].trajectory] == [p.llc for p in found]
+
+
 def test_the_command_line_writes_its_table_there(url):
     Training().record(url, 4)
     settings = ["--chains", "1", "--burn-in", "4", "--draws", "8"]

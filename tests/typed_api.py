@@ -36,6 +36,9 @@ imported: groktrace.Run = groktrace.import_checkpoints(
     out="run",
     step_from=r"_(\d+)",
 )
+groktrace.save_data(Path("other.safetensors"), (torch.zeros(2, 2), torch.zeros(2)), n=9)
+refined: groktrace.Trajectory = groktrace.analyze(run, train="other.safetensors", n=10, parameters=["0.weight[:, 3]"])
+both: groktrace.Comparison = groktrace.compare(run, analyses=True)
 latest: groktrace.Trajectory = run.trajectory()
 run.snapshots[-1].load_into(torch.nn.Linear(2, 2))
 for event in groktrace.follow("run", timeout=60, detector=detectors[1], reporters=reporters, draws=100):
@@ -47,6 +50,7 @@ table: str = groktrace.compare("a", Path("b"), run, trajectory, detector=detecto
 
 groktrace.import_checkpoints("saved", out="run")  # type: ignore[call-arg]
 groktrace.analyze(run, chain=4)  # type: ignore[call-arg]
+groktrace.save_data(3, (torch.zeros(2),))  # type: ignore[arg-type]
 groktrace.follow(run, draws="many")  # type: ignore[arg-type]
 groktrace.forecast(run, setting=settings)  # type: ignore[call-arg]
 groktrace.compare(run, 3)  # type: ignore[arg-type]

@@ -149,10 +149,11 @@ def show_by(run: Run, reporters: Sequence["Reporter"], detector: "Detector | Non
     place = files_place(run, trajectory)
     with exclusive(run.root / layout.ANALYSIS_FOLDER, wait=True), run.publishing():
         report(trajectory, reporters, place, detector)
-    if place != run.root and run.remote is not None:
-        for path in sorted(place.rglob("[!.]*")):
-            if path.is_file():
-                run.publish(path)
+    for path in () if place == run.root else sorted(place.glob("[!.]*")):
+        if path.is_dir():
+            run.publish_folder(path, layout.EVENTS_SUFFIX)
+        else:
+            run.publish(path)
 
 
 def replay(

@@ -317,12 +317,15 @@ class Session:
         """
         if (kept := self.kept_scale()) is not None:
             return kept
-        own = self._own_scale()
-        if own is None:
+        scale, wbic = self._own_scale(), self.objective.settings.nbeta == "wbic"
+        if scale is None:
             scale = self.choose_scale(metrics)
+        elif self.objective.large_set or wbic:
+            chosen = self.choose_scale(metrics)
+            scale = scale._replace(samples=chosen.samples, batch_size=chosen.batch_size)
+            scale = scale._replace(nbeta=chosen.nbeta) if wbic else scale  # which is a function of n
         else:
-            chosen = self.choose_scale(metrics) if self.objective.large_set else Scale(*own[:2])
-            scale = own._replace(samples=chosen.samples, batch_size=chosen.batch_size)
+            scale = scale._replace(samples=None, batch_size=None)
         asked = results.KeptSettings(self.objective.settings.to_dict(), scale)
         self.snapshots.run.publish(asked.save(self.folder))
         return scale
@@ -339,8 +342,10 @@ class Session:
         """
         if self.other is None:
             return None
-        own = self._own_scale()
-        same = own is not None and own[:3] == scale[:3]
+        own, settings = self._own_scale(), self.objective.settings
+        same = None if own is None else own[:3] == scale[:3]
+        if own is None and (settings.localization is None or not isinstance(settings.nbeta, float | int)):
+            same = False
         return OtherSamples(self.other.name, data_digest(self.other.train), same)
 
     def choose_scale(self, metrics: dict[int, SnapshotMetrics], before: Scale | None = None) -> Scale:

@@ -129,12 +129,13 @@ class OtherSamples(Record):
     Attributes:
         name: of the file; None of data given in Python.
         digest: of the samples.
-        own_scale: whether nβ and γ are those of the run's own analysis, with which λ then compares.
+        own_scale: whether nβ and γ are those of the run's own analysis, with which λ then compares; None where both
+            were given.
     """
 
     name: str | None
     digest: str
-    own_scale: bool
+    own_scale: bool | None
 
     def __str__(self) -> str:
         return self.name or f"other data ({self.digest[:6]})"

@@ -104,13 +104,13 @@ def other_data(trajectory: Trajectory) -> str:
     """
     if trajectory.data is None:
         return ""
-    scale = (
-        "nβ and γ are those of the run's own analysis, so that λ compares"
-        if trajectory.data.own_scale
-        else "nβ and γ are of these data, as there was no analysis of the run's own with the same settings: λ compares "
-        "where both are given the same --nbeta and --localization"
-    )
-    return f"Measured on {trajectory.data}, not on the run's training samples; {scale}."
+    scale = {
+        True: "; nβ and γ are those of the run's own analysis, so that λ compares",
+        False: "; nβ and γ are not those of an analysis of the run's own: λ compares where both are given the same "
+        "--nbeta and --localization",
+        None: "",
+    }[trajectory.data.own_scale]
+    return f"Measured on {trajectory.data}, not on the run's training samples{scale}."
 
 
 def partial(trajectory: Trajectory) -> str:

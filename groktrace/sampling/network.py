@@ -176,7 +176,9 @@ def _activation_bytes(network: Network) -> int:
     """What one sample's gradient keeps between forward and backward, beside weights and data."""
     known = {tensor.untyped_storage().data_ptr() for tensor in network.loss.tensors}
     named = {name: tensor.detach().requires_grad_() for name, tensor in network._named(None).items()}
-    known |= {tensor.untyped_storage().data_ptr() for tensor in (*named.values(), *network._fixed.values())}
+    with torch.enable_grad():  # here, so that a whole with its parts counts as a weight
+        weights = network.loss.layout.join({**named, **network._fixed})
+    known |= {tensor.untyped_storage().data_ptr() for tensor in (*named.values(), *weights.values())}
     seen: dict[int, torch.UntypedStorage] = {}
 
     # The graph keeps nothing: a tensor would tie it into a ring that nothing frees. What was seen is held until it is
@@ -188,7 +190,7 @@ def _activation_bytes(network: Network) -> int:
 
     first = [tensor[:1] for tensor in network.loss.tensors]
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
-        network.loss.forward({**named, **network._fixed}, first)
+        network.loss.forward(weights, first)
     return sum(storage.nbytes() for storage in seen.values())
 
 

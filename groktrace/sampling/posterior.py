@@ -60,24 +60,22 @@ class WeightLayout:
         """All tensors of a network, and beside them the sampled parts, as views."""
         return {**weights, **{name: part.of(weights[part.tensor]) for name, part in self.parts}}
 
+    def join(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `split` gives as the network takes it: wholes that hold what their parts do, if these are there."""
+        named = dict(weights)
+        for name, part in self.parts:
+            if (values := named.pop(name, None)) is not None:
+                whole = part.put(as_reals(named[part.tensor].to(values.dtype)), as_reals(values))
+                named[part.tensor] = as_complex(whole) if values.is_complex() else whole
+        return named
+
     def joined(self, forward: Forward) -> Forward:
-        """The loss of what `split` gives, whose wholes hold whatever their parts do.
+        """The loss as a function of what `split` gives.
 
         Args:
             forward: of a network's own tensors.
         """
-        if not self.parts:
-            return forward
-
-        def join(weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-            named = dict(weights)
-            for name, part in self.parts:
-                values = named.pop(name)
-                whole = part.put(as_reals(named[part.tensor].to(values.dtype)), as_reals(values))
-                named[part.tensor] = as_complex(whole) if values.is_complex() else whole
-            return forward(named, tensors)
-
-        return join
+        return (lambda weights, tensors: forward(self.join(weights), tensors)) if self.parts else forward
 
     def flatten(self, weights: Mapping[str, Tensor]) -> Tensor:
         """One vector [D] of all sampled tensors, in float32 unless one of them is float64."""

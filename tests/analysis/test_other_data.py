@@ -1,6 +1,7 @@
 """λ of the same snapshots on other data."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -49,7 +50,10 @@ def test_nbeta_and_localization_are_the_runs_own_where_it_was_analysed(small_run
     assert [p.llc for p in beside] != [p.llc for p in own]
     assert [p.val_loss for p in beside] == [p.val_loss for p in own]
     given = groktrace.analyze(small_run, train=other, nbeta=7.0, localization=2.0, **FAST)
-    assert (given.nbeta, given.localization) == (7.0, 2.0)
+    assert (given.nbeta, given.localization, given.data.own_scale) == (7.0, 2.0, None)
+    assert groktrace.analyze(small_run, nbeta="wbic", **FAST).nbeta == pytest.approx(60 / math.log(60))
+    wbic = groktrace.analyze(small_run, train=other, n=500, nbeta="wbic", **FAST)
+    assert (wbic.nbeta, wbic.data.own_scale) == (pytest.approx(500 / math.log(500)), False)
     assert groktrace.analyze(small_run, **FAST) == own  # it goes on from its own results
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from groktrace.errors import SettingsError
-from groktrace.sampling.network import Network
+from groktrace.sampling.network import Network, _activation_bytes
 from groktrace.sampling.parts import Part, cut, parse_part, part_name, part_shape
 from groktrace.sampling.posterior import StackedLoss, WeightLayout
 
@@ -140,3 +140,25 @@ def test_gradients_are_those_of_the_block_alone_stacked_or_large(kind):
     gradient.zero_()
     network.add_gradient(gradient, network.vector())
     assert torch.allclose(gradient, expected)
+
+
+def test_a_whole_with_its_part_is_no_activation():
+    weights = {"W": torch.randn(30, 50)}
+    x = torch.randn(7, 50)
+
+    def forward(named, tensors):
+        outputs = (tensors[0] @ named["W"].T).tanh()
+        return outputs.square().mean(), outputs
+
+    part = cut("W", (30, 50), ((1, 3), (0, 2)))
+    layouts = [
+        WeightLayout(("W[1:3, 0:2]",), ((2, 2),), parts=(("W[1:3, 0:2]", part),)),
+        WeightLayout(("W",), ((30, 50),)),
+    ]
+    found = [
+        _activation_bytes(
+            Network(StackedLoss(layout.joined(forward), layout, (x,), {}, micro_batch=7), layout.split(weights))
+        )
+        for layout in layouts
+    ]
+    assert found[0] == found[1] < 30 * 50 * 4

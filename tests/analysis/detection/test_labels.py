@@ -7,8 +7,8 @@ import pytest
 
 from groktrace.analysis.detection import PiecewiseDetector, find_transitions
 from groktrace.analysis.detection.labels import high_loss, risen_in_words, since_risen
-from groktrace.analysis.llc import OFF_MINIMUM, PERHAPS_OFF
 from groktrace.analysis.grokking import measure_grokking
+from groktrace.analysis.llc import OFF_MINIMUM, PERHAPS_OFF
 from groktrace.analysis.trajectory import OtherSamples, Point, Trajectory
 
 STEPS = np.arange(0, 3050, 50)
