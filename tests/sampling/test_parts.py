@@ -147,7 +147,7 @@ def test_a_whole_with_its_part_is_no_activation():
     x = torch.randn(7, 50)
 
     def forward(named, tensors):
-        outputs = (tensors[0] @ named["W"].T).tanh()
+        outputs = (tensors[0] @ named["W"].T).tanh() @ named["W"]  # whose gradient needs W
         return outputs.square().mean(), outputs
 
     part = cut("W", (30, 50), ((1, 3), (0, 2)))
