@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.data import DataLoader, IterableDataset
 
 import groktrace
 from groktrace.run import layout
@@ -191,6 +192,53 @@ def test_a_loop_is_recorded_and_analysed(kind, tmp_path):
     loop = Loop()
     LOOPS[kind](loop, tmp_path / "run")
     check(tmp_path / "run", loop.model, [0, 2, 4, 6], lambda model: F.cross_entropy(model(loop.x), loop.y))
+
+
+class Stream(IterableDataset):
+    """Pairs without an end, from a generator of its own and the global one."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(1)
+
+    def __iter__(self):
+        while True:
+            x = torch.randn(4, generator=self.generator) + 0.1 * torch.randn(4)
+            yield x, (x[:3].sum() > 0).long()
+
+
+def of_loader():
+    return DataLoader(Stream(), batch_size=8), lambda loader: iter(loader)
+
+
+def of_batches():
+    def draw():
+        x = torch.randn(8, 4)
+        return x, torch.randint(0, 3, (8,))
+
+    return [draw() for _ in range(5)], lambda _: iter(draw, None)
+
+
+@pytest.mark.parametrize("make", [of_loader, of_batches])
+def test_a_stream_is_recorded_by_a_sample_and_trains_on_as_without(make, tmp_path):
+    def trained(out):
+        loop = Loop()
+        data, drawn = make()
+        optimizer = torch.optim.Adam(loop.parameters, lr=0.01)
+        if out is not None:
+            groktrace.watch(loop.model, optimizer, train=data, loss="cross_entropy", n=4000, out=out, every=2)
+        for _, (loop.x, loop.y) in zip(range(UPDATES), drawn(data), strict=False):
+            optimizer.zero_grad()
+            loop.loss().backward()
+            optimizer.step()
+        return loop.model, torch.get_rng_state()
+
+    (model, state), (alone, other) = trained(tmp_path / "run"), trained(None)
+    assert torch.equal(state, other)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
+    data = groktrace.open_run(tmp_path / "run").data
+    assert (data.n, len(data.train)) == (4000, 4000 if make is of_loader else 40)
+    x, y = data.train.nested()
+    check(tmp_path / "run", model, [0, 2, 4, 6], lambda model: F.cross_entropy(model(x), y))
 
 
 def test_adversaries_are_two_recordings(tmp_path):

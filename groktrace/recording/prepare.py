@@ -63,7 +63,14 @@ class Evaluation:
 
 
 def prepare_evaluation(
-    model: nn.Module, train: Any, val: Any, loss: Any, batch_loss: Any, seed: int, idle: Iterable[str] = ()
+    model: nn.Module,
+    train: Any,
+    val: Any,
+    loss: Any,
+    batch_loss: Any,
+    seed: int,
+    idle: Iterable[str] = (),
+    n: int | None = None,
 ) -> Evaluation:
     """Collect the data, try the loss on them, and trace model and loss.
 
@@ -75,6 +82,7 @@ def prepare_evaluation(
         batch_loss: see `watch`.
         seed: chooses the subset of large sets.
         idle: parameters of the model that require a gradient, but that the optimizer does not hold.
+        n: see `watch`.
 
     Raises:
         TaskError: data, loss and model do not fit together.
@@ -82,8 +90,8 @@ def prepare_evaluation(
     """
     with without_side_effects(model), restored_attributes(model, loss, batch_loss):
         fits = takes(model, loss, batch_loss)
-        batch, n = collect(train, "train", MAX_SAMPLES, seed, fits)
-        held_out, n_val = (None, 0) if val is None else collect(val, "val", MAX_SAMPLES, seed, fits)
+        batch, n = collect(train, "train", MAX_SAMPLES, seed, fits, n)
+        held_out, n_val = (None, 0) if val is None else collect(val, "val", MAX_SAMPLES, seed, fits, endless=True)
         data, tensors = describe_data(batch, n, held_out, n_val)
         forward = make_forward(model, loss, batch_loss, batch, held_out)
         with evaluation_mode(forward):

@@ -37,6 +37,7 @@ def watch(
     loss: Callable[..., Tensor] | str | None = None,
     batch_loss: Callable[..., Tensor] | None = None,
     val: Any = None,
+    n: int | None = None,
     weights: nn.Module | None = None,
     task: str | None = None,
     out: str | os.PathLike[str] = "snapshots",
@@ -58,9 +59,12 @@ def watch(
         train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader, samples along the
             first axis of every tensor; without it only weights are kept, and the analysis needs `--task`. In a list,
             an entry is a sample where one of its tensors has no axes or their first sizes differ, and else a batch.
+            Of an IterableDataset, or a DataLoader over one, the first samples are kept, read from a copy.
         loss: loss(outputs, targets) as a mean over the batch, or "cross_entropy" or "mse".
         batch_loss: instead of `loss`, batch_loss(model, batch) for models that compute their own.
         val: validation data in the same form as `train`.
+        n: the number of training samples, where `train` is a stream without an end or a length, or a sample of them
+            such as a list of random batches.
         weights: record the weights of this module instead, an average such as AveragedModel; as it stands when the
             next update begins.
         task: "package.module:factory" that rebuilds the task, for models that cannot be traced.
@@ -85,6 +89,8 @@ def watch(
     seed = check_count(seed, "seed", least=0)
     if start_step is not None:
         start_step = check_count(start_step, "start_step", least=0)
+    if n is not None:
+        n = check_count(n, "n", least=1)
     if task is not None and not (isinstance(task, str) and _FACTORY.fullmatch(task)):
         raise SettingsError(f"task: expected 'package.module:factory', got {task!r}.")
     check_exist(exist)
@@ -101,7 +107,7 @@ def watch(
             raise SettingsError("optimizer: holds none of the model's parameters; make it from model.parameters().")
     specs = describe_weights(model, optimizer)
     if train is None:
-        for name, value in (("loss", loss), ("batch_loss", batch_loss), ("val", val)):
+        for name, value in (("loss", loss), ("batch_loss", batch_loss), ("val", val), ("n", n)):
             if value is not None:
                 raise SettingsError(f"{name}: of no use without train; give the training data too.")
 
@@ -133,7 +139,7 @@ def watch(
                 for name, parameter in model.named_parameters()
                 if parameter.requires_grad and not specs[name].trainable
             ]
-            evaluation = prepare_evaluation(model, train, val, loss, batch_loss, seed, idle)
+            evaluation = prepare_evaluation(model, train, val, loss, batch_loss, seed, idle, n)
     own = evaluation.own
     specs = describe_weights(model, optimizer, own)
     with _agreed(sharded) as told:

@@ -72,6 +72,7 @@ class Task:
         loss: Callable[..., Tensor] | str | None = None,
         batch_loss: Callable[..., Tensor] | None = None,
         val: Any = None,
+        n: int | None = None,
         seed: int = 0,
     ) -> "Task":
         """A task from live objects: what a `--task package.module:factory` returns.
@@ -84,20 +85,23 @@ class Task:
             loss: loss(outputs, targets) as a mean over the batch, or "cross_entropy" or "mse".
             batch_loss: instead of `loss`, batch_loss(model, batch) for models that compute their own.
             val: validation data in the same form as `train`.
+            n: the number of training samples, where `train` is a stream without an end or a length, or a sample of
+                them such as a list of random batches.
             seed: chooses the subset where there are more than 8192 samples.
 
         Raises:
             TaskError: data and loss do not fit together, or the loss is no mean or no function of the weights.
         """
         if train is None:
-            if val is not None:
-                raise TaskError("val: of no use without train; give the training data too, or neither.")
+            for name, value in (("val", val), ("n", n)):
+                if value is not None:
+                    raise TaskError(f"{name}: of no use without train; give the training data too, or neither.")
             find_loss(loss, batch_loss)
             return cls(_without_data, None, None, 0, False, partial(cls._from_batches, model, loss, batch_loss))
         with without_side_effects(model):
             fits = takes(model, loss, batch_loss)
-            batch, n = collect(train, "train", MAX_SAMPLES, seed, fits)
-            held_out, n_val = (None, 0) if val is None else collect(val, "val", MAX_SAMPLES, seed, fits)
+            batch, n = collect(train, "train", MAX_SAMPLES, seed, fits, n)
+            held_out, n_val = (None, 0) if val is None else collect(val, "val", MAX_SAMPLES, seed, fits, endless=True)
             probe = _probe(make_forward(model, loss, batch_loss, batch, held_out), batch, held_out)
             with evaluation_mode(probe.forward):
                 notes = data_notes(probe, train, val, held_out)

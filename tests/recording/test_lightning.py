@@ -116,6 +116,16 @@ def test_the_trainers_own_validation_set(tmp_path):
     assert points[-1].val_loss != pytest.approx(points[-1].train_loss, rel=1e-3)
 
 
+def test_validation_data_that_the_user_gives(tmp_path):
+    x, y = (tensor.flip(0)[:10] for tensor in data())
+    for name, val in (("loader", DataLoader(TensorDataset(x, y), batch_size=4)), ("tensors", (x, y))):
+        module = make()
+        fit(module, GroktraceCallback(every=4, out=tmp_path / name, val=val))
+        points = groktrace.analyze(tmp_path / name, **FEW).points
+        expected = F.cross_entropy(module.eval().net(x), y).item()
+        assert points[-1].val_loss == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_validation_set_of_another_form_is_left_out_and_its_logged_loss_taken(tmp_path):
     x, y = (tensor.flip(0)[:10] for tensor in data())
     with pytest.warns(RuntimeWarning, match="trainer's own validation data are left out"):
