@@ -227,7 +227,7 @@ def describe_run(
         "n": evaluation.n,
         "seed": seed,
         "schedule": schedule.description,
-        "optimizer": None if optimizer is None else _describe_optimizer(optimizer),
+        "optimizer": None if optimizer is None else describe_optimizer(optimizer),
         "data": evaluation.data,
         "task": task,
         "doubts": [],
@@ -249,7 +249,12 @@ def _version() -> str:
         return "unknown"
 
 
-def _describe_optimizer(optimizer: Any) -> dict[str, Any]:
+def describe_optimizer(optimizer: Any) -> dict[str, Any]:
+    """The entry "optimizer" of run.json.
+
+    Args:
+        optimizer: one that takes hooks.
+    """
     groups = [
         {str(key): plain for key, value in group.items() if key != "params" and (plain := _plain(value)) is not None}
         for group in optimizer.param_groups

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from groktrace.errors import GroktraceError, SettingsError
 from groktrace.recording.capture import Capture, describe_weights, gathered, is_sharded, parameters_of, views_of
 from groktrace.recording.folder import Exist, Folder, check_exist, check_out, choose, name_of, with_earlier
-from groktrace.recording.hooks import hookable
+from groktrace.recording.hooks import counted_optimizer, updates_made
 from groktrace.recording.prepare import Evaluation, describe_run, prepare_evaluation, write_frozen, write_start
 from groktrace.recording.recorder import Recorder
 from groktrace.recording.schedule import check_count, make_schedule
@@ -54,8 +54,9 @@ def watch(
     Args:
         model: the network; torch.compile and DistributedDataParallel are seen through. Every process has to call
             this for one that fully_shard has sharded.
-        optimizer: each of its updates counts as a step; without it, call `Recorder.step()` once per update. Of
-            several, the one that steps last. Another one that takes its place later is counted on, and told.
+        optimizer: each of its updates counts as a step; without it, `Recorder.attach()` one that is made later, or
+            call `Recorder.step()` once per update. Of several, the one that steps last. Another one that takes its
+            place later is counted on, and told.
         train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader, samples along the
             first axis of every tensor; without it only weights are kept, and the analysis needs `--task`. In a list,
             an entry is a sample where one of its tensors has no axes or their first sizes differ, and else a batch.
@@ -98,13 +99,10 @@ def watch(
     if not isinstance(model, nn.Module):
         raise SettingsError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
     model = plain_model(model)
-    parameters = {id(parameter) for parameter in model.parameters()}
-    if not parameters:
+    if next(model.parameters(), None) is None:
         raise SettingsError("model: expected a network with parameters, got one without any.")
     if optimizer is not None:
-        optimizer = hookable(optimizer)
-        if not any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
-            raise SettingsError("optimizer: holds none of the model's parameters; make it from model.parameters().")
+        optimizer = counted_optimizer(optimizer, model)
     specs = describe_weights(model, optimizer)
     if train is None:
         for name, value in (("loss", loss), ("batch_loss", batch_loss), ("val", val), ("n", n)):
@@ -241,9 +239,7 @@ def _first_step(start_step: int | None, optimizer: Any, earlier: Recorder | None
         return start_step
     if earlier is not None:
         return earlier.steps
-    states = getattr(optimizer, "state", {}).values()
-    counts = [state["step"] for state in states if isinstance(state, dict) and "step" in state]
-    return max((int(count) for count in counts), default=0)
+    return updates_made(optimizer)
 
 
 def _is_writer() -> bool:
