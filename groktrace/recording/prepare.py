@@ -18,6 +18,7 @@ from groktrace.recording.schedule import Schedule
 from groktrace.recording.writer import now
 from groktrace.run import files, layout
 from groktrace.run.batch import Batch
+from groktrace.run.checks import check_forward, check_with_noise
 from groktrace.run.collect import collect
 from groktrace.run.isolation import without_side_effects
 from groktrace.run.loss_tensors import NO_TENSORS, LossTensors
@@ -26,7 +27,7 @@ from groktrace.run.task import (
     MAX_SAMPLES,
     SHIFT_INVARIANT_KEY,
     ModelWithLoss,
-    check_forward,
+    check_noise,
     data_notes,
     evaluation_mode,
     is_shift_invariant,
@@ -71,6 +72,7 @@ def prepare_evaluation(
     seed: int,
     idle: Iterable[str] = (),
     n: int | None = None,
+    noise: str | None = None,
 ) -> Evaluation:
     """Collect the data, try the loss on them, and trace model and loss.
 
@@ -83,6 +85,7 @@ def prepare_evaluation(
         seed: chooses the subset of large sets.
         idle: parameters of the model that require a gradient, but that the optimizer does not hold.
         n: see `watch`.
+        noise: see `watch`.
 
     Raises:
         TaskError: data, loss and model do not fit together.
@@ -92,11 +95,15 @@ def prepare_evaluation(
         fits = takes(model, loss, batch_loss)
         batch, n = collect(train, "train", MAX_SAMPLES, seed, fits, n)
         held_out, n_val = (None, 0) if val is None else collect(val, "val", MAX_SAMPLES, seed, fits, endless=True)
-        data, tensors = describe_data(batch, n, held_out, n_val)
         forward = make_forward(model, loss, batch_loss, batch, held_out)
         with evaluation_mode(forward):
-            notes = data_notes(check_forward(forward, batch, held_out), train, val, held_out)
-            return trace_evaluation(forward, batch, data, tensors, notes, idle)
+            if check_noise(noise):
+                probe, held_out = check_with_noise(forward, batch, held_out, seed)
+            else:
+                probe = check_forward(forward, batch, held_out)
+            data, tensors = describe_data(probe.batch, n, held_out, n_val)
+            notes = data_notes(probe, train, val, held_out)
+            return trace_evaluation(forward, probe.batch, data, tensors, notes, idle)
 
 
 def describe_data(batch: Batch, n: int, held_out: Batch | None, n_val: int) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -38,6 +38,7 @@ def watch(
     batch_loss: Callable[..., Tensor] | None = None,
     val: Any = None,
     n: int | None = None,
+    noise: str | None = None,
     weights: nn.Module | None = None,
     task: str | None = None,
     out: str | os.PathLike[str] = "snapshots",
@@ -66,6 +67,8 @@ def watch(
         val: validation data in the same form as `train`.
         n: the number of training samples, where `train` is a stream without an end or a length, or a sample of them
             such as a list of random batches.
+        noise: "fixed" draws the random numbers of a loss (a VAE's, a diffusion model's) once for each sample, and keeps
+            them with the data.
         weights: record the weights of this module instead, an average such as AveragedModel; as it stands when the
             next update begins.
         task: "package.module:factory" that rebuilds the task, for models that cannot be traced.
@@ -73,7 +76,7 @@ def watch(
         every: keep each step that this many updates divide; 100 if there is no `schedule` either.
         schedule: instead of `every`, "log", the steps to keep, or a function step -> bool.
         start_step: updates made before this call; by default what the optimizer's own state says.
-        seed: chooses the subset of data sets of more than 8192 samples.
+        seed: chooses the subset of data sets of more than 8192 samples, and what `noise` draws.
         exist: where `out` holds a run that this training does not continue: "new" records in the next free folder
             beside it, such as snapshots-2, and says so; "replace" removes the run; "error" refuses.
 
@@ -105,7 +108,7 @@ def watch(
         optimizer = counted_optimizer(optimizer, model)
     specs = describe_weights(model, optimizer)
     if train is None:
-        for name, value in (("loss", loss), ("batch_loss", batch_loss), ("val", val), ("n", n)):
+        for name, value in (("loss", loss), ("batch_loss", batch_loss), ("val", val), ("n", n), ("noise", noise)):
             if value is not None:
                 raise SettingsError(f"{name}: of no use without train; give the training data too.")
 
@@ -137,7 +140,7 @@ def watch(
                 for name, parameter in model.named_parameters()
                 if parameter.requires_grad and not specs[name].trainable
             ]
-            evaluation = prepare_evaluation(model, train, val, loss, batch_loss, seed, idle, n)
+            evaluation = prepare_evaluation(model, train, val, loss, batch_loss, seed, idle, n, noise)
     own = evaluation.own
     specs = describe_weights(model, optimizer, own)
     with _agreed(sharded) as told:
