@@ -126,11 +126,12 @@ def _collect_stream(
     length = n if n is not None or batched else known_length(data)
     most = max_samples if length is None else min(length, max_samples)
     beyond = length is None and not endless  # one more shows whether the stream ends
-    merge = data.collate_fn if isinstance(data, DataLoader) else None if batched else default_collate
+    merge = data.collate_fn if isinstance(data, DataLoader) else default_collate
     batch = None
     if batched:
         with reading(data, what, seed) as entries:
-            batch = _first_of_batches(entries if merge is None else map(merge, entries), what, most + beyond, fits)
+            converted = map(merge, entries) if isinstance(data, DataLoader) else entries
+            batch = _first_of_batches(converted, what, most + beyond, fits)
         found = 0 if batch is None else len(batch)
     else:
         samples = first_entries(data, most + beyond, what, seed)

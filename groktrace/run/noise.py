@@ -191,5 +191,10 @@ def _draw(forward: "ModelWithLoss", batch: Batch, seed: int, scale: float = 1.0)
     device = next(forward.parameters()).device
     with torch.no_grad(), seeded_rng(seed, device), torch.compiler.set_stance("force_eager"), _Drawn() as drawn:
         weights = {} if scale == 1 else {name: scale * tensor for name, tensor in forward.parameters_by_name().items()}
-        forward.evaluate(weights, batch.to(device).tensors)
+        try:
+            forward.evaluate(weights, batch.to(device).tensors)
+        except Exception as failure:
+            raise TaskError(
+                f"noise: the loss fails on {len(batch)} samples ({type(failure).__name__}: {failure}); {REMEDY}."
+            ) from failure
     return drawn.tensors

@@ -23,8 +23,9 @@ def known_length(data: Any) -> int | None:
     """The number of samples of a stream, where it says so itself."""
     if isinstance(data, DataLoader) and data.batch_size is None:
         return None  # its entries may be batches
+    dataset: Any = data.dataset if isinstance(data, DataLoader) else data
     try:
-        return len(data.dataset if isinstance(data, DataLoader) else data)
+        return len(dataset)
     except (TypeError, NotImplementedError):  # it has none
         return None
 

@@ -136,9 +136,14 @@ def gumbel(model, x):
     return F.gumbel_softmax(model(x)).square().mean()
 
 
+def of_two(model, x):
+    return model(x.view(2, 4) + torch.randn_like(x)).square().mean()
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
+        (of_two, r"the loss fails on 3 samples \(RuntimeError: .*shape.*; draw the numbers once"),
         (
             shared,
             r"of each sample's own, got a draw of shape \(\) for 2 samples and \(\) for 3; .* torch.randn\(len\(x\)",
