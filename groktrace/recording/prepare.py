@@ -95,13 +95,14 @@ def prepare_evaluation(
         fits = takes(model, loss, batch_loss)
         batch, n = collect(train, "train", MAX_SAMPLES, seed, fits, n)
         held_out, n_val = (None, 0) if val is None else collect(val, "val", MAX_SAMPLES, seed, fits, endless=True)
+        data, tensors = describe_data(batch, n, held_out, n_val)
         forward = make_forward(model, loss, batch_loss, batch, held_out)
         with evaluation_mode(forward):
             if check_noise(noise):
                 probe, held_out = check_with_noise(forward, batch, held_out, seed)
+                data, tensors = describe_data(probe.batch, n, held_out, n_val)
             else:
                 probe = check_forward(forward, batch, held_out)
-            data, tensors = describe_data(probe.batch, n, held_out, n_val)
             notes = data_notes(probe, train, val, held_out)
             return trace_evaluation(forward, probe.batch, data, tensors, notes, idle)
 
