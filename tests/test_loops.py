@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.data import DataLoader, IterableDataset
 
 import groktrace
 from groktrace.run import layout
@@ -191,6 +192,130 @@ def test_a_loop_is_recorded_and_analysed(kind, tmp_path):
     loop = Loop()
     LOOPS[kind](loop, tmp_path / "run")
     check(tmp_path / "run", loop.model, [0, 2, 4, 6], lambda model: F.cross_entropy(model(loop.x), loop.y))
+
+
+class Stream(IterableDataset):
+    """Pairs without an end, from a generator of its own and the global one."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(1)
+
+    def __iter__(self):
+        while True:
+            x = torch.randn(4, generator=self.generator) + 0.1 * torch.randn(4)
+            yield x, (x[:3].sum() > 0).long()
+
+
+def of_loader():
+    return DataLoader(Stream(), batch_size=8), lambda loader: iter(loader)
+
+
+def of_batches():
+    def draw():
+        x = torch.randn(8, 4)
+        return x, torch.randint(0, 3, (8,))
+
+    return [draw() for _ in range(5)], lambda _: iter(draw, None)
+
+
+@pytest.mark.parametrize("make", [of_loader, of_batches])
+def test_a_stream_is_recorded_by_a_sample_and_trains_on_as_without(make, tmp_path):
+    def trained(out):
+        loop = Loop()
+        data, drawn = make()
+        optimizer = torch.optim.Adam(loop.parameters, lr=0.01)
+        if out is not None:
+            groktrace.watch(loop.model, optimizer, train=data, loss="cross_entropy", n=4000, out=out, every=2)
+        for _, (loop.x, loop.y) in zip(range(UPDATES), drawn(data), strict=False):
+            optimizer.zero_grad()
+            loop.loss().backward()
+            optimizer.step()
+        return loop.model, torch.get_rng_state()
+
+    (model, state), (alone, other) = trained(tmp_path / "run"), trained(None)
+    assert torch.equal(state, other)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
+    data = groktrace.open_run(tmp_path / "run").data
+    assert (data.n, len(data.train)) == (4000, 4000 if make is of_loader else 40)
+    x, y = data.train.nested()
+    check(tmp_path / "run", model, [0, 2, 4, 6], lambda model: F.cross_entropy(model(x), y))
+
+
+class Autoencoder(nn.Module):
+    """A variational one, which draws a code for each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(2, 4)
+
+    def forward(self, x):
+        code = torch.distributions.Normal(*self.statistics(x))
+        return self.decoder(code.rsample())
+
+    def statistics(self, x):
+        mean, log_std = self.encoder(x).chunk(2, -1)
+        return mean, log_std.exp()
+
+
+def variational(model, batch):
+    (x,) = batch
+    mean, std = model.statistics(x)
+    divergence = (mean.square() + std.square() - 1 - 2 * std.log()).sum(-1).mean() / 2
+    return (model(x) - x).square().sum(-1).mean() + divergence
+
+
+def denoising(model, batch):
+    (x,) = batch
+    noise, share = torch.randn_like(x), torch.rand(len(x), 1)
+    return (model((1 - share) * x + share * noise) - noise).square().mean()
+
+
+def denoiser():
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize(("make", "loss"), [(Autoencoder, variational), (denoiser, denoising)])
+def test_noise_in_the_loss_is_fixed_for_the_analysis_alone(make, loss, tmp_path):
+    x = torch.randn(48, 4, generator=torch.Generator().manual_seed(1))
+
+    def trained(out, **recording):
+        torch.manual_seed(0)
+        model = make()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        if out is not None:
+            groktrace.watch(model, optimizer, train=(x,), batch_loss=loss, out=out, every=2, **recording)
+        for _ in range(UPDATES):
+            optimizer.zero_grad()
+            loss(model, (x,)).backward()
+            optimizer.step()
+        return model, torch.get_rng_state()
+
+    (model, state), (alone, other) = trained(tmp_path / "run", noise="fixed", val=(x[:9] + 0.1,)), trained(None)
+    assert torch.equal(state, other)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
+    trained(tmp_path / "again", noise="fixed", val=(x[:9] + 0.1,))
+
+    first, second, again = (groktrace.analyze(tmp_path / name, **FEW) for name in ("run", "run", "again"))
+    llc = [point.llc for point in first.points]
+    assert llc == [point.llc for point in second.points] == [point.llc for point in again.points]
+    assert all(value == value for value in llc)
+    assert all(point.val_loss is not None for point in first.points)
+    run = groktrace.open_run(tmp_path / "run")
+    assert run.doubts == ()
+    last, task = run.snapshots[-1].load(), run.task
+    whole = task.forward(last, task.train.tensors)[0]
+    singly = [task.forward(last, task.train.take(slice(i, i + 1)).tensors)[0] for i in range(len(x))]
+    torch.testing.assert_close(torch.stack(singly).mean(), whole)
+    assert first.points[-1].train_loss == pytest.approx(whole.item(), rel=1e-6)
+    by_batches = groktrace.analyze(tmp_path / "again", **FEW, batch_size=8)
+    assert by_batches.points[-1].train_loss == first.points[-1].train_loss
+
+    factory = groktrace.Task.from_model(make(), batch_loss=loss)  # with the noise that the run holds
+    by_task = groktrace.analyze(tmp_path / "run", task=factory, **FEW)
+    assert [point.train_loss for point in by_task.points] == pytest.approx([p.train_loss for p in first.points])
+
+    with pytest.warns(RuntimeWarning, match='draws random numbers; noise="fixed" keeps one draw for each sample'):
+        trained(tmp_path / "without")
 
 
 def test_adversaries_are_two_recordings(tmp_path):

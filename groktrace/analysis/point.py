@@ -26,6 +26,8 @@ def estimate_llc(
     train: Any,
     *,
     batch_loss: Callable[..., Tensor] | None = None,
+    n: int | None = None,
+    noise: str | None = None,
     device: str | torch.device | None = None,
     settings: SamplingSettings | None = None,
     **options: "Unpack[SamplingOptions]",
@@ -38,6 +40,8 @@ def estimate_llc(
             own parameters are sampled with the model's.
         train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader.
         batch_loss: batch_loss(model, batch) for models that compute their own loss.
+        n: the number of training samples, where `train` is a stream without an end or a length, or a sample of them.
+        noise: "fixed" draws the random numbers of the loss once for each sample.
         device: where to compute; a GPU where there is one.
         settings: of the sampling; None for the defaults.
         **options: fields of `groktrace.SamplingSettings`, in place of those of `settings`.
@@ -50,7 +54,7 @@ def estimate_llc(
         TaskError: model, loss and data do not fit together, or are not finite.
     """
     chosen = make_settings(settings, options)
-    objective, weights, metrics = prepare_point(model, loss, train, batch_loss, chosen, choose_device(device))
+    objective, weights, metrics = prepare_point(model, loss, train, batch_loss, chosen, choose_device(device), n, noise)
     scale = choose_sampling(objective, lambda step: weights, [metrics])
     return objective.estimate([weights], [metrics], scale)[0]
 
@@ -62,6 +66,8 @@ def prepare_point(
     batch_loss: Callable[..., Tensor] | None,
     settings: SamplingSettings,
     device: torch.device,
+    n: int | None = None,
+    noise: str | None = None,
 ) -> tuple[Objective, dict[str, Tensor], SnapshotMetrics]:
     """What sampling around a live model needs: what it is measured by, all tensors by name, and their metrics.
 
@@ -72,6 +78,8 @@ def prepare_point(
         batch_loss: see `estimate_llc`.
         settings: of the sampling.
         device: where to compute.
+        n: see `estimate_llc`.
+        noise: see `estimate_llc`.
 
     Raises:
         TaskError: model, loss and data do not fit together, or are not finite.
@@ -80,7 +88,7 @@ def prepare_point(
     if train is None:
         raise TaskError("train: expected the training data, got None.")
     # The seed of the sampling does not choose the samples: with another one, the same loss is measured again.
-    task = Task.from_model(model, loss=loss, batch_loss=batch_loss, train=train)
+    task = Task.from_model(model, loss=loss, batch_loss=batch_loss, train=train, n=n, noise=noise)
     weights = {name: tensor.detach() for name, tensor in {**task.parameters, **task.buffers}.items()}
     moving = {name for name, tensor in task.parameters.items() if tensor.requires_grad}
     moving = {task.follow.get(name, name) for name in moving}  # what lies in the memory of another counts with that

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from groktrace.run.batch import Batch
+from groktrace.run.noise import without_noise
 from groktrace.run.task import ForwardFunction, Task, failures_in_words
 from groktrace.sampling.network import as_float
 
@@ -143,7 +144,7 @@ def measure_losses(
 
     def correct(batch: Batch, outputs: Tensor | None, training: bool) -> Tensor | None:
         nonlocal offset
-        pair = batch.nested()
+        pair = without_noise(batch).nested()
         if outputs is None or not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], Tensor):
             return None
         targets = pair[1]

@@ -57,6 +57,8 @@ def temperature_curve(
     nbetas: Sequence[float] | None = None,
     *,
     batch_loss: Callable[..., Tensor] | None = None,
+    n: int | None = None,
+    noise: str | None = None,
     device: str | torch.device | None = None,
     settings: SamplingSettings | None = None,
     **options: "Unpack[SamplingOptions]",
@@ -72,6 +74,8 @@ def temperature_curve(
         train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader.
         nbetas: the temperatures; by default those of resolution 1 to 300.
         batch_loss: batch_loss(model, batch) for models that compute their own loss.
+        n: see `groktrace.estimate_llc`.
+        noise: see `groktrace.estimate_llc`.
         device: where to compute; a GPU where there is one.
         settings: of the sampling, without `nbeta`; None for the defaults.
         **options: fields of `groktrace.SamplingSettings`, in place of those of `settings`.
@@ -81,7 +85,7 @@ def temperature_curve(
         TaskError: model, loss and data do not fit together, or are not finite.
     """
     chosen = _curve_settings(settings, options)
-    objective, weights, metrics = prepare_point(model, loss, train, batch_loss, chosen, choose_device(device))
+    objective, weights, metrics = prepare_point(model, loss, train, batch_loss, chosen, choose_device(device), n, noise)
     return _measure_curve(objective, weights, metrics, nbetas)
 
 

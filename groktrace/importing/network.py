@@ -80,7 +80,7 @@ def prepare_network(task: Task) -> Network:
     model = plain_model(module.model)
     describe_weights(model)  # refused before anything is evaluated
     with without_side_effects(model), restored_attributes(model, module.loss, module.batch_loss):
-        forward = make_forward(model, module.loss, module.batch_loss, task.train, task.val)
+        forward = make_forward(model, module.loss, module.batch_loss, task.train, task.val, module.noise)
         with evaluation_mode(forward):
             evaluation = trace_evaluation(forward, task.train, *describe_data(task.train, task.n, task.val, task.n_val))
     own = evaluation.own

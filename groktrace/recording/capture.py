@@ -217,6 +217,28 @@ class Capture:
         for name in specs.keys() - self._once.names:
             self._allocate(name)
 
+    def attach(self, optimizer: Any, began: bool) -> set[str]:
+        """Follow what another optimizer trains.
+
+        Args:
+            optimizer: what it holds trains.
+            began: whether updates were counted before; what has trained then goes on counting as trained.
+
+        Returns:
+            The parameters that counted as trained before, but that it does not hold.
+
+        Raises:
+            SettingsError: what it holds cannot be told apart from the rest.
+        """
+        specs = describe_weights(self._trained, optimizer, self._own)
+        self._optimizer = optimizer
+        still = {name for name, spec in self._specs.items() if spec.trainable and not specs[name].trainable}
+        if began or optimizer is None:
+            return set()
+        self._still |= still
+        self._specs |= {name: specs[name] for name in still}
+        return still
+
     def look(self, step: int, whole: bool = False) -> None:
         """Find out what trains now, and which of the tensors kept elsewhere were modified.
 

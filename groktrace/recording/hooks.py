@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from groktrace.errors import SettingsError
@@ -29,6 +29,25 @@ def hookable(optimizer: Any) -> Any:
         f"optimizer: expected a torch.optim.Optimizer or a wrapper around one, got {type(optimizer).__name__}; "
         "with another one leave optimizer out and call recorder.step() once per update."
     )
+
+
+def counted_optimizer(optimizer: Any, model: nn.Module) -> Any:
+    """Find the optimizer whose updates of a model can be counted: the argument itself, or one that it wraps.
+
+    Raises:
+        SettingsError: there is none, or it holds none of the model's parameters.
+    """
+    optimizer = hookable(optimizer)
+    if not _parameters(optimizer) & {id(parameter) for parameter in model.parameters()}:
+        raise SettingsError("optimizer: holds none of the model's parameters; make it from model.parameters().")
+    return optimizer
+
+
+def updates_made(optimizer: Any) -> int:
+    """How many updates an optimizer has made, as far as its own state says; 0 for None."""
+    states = getattr(optimizer, "state", {}).values()
+    counts = [state["step"] for state in states if isinstance(state, dict) and "step" in state]
+    return max((int(count) for count in counts), default=0)
 
 
 def _takes_hooks(optimizer: Any) -> bool:

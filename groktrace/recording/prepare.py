@@ -18,6 +18,7 @@ from groktrace.recording.schedule import Schedule
 from groktrace.recording.writer import now
 from groktrace.run import files, layout
 from groktrace.run.batch import Batch
+from groktrace.run.checks import check_forward, check_with_noise
 from groktrace.run.collect import collect
 from groktrace.run.isolation import without_side_effects
 from groktrace.run.loss_tensors import NO_TENSORS, LossTensors
@@ -26,7 +27,7 @@ from groktrace.run.task import (
     MAX_SAMPLES,
     SHIFT_INVARIANT_KEY,
     ModelWithLoss,
-    check_forward,
+    check_noise,
     data_notes,
     evaluation_mode,
     is_shift_invariant,
@@ -63,7 +64,15 @@ class Evaluation:
 
 
 def prepare_evaluation(
-    model: nn.Module, train: Any, val: Any, loss: Any, batch_loss: Any, seed: int, idle: Iterable[str] = ()
+    model: nn.Module,
+    train: Any,
+    val: Any,
+    loss: Any,
+    batch_loss: Any,
+    seed: int,
+    idle: Iterable[str] = (),
+    n: int | None = None,
+    noise: str | None = None,
 ) -> Evaluation:
     """Collect the data, try the loss on them, and trace model and loss.
 
@@ -75,6 +84,8 @@ def prepare_evaluation(
         batch_loss: see `watch`.
         seed: chooses the subset of large sets.
         idle: parameters of the model that require a gradient, but that the optimizer does not hold.
+        n: see `watch`.
+        noise: see `watch`.
 
     Raises:
         TaskError: data, loss and model do not fit together.
@@ -82,13 +93,18 @@ def prepare_evaluation(
     """
     with without_side_effects(model), restored_attributes(model, loss, batch_loss):
         fits = takes(model, loss, batch_loss)
-        batch, n = collect(train, "train", MAX_SAMPLES, seed, fits)
-        held_out, n_val = (None, 0) if val is None else collect(val, "val", MAX_SAMPLES, seed, fits)
+        batch, n = collect(train, "train", MAX_SAMPLES, seed, fits, n)
+        held_out, n_val = (None, 0) if val is None else collect(val, "val", MAX_SAMPLES, seed, fits, endless=True)
         data, tensors = describe_data(batch, n, held_out, n_val)
         forward = make_forward(model, loss, batch_loss, batch, held_out)
         with evaluation_mode(forward):
-            notes = data_notes(check_forward(forward, batch, held_out), train, val, held_out)
-            return trace_evaluation(forward, batch, data, tensors, notes, idle)
+            if check_noise(noise):
+                probe, held_out = check_with_noise(forward, batch, held_out, seed)
+                data, tensors = describe_data(probe.batch, n, held_out, n_val)
+            else:
+                probe = check_forward(forward, batch, held_out)
+            notes = data_notes(probe, train, val, held_out)
+            return trace_evaluation(forward, probe.batch, data, tensors, notes, idle)
 
 
 def describe_data(batch: Batch, n: int, held_out: Batch | None, n_val: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -219,7 +235,7 @@ def describe_run(
         "n": evaluation.n,
         "seed": seed,
         "schedule": schedule.description,
-        "optimizer": None if optimizer is None else _describe_optimizer(optimizer),
+        "optimizer": None if optimizer is None else describe_optimizer(optimizer),
         "data": evaluation.data,
         "task": task,
         "doubts": [],
@@ -241,7 +257,12 @@ def _version() -> str:
         return "unknown"
 
 
-def _describe_optimizer(optimizer: Any) -> dict[str, Any]:
+def describe_optimizer(optimizer: Any) -> dict[str, Any]:
+    """The entry "optimizer" of run.json.
+
+    Args:
+        optimizer: one that takes hooks.
+    """
     groups = [
         {str(key): plain for key, value in group.items() if key != "params" and (plain := _plain(value)) is not None}
         for group in optimizer.param_groups

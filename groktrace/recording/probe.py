@@ -6,7 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-HOW_TO_COUNT = "give watch() the optimizer that trains, or call recorder.step() once per update."
+HOW_TO_COUNT = (
+    "give watch() the optimizer that trains, or recorder.attach() one that is made later, or call recorder.step() once "
+    "per update."
+)
 RUN = 8  # neighbouring elements of one tensor
 # Distinct readings, a second apart, without a counted update, before a warning. A few may come from an average swapped
 # in for validation, or from clamping; many also from a plot of the loss landscape, or an evolution strategy.
@@ -15,6 +18,15 @@ SOON, LATE = 4, 60
 LOOKS, HABIT = 32, 20
 
 Reading = list[list[float] | Tensor]
+
+
+def moved_after(step: int) -> str:
+    """A warning of a change of the weights after the last update."""
+    return (
+        f"after step {step} the weights changed without an update that was seen, as when the best or averaged ones "
+        "take the place of the last: they are not kept as those of that step. Close the recorder before; or, where "
+        f"these were updates, {HOW_TO_COUNT}"
+    )
 
 
 class WeightProbe:

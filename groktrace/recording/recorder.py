@@ -9,15 +9,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from groktrace.recording.attach import follow_optimizer
 from groktrace.recording.capture import Capture
+from groktrace.recording.count import UpdateCount
 from groktrace.recording.folder import Folder
 from groktrace.recording.guard import Guard
-from groktrace.recording.hooks import Streak, UpdateHooks
+from groktrace.recording.hooks import Streak, UpdateHooks, counted_optimizer
+from groktrace.recording.metrics import numbers_in
 from groktrace.recording.others import OtherOptimizers
-from groktrace.recording.probe import HOW_TO_COUNT, BetweenUpdates, Reading, Watchdog, WeightProbe, trained
+from groktrace.recording.probe import HOW_TO_COUNT, BetweenUpdates, Reading, Watchdog, WeightProbe, moved_after, trained
 from groktrace.recording.termination import catch_termination, open_recorders, restore_termination
 from groktrace.recording.warning import WarnOnce
-from groktrace.recording.writer import Writer
+from groktrace.recording.writer import Writer, slow_disk
 from groktrace.run import layout, pending
 
 SILENT_WAIT = 1.0  # seconds that training may wait for the disk without a warning
@@ -53,8 +56,7 @@ class Recorder:
         self._capture: Capture | None = capture
         self._writer = None if folder.hold is None else Writer(self._root, folder.hold, folder.remote)
         self._guard = None if folder.hold is None else guard
-        self._first = self._steps = start
-        self._skipped: Tensor | None = None
+        self._count = UpdateCount(start)
         self._copied: int | None = None
         self._pending_step: int | None = None
         self._metrics: dict[str, float] = {}
@@ -62,18 +64,10 @@ class Recorder:
         self._closed = self._left = self._in_update = self._on_signal = False
         self._warn_once = WarnOnce()
         self._hooks: UpdateHooks | None = None
-        # An average follows the weights by rules of its own, and of a sharded model a process sees a part.
-        probed = self._writer is not None and not deferred and not capture.sharded
-        self._between = BetweenUpdates(WeightProbe(trained(model, optimizer)) if probed else None)
         self._others: OtherOptimizers | None = None
         self._streak: Streak | None = None  # of other optimizers, at the end
         self._warn_once.on_failure(lambda: self._snapshot(start))
-        if optimizer is not None:
-            among = frozenset(map(id, model.parameters()))
-            warn = partial(self._warn_once, "replaced")
-            self._others = OtherOptimizers(optimizer, self._between.read, self._copy_for, self._replace, warn)
-            calls = (self._update, self._begin, self._stepped, self._again, self._return)
-            self._hooks = UpdateHooks(optimizer, *calls, among)
+        self._count_by(model, optimizer)
         if self._writer is not None:
             if not capture.sharded:
                 probe = WeightProbe(trained(model, optimizer))
@@ -82,25 +76,57 @@ class Recorder:
         open_recorders.append(self)
         catch_termination()
 
+    def _count_by(self, model: nn.Module, optimizer: Any) -> None:
+        """Count the updates of an optimizer, or without one those that `step` is called for."""
+        # An average follows the weights by rules of its own, and of a sharded model a process sees a part.
+        probed = self._writer is not None and not self.deferred and self._capture and not self._capture.sharded
+        self._between = BetweenUpdates(WeightProbe(trained(model, optimizer)) if probed else None)
+        if optimizer is not None:
+            among = frozenset(map(id, model.parameters()))
+            warn = partial(self._warn_once, "replaced")
+            self._others = OtherOptimizers(optimizer, self._between.read, self._copy_for, self._replace, warn)
+            calls = (self._update, self._begin, self._stepped, self._again, self._return)
+            self._hooks = UpdateHooks(optimizer, *calls, among)
+
     @property
     def steps(self) -> int:
         """Number of updates so far, those before this recording included."""
-        if self._skipped is not None:
-            self._steps -= int(self._skipped)
-            self._skipped = None
-        return self._steps
+        return self._count.steps
 
     @property
     def began(self) -> bool:
         """Whether an update was counted."""
-        return self.steps != self._first
+        return self.steps != self._count.first
 
     def step(self) -> None:
-        """Count one update; for loops whose optimizer was not given to `watch`."""
+        """Count one update; for loops whose optimizer was not given to `watch`, nor attached."""
         if self._hooks is not None:
-            self._warn_once("step", "recorder.step() does nothing where watch() was given the optimizer.")
+            self._warn_once("step", "recorder.step() does nothing where an optimizer's updates are counted.")
         else:
             self._update(None)
+
+    def attach(self, optimizer: Any) -> None:
+        """Count the updates of an optimizer that was made after `watch`, from now on; an earlier one's no more.
+
+        Args:
+            optimizer: as for `watch`.
+
+        Raises:
+            SettingsError: its steps cannot be seen, or it holds none of the model's parameters.
+        """
+        if self._model is None or self._capture is None or self._inert():
+            self._warn_once("attach", "recorder.attach() does nothing after the recording was closed.")
+            return
+        optimizer = counted_optimizer(optimizer, self._model)
+        if optimizer is self._optimizer:
+            return
+        earlier = self.began or self._hooks is not None
+        if note := follow_optimizer(optimizer, self._capture, self._writer, self.steps, earlier):
+            self._warn_once("attach", note)
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._optimizer = optimizer
+        self._count_by(self._model, optimizer)
 
     def log(self, **metrics: float) -> None:
         """Keep numbers with the next snapshot.
@@ -109,12 +135,7 @@ class Recorder:
             metrics: names and values; one-element tensors are fine too.
         """
         if not self._inert():
-            for name, value in metrics.items():
-                try:
-                    self._metrics[name] = float(value)
-                except Exception as failure:  # of any type
-                    reason = " ".join(str(failure).split())[:120]
-                    self._warn_once(f"metric {name}", f"log: '{name}' is left out, as it is no number ({reason}).")
+            self._metrics |= numbers_in(metrics, self._warn_once)
 
     @property
     def has_pending(self) -> bool:
@@ -218,9 +239,7 @@ class Recorder:
         if self._inert():
             return
         try:
-            # Reading found_inf would wait for the GPU at every step, so every update is counted, and the skipped ones
-            # are taken off when a snapshot seems due, which is never too late.
-            self._count(1, None if found_inf is None else (found_inf > 0).sum())
+            self._count.add(1, None if found_inf is None else (found_inf > 0).sum())
             self._in_update = False
             self._between.end()
             if self._is_due() and (not self.deferred or self._hooks is None):
@@ -228,17 +247,10 @@ class Recorder:
         except Exception as failure:
             self._warn_once.of_failure(failure)
 
-    def _count(self, updates: int, skipped: Tensor | None) -> None:
-        self._steps += updates
-        if skipped is not None:
-            self._skipped = skipped if self._skipped is None else self._skipped + skipped
-
     def _is_due(self) -> bool:
         """Whether the step counted last is to be kept, or an earlier one still is."""
-        if self._keep(self._steps):
-            counted = self._steps
-            if self.steps == counted:
-                self._pending_step = counted
+        if (due := self._count.due(self._keep)) is not None:
+            self._pending_step = due
         return self._pending_step is not None
 
     def _stepped(self, streak: Streak) -> None:
@@ -261,13 +273,12 @@ class Recorder:
         if self._capture is None or self._writer is None or self.deferred or step == self.steps or not self._keep(step):
             return None
         self._writer.make_room()
-        capture = self._capture
-        self._warn_once.on_failure(lambda: capture.look(step))
-        return step, capture.copy()
+        self._warn_once.on_failure(partial(self._capture.look, step))
+        return step, self._capture.copy()
 
     def _replace(self, streak: Streak, after: Reading | None, copy: tuple[int, dict[str, Tensor]] | None) -> None:
         """Count the steps that other optimizers have made in place of the watched one."""
-        self._count(streak.updates, streak.skipped)
+        self._count.add(streak.updates, streak.skipped)
         self._between.end_at(after)
         if self._is_due():
             if copy is not None and copy[0] == self._pending_step:
@@ -280,12 +291,10 @@ class Recorder:
 
     def _return(self) -> bool:
         """Discard the counted steps of other optimizers, if none was kept, as the watched one steps after all."""
-        if self._inert() or self._copied != self._first or self.has_pending:
+        if self._inert() or self._copied != self._count.first or self.has_pending:
             return False
-        self._steps, self._skipped = self._first, None
-        self._warn_once(
-            "returned", "the watched optimizer steps after all: only its steps count, from the first one on."
-        )
+        self._count.restart()
+        self._warn_once("returned", "the watched optimizer steps after all: only its steps count, from the first on.")
         return True
 
     def _take_pending(self) -> None:
@@ -321,7 +330,7 @@ class Recorder:
                 metrics, self._metrics = self._metrics, {}
                 writer.submit(step, tensors, metrics)
                 self._copied = step
-                if self._guard is not None and current and step != self._first and self._guard.due():
+                if self._guard is not None and current and step != self._count.first and self._guard.due():
                     self._guard.tell(step, tensors, writer.mark)
             elif capture.sharded:
                 capture.take_part()
@@ -333,11 +342,7 @@ class Recorder:
         writer.make_room()
         self._waited += time.perf_counter() - began
         if self._waited > SILENT_WAIT:
-            self._warn_once(
-                "slow",
-                f"training waits for snapshots to be written to '{self.out}', {self._waited:.1f} s so far; a larger "
-                "every= or a faster disk would spare it that.",
-            )
+            self._warn_once("slow", slow_disk(self.out, self._waited))
         self._report()
         return not writer.lost and not layout.snapshot_path(self._root, step).exists()
 
@@ -362,20 +367,15 @@ class Recorder:
         if writer is not None and not self._on_signal:
             self._warn_once.on_failure(lambda: capture.look(steps, whole=True))
             self._warn_once.on_failure(lambda: capture.report(self._warn_once, writer.mark_trainable))
-        idle = writer is not None and not capture.sharded and steps == self._first == self._copied
+        idle = writer is not None and not capture.sharded and steps == self._count.first == self._copied
         if idle and capture.moved():
             self._warn_once("idle", f"the weights changed, but no update was seen; {HOW_TO_COUNT}")
         elif moved:
             if not layout.snapshot_path(self._root, steps).exists():
-                self._warn_once(
-                    "moved",
-                    f"after step {steps} the weights changed without an update that was seen, as when the best or "
-                    "averaged ones take the place of the last: they are not kept as those of that step. Close the "
-                    f"recorder before; or, where these were updates, {HOW_TO_COUNT}",
-                )
+                self._warn_once("moved", moved_after(steps))
         else:
             self._snapshot(steps)  # where the last write failed, this tries once more
-            if self._guard is not None and writer is not None and steps != self._first:
+            if self._guard is not None and writer is not None and steps != self._count.first:
                 writer.wait()
                 self._guard.tell(steps, capture.copy(), writer.mark, gradient=True)
 
@@ -388,7 +388,7 @@ class Recorder:
 
     def _moment(self) -> tuple[int, bool]:
         """The number of updates so far, and whether one is in progress."""
-        return self._steps, self._in_update or self._closed or self._left
+        return self._count.counted, self._in_update or self._closed or self._left
 
     def _report(self) -> None:
         if self._writer is not None and self._writer.lost and self._capture is not None:

@@ -19,6 +19,8 @@ class TrainerRecording:
     Args:
         train: see `groktrace.watch`; by default what the trainer trains on.
         val: see `groktrace.watch`; by default what the trainer validates on, where its batches are those of `train`.
+        n: see `groktrace.watch`.
+        noise: see `groktrace.watch`.
         loss: see `groktrace.watch`.
         batch_loss: see `groktrace.watch`; by default the loss that the trainer minimises.
         task: see `groktrace.watch`.
@@ -37,6 +39,8 @@ class TrainerRecording:
         *,
         train: Any = None,
         val: Any = None,
+        n: int | None = None,
+        noise: str | None = None,
         loss: Callable[..., Tensor] | str | None = None,
         batch_loss: Callable[..., Tensor] | None = None,
         task: str | None = None,
@@ -47,7 +51,7 @@ class TrainerRecording:
         exist: Exist = "new",
     ) -> None:
         self._given = {"train": train, "val": val, "loss": loss, "batch_loss": batch_loss, "task": task, "out": out}
-        self._given |= {"every": every, "schedule": schedule, "seed": seed, "exist": exist}
+        self._given |= {"n": n, "noise": noise, "every": every, "schedule": schedule, "seed": seed, "exist": exist}
         self.recorder: Recorder | None = None
 
 
@@ -72,13 +76,13 @@ def watch_trainer(model: nn.Module, optimizer: Any, given: dict[str, Any], found
     try:
         recorder = _watch_with_val(model, optimizer, given, given | data)
     except TaskError as failure:
-        if any(given[name] is not None for name in ("train", "val", "loss", "batch_loss")):
+        if any(given[name] is not None for name in ("train", "val", "n", "noise", "loss", "batch_loss")):
             raise
         warn_user(
             f"the trainer's own data and loss cannot be used ({failure}); only weights are kept. Give the callback "
             "train= and loss=, or the analysis --task."
         )
-        nothing = dict.fromkeys(("train", "val", "loss", "batch_loss"))
+        nothing = dict.fromkeys(("train", "val", "n", "noise", "loss", "batch_loss"))
         recorder = watch(model, optimizer, **(given | nothing))
     recorder.deferred = True
     return recorder

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from groktrace.recording.trainers import TrainerRecording, watch_trainer
 from groktrace.recording.warning import warn_user
@@ -44,7 +45,10 @@ class GroktraceCallback(TrainerRecording, TrainerCallback):
         if given["out"] is None:
             given["out"] = os.path.join(args.output_dir, "snapshots")
         trainer = _find_trainer(self)
-        found = {"train": train_dataloader, "val": _validation(trainer), "batch_loss": _own_loss}
+        if given["train"] is None and isinstance(given["val"], Dataset):  # collated as the training data are
+            given["val"] = _validation(trainer, given["val"]) or given["val"]
+        val = None if trainer is None or given["val"] is not None else _validation(trainer, trainer.eval_dataset)
+        found = {"train": train_dataloader, "val": val, "batch_loss": _own_loss}
         if trainer is None:
             if args.label_smoothing_factor:
                 warn_user(
@@ -110,13 +114,13 @@ def _find_trainer(callback: TrainerCallback) -> Trainer | None:
     return None
 
 
-def _validation(trainer: Trainer | None) -> Any:
-    """What the trainer validates on, as one DataLoader."""
-    if trainer is None or trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
+def _validation(trainer: Trainer | None, dataset: Any) -> Any:
+    """A validation set as the DataLoader by which the trainer would read it; None where it could not."""
+    if trainer is None or dataset is None or isinstance(dataset, dict):
         return None
     kept = len(trainer.accelerator._dataloaders)
     try:
-        return trainer.get_eval_dataloader()
+        return trainer.get_eval_dataloader(dataset)
     except Exception:  # then the evaluation has none either
         return None
     finally:

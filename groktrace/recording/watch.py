@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from groktrace.errors import GroktraceError, SettingsError
 from groktrace.recording.capture import Capture, describe_weights, gathered, is_sharded, parameters_of, views_of
 from groktrace.recording.folder import Exist, Folder, check_exist, check_out, choose, name_of, with_earlier
-from groktrace.recording.hooks import hookable
+from groktrace.recording.hooks import counted_optimizer, updates_made
 from groktrace.recording.prepare import Evaluation, describe_run, prepare_evaluation, write_frozen, write_start
 from groktrace.recording.recorder import Recorder
 from groktrace.recording.schedule import check_count, make_schedule
@@ -37,6 +37,8 @@ def watch(
     loss: Callable[..., Tensor] | str | None = None,
     batch_loss: Callable[..., Tensor] | None = None,
     val: Any = None,
+    n: int | None = None,
+    noise: str | None = None,
     weights: nn.Module | None = None,
     task: str | None = None,
     out: str | os.PathLike[str] = "snapshots",
@@ -53,14 +55,20 @@ def watch(
     Args:
         model: the network; torch.compile and DistributedDataParallel are seen through. Every process has to call
             this for one that fully_shard has sharded.
-        optimizer: each of its updates counts as a step; without it, call `Recorder.step()` once per update. Of
-            several, the one that steps last. Another one that takes its place later is counted on, and told.
+        optimizer: each of its updates counts as a step; without it, `Recorder.attach()` one that is made later, or
+            call `Recorder.step()` once per update. Of several, the one that steps last. Another one that takes its
+            place later is counted on, and told.
         train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader, samples along the
             first axis of every tensor; without it only weights are kept, and the analysis needs `--task`. In a list,
             an entry is a sample where one of its tensors has no axes or their first sizes differ, and else a batch.
+            Of an IterableDataset, or a DataLoader over one, the first samples are kept, read from a copy.
         loss: loss(outputs, targets) as a mean over the batch, or "cross_entropy" or "mse".
         batch_loss: instead of `loss`, batch_loss(model, batch) for models that compute their own.
         val: validation data in the same form as `train`.
+        n: the number of training samples, where `train` is a stream without an end or a length, or a sample of them
+            such as a list of random batches.
+        noise: "fixed" draws the random numbers of a loss (a VAE's, a diffusion model's) once for each sample, and keeps
+            them with the data.
         weights: record the weights of this module instead, an average such as AveragedModel; as it stands when the
             next update begins.
         task: "package.module:factory" that rebuilds the task, for models that cannot be traced.
@@ -68,7 +76,7 @@ def watch(
         every: keep each step that this many updates divide; 100 if there is no `schedule` either.
         schedule: instead of `every`, "log", the steps to keep, or a function step -> bool.
         start_step: updates made before this call; by default what the optimizer's own state says.
-        seed: chooses the subset of data sets of more than 8192 samples.
+        seed: chooses the subset of data sets of more than 8192 samples, and what `noise` draws.
         exist: where `out` holds a run that this training does not continue: "new" records in the next free folder
             beside it, such as snapshots-2, and says so; "replace" removes the run; "error" refuses.
 
@@ -85,6 +93,8 @@ def watch(
     seed = check_count(seed, "seed", least=0)
     if start_step is not None:
         start_step = check_count(start_step, "start_step", least=0)
+    if n is not None:
+        n = check_count(n, "n", least=1)
     if task is not None and not (isinstance(task, str) and _FACTORY.fullmatch(task)):
         raise SettingsError(f"task: expected 'package.module:factory', got {task!r}.")
     check_exist(exist)
@@ -92,16 +102,13 @@ def watch(
     if not isinstance(model, nn.Module):
         raise SettingsError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
     model = plain_model(model)
-    parameters = {id(parameter) for parameter in model.parameters()}
-    if not parameters:
+    if next(model.parameters(), None) is None:
         raise SettingsError("model: expected a network with parameters, got one without any.")
     if optimizer is not None:
-        optimizer = hookable(optimizer)
-        if not any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
-            raise SettingsError("optimizer: holds none of the model's parameters; make it from model.parameters().")
+        optimizer = counted_optimizer(optimizer, model)
     specs = describe_weights(model, optimizer)
     if train is None:
-        for name, value in (("loss", loss), ("batch_loss", batch_loss), ("val", val)):
+        for name, value in (("loss", loss), ("batch_loss", batch_loss), ("val", val), ("n", n), ("noise", noise)):
             if value is not None:
                 raise SettingsError(f"{name}: of no use without train; give the training data too.")
 
@@ -133,7 +140,7 @@ def watch(
                 for name, parameter in model.named_parameters()
                 if parameter.requires_grad and not specs[name].trainable
             ]
-            evaluation = prepare_evaluation(model, train, val, loss, batch_loss, seed, idle)
+            evaluation = prepare_evaluation(model, train, val, loss, batch_loss, seed, idle, n, noise)
     own = evaluation.own
     specs = describe_weights(model, optimizer, own)
     with _agreed(sharded) as told:
@@ -235,9 +242,7 @@ def _first_step(start_step: int | None, optimizer: Any, earlier: Recorder | None
         return start_step
     if earlier is not None:
         return earlier.steps
-    states = getattr(optimizer, "state", {}).values()
-    counts = [state["step"] for state in states if isinstance(state, dict) and "step" in state]
-    return max((int(count) for count in counts), default=0)
+    return updates_made(optimizer)
 
 
 def _is_writer() -> bool:

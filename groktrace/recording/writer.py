@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,14 @@ def snapshot_metadata(step: int, metrics: Mapping[str, float]) -> dict[str, str]
     }
 
 
+def slow_disk(place: Path | str, seconds: float) -> str:
+    """A warning of how long training has waited for snapshots to be written."""
+    return (
+        f"training waits for snapshots to be written to '{place}', {seconds:.1f} s so far; a larger every= or a faster "
+        "disk would spare it that."
+    )
+
+
 class Writer:
     """Writes snapshots in a background thread; the training waits while a large one is in flight.
 
@@ -108,6 +116,8 @@ class Writer:
         self._marks: list[dict[str, Any]] = []  # doubts not yet written
         self._begun: dict[str, int] = {}  # the step from which parameters train, by name
         self._begins = False  # whether that is not yet written
+        self._optimizer: dict[str, Any] = {}  # entries of run.json that came with one attached later
+        self._still: frozenset[str] = frozenset()  # parameters that it does not hold
         self._jobs: deque[tuple[int, dict[str, Tensor], dict[str, float]]] = deque()
         self._queued = 0  # bytes of the queued jobs; at least QUEUE_BYTES if one is not small
         self._hurry = self._stopping = self._ended = False
@@ -186,6 +196,18 @@ class Writer:
             self._begins = self._hurry = True
             self._changed.notify_all()
 
+    def mark_optimizer(self, description: dict[str, Any], still: Iterable[str]) -> None:
+        """Write the optimizer that was attached into run.json, before the next snapshot.
+
+        Args:
+            description: its entry.
+            still: parameters that do not train, as it does not hold them.
+        """
+        with self._changed:
+            self._optimizer, self._still = {"optimizer": description}, self._still | frozenset(still)
+            self._begins = self._hurry = True
+            self._changed.notify_all()
+
     def close(self) -> None:
         """Write what is in flight and end the thread."""
         with self._changed:
@@ -246,9 +268,11 @@ class Writer:
         if self._is_lost():
             return
         path = self._root / layout.RUN_FILE
-        info = {**files.read_json(path), **entries}
+        info = {**files.read_json(path), **self._optimizer, **entries}
         if marks:
             info["doubts"] = [*(info.get("doubts") or []), *marks]
+        for name in self._still:
+            info["weights"][name]["trainable"] = False
         for name, step in self._begun.items():
             info["weights"][name] |= {"trainable": True, "trainable_from": step}
         files.write_json(path, info)

@@ -1,5 +1,6 @@
 """Check on a few samples that a loss is a mean over them, in any order, and a function of the weights."""
 
+import contextlib
 import copy
 import math
 from collections.abc import Sequence
@@ -8,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from groktrace.errors import TaskError
 from groktrace.run.batch import Batch
 from groktrace.run.isolation import seeded_rng
-from groktrace.run.model_with_loss import ModelWithLoss
+from groktrace.run.model_with_loss import ModelWithLoss, on_device_of
+from groktrace.run.noise import REMEDY, fix_noise, without_noise
 from groktrace.run.program import draws_random_numbers
 
 FEW = 2
@@ -110,6 +113,97 @@ class _RandomCalls(TorchDispatchMode):
         return func(*args, **passed)
 
 
+def check_forward(forward: ModelWithLoss, batch: Batch, held_out: Batch | None = None) -> LossProbe:
+    """Try the loss on a few samples.
+
+    Args:
+        forward: model and loss, in evaluation mode.
+        batch: training samples.
+        held_out: validation samples, or None.
+
+    Returns:
+        What further checks of the loss on the training samples take.
+
+    Raises:
+        TaskError: it fails, or does not return one number, or not a mean.
+    """
+    for what, samples in (("training", batch), ("validation", held_out)):
+        if samples is None:
+            continue
+        try:
+            loss = first_loss(forward, samples)
+        except Exception as failure:
+            raise TaskError(
+                f"model and loss fail on the {what} data ({type(failure).__name__}: {failure}); "
+                f"{_advice(forward, samples, failure)}"
+            ) from failure
+        if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TaskError(f"loss: expected one number, the mean over the batch, got {got}.")
+    probe = LossProbe(forward, batch)
+    check_mean(probe)
+    return probe
+
+
+def first_loss(forward: ModelWithLoss, batch: Batch, axis: int = 0) -> Any:
+    """The loss of two samples along an axis.
+
+    Args:
+        forward: model and loss, in evaluation mode.
+        batch: samples.
+        axis: theirs.
+    """
+    few = Batch(tuple(tensor.narrow(axis, 0, min(2, tensor.shape[axis])) for tensor in batch.tensors), batch.structure)
+    placed = on_device_of(forward, few)
+    with torch.no_grad(), seeded_rng(0, placed.tensors[0].device):
+        return forward(*placed.tensors)[0]
+
+
+def _advice(forward: ModelWithLoss, batch: Batch, failure: Exception) -> str:
+    if forward.loss is functional.cross_entropy and "target size" in str(failure):
+        return (
+            "cross_entropy takes classes on the second axis: for sequences with classes on the last axis give "
+            "loss=lambda o, t: cross_entropy(o.flatten(0, -2), t.flatten())."
+        )
+    if shared_second_axis(batch.tensors) is not None:
+        with contextlib.suppress(Exception):
+            first_loss(forward, batch, axis=1)
+            return (
+                "the first axis of every tensor is that of the samples, but they take the second as such; give the "
+                "data as x.transpose(0, 1), and transpose them back in batch_loss=lambda model, batch: ..."
+            )
+    return (
+        "check that train has the form that the model and the loss take; the first axis of every tensor is that of the "
+        "samples, and the entries of a list of such tensors are batches."
+    )
+
+
+def check_with_noise(
+    forward: ModelWithLoss, batch: Batch, held_out: Batch | None, seed: int
+) -> tuple[LossProbe, Batch | None]:
+    """As `check_forward`, of a loss whose random numbers are fixed; also the validation samples with theirs.
+
+    Args:
+        forward: see `check_forward`.
+        batch: training samples.
+        held_out: validation samples, or None.
+        seed: of the random numbers, where the samples hold none yet.
+
+    Raises:
+        TaskError: as `check_forward`; or what the loss draws cannot be fixed.
+    """
+    check_forward(forward, without_noise(batch), None if held_out is None else without_noise(held_out))
+    batch, held_out = fix_noise(forward, batch, held_out, seed)
+    probe = check_forward(forward, batch, held_out)
+    if probe.draws:
+        raise TaskError(
+            f"noise: at the same weights and samples the loss is {probe.draws[0]!r}, then {probe.draws[1]!r}, though "
+            "what it draws by torch.rand, torch.randn and the like is fixed; not so what NumPy, Python, multinomial, "
+            f"gumbel_softmax or dropout draw. For these, {REMEDY}."
+        )
+    return probe, held_out
+
+
 def check_mean(probe: LossProbe) -> None:
     """Refuse a loss that grows with the number of samples, which would inflate ΔF.
 
@@ -154,8 +248,9 @@ def check_repeatable(probe: LossProbe) -> None:
     if draws:
         raise TaskError(
             "loss: expected a function of the weights, got one that draws random numbers or keeps count: at the same "
-            f"weights and samples it is {draws[0]!r}, then {draws[1]!r}. Draw the numbers once and give them with the "
-            "data, as train=(x, y, noise) with batch_loss=; functional.dropout takes training=self.training."
+            f'weights and samples it is {draws[0]!r}, then {draws[1]!r}. noise="fixed" keeps one draw for each sample; '
+            "or give them with the data, as train=(x, y, noise) with batch_loss=; functional.dropout takes "
+            "training=self.training."
         )
 
 

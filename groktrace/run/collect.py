@@ -8,37 +8,53 @@ The first axis of every tensor is that of the samples. In a Python list, each en
   take only one of the two, decide, and where they do not the list is refused.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from groktrace.errors import TaskError
-from groktrace.run.batch import Batch, check_lengths, flatten, unflatten
+from groktrace.run.batch import Batch, Structure, check_lengths, flatten, unflatten
 from groktrace.run.isolation import seeded_rng
 from groktrace.run.samplers import trained_indices
+from groktrace.run.streams import first_entries, is_stream, known_length, reading
 
 # A list of more tensors of one shape than this is no batch's list of inputs and targets.
 MOST_LEAVES = 8
+# Entries of a stream by which it is decided whether they are samples or batches.
+HEAD = 4
+# Samples on which a collate_fn is tried.
+CHECKED = 3
 
 # Whether the model and the loss accept a batch.
 Fits = Callable[[Batch], bool]
 
 
-def collect(data: Any, what: str, max_samples: int, seed: int, fits: Fits | None = None) -> tuple[Batch, int]:
+def collect(
+    data: Any,
+    what: str,
+    max_samples: int,
+    seed: int,
+    fits: Fits | None = None,
+    n: int | None = None,
+    endless: bool = False,
+) -> tuple[Batch, int]:
     """Bring training data of any common form into one batch of at most `max_samples`.
 
     Args:
         data: a nesting of tensors (inputs, targets) or a dict of tensors; a list of such batches or of samples, see
             above; a map-style Dataset; or a DataLoader, whose dataset is read where its sampler leads, not its
-            iterator.
+            iterator. Of an IterableDataset, or a DataLoader over one, the first samples are taken.
         what: the argument's name, for messages.
         max_samples: larger sets are represented by a random subset of this size.
-        seed: seed of the subset's choice.
+        seed: seed of the subset's choice, and of what a stream draws.
         fits: tells whether a list's entries can be meant as batches, or as samples.
+        n: the true number of samples, where the data are a sample of them or a stream.
+        endless: whether a stream may go on where `n` is not given; then the number of those taken stands for it.
 
     Returns:
         The batch, copied to the CPU, and the true number of samples.
@@ -46,33 +62,120 @@ def collect(data: Any, what: str, max_samples: int, seed: int, fits: Fits | None
     Raises:
         TaskError: the data have another form, no samples, or unequal lengths.
     """
+    if is_stream(data):
+        return _collect_stream(data, what, max_samples, seed, fits, n, endless)
     if isinstance(data, list) and data:
         data = _read_list(data, what, fits)
     if isinstance(data, tuple | list | Mapping | Tensor):
         tensors, structure = flatten(data)
-        n = check_lengths(tensors, what)
-        index = _choose(n, max_samples, seed)
-        return Batch(tuple(_own(tensor.detach()[index]) for tensor in tensors), structure), n
+        held = check_lengths(tensors, what)
+        index = _choose(held, max_samples, seed)
+        return Batch(tuple(_own(tensor.detach()[index]) for tensor in tensors), structure), _at_least(n, held)
     dataset, indices, merge = _source(data, what)
-    n = len(indices)
-    if n == 0:
+    held = len(indices)
+    if held == 0:
         raise TaskError(f"{what}: expected at least one sample, got an empty set.")
-    index = _choose(n, max_samples, seed)
+    index = _choose(held, max_samples, seed)
     wanted = indices if isinstance(index, slice) else [indices[i] for i in index.tolist()]
+
+    def read(count: int) -> list[Any]:
+        return [dataset[i] for i in wanted[:count]]
+
+    return _collate(read, len(wanted), merge, what, seed), _at_least(n, held)
+
+
+def _at_least(n: int | None, held: int) -> int:
+    """The true number of samples, given how many the data hold.
+
+    Raises:
+        TaskError: it is smaller.
+    """
+    if n is not None and n < held:
+        raise TaskError(
+            f"n: expected the number of training samples of which train is a sample, at least the {held} that it "
+            f"holds, got {n}; leave n out where train holds all."
+        )
+    return held if n is None else n
+
+
+def _collate(
+    read: Callable[[int], list[Any]], count: int, merge: Callable[[list[Any]], Any], what: str, seed: int
+) -> Batch:
+    """The first samples that `read` gives as one batch."""
     if merge is not default_collate:
-        _check_collation(dataset, wanted[:3], merge, what, seed)
+        _check_collation(read, min(CHECKED, count), merge, what, seed)
     with seeded_rng(seed):
-        items = _merge([dataset[i] for i in wanted], merge, what)
+        items = _merge(read(count), merge, what)
     tensors, structure = _flatten_merged(items)
     found = check_lengths(
         tensors, what if merge is default_collate else f"{what}, as collate_fn makes it of the samples"
     )
-    if found != len(wanted):
+    if found != count:
         raise TaskError(
-            f"{what}: expected collate_fn to make one entry of each of {len(wanted)} samples, got {found}; give a "
+            f"{what}: expected collate_fn to make one entry of each of {count} samples, got {found}; give a "
             "dataset that holds what is trained on, or tensors."
         )
-    return Batch(tuple(_own(tensor.detach()) for tensor in tensors), structure), n
+    return Batch(tuple(_own(tensor.detach()) for tensor in tensors), structure)
+
+
+def _collect_stream(
+    data: Any, what: str, max_samples: int, seed: int, fits: Fits | None, n: int | None, endless: bool
+) -> tuple[Batch, int]:
+    """The first samples of a stream; arguments and errors as those of `collect`."""
+    batched = _gives_batches(data, what, seed, fits)
+    length = n if n is not None or batched else known_length(data)
+    most = max_samples if length is None else min(length, max_samples)
+    beyond = length is None and not endless  # one more shows whether the stream ends
+    merge = data.collate_fn if isinstance(data, DataLoader) else default_collate
+    batch = None
+    if batched:
+        with reading(data, what, seed) as entries:
+            converted = map(merge, entries) if isinstance(data, DataLoader) else entries
+            batch = _first_of_batches(converted, what, most + beyond, fits)
+        found = 0 if batch is None else len(batch)
+    else:
+        samples = first_entries(data, most + beyond, what, seed)
+        found = len(samples)
+        if 0 < found <= most:
+
+            def read(count: int) -> list[Any]:
+                return samples if count > CHECKED else first_entries(data, count, what, seed)
+
+            batch = _collate(read, found, merge, what, seed)
+    if found > most:
+        raise TaskError(
+            f"{what}: the stream does not end within {max_samples} samples and says no length; give n=, the number "
+            "of samples that the training sees as its training set. The first of them are kept."
+        )
+    if batch is None:
+        raise TaskError(f"{what}: expected at least one sample, got an empty stream.")
+    if n is not None and found < most:
+        raise TaskError(f"n: the stream ends after {found} samples, got n={n}; leave n out.")
+    return batch, found if length is None or found < most else length
+
+
+def _gives_batches(data: Any, what: str, seed: int, fits: Fits | None) -> bool:
+    """Whether a stream gives batches, or what may be batches, in place of samples."""
+    if isinstance(data, DataLoader):
+        return data.batch_size is None
+    kept, structure = _flatten_entries(first_entries(data, HEAD, what, seed), what)
+    return bool(kept) and not _fit(kept, structure, what, fits, True) and _fit(kept, structure, what, fits, False)
+
+
+def _first_of_batches(entries: Iterator[Any], what: str, most: int, fits: Fits | None) -> Batch | None:
+    """The first samples of a stream whose entries are samples or batches, as those of a list are; None without any."""
+    kept, structure = _flatten_entries(list(itertools.islice(entries, HEAD)), what)
+    if not kept:
+        return None
+    samples = _are_samples(kept, structure, what, fits)
+    held = len(kept) if samples else sum(len(tensors[0]) for tensors in kept)
+    while held < most and (more := list(itertools.islice(entries, 1))):
+        parts, other = _flatten_entries(more, what)
+        if other != structure:
+            raise _nested_differently(what)
+        kept += parts
+        held += 1 if samples else check_lengths(parts[0], what)
+    return Batch(tuple(_own(tensor.detach()[:most]) for tensor in _join(kept, samples, what)), structure)
 
 
 def random_samples_note(data: Any, what: str) -> str | None:
@@ -82,7 +185,7 @@ def random_samples_note(data: Any, what: str) -> str | None:
         data: what `collect` has taken.
         what: the argument's name, for the sentence.
     """
-    if isinstance(data, tuple | list | Mapping | Tensor):
+    if isinstance(data, tuple | list | Mapping | Tensor) or is_stream(data):
         return None
     reads = []
     try:
@@ -127,11 +230,12 @@ def _source(data: Any, what: str) -> tuple[Any, Sequence[Any], Callable[[list[An
             "its dataset."
         )
     dataset = data if loader is None else loader.dataset
-    streamed = isinstance(dataset, IterableDataset)
-    if streamed or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        iterator = ", which reading would use up; give list(itertools.islice(it, 64)), a list of its batches"
         raise TaskError(
             f"{what}: expected (inputs, targets) tensors, a dict of tensors, a list of batches, a Dataset with "
-            f"a length, or a DataLoader over one, got {type(data).__name__}."
+            f"a length, an IterableDataset, or a DataLoader over one, got {type(data).__name__}"
+            f"{iterator if hasattr(data, '__next__') else ''}."
         )
     if loader is None:
         return dataset, range(len(dataset)), default_collate
@@ -150,7 +254,7 @@ def _flatten_merged(items: Any) -> tuple[list[Tensor], Any]:
 
 
 def _check_collation(
-    dataset: Any, indices: Sequence[Any], merge: Callable[[list[Any]], Any], what: str, seed: int
+    read: Callable[[int], list[Any]], most: int, merge: Callable[[list[Any]], Any], what: str, seed: int
 ) -> None:
     """Refuse a collate_fn whose samples are not the first axis: the axis that grows with their number.
 
@@ -158,10 +262,10 @@ def _check_collation(
         TaskError: the first axis of a tensor is another one.
     """
     shapes = []
-    for count in (len(indices) - 1, len(indices)):
+    for count in (most - 1, most):
         if count > 0:
             with seeded_rng(seed):  # read anew: a collate_fn may use its samples up
-                items = _merge([dataset[i] for i in indices[:count]], merge, what)
+                items = _merge(read(count), merge, what)
             shapes.append((count, [tuple(tensor.shape) for tensor in _flatten_merged(items)[0]]))
     for leaf, shape in enumerate(shapes[-1][1]):
         if all(found[leaf][:1] == (count,) for count, found in shapes):
@@ -188,20 +292,29 @@ def _read_list(data: list[Any], what: str, fits: Fits | None) -> Any:
         return data
     if not isinstance(data[0], tuple | list | Mapping):
         return data
-    parts = [flatten(_as_tensors(tuple(entry) if isinstance(entry, list) else entry)) for entry in data]
-    structure = parts[0][1]
-    if any(other != structure for _, other in parts):
-        raise TaskError(f"{what}: the batches of the list are nested differently; give them one form.")
-    entries = [tensors for tensors, _ in parts]
+    entries, structure = _flatten_entries(data, what)
     return unflatten(structure, _join(entries, _are_samples(entries, structure, what, fits), what))
+
+
+def _flatten_entries(data: list[Any], what: str) -> tuple[list[list[Tensor]], Structure]:
+    """The tensors of each entry of a list, and how all of them nest.
+
+    Raises:
+        TaskError: they nest differently.
+    """
+    parts = [flatten(_as_tensors(tuple(entry) if isinstance(entry, list) else entry)) for entry in data]
+    structure: Structure = parts[0][1] if parts else 0
+    if any(other != structure for _, other in parts):
+        raise _nested_differently(what)
+    return [tensors for tensors, _ in parts], structure
+
+
+def _nested_differently(what: str) -> TaskError:
+    return TaskError(f"{what}: the batches of the list are nested differently; give them one form.")
 
 
 def _are_samples(entries: list[list[Tensor]], structure: Any, what: str, fits: Fits | None) -> bool:
     """Whether the entries of a list are samples; otherwise they are batches."""
-
-    def fit(samples: bool) -> bool:
-        return fits is not None and fits(Batch(tuple(_join(entries, samples, what)), structure))
-
     first = entries[0]
     alike = all(a.shape == b.shape for tensors in entries for a, b in zip(tensors, first, strict=True))
     if any(tensor.ndim == 0 for tensors in entries for tensor in tensors):
@@ -210,7 +323,7 @@ def _are_samples(entries: list[list[Tensor]], structure: Any, what: str, fits: F
     if uneven is not None:
         # Batches whose samples are another axis than the first are uneven too.
         hidden = any(len(a) > 1 and len(a) in b.shape[1:] for a in first for b in first)
-        if not alike or hidden or (len(entries) == 1 and not fit(samples=True)):
+        if not alike or hidden or (len(entries) == 1 and not _fit(entries, structure, what, fits, True)):
             check_lengths(uneven, what)
         return True
     sizes = [check_lengths(tensors, what) for tensors in entries]
@@ -220,10 +333,18 @@ def _are_samples(entries: list[list[Tensor]], structure: Any, what: str, fits: F
         if flat and not (len(set(sizes[:-1])) == 1 and sizes[-1] < sizes[0]):
             raise _ambiguous(what, f"{min(sizes)} to {max(sizes)}")
         return False
-    as_samples, as_batches = fit(samples=True), fit(samples=False)
+    as_samples, as_batches = (_fit(entries, structure, what, fits, samples) for samples in (True, False))
     if as_samples == as_batches and len(entries) > 1 and all(tensor.ndim == 1 for tensor in first):
         raise _ambiguous(what, str(sizes[0]))
     return as_samples and not as_batches
+
+
+def _fit(entries: list[list[Tensor]], structure: Structure, what: str, fits: Fits | None, samples: bool) -> bool:
+    """Whether the model and the loss take the entries, read as samples or as batches."""
+    try:
+        return fits is not None and fits(Batch(tuple(_join(entries, samples, what)), structure))
+    except TaskError:  # they cannot be joined
+        return False
 
 
 def _ambiguous(what: str, sizes: str) -> TaskError:

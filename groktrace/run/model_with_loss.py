@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from groktrace.errors import TaskError
 from groktrace.run.batch import Batch, Structure, unflatten
 from groktrace.run.loss_tensors import NO_TENSORS, PREFIX, LossTensors, UsedTensors, buffers_noted, find_loss_tensors
+from groktrace.run.noise import FixedNoise
 from groktrace.run.views import View, find_views
 
 _MODEL_PREFIX = "model."
@@ -24,6 +25,8 @@ class ModelWithLoss(nn.Module):
         loss: loss(outputs, targets), a mean over the batch; or None.
         batch_loss: batch_loss(model, batch), a mean over the batch; or None.
         structure: nesting of the batch, see `groktrace.run.batch`.
+        noise: where each of the batch's last tensors, which stand for what the loss draws, has its samples in the
+            draw; see `groktrace.run.noise`.
 
     Attributes:
         own: the loss's own tensors, once `find_tensors` has found them.
@@ -37,12 +40,14 @@ class ModelWithLoss(nn.Module):
         loss: Callable[..., Tensor] | None,
         batch_loss: Callable[..., Tensor] | None,
         structure: Structure,
+        noise: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
         self.batch_loss = batch_loss
         self.structure = structure
+        self.noise = tuple(noise)
         self.own: LossTensors = NO_TENSORS
         self.views: dict[str, View] = {}
         self.pairs = False
@@ -143,6 +148,12 @@ class ModelWithLoss(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
         """Loss and outputs on one batch."""
+        if not self.noise:
+            return self._compute(tensors)
+        with FixedNoise(tensors[-len(self.noise) :], self.noise):
+            return self._compute(tensors[: -len(self.noise)])
+
+    def _compute(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         batch = unflatten(self.structure, tensors)
         if self.batch_loss is not None:
             return self.batch_loss(self.model, batch), None

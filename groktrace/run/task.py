@@ -14,10 +14,18 @@ from torch.nn import functional
 from groktrace.attention import for_live_models
 from groktrace.errors import TaskError
 from groktrace.run.batch import Batch, unflatten
-from groktrace.run.checks import LossProbe, check_mean, check_repeatable, sample_axis_note, shared_second_axis
+from groktrace.run.checks import (
+    LossProbe,
+    check_forward,
+    check_repeatable,
+    check_with_noise,
+    first_loss,
+    sample_axis_note,
+)
 from groktrace.run.collect import Fits, collect, random_samples_note
-from groktrace.run.isolation import seeded_rng, without_side_effects
+from groktrace.run.isolation import without_side_effects
 from groktrace.run.model_with_loss import ModelWithLoss, evaluation_mode, on_device_of
+from groktrace.run.noise import without_noise
 
 MAX_SAMPLES = 8192
 # What program.json calls `Task.shift_invariant`; another name would change its digest, and so the random draws.
@@ -72,6 +80,8 @@ class Task:
         loss: Callable[..., Tensor] | str | None = None,
         batch_loss: Callable[..., Tensor] | None = None,
         val: Any = None,
+        n: int | None = None,
+        noise: str | None = None,
         seed: int = 0,
     ) -> "Task":
         """A task from live objects: what a `--task package.module:factory` returns.
@@ -84,21 +94,28 @@ class Task:
             loss: loss(outputs, targets) as a mean over the batch, or "cross_entropy" or "mse".
             batch_loss: instead of `loss`, batch_loss(model, batch) for models that compute their own.
             val: validation data in the same form as `train`.
+            n: the number of training samples, where `train` is a stream without an end or a length, or a sample of
+                them such as a list of random batches.
+            noise: "fixed" draws the random numbers of the loss once for each sample, and keeps them. Those that a run
+                holds are taken from there.
             seed: chooses the subset where there are more than 8192 samples.
 
         Raises:
             TaskError: data and loss do not fit together, or the loss is no mean or no function of the weights.
         """
         if train is None:
-            if val is not None:
-                raise TaskError("val: of no use without train; give the training data too, or neither.")
+            for name, value in (("val", val), ("n", n)):
+                if value is not None:
+                    raise TaskError(f"{name}: of no use without train; give the training data too, or neither.")
             find_loss(loss, batch_loss)
+            check_noise(noise)
             return cls(_without_data, None, None, 0, False, partial(cls._from_batches, model, loss, batch_loss))
         with without_side_effects(model):
             fits = takes(model, loss, batch_loss)
-            batch, n = collect(train, "train", MAX_SAMPLES, seed, fits)
-            held_out, n_val = (None, 0) if val is None else collect(val, "val", MAX_SAMPLES, seed, fits)
-            probe = _probe(make_forward(model, loss, batch_loss, batch, held_out), batch, held_out)
+            batch, n = collect(train, "train", MAX_SAMPLES, seed, fits, n)
+            held_out, n_val = (None, 0) if val is None else collect(val, "val", MAX_SAMPLES, seed, fits, endless=True)
+            forward = make_forward(model, loss, batch_loss, batch, held_out)
+            probe, held_out = _probe(forward, batch, held_out, check_noise(noise), seed)
             with evaluation_mode(probe.forward):
                 notes = data_notes(probe, train, val, held_out)
         for note in notes:
@@ -129,7 +146,9 @@ class Task:
         n: int,
     ) -> "Task":
         with without_side_effects(model):
-            probe = _probe(make_forward(model, loss, batch_loss, batch, held_out), batch, held_out)
+            own = without_noise(batch)
+            forward = make_forward(model, loss, batch_loss, own, None if held_out is None else without_noise(held_out))
+            probe, held_out = _probe(forward, batch, held_out, own is not batch)
         return cls._of(probe, held_out, n, 0 if held_out is None else len(held_out))
 
     @classmethod
@@ -197,8 +216,17 @@ def make_forward(
     batch_loss: Callable[..., Tensor] | None,
     train: Batch,
     val: Batch | None = None,
+    noise: Sequence[int] = (),
 ) -> ModelWithLoss:
     """Combine model and loss into one module, after all checks that need no evaluation.
+
+    Args:
+        model: the network.
+        loss: see `Task.from_model`.
+        batch_loss: see `Task.from_model`.
+        train: training samples.
+        val: validation samples, or None.
+        noise: see `ModelWithLoss`; then the samples hold what the loss draws.
 
     Raises:
         TaskError: no loss, two losses, an unknown name, or data that the loss cannot take.
@@ -206,8 +234,9 @@ def make_forward(
     loss = find_loss(loss, batch_loss)
     if val is not None and val.structure != train.structure:
         raise TaskError("val: expected the same nesting of tensors as train.")
+    structure = without_noise(train).structure if noise else train.structure
     if loss is not None:
-        match train.structure:
+        match structure:
             case {"tuple": [_, _]} | {"list": [_, _]}:
                 pass
             case _:
@@ -215,15 +244,39 @@ def make_forward(
                     "train: with loss=f(outputs, targets) expected a pair (inputs, targets); for batches of another "
                     "form give batch_loss=f(model, batch)."
                 )
-    return ModelWithLoss(model, loss, batch_loss, train.structure)
+    return ModelWithLoss(model, loss, batch_loss, structure, noise)
 
 
-def _probe(module: ModelWithLoss, batch: Batch, held_out: Batch | None) -> LossProbe:
-    """Evaluate the loss on a few samples, and check that it is a function of the weights."""
+def check_noise(noise: str | None) -> bool:
+    """Whether the random numbers of the loss are to be fixed.
+
+    Raises:
+        TaskError: `noise` is neither None nor "fixed".
+    """
+    if noise not in (None, "fixed"):
+        raise TaskError(f"noise: expected None or 'fixed', got {noise!r}.")
+    return noise is not None
+
+
+def _probe(
+    module: ModelWithLoss, batch: Batch, held_out: Batch | None, fixed: bool, seed: int = 0
+) -> tuple[LossProbe, Batch | None]:
+    """Evaluate the loss on a few samples, and check that it is a function of the weights; also the validation samples.
+
+    Args:
+        module: model and loss.
+        batch: training samples.
+        held_out: validation samples, or None.
+        fixed: whether the samples hold the random numbers of the loss, or are to hold them.
+        seed: of these.
+    """
     with evaluation_mode(module):
-        probe = check_forward(module, batch, held_out)
-        check_repeatable(probe)
-    return probe
+        if fixed:
+            probe, held_out = check_with_noise(module, batch, held_out, seed)
+        else:
+            probe = check_forward(module, batch, held_out)
+            check_repeatable(probe)
+    return probe, held_out
 
 
 def find_loss(
@@ -246,65 +299,6 @@ def find_loss(
     return loss
 
 
-def check_forward(forward: ModelWithLoss, batch: Batch, held_out: Batch | None = None) -> LossProbe:
-    """Try the loss on a few samples.
-
-    Args:
-        forward: model and loss, in evaluation mode.
-        batch: training samples.
-        held_out: validation samples, or None.
-
-    Returns:
-        What further checks of the loss on the training samples take.
-
-    Raises:
-        TaskError: it fails, or does not return one number, or not a mean.
-    """
-    for what, samples in (("training", batch), ("validation", held_out)):
-        if samples is None:
-            continue
-        try:
-            loss = _first_loss(forward, samples)
-        except Exception as failure:
-            raise TaskError(
-                f"model and loss fail on the {what} data ({type(failure).__name__}: {failure}); "
-                f"{_advice(forward, samples, failure)}"
-            ) from failure
-        if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise TaskError(f"loss: expected one number, the mean over the batch, got {got}.")
-    probe = LossProbe(forward, batch)
-    check_mean(probe)
-    return probe
-
-
-def _first_loss(forward: ModelWithLoss, batch: Batch, axis: int = 0) -> Any:
-    """The loss of two samples along an axis."""
-    few = Batch(tuple(tensor.narrow(axis, 0, min(2, tensor.shape[axis])) for tensor in batch.tensors), batch.structure)
-    placed = on_device_of(forward, few)
-    with torch.no_grad(), seeded_rng(0, placed.tensors[0].device):
-        return forward(*placed.tensors)[0]
-
-
-def _advice(forward: ModelWithLoss, batch: Batch, failure: Exception) -> str:
-    if forward.loss is functional.cross_entropy and "target size" in str(failure):
-        return (
-            "cross_entropy takes classes on the second axis: for sequences with classes on the last axis give "
-            "loss=lambda o, t: cross_entropy(o.flatten(0, -2), t.flatten())."
-        )
-    if shared_second_axis(batch.tensors) is not None:
-        with contextlib.suppress(Exception):
-            _first_loss(forward, batch, axis=1)
-            return (
-                "the first axis of every tensor is that of the samples, but they take the second as such; give the "
-                "data as x.transpose(0, 1), and transpose them back in batch_loss=lambda model, batch: ..."
-            )
-    return (
-        "check that train has the form that the model and the loss take; the first axis of every tensor is that of the "
-        "samples, and the entries of a list of such tensors are batches."
-    )
-
-
 def takes(model: nn.Module, loss: Callable[..., Tensor] | str | None, batch_loss: Callable[..., Tensor] | None) -> Fits:
     """A function that tells whether the model and the loss accept a batch, see `collect`."""
 
@@ -312,7 +306,7 @@ def takes(model: nn.Module, loss: Callable[..., Tensor] | str | None, batch_loss
         try:
             forward = make_forward(model, loss, batch_loss, batch)
             with evaluation_mode(forward):
-                float(_first_loss(forward, batch))
+                float(first_loss(forward, batch))
         except Exception:
             return False
         return True
@@ -348,7 +342,7 @@ def is_shift_invariant(forward: ModelWithLoss, batch: Batch) -> bool:
         # does not take are an exception; on a GPU they may end the process.
         outputs = outputs.cpu().double()
         tensors = [tensor.double() if tensor.is_floating_point() else tensor for tensor in few.tensors]
-        targets = unflatten(few.structure, tensors)[1]
+        targets = unflatten(forward.structure, tensors)[1]
         try:
             plain = forward.loss(outputs, targets)
             scale = torch.stack((outputs.std(), plain.abs())).max().clamp_min(1.0)

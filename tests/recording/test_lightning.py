@@ -116,6 +116,33 @@ def test_the_trainers_own_validation_set(tmp_path):
     assert points[-1].val_loss != pytest.approx(points[-1].train_loss, rel=1e-3)
 
 
+def test_validation_data_that_the_user_gives(tmp_path):
+    x, y = (tensor.flip(0)[:10] for tensor in data())
+    for name, val in (("loader", DataLoader(TensorDataset(x, y), batch_size=4)), ("tensors", (x, y))):
+        module = make()
+        fit(module, GroktraceCallback(every=4, out=tmp_path / name, val=val))
+        points = groktrace.analyze(tmp_path / name, **FEW).points
+        expected = F.cross_entropy(module.eval().net(x), y).item()
+        assert points[-1].val_loss == pytest.approx(expected, rel=1e-5)
+
+
+class Noisy(Module):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return super().training_step((x + 0.1 * torch.randn_like(x), y), batch_idx)
+
+
+def test_noise_in_the_loss(tmp_path):
+    module, alone = make(Noisy), make(Noisy)
+    fit(module, GroktraceCallback(every=4, out=tmp_path / "run", noise="fixed"))
+    fit(alone)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), alone.parameters(), strict=True))
+    run = groktrace.open_run(tmp_path / "run")
+    x, y, noise = run.data.train.tensors
+    expected = F.cross_entropy(module.eval().net(x + 0.1 * noise), y).item()
+    assert groktrace.analyze(run, **FEW).points[-1].train_loss == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_validation_set_of_another_form_is_left_out_and_its_logged_loss_taken(tmp_path):
     x, y = (tensor.flip(0)[:10] for tensor in data())
     with pytest.warns(RuntimeWarning, match="trainer's own validation data are left out"):

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import groktrace
 from groktrace.run import layout
@@ -34,22 +34,30 @@ class Sentences(Dataset):
         return {"input_ids": self.tokens[i], "labels": self.tokens[i]}
 
 
-def train(folder, *callbacks, resume=False, kind=transformers.Trainer, **settings):
+class Streamed(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield from Sentences()
+
+
+def train(folder, *callbacks, resume=False, kind=transformers.Trainer, dataset=Sentences, **settings):
     """Seven updates of a small GPT-2; returns the trainer."""
     transformers.set_seed(0)
     size = {"vocab_size": 9, "n_positions": 6, "n_embd": 8, "n_layer": 1, "n_head": 2}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, bos_token_id=0, eos_token_id=0))
+    collator = settings.pop("data_collator", None)
     settings = {"max_steps": 7, "save_strategy": "no", "per_device_train_batch_size": 5} | settings
     arguments = transformers.TrainingArguments(
         str(folder), report_to="none", use_cpu=True, disable_tqdm=True, learning_rate=0.01, **settings
     )
-    trainer = kind(model, arguments, train_dataset=Sentences(), eval_dataset=Sentences(), callbacks=list(callbacks))
+    data = {"train_dataset": dataset(), "eval_dataset": Sentences(), "data_collator": collator}
+    trainer = kind(model, arguments, **data, callbacks=list(callbacks))
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
-def own_loss(model):
-    tokens = Sentences().tokens
+def own_loss(model, part=slice(None)):
+    tokens = Sentences().tokens[part]
     logits = model.eval()(tokens).logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
 
@@ -69,6 +77,39 @@ def test_the_trainers_own_data_and_loss(tmp_path):
     assert run.snapshots[1].metrics()["loss"] > 1
     trajectory = groktrace.analyze(run, **FEW)
     assert trajectory.points[-1].train_loss == pytest.approx(own_loss(model), rel=1e-5)
+
+
+def test_a_stream(tmp_path):
+    callback = GroktraceCallback(every=7, n=20)
+    model = train(tmp_path / "run", callback, dataset=Streamed).model
+    alone = train(tmp_path / "alone", dataset=Streamed).model
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), model.parameters(), strict=True))
+    trajectory = groktrace.analyze(callback.recorder.out, **FEW)
+    assert trajectory.n == 20
+    assert trajectory.points[-1].train_loss == pytest.approx(own_loss(model), rel=1e-5)
+    refused = r"trainer's own data and loss cannot be used \(train: the stream does not end .* give n="
+    with pytest.warns(RuntimeWarning, match=refused):
+        train(tmp_path / "weights", GroktraceCallback(every=2), dataset=Streamed)
+
+
+def test_validation_data_that_the_user_gives(tmp_path):
+    held_out = torch.utils.data.Subset(Sentences(), range(5))
+    callback = GroktraceCallback(every=7, val=DataLoader(held_out, batch_size=2))
+    model = train(tmp_path, callback).model
+    points = groktrace.analyze(callback.recorder.out, **FEW).points
+    assert points[-1].val_loss == pytest.approx(own_loss(model, slice(5)), rel=1e-5)
+
+
+def test_a_validation_set_is_collated_as_the_training_set(tmp_path):
+    class Named(Sentences):
+        def __getitem__(self, i):
+            return {"input_ids": self.tokens[i], "label_ids": self.tokens[i]}  # the trainer's collator renames them
+
+    callback = GroktraceCallback(every=7, val=torch.utils.data.Subset(Named(), range(5)))
+    settings = {"remove_unused_columns": False, "data_collator": transformers.default_data_collator}
+    model = train(tmp_path, callback, dataset=Named, **settings).model
+    points = groktrace.analyze(callback.recorder.out, **FEW).points
+    assert points[-1].val_loss == pytest.approx(own_loss(model, slice(5)), rel=1e-5)
 
 
 def test_a_training_that_is_resumed_goes_on_counting(tmp_path):

@@ -87,7 +87,7 @@ def test_loops_without_an_optimizer(training, tmp_path):
 def test_step_besides_an_optimizer_is_told_and_not_counted(training, tmp_path):
     with watch(training.model, training.optimizer, out=tmp_path / "run") as recorder:
         training.update()
-        with pytest.warns(RuntimeWarning, match="does nothing where watch"):
+        with pytest.warns(RuntimeWarning, match="does nothing where an optimizer's updates are"):
             recorder.step()
         recorder.step()
         assert recorder.steps == 1
@@ -331,6 +331,9 @@ def wrong(training, tmp_path):
         "out type": ({"out": 7}, "out: expected the path of a folder"),
         "out is a file": ({"out": tmp_path / "file"}, "is a file"),
         "out below a file": ({"out": tmp_path / "file" / "run"}, "is a file"),
+        "n": ({"n": 0}, "n: expected a whole number"),
+        "n too small": ({"n": 5}, "n: expected .* at least the 6 that it holds, got 5"),
+        "n alone": ({"train": None, "loss": None, "n": 5}, "n: of no use without train"),
         "start": ({"start_step": -1}, "start_step: expected a whole number"),
         "seed": ({"seed": 0.5}, "seed: expected a whole number"),
         "data type": (
@@ -346,6 +349,7 @@ def wrong(training, tmp_path):
         *("every", "schedule", "both schedules", "loss name", "lengths", "two losses", "no loss", "no train"),
         *("loss fails", "not a model", "no parameters", "wrong optimizer", "not an optimizer", "task", "task type"),
         *("out type", "out is a file", "out below a file", "start", "seed", "data type"),
+        *("n", "n too small", "n alone"),
     ],
 )
 def test_wrong_arguments(training, tmp_path, wrong, case):

@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from groktrace.errors import TaskError
 from groktrace.run.collect import collect, random_samples_note
@@ -20,14 +20,6 @@ class Augmented(Dataset):
     def __getitem__(self, i):
         noise = torch.tensor([random.random(), float(np.random.rand()), float(torch.rand(()))])
         return X[i] + noise[:2] + noise[2], int(Y[i])
-
-
-class Streamed(IterableDataset):
-    def __iter__(self):
-        return iter([(X[0], Y[0])])
-
-    def __len__(self):
-        return 1
 
 
 def same(left, right):
@@ -161,11 +153,9 @@ def test_a_loader_in_use_goes_on_where_it_was():
         ([(X, Y), {"x": X}], "train: the batches of the list are nested differently"),
         ([(X, Y), (X[:, :1], Y)], "train: the batches of the list cannot be joined"),
         (3, r"train: expected \(inputs, targets\) tensors, .* or a DataLoader over one, got int"),
-        (iter([(X, Y)]), "got list_iterator"),
+        (iter([(X, Y)]), "got list_iterator, which reading would use up; give list"),
         ((X.numpy(), Y), "data: expected tensors in tuples, lists or dicts, got ndarray"),
         ([1, 2], "data: expected tensors in tuples, lists or dicts, got int"),
-        (Streamed(), "a Dataset with a length, or a DataLoader over one, got Streamed"),
-        (DataLoader(Streamed()), "a Dataset with a length, or a DataLoader over one, got DataLoader"),
         (DataLoader(TensorDataset(X, Y), batch_size=None), "a DataLoader with batch_size=None says nothing of samples"),
         (DataLoader(TensorDataset(X, Y), collate_fn=str), "data: expected tensors in tuples, lists or dicts, got str"),
         (
@@ -368,3 +358,11 @@ def test_samples_that_stay_are_passed_over_after_two_reads():
     assert data.reads == 4
     for other in ((X, Y), PIECES, {"x": X}, DataLoader(TensorDataset(X, Y)), DataLoader(RAGGED, collate_fn=padded)):
         assert random_samples_note(other, "train") is None
+
+
+@pytest.mark.parametrize("data", [[(X, Y)] * 3, (X, Y), TensorDataset(X, Y)])
+def test_the_true_number_of_samples_may_be_given(data):
+    batch, n = collect(data, "train", 4, 0, n=1000)
+    assert (len(batch), n) == (4, 1000)
+    with pytest.raises(TaskError, match=r"n: expected .* at least the (10|30) that it holds, got 5; leave n out"):
+        collect(data, "train", 4, 0, n=5)

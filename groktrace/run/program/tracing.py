@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from groktrace.errors import TaskError
 from groktrace.run.batch import Batch
@@ -42,12 +43,12 @@ def trace(forward: ModelWithLoss, batch: Batch) -> Graph:
         TaskError: model and loss cannot be traced, or are not a function of weights and data alone.
     """
     model = getattr(forward.model, "_orig_mod", forward.model)
-    plain = ModelWithLoss(model, forward.loss, forward.batch_loss, forward.structure)
+    plain = ModelWithLoss(model, forward.loss, forward.batch_loss, forward.structure, forward.noise)
     plain.adopt(forward.own)
     device = next(model.parameters(), batch.tensors[0]).device
     # A size of one becomes a constant of the trace, so a single sample is doubled.
     few = batch.take(slice(0, EXAMPLE_SAMPLES) if len(batch) > 1 else torch.tensor([0, 0], device="cpu"))
-    with eager_and_unfused(device), _quiet(), evaluation_mode(plain):
+    with eager_and_unfused(device), _quiet(), _trusting_distributions(), evaluation_mode(plain):
         try:
             try:
                 return _trace_any_size(plain, few.to(device), batch.to(device))
@@ -56,7 +57,8 @@ def trace(forward: ModelWithLoss, batch: Batch) -> Graph:
             except Exception as failure:
                 return _trace_with_scalar_reads(plain, few.to(device), batch.to(device), failure)
         except RandomError as failure:
-            raise TaskError(f"the loss is not a function of the weights alone: {failure}.") from failure
+            remedy = 'noise="fixed" keeps one draw for each sample'
+            raise TaskError(f"the loss is not a function of the weights alone: {failure}; {remedy}.") from failure
         except RefusedError as failure:
             raise TaskError(f"the model and loss cannot be recorded as a program: {failure}.") from failure
         except Exception as failure:
@@ -228,6 +230,17 @@ def _symbolic_len() -> Iterator[None]:
         yield
     finally:
         builtins.len = plain_len
+
+
+@contextlib.contextmanager
+def _trusting_distributions() -> Iterator[None]:
+    """Keep torch.distributions from looking at the values of their parameters, which a trace cannot follow."""
+    before = Distribution._validate_args
+    try:
+        Distribution.set_default_validate_args(False)
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 @contextlib.contextmanager
