@@ -113,7 +113,7 @@ def choose_sampling(
     if not snapshots or (not large_set and not free):
         return scale
     trial = _Trial(objective, key)
-    at_once = 1 if large_set else threads  # recorded gradients have buffers that one thread can use
+    at_once = threads if large_set else 1  # of small sets a trial takes a moment
     if large_set:
         scale = trial.sized(scale)
     for nearer, locality in enumerate(LOCALITIES if free else (scale.locality,)):
@@ -179,7 +179,7 @@ class _Trial:
 
     def _profile(self, known: SnapshotMetrics, weights: Mapping[str, Tensor], scale: Scale) -> NoiseProfile:
         """How noisy gradients of few samples are at one snapshot."""
-        loss = self._loss.subset(scale.samples, 4 * MINIBATCH_NOISE.group)
+        loss = self._objective.fork().loss.subset(scale.samples, 4 * MINIBATCH_NOISE.group)
         factor = 1.0 if scale.curvature is None else scale.curvature / known.top_curvature
         stacked, anchor = stack_weights(loss, [{**weights, FACTOR: torch.tensor(factor)}])
         key, size = self._key(known.step), self._step_size(known, scale)
@@ -190,7 +190,7 @@ class _Trial:
         short = replace(self._settings, draws=self._settings.draws or FEW_DRAWS)
         if self._objective.large_set:
             short = replace(short, step_size=self._step_size(known, scale), burn_in=BURN_IN, draws=DRAWS)
-        objective = replace(self._objective, settings=short)
+        objective = replace(self._objective.fork(), settings=short)
         return objective.estimate([weights], [known], scale, [self._key(known.step)])[0]
 
     def left(self, known: SnapshotMetrics, estimate: LLCEstimate) -> bool:

@@ -234,3 +234,21 @@ def test_snapshots_without_a_basin_are_told_after_a_few_steps(large_set):
     assert found.llc is None
     assert found.llc_centred is None
     assert found.reasons[0].startswith("not in a basin: within a few steps nβ times the loss fell by")
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_trials_beside_each_other_share_no_recorded_gradients(monkeypatch, small):
+    """A recording has buffers: two threads that used one mixed the weights of two snapshots."""
+    if not small:
+        monkeypatch.setattr(network, "WHOLE_BYTES", 0)
+    model, data, _ = line()
+    objective, weights, metrics = prepared(model, "mse", data)
+    objective = replace(objective, chance=(1e9,))
+    both = [metrics, replace(metrics, step=1)]
+    used, estimate, profile = [], Objective.estimate, pilot.profile_noise
+    monkeypatch.setattr(Objective, "estimate", lambda own, *rest: used.append(own.loss.plans) or estimate(own, *rest))
+    monkeypatch.setattr(pilot, "profile_noise", lambda loss, *rest: used.append(loss.plans) or profile(loss, *rest))
+    alone = choose_sampling(objective, lambda step: weights, both, threads=1)
+    assert choose_sampling(objective, lambda step: weights, both, threads=2) == alone
+    assert len(used) >= 4
+    assert len({id(plans) for plans in used} | {id(objective.loss.plans)}) == len(used) + 1
