@@ -18,7 +18,7 @@ from groktrace.run.files import digest, read_json, read_metadata
 from groktrace.run.store import Run
 from groktrace.run.task import Task
 from groktrace.sampling.network import LARGE_WEIGHTS, as_float
-from groktrace.sampling.posterior import WeightLayout
+from groktrace.sampling.weights import WeightLayout
 
 # Numbers of two evaluations of one loss agree to this fraction, on whatever machine; the second, in single precision.
 _TOLERANCE, _TOLERANCE_SINGLE = 1e-5, 1e-3

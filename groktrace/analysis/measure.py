@@ -24,10 +24,11 @@ from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.large import sample_large, top_eigenvalue_large
 from groktrace.sampling.network import Network, as_float, shuffled, with_micro_batch
 from groktrace.sampling.noise import generator_for, normal_like
-from groktrace.sampling.posterior import FACTOR, PART_BYTES, StackedLoss, WeightLayout
+from groktrace.sampling.posterior import FACTOR, PART_BYTES, StackedLoss
 from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
 from groktrace.sampling.traces import Traces
 from groktrace.sampling.tuning import WHOLE_DATA
+from groktrace.sampling.weights import WeightLayout
 
 # Of large sets: what losses and accuracies are measured on at least, in so many parts or more, whose scatter gives the
 # error.

@@ -13,7 +13,7 @@ from groktrace.records import Record
 from groktrace.run.layout import Step
 from groktrace.run.task import Task
 from groktrace.sampling.network import as_float
-from groktrace.sampling.posterior import WeightLayout
+from groktrace.sampling.weights import WeightLayout
 from groktrace.theory import jacobian_rank
 
 

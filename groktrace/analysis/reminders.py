@@ -14,7 +14,7 @@ from groktrace.errors import GroktraceError
 from groktrace.run.batch import Batch, Structure
 from groktrace.run.store import RecordedData, Run
 from groktrace.run.task import Task
-from groktrace.sampling.posterior import WeightLayout
+from groktrace.sampling.weights import WeightLayout
 
 
 def reminders(

@@ -16,8 +16,8 @@ from groktrace.run.data import take_data
 from groktrace.run.store import Run
 from groktrace.run.task import Task
 from groktrace.sampling.parts import FORM, Part, cut, parse_part, part_name, part_shape
-from groktrace.sampling.posterior import WeightLayout
 from groktrace.sampling.settings import SamplingOptions, SamplingSettings
+from groktrace.sampling.weights import WeightLayout
 
 
 def make_settings(settings: SamplingSettings | None, options: SamplingOptions) -> SamplingSettings:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from groktrace.sampling.gradient_accumulation import GradientAccumulation, leaf
-from groktrace.sampling.posterior import FACTOR, WHOLE_BYTES, StackedLoss, as_reals
+from groktrace.sampling.posterior import FACTOR, WHOLE_BYTES, StackedLoss
+from groktrace.sampling.weights import as_reals
 
 # Networks of so many numbers, and those whose activations take so much, are evaluated alone and in micro-batches.
 LARGE_WEIGHTS = 2**24

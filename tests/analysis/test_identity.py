@@ -167,7 +167,7 @@ def test_networks_that_take_one_form_only_have_keys_too(kind):
         60,
         False,
     )
-    layout = groktrace.sampling.posterior.WeightLayout(
+    layout = groktrace.sampling.weights.WeightLayout(
         tuple(weights), tuple(tuple(tensor.shape) for tensor in weights.values())
     )
     found = measure_behaviour(task, layout, weights)

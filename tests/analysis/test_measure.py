@@ -7,8 +7,8 @@ from torch import nn
 from groktrace.analysis.measure import Objective, SnapshotMetrics, chance_losses
 from groktrace.analysis.predictions import correct_predictions
 from groktrace.run.task import Task
-from groktrace.sampling.posterior import WeightLayout
 from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.weights import WeightLayout
 
 CPU = torch.device("cpu")
 

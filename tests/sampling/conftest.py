@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from groktrace.sampling.posterior import StackedLoss, WeightLayout
+from groktrace.sampling.posterior import StackedLoss
+from groktrace.sampling.weights import WeightLayout
 
 
 @pytest.fixture

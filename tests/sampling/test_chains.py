@@ -12,9 +12,10 @@ from groktrace.sampling.calibration import resolve, run_length, step_size
 from groktrace.sampling.chains import rows_per_stack, sample
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.kernels import base
-from groktrace.sampling.posterior import StackedLoss, WeightLayout
+from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
 from groktrace.sampling.tuning import EQUILIBRIUM
+from groktrace.sampling.weights import WeightLayout
 
 SPECTRUM = torch.cat([torch.zeros(20), torch.logspace(-3, 0, 40)]).double()
 

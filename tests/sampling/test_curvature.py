@@ -4,7 +4,8 @@ from torch import nn
 
 from groktrace.run.task import Task
 from groktrace.sampling.curvature import difference_product, gaussian_start, hessian_operator, top_eigenvalue
-from groktrace.sampling.posterior import StackedLoss, WeightLayout
+from groktrace.sampling.posterior import StackedLoss
+from groktrace.sampling.weights import WeightLayout
 
 
 def network():

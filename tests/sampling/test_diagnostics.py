@@ -21,6 +21,20 @@ def test_effective_sample_size_of_an_autoregressive_series(memory):
     assert sum(found) / 5 == pytest.approx(expected, rel=0.15)
 
 
+@pytest.mark.parametrize(("draws", "memory", "least"), [(16, 0.0, 0.94), (16, 0.3, 0.92), (32, 0.3, 0.93)])
+def test_few_draws_cover_the_mean_too(draws, memory, least):
+    covered = 0
+    for seed in range(2000):
+        trace = autoregressive(draws, 1, memory, seed)
+        covered += abs(float(trace.mean())) <= 1.96 * diagnostics.standard_error(trace)
+    assert least <= covered / 2000 <= 0.98
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(3, 3.1824), (5, 2.5706), (10, 2.2281), (30, 2.0423), (1e9, 1.96)])
+def test_errors_of_few_draws_are_students(freedom, quantile):
+    assert diagnostics._student(freedom) == pytest.approx(quantile / 1.95996, rel=0.01)
+
+
 def test_standard_error_covers_the_mean():
     covered = 0
     for seed in range(200):

@@ -4,7 +4,8 @@ import torch
 
 from groktrace.sampling.hutchinson import hessian_trace
 from groktrace.sampling.noise import generator_for
-from groktrace.sampling.posterior import StackedLoss, WeightLayout
+from groktrace.sampling.posterior import StackedLoss
+from groktrace.sampling.weights import WeightLayout
 
 DIMENSION = 12
 

@@ -10,8 +10,9 @@ from groktrace.sampling.chains import sample
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.large import hessian_trace_large, sample_large, top_eigenvalue_large
 from groktrace.sampling.network import Network
-from groktrace.sampling.posterior import StackedLoss, WeightLayout
+from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.weights import WeightLayout
 
 SPECTRUM = torch.logspace(0, -3, 60).double()
 

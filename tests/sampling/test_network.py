@@ -10,7 +10,8 @@ from groktrace.run.task import Task
 from groktrace.sampling import network as module
 from groktrace.sampling.network import Network, with_micro_batch
 from groktrace.sampling.noise import NormalNoise, normal_like
-from groktrace.sampling.posterior import StackedLoss, WeightLayout
+from groktrace.sampling.posterior import StackedLoss
+from groktrace.sampling.weights import WeightLayout
 
 
 class Tied(nn.Module):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from groktrace.errors import SettingsError
 from groktrace.sampling.network import Network, _activation_bytes
 from groktrace.sampling.parts import Part, cut, parse_part, part_name, part_shape
-from groktrace.sampling.posterior import StackedLoss, WeightLayout
+from groktrace.sampling.posterior import StackedLoss
+from groktrace.sampling.weights import WeightLayout
 
 
 @st.composite
