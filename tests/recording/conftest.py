@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-import groktrace.run.task  # noqa: F401  # before the stand-in
+import groktrace
+import groktrace.run.task  # before the stand-in
 
 
 class FakeProgram:
@@ -64,10 +65,24 @@ class Training:
             nn.functional.mse_loss(self.model(self.x), self.y).backward()
             self.optimizer.step()
 
+    def record(self, root, updates, **settings):
+        """Record some updates, every second one; returns the recorder, closed."""
+        with groktrace.watch(
+            self.model, self.optimizer, **self.data, out=root, **({"every": 2} | settings)
+        ) as recorder:
+            self.update(updates)
+        return recorder
+
 
 @pytest.fixture
 def training():
     return Training()
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Where a run may go."""
+    return tmp_path / "run"
 
 
 @pytest.fixture

@@ -20,17 +20,6 @@ from groktrace.recording.watch import watch
 from groktrace.run import layout
 
 
-@pytest.fixture
-def root(tmp_path):
-    return tmp_path / "run"
-
-
-def record(training, root, updates, **settings):
-    with watch(training.model, training.optimizer, **training.data, out=root, every=2, **settings) as recorder:
-        training.update(updates)
-    return recorder
-
-
 def contents(root):
     """All files of a folder and when they were written."""
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in root.rglob("*") if path.is_file()}
@@ -41,31 +30,31 @@ def steps(*folders):
 
 
 def test_a_second_run_goes_into_the_next_folder_and_says_so(make_training, root, capsys):
-    record(make_training(), root, 5)
+    make_training().record(root, 5)
     before = contents(root)
     assert capsys.readouterr().err == ""
-    second = record(make_training(), root, 3)
+    second = make_training().record(root, 3)
     assert capsys.readouterr().err == (
         f"groktrace: '{root}' holds a recording up to step 5 and stays as it is; this training is recorded in "
         f"'{root}-2'.\n"
     )
-    third = record(make_training(), str(root) + "/", 1, start_step=0)
+    third = make_training().record(str(root) + "/", 1, start_step=0)
     assert contents(root) == before
     assert (second.out, third.out) == (root.with_name("run-2"), root.with_name("run-3"))
     assert steps(root, second.out, third.out) == [[0, 2, 4, 5], [0, 2, 3], [0, 1]]
     assert {json.loads((folder / "run.json").read_text())["out"] for folder in (root, second.out)} == {"run"}
     (root.with_name("run-7")).touch()  # whatever it is, its number is taken
-    assert record(make_training(), root, 1).out == root.with_name("run-8")
+    assert make_training().record(root, 1).out == root.with_name("run-8")
     assert f"'{root}-2', 3 steps" not in repr(second)
     assert str(second.out) in repr(second)
 
 
 def test_another_network_goes_into_the_next_folder_too(training, root, capsys):
-    record(training, root, 1)
+    training.record(root, 1)
     before = contents(root)
     training.model = nn.Linear(3, 2)
     training.optimizer = torch.optim.SGD(training.model.parameters(), lr=0.1)
-    assert record(training, root, 2, start_step=10).out == root.with_name("run-2")
+    assert training.record(root, 2, start_step=10).out == root.with_name("run-2")
     assert "is the run of another network or loss and stays as it is" in capsys.readouterr().err
     criterion = nn.Bilinear(2, 2, 1)
     training.optimizer.add_param_group({"params": list(criterion.parameters())})
@@ -77,8 +66,8 @@ def test_another_network_goes_into_the_next_folder_too(training, root, capsys):
 
 def test_the_first_folder_is_the_relative_one_too(make_training, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    record(make_training(), "snapshots", 1)
-    recorder = record(make_training(), Path("snapshots"), 1)
+    make_training().record("snapshots", 1)
+    recorder = make_training().record(Path("snapshots"), 1)
     assert recorder.out == tmp_path / "snapshots-2"
     assert recorder.asked == tmp_path / "snapshots"
 
@@ -89,34 +78,34 @@ def test_what_is_no_run_is_refused_and_left_alone(make_training, root, exist):
     (root / "thesis.tex").write_text("x")
     before = contents(root)
     with pytest.raises(SettingsError, match="holds files, but is not a groktrace run; choose another out="):
-        record(make_training(), root, 1, exist=exist)
+        make_training().record(root, 1, exist=exist)
     (root / layout.RUN_FILE).write_text('{"epochs": 3}')
     with pytest.raises(RunError, match="not a groktrace run file"):
-        record(make_training(), root, 1, exist=exist)
+        make_training().record(root, 1, exist=exist)
     (root / layout.RUN_FILE).unlink()
     assert contents(root) == before
     assert [path.name for path in root.parent.iterdir()] == ["run"]
 
 
 def test_error_refuses(make_training, root):
-    record(make_training(), root, 5)
+    make_training().record(root, 5)
     before = contents(root)
     with pytest.raises(SettingsError, match=r"up to step 5\. To continue it, .*start_step=; to start anew"):
-        record(make_training(), root, 1, exist="error")
+        make_training().record(root, 1, exist="error")
     other = make_training()
     other.model = nn.Linear(3, 2)
     other.optimizer = torch.optim.SGD(other.model.parameters(), lr=0.1)
     with pytest.raises(SettingsError, match=r"is the run of another network or loss\. To start anew"):
-        record(other, root, 1, exist="error", start_step=5)
+        other.record(root, 1, exist="error", start_step=5)
     assert contents(root) == before
-    record(make_training(), root, 2, exist="error", start_step=5)
+    make_training().record(root, 2, exist="error", start_step=5)
     assert steps(root) == [[0, 2, 4, 5, 6, 7]]
     with pytest.raises(SettingsError, match="exist: expected 'error', 'new' or 'replace', got 'overwrite'"):
-        record(make_training(), root, 1, exist="overwrite")
+        make_training().record(root, 1, exist="overwrite")
 
 
 def test_replace_removes_what_groktrace_wrote(make_training, root, capsys):
-    record(make_training(), root, 5)
+    make_training().record(root, 5)
     for name in ("notes.txt", "tensorboard/events.mine", "tensorboard/x/events.groktrace", "analysis/x/points.jsonl"):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +114,7 @@ def test_replace_removes_what_groktrace_wrote(make_training, root, capsys):
     other = make_training()
     other.model = nn.Linear(3, 2)
     other.optimizer = torch.optim.SGD(other.model.parameters(), lr=0.1)
-    assert record(other, root, 3, exist="replace").out == root
+    assert other.record(root, 3, exist="replace").out == root
     assert steps(root) == [[0, 2, 3]]
     left = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     assert {"notes.txt", "tensorboard/events.mine"} < left
@@ -135,13 +124,13 @@ def test_replace_removes_what_groktrace_wrote(make_training, root, capsys):
 
 
 def test_replace_continues_what_it_can(make_training, root):
-    record(make_training(), root, 4)
-    record(make_training(), root, 2, exist="replace", start_step=4)
+    make_training().record(root, 4)
+    make_training().record(root, 2, exist="replace", start_step=4)
     assert steps(root) == [[0, 2, 4, 6]]
 
 
 def test_what_was_refused_before_the_start_removes_nothing(training, make_training, root):
-    record(make_training(), root, 2)
+    make_training().record(root, 2)
     before = contents(root)
     with pytest.raises(groktrace.GroktraceError):
         watch(training.model, training.optimizer, train=(training.x, training.y[:3]), loss="mse", out=root)
@@ -154,17 +143,17 @@ def test_what_was_refused_before_the_start_removes_nothing(training, make_traini
 class TestResuming:
     def interrupted(self, make_training, root):
         """A run of ten updates, and one of six beside it that starts from other weights."""
-        record(make_training(), root, 10)
+        make_training().record(root, 10)
         training = make_training()
         with torch.no_grad():
             training.model[0].weight.mul_(2)
-        record(training, root, 6)
+        training.record(root, 6)
         return training
 
     def test_the_newest_goes_on(self, make_training, root):
         self.interrupted(make_training, root)
         before = contents(root)
-        assert record(make_training(), root, 3, start_step=7).out == root.with_name("run-2")
+        assert make_training().record(root, 3, start_step=7).out == root.with_name("run-2")
         assert contents(root) == before
         assert steps(root.with_name("run-2")) == [[0, 2, 4, 6, 7, 8, 10]]
 
@@ -173,30 +162,30 @@ class TestResuming:
         first = make_training()
         first.update(10)
         before = contents(root.with_name("run-2"))
-        assert record(first, root, 2, start_step=10).out == root
+        assert first.record(root, 2, start_step=10).out == root
         first = make_training()
         first.update(4)
-        assert record(first, root, 1, start_step=4).out == root  # not the newest, which has other weights at step 4
+        assert first.record(root, 1, start_step=4).out == root  # not the newest, which has other weights at step 4
         assert contents(root.with_name("run-2")) == before
-        assert record(second, root, 2, start_step=6).out == root.with_name("run-2")
+        assert second.record(root, 2, start_step=6).out == root.with_name("run-2")
 
     def test_neighbours_of_another_name_are_not_taken_for_siblings(self, make_training, root):
-        record(make_training(), root, 4)
-        record(make_training(), root.with_name("run-2"), 6)  # of its own, say of seed 2
+        make_training().record(root, 4)
+        make_training().record(root.with_name("run-2"), 6)  # of its own, say of seed 2
         before = contents(root.with_name("run-2"))
-        record(make_training(), root, 2, start_step=4)
+        make_training().record(root, 2, start_step=4)
         assert contents(root.with_name("run-2")) == before
         assert steps(root) == [[0, 2, 4, 6]]
 
     def test_a_sibling_goes_on_where_the_first_was_removed(self, make_training, root):
         self.interrupted(make_training, root)
         shutil.rmtree(root)
-        assert record(make_training(), root, 2, start_step=6).out == root.with_name("run-2")
+        assert make_training().record(root, 2, start_step=6).out == root.with_name("run-2")
 
     def test_a_damaged_sibling_is_passed_over(self, make_training, root):
         self.interrupted(make_training, root)
         (root.with_name("run-2") / "run.json").write_text("{")
-        assert record(make_training(), root, 2, start_step=10).out == root
+        assert make_training().record(root, 2, start_step=10).out == root
 
 
 class TestInOneProcess:
@@ -221,7 +210,7 @@ class TestInOneProcess:
         assert capsys.readouterr().err.count("\n") == 2
 
     def test_the_same_training_goes_on_where_it_was(self, make_training, root):
-        record(make_training(), root, 1)
+        make_training().record(root, 1)
         training = make_training()
         watch(training.model, training.optimizer, out=root)
         training.update(3)
@@ -253,16 +242,16 @@ class TestInOneProcess:
 
 
 def test_readers_are_told_of_the_later_run(make_training, root, monkeypatch):
-    record(make_training(), root, 1)
+    make_training().record(root, 1)
     groktrace.open_run(root)
     assert latest_beside(root) is None
-    second = record(make_training(), root, 2)
+    second = make_training().record(root, 2)
     with pytest.warns(RuntimeWarning, match=f"'{root}' is an earlier run; what was .* here is in '{second.out}'"):
         assert len(groktrace.open_run(root).snapshots) == 2
     groktrace.open_run(root)  # told once
-    record(make_training(), root.with_name("run-3"), 1)  # of its own
+    make_training().record(root.with_name("run-3"), 1)  # of its own
     assert latest_beside(root) == second.out
-    record(make_training(), root, 1, exist="replace")
+    make_training().record(root, 1, exist="replace")
     groktrace.open_run(root)
 
 
@@ -334,15 +323,15 @@ def test_a_folder_that_another_process_holds_is_left_to_it(make_training, root, 
     root.mkdir()
     hold = Hold(root)
     hold.sign()
-    assert record(make_training(), root, 1, start_step=0).out == root.with_name("run-2")
+    assert make_training().record(root, 1, start_step=0).out == root.with_name("run-2")
     assert f"'{root}' is being recorded already and stays as it is" in capsys.readouterr().err
     for exist in ("error", "replace"):
         with pytest.raises(SettingsError, match="is being recorded already; choose another out="):
-            record(make_training(), root, 1, exist=exist)
+            make_training().record(root, 1, exist=exist)
     assert [path.name for path in root.iterdir()] == [layout.LOCK_FILE]
     assert not hold.lost()
     hold.release()
-    assert record(make_training(), root, 1).out == root
+    assert make_training().record(root, 1).out == root
     assert hold.lost()
 
 

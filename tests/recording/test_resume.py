@@ -11,15 +11,8 @@ from groktrace.run import files, layout
 from groktrace.run.store import open_run
 
 
-@pytest.fixture
-def root(tmp_path):
-    return tmp_path / "run"
-
-
 def record(training, root, updates, **settings):
-    with watch(training.model, training.optimizer, **training.data, out=root, every=2, **settings) as recorder:
-        training.update(updates)
-    return layout.snapshot_steps(recorder.out)
+    return layout.snapshot_steps(training.record(root, updates, **settings).out)
 
 
 def bytes_of(root):
