@@ -8,7 +8,7 @@ from typing import Protocol
 from groktrace.sampling.calibration import more_draws, step_size
 from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.traces import Traces, reduced_step_size
-from groktrace.sampling.tuning import CALIBRATION, EQUILIBRIUM, SUBSAMPLED, WHOLE_DATA, Effort
+from groktrace.sampling.tuning import CALIBRATION, EQUILIBRIUM, MINIBATCH_NOISE, SUBSAMPLED, WHOLE_DATA, Effort
 
 # Set to have the chains of all threads give up what they are at.
 interruption = threading.Event()
@@ -142,7 +142,8 @@ def sample_with_restarts(
             the first three where the step heats them.
         target: what is sampled.
         needed: see `Target.draw`.
-        fallback: whether chains that minibatches throw out run without them; else with a smaller step.
+        fallback: whether chains that minibatches throw out run without them; else with a smaller step, which is tried
+            first where chains are heated and minibatches add little.
 
     Returns:
         Traces of each snapshot, those of the last attempt where its chains diverged at every step size tried.
@@ -154,8 +155,8 @@ def sample_with_restarts(
     batched = [target.settings.batch_size is not None] * count
     for attempt in range(target.effort.restarts + 1):
         again: list[int] = []
-        for in_batches in (True, False):
-            some = [s for s in pending if batched[s] is in_batches]
+        groups = {in_batches: [s for s in pending if batched[s] is in_batches] for in_batches in (True, False)}
+        for in_batches, some in groups.items():
             if not some:
                 continue
             chains = begin(some, [epsilon[s] for s in some], [halvings[s] for s in some], in_batches)
@@ -166,7 +167,8 @@ def sample_with_restarts(
                 if target.is_hopeless(traces, falls[s]):
                     continue
                 if chains.has_left(traces) or (attempt < EQUILIBRIUM.tolerated_restarts and target.is_heated(traces)):
-                    if in_batches and fallback:
+                    by_step = not chains.has_left(traces) and traces.heating <= MINIBATCH_NOISE.wanted
+                    if in_batches and fallback and not (by_step and halvings[s] == 0):
                         batched[s] = False
                         again.append(s)
                         continue

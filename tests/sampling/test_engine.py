@@ -1,0 +1,79 @@
+"""Restarts of chains, by chains whose traces are known beforehand."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from groktrace.sampling.engine import Target, sample_with_restarts
+from groktrace.sampling.settings import ResolvedSettings
+from groktrace.sampling.traces import Traces
+
+DIMENSION = 40
+FULL, HALF = 1e-3, 5e-4
+SETTINGS = ResolvedSettings(method="baoab", chains=2, batch_size=32, draws=16)
+
+
+@dataclass
+class Prepared:
+    """Chains that draw what they are given."""
+
+    found: Traces
+    lengths = ((8, 16),)
+    made = 24
+
+    def begin(self) -> list[Traces]:
+        """All draws."""
+        return [self.found]
+
+    def extend(self, counts):
+        """Never asked for."""
+        raise AssertionError(counts)
+
+    def has_left(self, traces: Traces) -> bool:
+        """As a stack of chains tells it."""
+        return traces.diverged(DIMENSION)
+
+
+def drawn(step_size: float, *, heating: float, spike: bool, left: bool = False) -> Traces:
+    """Traces of equilibrium, if not of chains that one draw kicked up, or that left."""
+    generator = torch.Generator().manual_seed(0)
+    virial, restraint = (DIMENSION / 2 + torch.randn(2, 16, 2, generator=generator)).unbind()
+    if spike:
+        virial[5, 0] = 30 * DIMENSION
+    if left:
+        virial[-1, 0] = torch.inf
+    return Traces(virial / 2, virial, restraint, restraint[:, :1], step_size, 8, heating=heating)
+
+
+@pytest.mark.parametrize(
+    ("heating", "left", "attempts"),
+    [
+        (0.001, False, [(FULL, True), (HALF, True)]),  # by the step: halved, still in minibatches
+        (0.5, False, [(FULL, True), (FULL, False)]),  # by the minibatches: all samples
+        (0.001, True, [(FULL, True), (FULL, False)]),  # what is measured of chains that left says nothing
+    ],
+)
+def test_heated_chains_change_what_heats_them(heating, left, attempts):
+    target = Target(SETTINGS, 1.0, 1.0, DIMENSION, True)
+    made = []
+
+    def begin(some, epsilons, halvings, in_batches):
+        made.append((epsilons[0], in_batches))
+        spoilt = len(made) == 1
+        return Prepared(drawn(epsilons[0], heating=heating if spoilt else 0.0, spike=spoilt, left=spoilt and left))
+
+    sample_with_restarts(begin, [FULL], target, lambda traces: 1.0, fallback=True)
+    assert made == attempts
+
+
+def test_chains_still_heated_at_half_the_step_are_given_all_samples():
+    target = Target(SETTINGS, 1.0, 1.0, DIMENSION, True)
+    made = []
+
+    def begin(some, epsilons, halvings, in_batches):
+        made.append((epsilons[0], in_batches))
+        return Prepared(drawn(epsilons[0], heating=0.0, spike=len(made) < 3))
+
+    sample_with_restarts(begin, [FULL], target, lambda traces: 1.0, fallback=True)
+    assert made == [(FULL, True), (HALF, True), (HALF, False)]
