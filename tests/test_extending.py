@@ -13,6 +13,7 @@ import torch
 import groktrace
 from groktrace.analysis import follow as following
 from groktrace.analysis import replay
+from groktrace.analysis.tuning import Passes
 from groktrace.reporting.csv import as_csv
 from groktrace.reporting.figure import trajectory_figure
 
@@ -182,10 +183,7 @@ def test_reporters_show_what_there_is_so_far(small_run, monkeypatch):
         def report(self, series, events, place):
             shown.append((len(series.steps), series.trajectory.unsampled, place))
 
-    monkeypatch.setattr(replay, "PARTIAL_SECONDS", 0.0)
-    monkeypatch.setattr(replay, "COARSE", 2)
-    monkeypatch.setattr(replay, "STACKS", 0)
-    monkeypatch.setattr(replay, "ROUND", 2)
+    monkeypatch.setattr(replay, "PASSES", Passes(coarse=2, stacks=0, round=2, partial_seconds=0.0))
     groktrace.analyze(small_run, draws=20, burn_in=20, reporters=[Count()], partial=told.append)
     assert len(shown) > 1
     assert all(count + left == 6 and place == small_run for count, left, place in shown)
@@ -207,7 +205,7 @@ def test_reporters_follow_a_recording(small_run, monkeypatch):
     found = tuple(groktrace.find_transitions(end.trajectory, detector))
     assert shown == [(6, found, small_run)] * 2  # the first round, and the end; those within seconds are left out
     assert (small_run / "trajectory.csv").read_text() == as_csv(groktrace.Series.of(end.trajectory))
-    monkeypatch.setattr(following, "PARTIAL_SECONDS", 0.0)
+    monkeypatch.setattr(following, "PASSES", Passes(partial_seconds=0.0))
     shown.clear()
     rounds = list(groktrace.follow(small_run, timeout=0, draws=20, burn_in=20, reporters=[Count()]))
     assert len(shown) == 1 + sum(isinstance(event, groktrace.Trajectory) for event in rounds)

@@ -14,11 +14,12 @@ import torch
 from groktrace.analysis.detection import Detector, Transition, find_transitions
 from groktrace.analysis.measure import SnapshotMetrics
 from groktrace.analysis.reference import check_reference
-from groktrace.analysis.replay import PARTIAL_SECONDS, finish, replay, show_by
+from groktrace.analysis.replay import finish, replay, show_by
 from groktrace.analysis.results import POINTS_FILE, check_positive
 from groktrace.analysis.session import Session, open_session
 from groktrace.analysis.setup import make_settings, run_layout
 from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.tuning import PASSES
 from groktrace.errors import RunError, SettingsError
 from groktrace.records import read_record
 from groktrace.run import layout
@@ -175,7 +176,7 @@ def _reported(
         except StopIteration as stopped:
             return stopped.value
         trajectory = event.trajectory if isinstance(event, Ended) else event
-        due = isinstance(event, Ended) or time.monotonic() - shown > PARTIAL_SECONDS
+        due = isinstance(event, Ended) or time.monotonic() - shown > PASSES.partial_seconds
         if reporters and due and isinstance(trajectory, Trajectory):
             show_by(run, reporters, detector, trajectory)
             shown = time.monotonic()

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from groktrace.analysis.passes import spread
-from groktrace.analysis.replay import COARSE
 from groktrace.analysis.session import open_session
 from groktrace.analysis.setup import choose_device, make_settings
 from groktrace.analysis.trajectory import Point
+from groktrace.analysis.tuning import PASSES
 from groktrace.records import Record
 from groktrace.run.store import Run
 from groktrace.run.task import Task
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Snapshots whose losses and curvature are measured, half as many as the analysis begins with; seconds that trying some
 # of them may take, and how many are tried at least.
-_METRICS = COARSE // 2
+_METRICS = PASSES.coarse // 2
 _SECONDS = 5.0
 _LEAST_TRIED = 2
 

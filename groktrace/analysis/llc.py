@@ -6,25 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from groktrace.analysis.tuning import RELIABILITY
 from groktrace.records import Record
 from groktrace.sampling import diagnostics as diagnose
 from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.traces import Traces
-
-# What is tolerated before a number is called unreliable; in each case plus three standard errors of the diagnostic.
-MAX_VIRIAL_GAP = 0.02
-MAX_ANHARMONICITY = 0.05
-MAX_RHAT = 1.1
-MAX_DISTANCE = 0.5
-MAX_HEATING = 0.03
-# Of the way from the snapshot's loss to that of chance; but a loss that is quadratic to within so much at each draw, as
-# that of a linear model, is a bowl all the way up.
-MAX_CLIMB = 0.5
-MAX_BENDING = 0.02
-# Below 1 by so much, the loss flattens out: no basin does, while a singular loss, of higher degree, is above 1.
-MAX_FLATTENING = 0.2
-# With a single chain, λ̂ below ½E[(w − w*)·nβ∇L] by so much may be a slope's.
-MAX_UNTOLD = 0.1
 
 OFF_MINIMUM = "not at a minimum: the loss falls on moving away from the snapshot"
 PERHAPS_OFF = "perhaps not at a minimum: a single chain cannot tell a slope from a loss of higher degree"
@@ -157,19 +143,19 @@ def summarise(
     reasons = []
     ratio_error = diagnose.standard_error(0.5 * traces.virial - traces.delta_loss) / abs(llc) if llc else 0.0
     # Where all weights are zero there is no length to compare with.
-    far = norm > 0 and relative_distance > MAX_DISTANCE
-    bent = abs(anharmonicity - 1) > MAX_ANHARMONICITY + 3 * ratio_error
+    far = norm > 0 and relative_distance > RELIABILITY.distance
+    bent = abs(anharmonicity - 1) > RELIABILITY.anharmonicity + 3 * ratio_error
     guess = next((level for level in chance if level > loss), math.inf)
     climb = llc / nbeta / (guess - loss)
-    bowl = float((0.5 * traces.virial - traces.delta_loss).abs().mean()) <= MAX_BENDING * llc
+    bowl = float((0.5 * traces.virial - traces.delta_loss).abs().mean()) <= RELIABILITY.bending * llc
     # Neither of `far` and `bent` alone does harm: in a quadratic bowl the estimate is exact however wide it is, and a
     # singular loss is of higher degree however close one looks.
-    if climb > MAX_CLIMB and not bowl:
+    if climb > RELIABILITY.climb and not bowl:
         reasons.append(
             f"left the basin: the chains' loss has climbed {100 * climb:.0f} % of the way from {loss:.3g} at the "
             f"snapshot to {guess:.3g}, that of chance; use a smaller locality"
         )
-    elif llc > 0 and anharmonicity < 1 - MAX_FLATTENING - 3 * ratio_error:
+    elif llc > 0 and anharmonicity < 1 - RELIABILITY.flattening - 3 * ratio_error:
         reasons.append(
             f"leaving the basin: the loss flattens out where the chains are, {relative_distance:.2f}‖w*‖ away "
             f"(anharmonicity {anharmonicity:.2f}, expected 1); use a smaller locality"
@@ -181,19 +167,19 @@ def summarise(
         )
     elif off:
         reasons.append(OFF_MINIMUM)
-    elif centred is None and anharmonicity > 1 + MAX_UNTOLD + 3 * ratio_error:
+    elif centred is None and anharmonicity > 1 + RELIABILITY.untold + 3 * ratio_error:
         reasons.append(PERHAPS_OFF)
-    if abs(virial - 1) > MAX_VIRIAL_GAP + 3 * virial_error:
+    if abs(virial - 1) > RELIABILITY.virial_gap + 3 * virial_error:
         reasons.append(f"not equilibrated (virial ratio {virial:.3f}, expected 1); needs a longer burn-in")
     elif traces.has_discretization_bias(settings.kernel, localization, dimension):
         reasons.append(f"heated by the sampler's step (virial ratio {virial:.3f}, expected 1); use a smaller step_size")
-    if traces.heating > MAX_HEATING:
+    if traces.heating > RELIABILITY.heating:
         reasons.append(
             f"heated by minibatch noise, by up to {100 * traces.heating:.0f} %; use a larger batch_size or a smaller "
             "step_size"
         )
     # Half-chains of m effective draws differ by chance: R-hat is then about √(1 + 1/m).
-    if rhat > max(MAX_RHAT, math.sqrt(1 + 10 * settings.chains / ess)):
+    if rhat > max(RELIABILITY.rhat, math.sqrt(1 + 10 * settings.chains / ess)):
         reasons.append(f"chains disagree (split R-hat {rhat:.2f})")
     value, error = llc, stderr
     if by_centred and centred is not None and stderr_centred is not None:

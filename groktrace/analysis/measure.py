@@ -12,6 +12,7 @@ from torch import Tensor
 
 from groktrace.analysis.llc import LLCEstimate, centred_error, off_minimum, summarise, unusable
 from groktrace.analysis.predictions import measure_losses
+from groktrace.analysis.tuning import MEASUREMENT
 from groktrace.records import Record, between, read_record
 from groktrace.run.batch import Batch
 from groktrace.run.layout import Step
@@ -29,17 +30,6 @@ from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
 from groktrace.sampling.traces import Traces
 from groktrace.sampling.tuning import WHOLE_DATA
 from groktrace.sampling.weights import WeightLayout
-
-# Of large sets: what losses and accuracies are measured on at least, in so many parts or more, whose scatter gives the
-# error.
-EVALUATED_SAMPLES, EVALUATED_BYTES, PARTS = 256, 2**26, 8
-# The curvature is measured on fewer of these, of which a quarter are those of the largest losses: of a well-fitted set
-# they decide it. On six networks it then differs from that on all samples by 5 % (in the median).
-CURVATURE_SAMPLES, MOST_CURVATURE_SAMPLES, CURVATURE_BYTES, HEAVY_SHARE = 128, 512, 2**25, 4
-PRODUCTS, LARGE_SET_PRODUCTS = 8, 6
-
-# What a network loses that knows nothing is the same on so many samples, spread evenly, as on all.
-CHANCE_SAMPLES = 256
 
 Accuracy = Annotated[float, between(0, 1)]
 Positive = Annotated[float, between(0)]
@@ -183,7 +173,7 @@ class Objective:
                 orders = loss.ranks(anchors)
                 index = torch.stack([spread_ranks(order, loss.heavy, self._curvature_samples()) for order in orders])
             generators = [generator_for(self.settings.seed, key, 0, "curvature", loss.device) for key in keys]
-            products = LARGE_SET_PRODUCTS if self.large_set else PRODUCTS
+            products = MEASUREMENT.large_set_products if self.large_set else MEASUREMENT.products
             tops = top_eigenvalue(loss, anchors, normal_like(anchors, generators), products, index).tolist()
             sizes = list(zip(anchors.square().sum(1).tolist(), tops, strict=True))
         unknown = dict.fromkeys(("val_loss", "val_accuracy"))
@@ -291,7 +281,7 @@ class Objective:
         most = self._evaluated_samples()
         train = Batch(tuple(tensor[:most] for tensor in loss.tensors), task.train.structure)
         val = None if task.val is None else task.val.take(shuffled(len(task.val))[:most])
-        parts = max(PARTS, math.ceil(len(train) * loss.sample_bytes / PART_BYTES))
+        parts = max(MEASUREMENT.parts, math.ceil(len(train) * loss.sample_bytes / PART_BYTES))
         few = replace(task, train=train, val=val)
         return measure_losses(few, weights, loss.device, max(1, len(train) // parts), with_errors=True)
 
@@ -310,15 +300,21 @@ class Objective:
         size, available = self._curvature_samples(), self._evaluated_samples()
         if not self.loss.is_sample_mean or size >= available:
             return self.loss.subset(size)
-        return self.loss.subset(available, size, size // HEAVY_SHARE)
+        return self.loss.subset(available, size, size // MEASUREMENT.heavy_share)
 
     def _curvature_samples(self) -> int:
         """How many samples of a large set the curvature is measured on."""
-        return min(max(CURVATURE_SAMPLES, CURVATURE_BYTES // self.loss.sample_bytes), MOST_CURVATURE_SAMPLES)
+        return min(
+            max(MEASUREMENT.curvature_samples, MEASUREMENT.curvature_bytes // self.loss.sample_bytes),
+            MEASUREMENT.most_curvature_samples,
+        )
 
     def _evaluated_samples(self) -> int:
         """How many samples of a large set losses and accuracies are measured on."""
-        return min(max(EVALUATED_SAMPLES, EVALUATED_BYTES // self.loss.sample_bytes), len(self.loss.tensors[0]))
+        return min(
+            max(MEASUREMENT.evaluated_samples, MEASUREMENT.evaluated_bytes // self.loss.sample_bytes),
+            len(self.loss.tensors[0]),
+        )
 
 
 def stack_weights(loss: StackedLoss, weights: Sequence[Mapping[str, Tensor]]) -> tuple[StackedLoss, Tensor]:
@@ -348,7 +344,7 @@ def chance_losses(
         device: where to compute.
         together: samples that may be evaluated at once; None for all.
     """
-    count = min(CHANCE_SAMPLES, together or CHANCE_SAMPLES)
+    count = min(MEASUREMENT.chance_samples, together or MEASUREMENT.chance_samples)
     some = task.train.take(torch.arange(0, len(task.train), math.ceil(len(task.train) / count), device="cpu"))
     own = {name: as_float(tensor).to(device) for name, tensor in weights.items()}
     # A single zero that is seen as many takes no memory.

@@ -10,17 +10,7 @@ from dataclasses import dataclass
 
 from groktrace.analysis.detection import Detector, Transition, find_transitions
 from groktrace.analysis.trajectory import Point, Trajectory
-
-# The coarse subset, and the share of all snapshots that is sampled at most, but for runs so short that it is no matter.
-COARSE = 64
-SHARE = 0.1
-# Snapshots that are chosen at once; of the run alone, so that neither memory nor workers decide which are sampled.
-ROUND = 8
-# Snapshots on either side of a transition whose λ tells its levels.
-PHASE = 32
-# Outside transitions, neighbours that differ by so many errors, and by this fraction of the largest level, are suspect.
-SUSPICIOUS_ERRORS = 4.0
-SUSPICIOUS_CHANGE = 0.05
+from groktrace.analysis.tuning import PASSES
 
 
 def spread(steps: Sequence[int], count: int) -> list[int]:
@@ -101,15 +91,15 @@ def sample_adaptively(
     Returns:
         The points that were sampled, by step.
     """
-    limit = min(max(2 * COARSE, math.floor(SHARE * len(steps))), len(steps))
-    wanted = spread(steps, COARSE)
+    limit = min(max(2 * PASSES.adaptive_coarse, math.floor(PASSES.adaptive_share * len(steps))), len(steps))
+    wanted = spread(steps, PASSES.adaptive_coarse)
     tried: set[int] = set()
     points: dict[int, Point] = {}
     while wanted:
         tried |= set(wanted)
         points |= measure([steps[i] for i in wanted])
         report(len(tried), limit)
-        wanted = sorted(_next(steps, tried, points, n, detector)[: min(ROUND, limit - len(tried))])
+        wanted = sorted(_next(steps, tried, points, n, detector)[: min(PASSES.round, limit - len(tried))])
     return points
 
 
@@ -135,7 +125,7 @@ def _next(
         within = [transition for transition in transitions if _touches(transition, steps[i], steps[j])]
         if within:
             share = max(size, noise) / min(abs(transition.delta_llc) for transition in within)
-        elif size > max(SUSPICIOUS_ERRORS * noise, SUSPICIOUS_CHANGE * level):
+        elif size > max(PASSES.suspicious_errors * noise, PASSES.suspicious_change * level):
             share = 1.0
         else:
             share = 0.0
@@ -176,8 +166,8 @@ class _Date:
         middle = [i for i, value, _ in known if onset <= i <= end and abs(value - half) <= quarter] or [onset, end]
         bounds = (
             (middle[0], middle[-1], 1.0),
-            (max(first, onset - PHASE), onset, 0.25),
-            (end, min(last, end + PHASE), 0.25),
+            (max(first, onset - PASSES.phase), onset, 0.25),
+            (end, min(last, end + PASSES.phase), 0.25),
         )
         parts = tuple((a, b, max(sum(a <= i <= b for i, _, _ in known), 1), share) for a, b, share in bounds)
         errors = [error for i, _, error in known if onset <= i <= end] or [0.0]  # of damaged points nothing is known

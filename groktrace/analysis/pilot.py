@@ -14,6 +14,7 @@ from torch import Tensor
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.measure import Objective, SnapshotMetrics, stack_weights
 from groktrace.analysis.predictions import evaluate
+from groktrace.analysis.tuning import PILOT
 from groktrace.errors import SettingsError
 from groktrace.sampling.batches import NoiseProfile
 from groktrace.sampling.calibration import Scale, posterior_scale, step_size
@@ -21,25 +22,7 @@ from groktrace.sampling.chains import profile_noise
 from groktrace.sampling.engine import interruption
 from groktrace.sampling.network import as_float
 from groktrace.sampling.posterior import FACTOR
-from groktrace.sampling.tuning import CALIBRATION, MINIBATCH_NOISE
-
-# A snapshot counts as fitted once its training loss has fallen to this fraction of the run's range.
-FITTED = 0.05
-# nβ follows the curvature where that of fitted snapshots ranges over more than this factor.
-FALLEN = 10.0
-
-# ρ, the widest first. A basin is left where the loss climbs by this share of the way to that of chance.
-LOCALITIES = (CALIBRATION.locality, 0.1, 0.05, 0.022, 0.01)
-MOST_CLIMB = 0.2
-# Snapshots that are tried, and steps of each trial; minibatch noise is looked at every 16 steps.
-TRIED = 2
-BURN_IN, DRAWS = 20, 12
-FEW_DRAWS = 32
-# Batches are so large that few of the other snapshots are heated by more than is wanted.
-AIMED = 0.8
-# A posterior of S samples with m targets each has λ_c lower by about λ_c/(S·m) of it (measured on four networks).
-MOST_MISSED = 0.03
-LEAST_SAMPLES = 512
+from groktrace.sampling.tuning import MINIBATCH_NOISE
 
 
 def choose_scale(objective: Objective, metrics: Sequence[SnapshotMetrics], **other: Any) -> Scale:
@@ -62,7 +45,7 @@ def choose_scale(objective: Objective, metrics: Sequence[SnapshotMetrics], **oth
     norm_squared = statistics.median(known.norm_squared for known in among)
     tops = [known.top_curvature for known in among]
     # Under cross-entropy all curvatures shrink as margins grow: at one nβ, λ̂ would fall in every run.
-    follow = settings.nbeta == "curvature" or (settings.nbeta is None and max(tops) > FALLEN * min(tops) > 0)
+    follow = settings.nbeta == "curvature" or (settings.nbeta is None and max(tops) > PILOT.fallen * min(tops) > 0)
     return posterior_scale(settings, n, dimension, norm_squared, statistics.median(tops), follow)
 
 
@@ -74,7 +57,7 @@ def fitted(metrics: Sequence[SnapshotMetrics]) -> list[SnapshotMetrics]:
     """
     finite = [known for known in metrics if known.finite]
     losses = [known.train_loss for known in finite]
-    return [known for known in finite if known.train_loss <= min(losses) + FITTED * (max(losses) - min(losses))]
+    return [known for known in finite if known.train_loss <= min(losses) + PILOT.fitted * (max(losses) - min(losses))]
 
 
 def choose_sampling(
@@ -107,7 +90,7 @@ def choose_sampling(
     if settings.kernel.plain and large_set:  # as published: batches of all samples
         return scale._replace(samples=settings.samples, batch_size=settings.batch_size)
     among = fitted(metrics)
-    tried = [among[round(i * (len(among) - 1) / TRIED)] for i in range(TRIED, 0, -1)]
+    tried = [among[round(i * (len(among) - 1) / PILOT.tried)] for i in range(PILOT.tried, 0, -1)]
     snapshots = [(known, weights) for known in dict.fromkeys(tried) if (weights := load(known.step)) is not None]
     free = settings.localization is None and settings.locality is None
     if not snapshots or (not large_set and not free):
@@ -116,7 +99,7 @@ def choose_sampling(
     at_once = threads if large_set else 1  # of small sets a trial takes a moment
     if large_set:
         scale = trial.sized(scale)
-    for nearer, locality in enumerate(LOCALITIES if free else (scale.locality,)):
+    for nearer, locality in enumerate(PILOT.localities if free else (scale.locality,)):
         if free:
             wider = choose_scale(objective, metrics, locality=locality)
             scale = wider._replace(samples=scale.samples, batch_size=scale.batch_size)
@@ -150,7 +133,7 @@ class _Trial:
     def sized(self, scale: Scale) -> Scale:
         """The scale with samples to begin with, and the batches that were asked for."""
         stored = len(self._loss.tensors[0])
-        samples = min(self._settings.samples or 2 * LEAST_SAMPLES, stored)
+        samples = min(self._settings.samples or 2 * PILOT.least_samples, stored)
         return _in_batches(scale, samples, self._settings.batch_size)
 
     def profiles(
@@ -170,7 +153,7 @@ class _Trial:
         """The scale with batches so large that their noise does no harm."""
         if profiles is None:
             return scale
-        sizes = [profile.batch(scale.samples, AIMED * MINIBATCH_NOISE.wanted) for profile in profiles]
+        sizes = [profile.batch(scale.samples, PILOT.aimed * MINIBATCH_NOISE.wanted) for profile in profiles]
         return _in_batches(scale, scale.samples, None if None in sizes else max(sizes))
 
     def _step_size(self, known: SnapshotMetrics, scale: Scale) -> float:
@@ -187,9 +170,9 @@ class _Trial:
 
     def run(self, known: SnapshotMetrics, weights: Mapping[str, Tensor], scale: Scale) -> LLCEstimate:
         """A short estimate."""
-        short = replace(self._settings, draws=self._settings.draws or FEW_DRAWS)
+        short = replace(self._settings, draws=self._settings.draws or PILOT.few_draws)
         if self._objective.large_set:
-            short = replace(short, step_size=self._step_size(known, scale), burn_in=BURN_IN, draws=DRAWS)
+            short = replace(short, step_size=self._step_size(known, scale), burn_in=PILOT.burn_in, draws=PILOT.draws)
         objective = replace(self._objective.fork(), settings=short)
         return objective.estimate([weights], [known], scale, [self._key(known.step)])[0]
 
@@ -198,7 +181,7 @@ class _Trial:
         if estimate.llc is None:
             return True
         chance = min((loss for loss in self._objective.chance if loss > known.train_loss), default=math.inf)
-        return estimate.llc / estimate.nbeta > MOST_CLIMB * (chance - known.train_loss)
+        return estimate.llc / estimate.nbeta > PILOT.most_climb * (chance - known.train_loss)
 
     def enlarged(
         self, scale: Scale, found: Sequence[tuple[SnapshotMetrics, Mapping[str, Tensor], LLCEstimate]]
@@ -208,8 +191,8 @@ class _Trial:
             return scale
         stored = len(self._loss.tensors[0])
         value = max((estimate.llc_centred or estimate.llc or 0.0 for _, _, estimate in found), default=0.0)
-        wanted = value / (MOST_MISSED * self._targets(found[0][1]))
-        samples = LEAST_SAMPLES
+        wanted = value / (PILOT.most_missed * self._targets(found[0][1]))
+        samples = PILOT.least_samples
         while samples < min(wanted, stored):
             samples *= 2
         return _in_batches(scale, min(samples, stored), scale.batch_size)

@@ -17,6 +17,7 @@ from groktrace.analysis.results import TRAJECTORY_FILE, files_place, note_latest
 from groktrace.analysis.session import Progress, Session, open_session
 from groktrace.analysis.setup import make_settings
 from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.tuning import PASSES
 from groktrace.errors import SettingsError
 from groktrace.run import layout
 from groktrace.run.store import Run
@@ -29,11 +30,6 @@ if TYPE_CHECKING:
 
     from groktrace.analysis.detection import Detector
     from groktrace.reporting.base import Reporter
-
-# Snapshots of the first pass, from which a run's scale is chosen where data are sampled, and of each later pass at
-# least; stacks of a pass where data are used whole; seconds between two results that show what there is so far.
-COARSE, ROUND, STACKS = 16, 8, 16
-PARTIAL_SECONDS = 15.0
 
 
 def analyze(
@@ -177,7 +173,7 @@ def replay(
         detector: the same.
     """
     large_set = session.objective.large_set
-    first = [session.steps[i] for i in spread(session.steps, COARSE)] if large_set else None
+    first = [session.steps[i] for i in spread(session.steps, PASSES.coarse)] if large_set else None
     metrics = session.metrics(first)
     scale = session.fix_scale(metrics)
     # Before the sampling, so that a network too large for its rank is refused early.
@@ -229,16 +225,18 @@ def _sample_all(
         return session.points(metrics, scale, wanted, deadline=deadline, report=report)
 
     # Whole stacks for all threads, so many in any case: no machine decides what is stacked with what.
-    together = max(ROUND, objective.llc_stack(scale) if objective.large_set else STACKS * objective.llc_stack())
+    together = max(
+        PASSES.round, objective.llc_stack(scale) if objective.large_set else PASSES.stacks * objective.llc_stack()
+    )
     points: dict[int, Point] = {}
     session.report("sampling", done, total)
     passes = sample_in_passes(
-        steps, measure, objective.task.n, coarse=max(COARSE, together), together=together, detector=detector
+        steps, measure, objective.task.n, coarse=max(PASSES.coarse, together), together=together, detector=detector
     )
     for points in passes:
         if time.monotonic() > deadline:
             break
-        if time.monotonic() - shown > PARTIAL_SECONDS and len(points) < total and partial is not None:
+        if time.monotonic() - shown > PASSES.partial_seconds and len(points) < total and partial is not None:
             partial(finish(session, points, scale, beside, len(session.steps) - len(points)))
             shown = time.monotonic()
     return points

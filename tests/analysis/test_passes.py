@@ -12,6 +12,7 @@ from groktrace.analysis import passes
 from groktrace.analysis.detection import Transition, find_transitions
 from groktrace.analysis.passes import _Date, sample_adaptively
 from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.tuning import PASSES, Passes
 
 
 def simulated(count, jumps, noise=0.01, seed=0):
@@ -76,7 +77,7 @@ def test_a_long_noisy_fall_is_dated_as_by_all_snapshots():
 
 def test_a_flat_curve_is_left_at_the_coarse_subset():
     chosen, rounds = replayed(simulated(2000, {0: 50.0}))
-    assert rounds == [passes.COARSE]
+    assert rounds == [PASSES.adaptive_coarse]
     assert min(chosen) == 0
     assert max(chosen) == 1999
 
@@ -108,7 +109,7 @@ def test_short_runs_are_sampled_whole_and_damaged_snapshots_left_out():
 def test_what_is_sampled_is_what_a_full_replay_gives(small_run, tmp_path, monkeypatch):
     other = shutil.copytree(small_run, tmp_path / "other" / "run")
     full = groktrace.analyze(other, draws=20, burn_in=20)
-    monkeypatch.setattr(passes, "COARSE", 3)
+    monkeypatch.setattr(passes, "PASSES", Passes(adaptive_coarse=3))
     some = groktrace.analyze(small_run, draws=20, burn_in=20, adaptive=True, curvature=True)
     assert [point.step for point in some.points] == [0, 20, 50]
     assert (some.nbeta, some.localization) == (full.nbeta, full.localization)
@@ -197,11 +198,11 @@ def test_the_passes_date_what_the_detector_finds():
     assert {699, 700} <= next(so_far.keys() for so_far in seen if len(so_far) > 60)
     # A change of nothing has no date.
     chosen = sample_adaptively(range(2000), points_of(points), lambda done, total: None, detector=Sudden(700, 0.0))
-    assert len(chosen) == passes.COARSE
+    assert len(chosen) == PASSES.adaptive_coarse
 
 
 def test_an_analysis_samples_next_what_its_detector_dates(small_run, monkeypatch):
-    monkeypatch.setattr(passes, "COARSE", 3)
+    monkeypatch.setattr(passes, "PASSES", Passes(adaptive_coarse=3))
     quick = {"draws": 20, "burn_in": 20, "adaptive": True}
     assert [point.step for point in groktrace.analyze(small_run, **quick)] == [0, 20, 50]
     assert {30, 40} <= {point.step for point in groktrace.analyze(small_run, **quick, detector=Sudden(40))}

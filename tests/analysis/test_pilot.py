@@ -12,6 +12,7 @@ from groktrace.analysis import pilot
 from groktrace.analysis.measure import Objective
 from groktrace.analysis.pilot import choose_sampling, choose_scale
 from groktrace.analysis.setup import weight_layout
+from groktrace.analysis.tuning import Pilot
 from groktrace.run.task import Task
 from groktrace.sampling import network
 from groktrace.sampling.calibration import Scale
@@ -134,9 +135,9 @@ def test_samples_grow_with_what_they_would_miss(large_set, monkeypatch):
     """λ of few samples is too small by about λ over how many targets they have."""
     model, data, _ = line()
     objective, weights, metrics = prepared(model, "mse", data, localization=300.0)
-    monkeypatch.setattr(pilot, "LEAST_SAMPLES", 64)
+    monkeypatch.setattr(pilot, "PILOT", Pilot(least_samples=64))
     few = choose(objective, weights, metrics)
-    monkeypatch.setattr(pilot, "MOST_MISSED", 0.005)
+    monkeypatch.setattr(pilot, "PILOT", Pilot(least_samples=64, most_missed=0.005))
     more = choose(objective, weights, metrics)
     assert few.samples < more.samples <= TALL
     assert math.isclose(few.nbeta, more.nbeta)

@@ -37,8 +37,8 @@ from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.measure import Objective, SnapshotMetrics
 from groktrace.analysis.passes import spread
 from groktrace.analysis.pilot import choose_sampling
-from groktrace.analysis.replay import COARSE
 from groktrace.analysis.setup import run_layout
+from groktrace.analysis.tuning import PASSES
 from groktrace.run.store import Run, open_run
 from groktrace.sampling.calibration import Scale, step_size
 from groktrace.sampling.network import as_float
@@ -122,7 +122,7 @@ class Bench:
         self.steps = list(self.snapshots)
         first = self.snapshots[self.steps[0]].load()
         self.objective = Objective.of(run.task, run_layout(run, None), SamplingSettings(), first, torch.device("cpu"))
-        coarse = [self.metrics(self.steps[i]) for i in spread(self.steps, COARSE)]
+        coarse = [self.metrics(self.steps[i]) for i in spread(self.steps, PASSES.coarse)]
         self.scale, self.pilot = timed(lambda: choose_sampling(self.objective, self.load, coarse))
 
     def load(self, step: int) -> dict[str, Tensor]:

@@ -1,0 +1,129 @@
+"""The tuned numbers of the analysis, each with where it comes from; those of the sampler are in `sampling.tuning`."""
+
+from dataclasses import dataclass
+
+from groktrace.sampling.tuning import CALIBRATION
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """On how much of a large set a snapshot's losses and curvature are measured.
+
+    Attributes:
+        evaluated_samples: for losses and accuracies, at least.
+        evaluated_bytes: the same in bytes of activations: small samples are cheap.
+        parts: of these, or more, whose scatter gives the standard error.
+        curvature_samples, curvature_bytes: for the curvature, at least; on six networks it then differs from that of
+            all samples by 5 % (in the median).
+        most_curvature_samples: for the curvature, at most.
+        heavy_share: one in so many of these is among the samples of the largest losses: of a well-fitted set they
+            decide the curvature.
+        products: with the Hessian, for its largest eigenvalue, where data are used whole.
+        large_set_products: the same of a large set.
+        chance_samples: what a network loses that knows nothing is the same on so many, spread evenly, as on all.
+    """
+
+    evaluated_samples: int = 256
+    evaluated_bytes: int = 2**26
+    parts: int = 8
+    curvature_samples: int = 128
+    curvature_bytes: int = 2**25
+    most_curvature_samples: int = 512
+    heavy_share: int = 4
+    products: int = 8
+    large_set_products: int = 6
+    chance_samples: int = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pilot:
+    """How (nβ, γ), samples and batch size are chosen for a run.
+
+    Attributes:
+        fitted: a snapshot counts as fitted once its training loss has fallen to this fraction of the run's range.
+        fallen: nβ follows the curvature where that of fitted snapshots ranges over more than this factor: under
+            cross-entropy it goes on falling as margins grow, and so would λ̂ in every run.
+        localities: ρ, the widest first.
+        most_climb: a basin is left where the loss climbs by this share of the way to that of chance; a convention.
+        tried: snapshots on which short chains are tried.
+        burn_in, draws: of such chains where data are sampled; minibatch noise is measured every 16 steps.
+        few_draws: of such chains where data are used whole.
+        aimed: batches are so large that few of the other snapshots are heated by more than is wanted.
+        most_missed: a posterior of S samples with m targets each has λ_c lower by about λ_c/(S·m) of it (measured on
+            four networks); S is such that this is the most.
+        least_samples: S, at least.
+    """
+
+    fitted: float = 0.05
+    fallen: float = 10.0
+    localities: tuple[float, ...] = (CALIBRATION.locality, 0.1, 0.05, 0.022, 0.01)
+    most_climb: float = 0.2
+    tried: int = 2
+    burn_in: int = 20
+    draws: int = 12
+    few_draws: int = 32
+    aimed: float = 0.8
+    most_missed: float = 0.03
+    least_samples: int = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """In what portions the snapshots of a run are sampled.
+
+    Attributes:
+        coarse: snapshots of the first pass, from which a run's scale is chosen where data are sampled.
+        round: snapshots of a later pass, at least; of the run alone, so that neither memory nor workers decide which
+            are sampled.
+        stacks: of a pass where data are used whole.
+        partial_seconds: between two results that show what there is so far.
+        adaptive_coarse: snapshots of the first pass of `adaptive`.
+        adaptive_share: of all snapshots, that `adaptive` samples at most, but for runs so short that it is no matter.
+        phase: snapshots on either side of a transition whose λ tells its levels.
+        suspicious_errors, suspicious_change: outside transitions, neighbours that differ by so many errors, and by this
+            fraction of the largest level, are suspect.
+    """
+
+    coarse: int = 16
+    round: int = 8
+    stacks: int = 16
+    partial_seconds: float = 15.0
+    adaptive_coarse: int = 64
+    adaptive_share: float = 0.1
+    phase: int = 32
+    suspicious_errors: float = 4.0
+    suspicious_change: float = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """What is tolerated before a number is called unreliable, in each case plus three errors of the diagnostic.
+
+    Conventions, if not said otherwise.
+
+    Attributes:
+        virial_gap: of the virial and restraint from D, relative to it.
+        anharmonicity: of ½E[(w − w*)·nβ∇L]/λ̂ from 1, beyond which the loss is not quadratic where the chains go.
+        rhat: split R̂, as Gelman & Rubin.
+        distance: of the chains from w*, relative to ‖w*‖.
+        heating: by minibatches, relative to λ̂.
+        climb: of the loss, as a share of the way to that of chance.
+        bending: a loss that is quadratic to within so much at each draw, as that of a linear model, is a bowl all the
+            way up.
+        flattening: below 1 by so much, anharmonicity tells of a loss that flattens out: no basin does, while a singular
+            loss, of higher degree, is above 1.
+        untold: with a single chain, λ̂ below ½E[(w − w*)·nβ∇L] by so much may be a slope's.
+    """
+
+    virial_gap: float = 0.02
+    anharmonicity: float = 0.05
+    rhat: float = 1.1
+    distance: float = 0.5
+    heating: float = 0.03
+    climb: float = 0.5
+    bending: float = 0.02
+    flattening: float = 0.2
+    untold: float = 0.1
+
+
+MEASUREMENT, PILOT, PASSES, RELIABILITY = Measurement(), Pilot(), Passes(), Reliability()
