@@ -112,7 +112,7 @@ class Folder:
         """The names of the numbered folders, or of whatever has such a name, beside it."""
         name = name_of(self.place)
         found = names_beside(self.place) if is_url(self.place) else _names_in(Path(self.place).parent)
-        matches = (re.fullmatch(rf"{re.escape(name)}-([1-9]\d{{0,8}})", each, re.ASCII) for each in found)
+        matches = (re.fullmatch(rf"{re.escape(name)}-([1-9]\d{{0,8}})", sibling, re.ASCII) for sibling in found)
         return {number: match[0] for match in matches if match and (number := int(match[1])) > 1}
 
     def numbered(self, number: int) -> "Folder":
@@ -296,8 +296,8 @@ def _holds(folder: Folder, step: int, parameters: Mapping[str, Tensor]) -> bool:
             folder.remote.fetch(path)
         digests = files.parse_json(files.read_metadata(path)["digests"].encode())
         return bool(parameters) and all(
-            digests[name] == files.digest(torch.view_as_real(each) if each.dtype == torch.complex128 else each)
-            for name, each in parameters.items()
+            digests[name] == files.digest(torch.view_as_real(weight) if weight.dtype == torch.complex128 else weight)
+            for name, weight in parameters.items()
         )
     except (GroktraceError, OSError, ValueError, KeyError, TypeError):
         return False

@@ -169,9 +169,9 @@ def watch(
                 if folder.remote is not None:
                     folder.remote.send_start()
             except BaseException as failure:
-                for each in (where.folder, folder):
-                    if each.hold is not None:
-                        each.hold.release()
+                for held in (where.folder, folder):
+                    if held.hold is not None:
+                        held.hold.release()
                 if not isinstance(failure, OSError):
                     raise
                 raise SettingsError(f"out: '{place}' cannot be written ({failure.strerror or failure}).") from failure

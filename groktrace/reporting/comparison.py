@@ -73,11 +73,11 @@ class Comparison:
             if not events.transitions:
                 why = "none" if usable_points(series.trajectory) >= DEFAULTS.min_points else "too few snapshots"
                 rows.append((name, why, "-", "-", "-", "-", "-", "-", at))
-            for each in events.transitions:
-                interval = f"{each.step_low} - {each.step_high}"
-                levels = number(each.llc_before), number(each.llc_after)
-                change = f"{number(each.delta_llc, '+')} ± {number(each.stderr)}"
-                rows.append((name, each.kind, each.label or "-", str(each.step), interval, *levels, change, at))
+            for item in events.transitions:
+                interval = f"{item.step_low} - {item.step_high}"
+                levels = number(item.llc_before), number(item.llc_after)
+                change = f"{number(item.delta_llc, '+')} ± {number(item.stderr)}"
+                rows.append((name, item.kind, item.label or "-", str(item.step), interval, *levels, change, at))
         scales = {_scale(series.trajectory) for _, series, _ in self.results}
         lines = [*self._shared_lines(level), *aligned(rows)]
         if len(scales) > 1:
@@ -110,12 +110,13 @@ class Comparison:
             at = "-" if when is None else when.text()
             if not group.transitions:
                 rows.append((group.name, "none", *["-"] * 7, at))
-            for each in group.transitions:
-                levels = (number(each.llc_before.mean), number(each.llc_after.mean))
-                change = each.delta_llc.text("g" if abs(each.delta_llc.mean) < 10 else ".0f", "+")
-                between = f"{each.step.low:.0f} - {each.step.high:.0f}"
-                many = f"{each.runs} of {len(group)}"
-                row = (group.name, each.kind, each.label or "-", many, each.step.text(), between, *levels, change, at)
+            for item in group.transitions:
+                levels = (number(item.llc_before.mean), number(item.llc_after.mean))
+                change = item.delta_llc.text("g" if abs(item.delta_llc.mean) < 10 else ".0f", "+")
+                between = f"{item.step.low:.0f} - {item.step.high:.0f}"
+                many = f"{item.runs} of {len(group)}"
+                kind = item.kind, item.label or "-"
+                row = (group.name, *kind, many, item.step.text(), between, *levels, change, at)
                 rows.append(row)
         return ["Mean ± standard deviation over the runs of a group:", "", *aligned(rows), "", "Run by run:", ""]
 
@@ -131,7 +132,7 @@ class Comparison:
         """
         if path is not None:
             check_suffix(Path(path))
-        known = {each.name for _, series, _ in self.results for each in series if each.known}
+        known = {quantity.name for _, series, _ in self.results for quantity in series if quantity.known}
         panels = [(axis, [name for name in names if name in known]) for axis, names in _PANELS]
         panels = [(axis, names) for axis, names in panels if names]
         figure = empty_figure(4 + 1.8 * len(panels))
@@ -174,9 +175,9 @@ class Comparison:
         """A line for each group of several runs above the panel: when they make their transitions."""
         for row, group in enumerate(reversed(self.shared)):
             said = [
-                f"{'▲' if each.delta_llc.mean > 0 else '▼'} {each.label or each.kind} at step {each.step.text()}"
-                + ("" if each.runs == len(group) else f" ({each.runs} of {len(group)} runs)")
-                for each in group.transitions
+                f"{'▲' if item.delta_llc.mean > 0 else '▼'} {item.label or item.kind} at step {item.step.text()}"
+                + ("" if item.runs == len(group) else f" ({item.runs} of {len(group)} runs)")
+                for item in group.transitions
             ]
             place: dict[str, Any] = {
                 "xycoords": "axes fraction",
@@ -234,7 +235,7 @@ def compare(
         opened = open_run(run) if isinstance(run, str | Path) else run
         if analyses and isinstance(opened, Run):
             found = _named_analyses(opened)
-            results += [(label, Series.of(each), Events.of(each, detector)) for label, each in found]
+            results += [(label, Series.of(trajectory), Events.of(trajectory, detector)) for label, trajectory in found]
             settings += [None] * len(found)
             continue
         trajectory = opened.trajectory() if isinstance(opened, Run) else opened
@@ -252,14 +253,14 @@ def _named_analyses(run: Run) -> list[tuple[str, Trajectory]]:
         for _, trajectory, asked in found
     ]
     # How many chains there were is rarely asked for, but follows from the rest.
-    keys = [key for key in told[0] if key != "chains" and any(each.get(key) != told[0].get(key) for each in told)]
+    keys = [key for key in told[0] if key != "chains" and any(facts.get(key) != told[0].get(key) for facts in told)]
     labels = [
         ", ".join(
-            str(each[key]) if key == "data" else f"{key} {_in_words(each.get(key))}"
+            str(facts[key]) if key == "data" else f"{key} {_in_words(facts.get(key))}"
             for key in keys
-            if key == "data" or each.get(key) is not None
+            if key == "data" or facts.get(key) is not None
         )
-        for each in told
+        for facts in told
     ]
     labels = [
         label if label and labels.count(label) == 1 else f"{label}{', ' if label else ''}{folder.name}"
@@ -293,9 +294,9 @@ def _draw_curve(axes: "Axes", group: Group, look: dict[str, Any]) -> None:
     if len(group) > 1:
         mean = _draw_mean(axes, group, CURVE, look | {"label": f"{group.name}, mean ± std."})
         steps, value = mean
-        for each in group.transitions:
-            width = each.step.deviation or 0.0
-            marks.append((each.step.mean, each.step.mean - width, each.step.mean + width, each.delta_llc.mean))
+        for item in group.transitions:
+            width = item.step.deviation or 0.0
+            marks.append((item.step.mean, item.step.mean - width, item.step.mean + width, item.delta_llc.mean))
     else:
         ((_, series, events),) = group.members
         curve = series.trajectory.curve
@@ -304,7 +305,7 @@ def _draw_curve(axes: "Axes", group: Group, look: dict[str, Any]) -> None:
         axes.plot(steps, value, **look, label=group.name)
         error = 1.96 * curve.error[known]
         axes.fill_between(steps, value - error, value + error, color=colour, alpha=0.2, lw=0)
-        marks = [(each.step, each.step_low, each.step_high, each.delta_llc) for each in events.transitions]
+        marks = [(item.step, item.step_low, item.step_high, item.delta_llc) for item in events.transitions]
     for step, low, high, change in marks:
         height = float(np.interp(step, steps, value)) if len(steps) else 0.0
         axes.plot([low, high], [height, height], color=colour, lw=3, alpha=0.5)

@@ -120,9 +120,9 @@ class Group:
         centre, width = table.mean(axis=0), table.std(axis=0, ddof=1) if len(rows) > 1 else np.zeros(len(steps))
         bands = (centre, centre - width, centre + width)
         if name.endswith("loss"):
-            bands = tuple(np.exp(each) for each in bands)
+            bands = tuple(np.exp(bound) for bound in bands)
         elif name.endswith("accuracy"):
-            bands = tuple(np.clip(each, 0.0, 1.0) for each in bands)
+            bands = tuple(np.clip(bound, 0.0, 1.0) for bound in bands)
         return Mean(steps, *bands, runs=len(rows))
 
     @property
@@ -131,13 +131,13 @@ class Group:
         found: dict[tuple[str, int], list[Any]] = {}
         for _, _, events in self.members:
             seen: Counter[str] = Counter()
-            for each in events.transitions:
-                name = each.label or each.kind
-                found.setdefault((name, seen[name]), []).append(each)
+            for transition in events.transitions:
+                name = transition.label or transition.kind
+                found.setdefault((name, seen[name]), []).append(transition)
                 seen[name] += 1
 
         def spread(own: list[Any], attribute: str) -> Spread:
-            return Spread.of([getattr(each, attribute) for each in own])
+            return Spread.of([getattr(transition, attribute) for transition in own])
 
         shared = (
             SharedTransition(
@@ -168,11 +168,11 @@ class Group:
             "runs": [name for name, *_ in self.members],
             "steps": means[CURVE].steps.tolist(),
             **{
-                name: {key: plain(getattr(each, key).tolist()) for key in ("value", "low", "high")}
-                for name, each in means.items()
-                if each.runs
+                name: {key: plain(getattr(mean, key).tolist()) for key in ("value", "low", "high")}
+                for name, mean in means.items()
+                if mean.runs
             },
-            "transitions": [plain(asdict(each)) for each in self.transitions],
+            "transitions": [plain(asdict(transition)) for transition in self.transitions],
             **{
                 name: None if (when := self.reached(name)) is None else plain(asdict(when))
                 for name in ("memorised_at", "generalised_at")
@@ -244,7 +244,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict | list) and value and prefix.count(".") < 4:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         pairs = (_flat(item, f"{prefix}.{name}" if prefix else str(name)) for name, item in items)
-        return {name: item for each in pairs for name, item in each.items()}
+        return {name: item for pair in pairs for name, item in pair.items()}
     return {printable(prefix): value}
 
 

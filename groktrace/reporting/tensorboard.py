@@ -63,11 +63,11 @@ class TensorBoardReporter:
         known = curve.values[np.isfinite(curve.values)]
         accuracies = [quantity.tag for quantity in series if quantity.axis == "accuracy" and quantity.known]
         found = events.transitions
-        for position, each in enumerate(found, 1):
-            extent = (known.min(), known.max()) if len(known) else sorted((each.llc_before, each.llc_after))
+        for position, transition in enumerate(found, 1):
+            extent = (known.min(), known.max()) if len(known) else sorted((transition.llc_before, transition.llc_after))
             # All three of the LLC's, for the chart with the band asks for them.
             lines = dict.fromkeys((curve.tag, *BAND), extent) | dict.fromkeys(accuracies, (0.0, 1.0))
-            _write_line(logdir / _run_name(each, position, len(found)), each.step, lines, steps)
+            _write_line(logdir / _run_name(transition, position, len(found)), transition.step, lines, steps)
 
 
 def write_mean(group: "Group", logdir: Path) -> Path:
@@ -95,15 +95,15 @@ def write_mean(group: "Group", logdir: Path) -> Path:
                     writer.add_scalar(tag, value, step)
         writer.add_text("runs", "\n".join(f"- {name}" for name, *_ in group.members))
     known = curve.value[np.isfinite(curve.value)]
-    for position, each in enumerate(group.transitions, 1):
-        label = (each.label or each.kind).replace("/", "-")
-        name = f"transition {position}: {label} @ {each.step.text()} ({each.runs} of {len(group)})"
+    for position, transition in enumerate(group.transitions, 1):
+        label = (transition.label or transition.kind).replace("/", "-")
+        name = f"transition {position}: {label} @ {transition.step.text()} ({transition.runs} of {len(group)})"
         extent = (known.min(), known.max()) if len(known) else (0.0, 1.0)
         lines = dict.fromkeys((CURVE_TAG, *BAND), extent) | {
             tag: (0.0, 1.0) for tag in columns if tag.endswith("accuracy")
         }
         folder = place / (name.replace(":", ",") if os.name == "nt" else name)
-        _write_line(folder, round(each.step.mean), lines, curve.steps.tolist())
+        _write_line(folder, round(transition.step.mean), lines, curve.steps.tolist())
     return place
 
 
@@ -169,5 +169,5 @@ def _table(events: Events) -> str:
     if found:
         heading, *rows = transition_rows(found)
         parts = ["\n".join("| " + " | ".join(row) + " |" for row in [heading, ["---"] * len(heading), *rows])]
-    parts += [f"Step {each.step}: {each.evidence}." for each in found if each.evidence]
+    parts += [f"Step {transition.step}: {transition.evidence}." for transition in found if transition.evidence]
     return "\n\n".join([*parts, *events.remarks, by_accuracy(events.grokking)])

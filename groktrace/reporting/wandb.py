@@ -111,21 +111,25 @@ def _identity(trajectory: Trajectory, place: Path) -> tuple[str, str]:
 def _rows(series: Series, events: Events) -> dict[int, dict[str, float]]:
     """What is known, by step and tag, with the points that mark transitions."""
     rows: dict[int, dict[str, float]] = {}
-    for tag, column in (each for quantity in series for each in quantity.charts().items()):
+    for tag, column in (chart for quantity in series for chart in quantity.charts().items()):
         for step, value in zip(series.steps.tolist(), column.tolist(), strict=True):
             if math.isfinite(value):
                 rows.setdefault(step, {})[tag] = value
     value = series[CURVE].values
     known = np.isfinite(value)
-    for each in events.transitions:
-        tag = MARK + (each.label or each.kind).replace(" ", "_").replace("/", "_")
-        height = float(np.interp(each.step, series.steps[known], value[known])) if known.any() else each.llc_after
-        rows.setdefault(each.step, {})[tag] = height
+    for transition in events.transitions:
+        tag = MARK + (transition.label or transition.kind).replace(" ", "_").replace("/", "_")
+        height = (
+            float(np.interp(transition.step, series.steps[known], value[known]))
+            if known.any()
+            else transition.llc_after
+        )
+        rows.setdefault(transition.step, {})[tag] = height
     return rows
 
 
 def _table(wandb: Any, events: Events) -> Any:
     """The transitions, one a row."""
-    rows = [each.to_dict() for each in events.transitions]
+    rows = [transition.to_dict() for transition in events.transitions]
     columns = list(rows[0]) if rows else ["kind", "label", "step"]
     return wandb.Table(columns=columns, data=[list(row.values()) for row in rows])

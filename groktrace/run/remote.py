@@ -27,7 +27,7 @@ def names_beside(url: str) -> list[str]:
         files, root = fsspec.core.url_to_fs(url.rstrip("/"))
         files.invalidate_cache()
         try:
-            return [str(each).rstrip("/").rpartition("/")[2] for each in files.ls(files._parent(root), detail=False)]
+            return [str(path).rstrip("/").rpartition("/")[2] for path in files.ls(files._parent(root), detail=False)]
         except FileNotFoundError:
             return []
 

@@ -263,7 +263,7 @@ class Run:
         """Time and size of the files in `root` that belong neither to recording nor analysis, if it is remote."""
         own = (layout.WEIGHTS_FOLDER, layout.ANALYSIS_FOLDER, *layout.START_FILES)
         found = () if self.remote is None else (path for path in self.root.iterdir() if path.name not in own)
-        paths = (path for each in found for path in (each, *each.rglob("*")) if path.is_file())
+        paths = (path for folder in found for path in (folder, *folder.rglob("*")) if path.is_file())
         return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
 
     @cached_property
