@@ -24,15 +24,15 @@ class Minibatches:
         index: [R, B] samples of the current batches; overwritten by `draw`.
         samples: how many there are.
         generators: one a row.
+        number: [R] which part is current; 0 without parts.
         parts: [K, B] the samples of each part; None for batches drawn anew from all samples.
-        number: [R] which part is current.
     """
 
     index: Tensor
     samples: int
     generators: list[torch.Generator]
+    number: Tensor
     parts: Tensor | None = None
-    number: Tensor | None = None
 
     @classmethod
     def begin(
@@ -46,7 +46,8 @@ class Minibatches:
             generators: one a row.
             device: of the samples.
         """
-        return cls(torch.arange(size, device=device).repeat(len(generators), 1), samples, list(generators))
+        index = torch.arange(size, device=device).repeat(len(generators), 1)
+        return cls(index, samples, list(generators), torch.zeros(len(generators), dtype=torch.long, device=device))
 
     @classmethod
     def of_parts(cls, parts: Tensor, samples: int, generators: Sequence[torch.Generator]) -> "Minibatches":
@@ -58,7 +59,7 @@ class Minibatches:
             generators: one a row.
         """
         number = torch.zeros(len(generators), dtype=torch.long, device=parts.device)
-        return cls(parts[number], samples, list(generators), parts, number)
+        return cls(parts[number], samples, list(generators), number, parts)
 
     def draw(self) -> None:
         """Go on to each row's next batch."""
@@ -74,8 +75,7 @@ class Minibatches:
     def select(self, rows: Tensor) -> "Minibatches":
         """The batches of some of the rows."""
         chosen = [self.generators[r] for r in rows.tolist()]
-        number = None if self.number is None else self.number[rows]
-        return Minibatches(self.index[rows], self.samples, chosen, self.parts, number)
+        return Minibatches(self.index[rows], self.samples, chosen, self.number[rows], self.parts)
 
     def saved(self, rows: Tensor) -> "Minibatches":
         """A copy of some of the rows as they are."""
@@ -88,8 +88,7 @@ class Minibatches:
         for r, generator in zip(rows.tolist(), saved.generators, strict=True):
             self.generators[r] = generator
         self.index[rows] = saved.index
-        if self.parts is not None:
-            self.number[rows] = saved.number
+        self.number[rows] = saved.number
 
 
 def spread_ranks(order: Tensor, heavy: int, count: int) -> Tensor:

@@ -109,8 +109,8 @@ class LargeChains:
         self.gradient = torch.zeros(network.layout.size, dtype=network.dtype, device=network.device)
         self.normal = NormalNoise((1, network.longest_piece), network.dtype, network.device)
         self.fresh = torch.empty(1, network.longest_piece, dtype=network.dtype, device=network.device)
-        self.last = torch.empty_like(self.fresh) if self.kernel.forgetful else None
-        self.control = None
+        self.last = torch.empty_like(self.fresh)
+        self.control: Tensor | None = None
         if self.corrected:
             self.base = network.add_gradient(self.gradient)
             # Read once a step, in pieces: it need not lie where memory is scarce.
@@ -194,7 +194,7 @@ class LargeChains:
             self.gradient.zero_()
             return network.add_gradient(self.gradient, chain.position) - self.base
         index = self._batch(chain)
-        if not self.corrected:
+        if self.control is None:
             self.gradient.zero_()
             return network.add_gradient(self.gradient, chain.position, index) - self.base
         # Control variate at w* and paired losses, as in `chains`.

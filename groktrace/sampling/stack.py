@@ -91,7 +91,7 @@ class StackedChains:
                 at_anchors = self.loss.gradients(self.anchors, self.index)
             start = gaussian_start(self.loss, self.anchors, at_anchors, start, nbeta, localization, self.index)
         self.noise_share = anchors.new_ones(len(anchors))
-        if self.control is not None and target.subsampled:
+        if self.batches is not None and self.control is not None and target.subsampled:
             rows, weights = torch.arange(0, len(start), chains, device=device), self.anchors + start
             self.noise_share = stiff_share(
                 self.loss, weights, self.batches, self.control, start, rows, nbeta, localization
@@ -174,7 +174,7 @@ class StackedChains:
         rows = self._rows([self.active.index(s) for s in snapshots])
         positions = self.anchors[rows] + self.state.displacement[rows]
         start = self.state.displacement[rows] + torch.finfo(positions.dtype).tiny
-        index = self.index[rows] if self.target.subsampled and self.batches is not None else None
+        index = self.index[rows] if self.target.subsampled and self.index is not None else None
         products = self.target.effort.curvature_products
         top = top_eigenvalue(self.loss.select(rows), positions, start, products, index)
         return dict(zip(snapshots, top.view(-1, self.settings.chains).amax(1).tolist(), strict=True))
@@ -201,7 +201,7 @@ class StackedChains:
         if not self.active:
             return {}
         record, chains = self.advance(counts, first, recorder), self.settings.chains
-        parts = zip(self.active, counts, record.split(chains, 2), strict=True)
+        parts = zip(self.active, counts, torch.split(record, chains, 2), strict=True)
         return {s: part[:count] for s, count, part in parts}
 
     def advance(self, counts: Sequence[int], first: bool = False, recorder: SampleLossRecorder | None = None) -> Tensor:
@@ -233,8 +233,10 @@ class StackedChains:
         # Beyond this a single draw makes the mean too large.
         most = most_total_virial(dimension) * own
         gone = torch.zeros_like(own, dtype=torch.bool)
-        stacks = self.anchors, weights, gradients
-        blocks = [(block, *(stack[:, columns] for stack in stacks)) for columns, block in state.blocks()]
+        blocks = [
+            (block, self.anchors[:, columns], weights[:, columns], gradients[:, columns])
+            for columns, block in state.blocks()
+        ]
         seen = self.samples if self.index is None else 2 * self.index.shape[1]
         seen = self.target.effort.sample_losses or seen
         scale = record.new_tensor([[nbeta], [self.target.localization], [0.25 * nbeta]])
@@ -246,9 +248,10 @@ class StackedChains:
             if first and t % MINIBATCH_NOISE.every == 0 and self._corrected:
                 record[t, 4] = self._gradient_noise(evaluate, gradients)
             record[t, 0] = nbeta * delta_loss
-            for s in recorder.due(t) if recorder is not None else ():
-                rows_of = self._rows([s])
-                recorder.keep(s, self.loss.select(rows_of).sample_losses(weights[rows_of], seen))
+            if recorder is not None:
+                for s in recorder.due(t):
+                    rows_of = self._rows([s])
+                    recorder.keep(s, self.loss.select(rows_of).sample_losses(weights[rows_of], seen))
             products = []
             for block, anchors, positions, slopes in blocks:
                 products.append(inner_products(block.displacement, slopes, chains))
@@ -281,15 +284,16 @@ class StackedChains:
         self.state.displacement[rows], self.state.momentum[rows] = saved.displacement, saved.momentum
         for r, generator in zip(rows.tolist(), saved.generators, strict=True):
             self.state.generators[r] = generator
-        if batches is not None:
+        if self.batches is not None and batches is not None:
             self.batches.restore(rows, batches)
 
     def _evaluator(self, weights: Tensor, gradients: Tensor) -> Callable[[], Tensor]:
         """L(w) − L(w*) of each row, [R], of what `weights` holds; ∇L(w) goes into `gradients`, [R, D]."""
         here = self.loss.bound(weights, gradients, self.index)
-        at_anchors, blocks = (lambda: self.base), []
-        if self.control is not None:
-            return self._with_kept_control(here, gradients)
+        if self.batches is not None and self.control is not None:
+            return _with_kept_control(here, gradients, self.batches, self.control)
+        at_anchors: Callable[[], Tensor] | None = None
+        blocks: list[list[Tensor]] = []
         if self._corrected:
             # Control variate at w* and paired losses (Baker et al. 2019): both errors shrink with ‖w − w*‖.
             control = torch.empty_like(gradients)
@@ -300,23 +304,9 @@ class StackedChains:
         def evaluate() -> Tensor:
             if self.batches is not None:
                 self.batches.draw()
-            delta_loss = here() - at_anchors()
+            delta_loss = here() - (self.base if at_anchors is None else at_anchors())
             for slopes, there, base in blocks:
                 slopes.sub_(there).add_(base)
-            return delta_loss
-
-        return evaluate
-
-    def _with_kept_control(self, here: Callable[[], Tensor], gradients: Tensor) -> Callable[[], Tensor]:
-        """The same where the batches' gradients at w* are kept."""
-        batches, control = self.batches, self.control
-        rows = list(zip(gradients, control.snapshot.tolist(), strict=True))
-
-        def evaluate() -> Tensor:
-            batches.draw()
-            delta_loss = here() - control.losses[control.snapshot, batches.number]
-            for (row, s), number in zip(rows, batches.number.tolist(), strict=True):
-                row.add_(control.shifts[s, number])
             return delta_loss
 
         return evaluate
@@ -340,3 +330,19 @@ class StackedChains:
         delta_loss, virial, restraint, paired = record[:, :4].cpu().unbind(1)
         paired = paired[:, : pairs(self.settings.chains)]
         return Traces(delta_loss, virial, restraint, paired, self.epsilons[s], burn_in)
+
+
+def _with_kept_control(
+    here: Callable[[], Tensor], gradients: Tensor, batches: Minibatches, control: ControlVariates
+) -> Callable[[], Tensor]:
+    """What `_evaluator` gives where the batches' gradients at w* are kept."""
+    rows = list(zip(gradients, control.snapshot.tolist(), strict=True))
+
+    def evaluate() -> Tensor:
+        batches.draw()
+        delta_loss = here() - control.losses[control.snapshot, batches.number]
+        for (row, s), number in zip(rows, batches.number.tolist(), strict=True):
+            row.add_(control.shifts[s, number])
+        return delta_loss
+
+    return evaluate

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from groktrace.sampling.diagnostics import standard_error
-from groktrace.sampling.kernels import Kernel
+from groktrace.sampling.kernels.base import Kernel
 from groktrace.sampling.tuning import EQUILIBRIUM, MINIBATCH_NOISE
 
 # The losses of single samples are looked at in so many draws of each chain, and so many steps apart at least.
@@ -54,8 +54,13 @@ class Traces:
 
     def extended(self, more: "Traces") -> "Traces":
         """These draws and those that came after them."""
-        names = ("delta_loss", "virial", "restraint", "paired")
-        return replace(self, **{name: torch.cat([getattr(self, name), getattr(more, name)]) for name in names})
+        return replace(
+            self,
+            delta_loss=torch.cat([self.delta_loss, more.delta_loss]),
+            virial=torch.cat([self.virial, more.virial]),
+            restraint=torch.cat([self.restraint, more.restraint]),
+            paired=torch.cat([self.paired, more.paired]),
+        )
 
     @property
     def total_virial(self) -> Tensor:
@@ -162,7 +167,7 @@ def inner_products(displacements: Tensor, gradients: Tensor, chains: int) -> Ten
         chains: rows of one snapshot.
     """
     dot = torch.linalg.vecdot
-    w, g = displacements.unflatten(0, (-1, chains)), gradients.unflatten(0, (-1, chains))
+    w, g = (torch.unflatten(rows, 0, (-1, chains)) for rows in (displacements, gradients))
     if chains == 1:
         paired = torch.zeros_like(w[..., 0])
     elif chains == 2:
