@@ -25,7 +25,7 @@ from groktrace.records import read_record
 from groktrace.run import layout
 from groktrace.run.files import read_json, write_json
 from groktrace.run.remote import is_url
-from groktrace.run.store import Run
+from groktrace.run.store import Run, refuse_checkpoints
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import Scale
 from groktrace.sampling.settings import SamplingOptions, SamplingSettings
@@ -90,10 +90,11 @@ def wait_for_run(root: Path, timeout: float | None) -> None:
         timeout: seconds to wait; None for as long as it takes.
 
     Raises:
-        RunError: there was none in this time.
+        RunError: there was none in this time, or there are checkpoints that are to be imported.
     """
     began = time.monotonic()
     while not ((root / layout.RUN_FILE).exists() and layout.snapshot_steps(root)):
+        refuse_checkpoints(root, str(root))
         if timeout is not None and time.monotonic() - began > timeout:
             raise RunError(f"{root}: no recording has begun there in {timeout:g} s.")
         time.sleep(POLL_SECONDS)

@@ -33,6 +33,8 @@ def command(
     with as_keywords(given) as keywords:
         reporters = more_reporters(wandb)
         if isinstance(run, Path):
+            if not run.exists():
+                click.echo(f"{run}: not there yet; waits for a recording to begin", err=True)
             wait_for_run(run, timeout)
         opened = open_run(run)
         os.nice(19)  # the training goes first

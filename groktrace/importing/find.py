@@ -2,6 +2,7 @@
 
 import glob
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -48,6 +49,28 @@ def find_checkpoints(given: Iterable[str | os.PathLike[str]], depth: int = MAX_F
     if not found:
         raise SettingsError("checkpoints: expected at least one file or folder.")
     return list(found.values())
+
+
+def import_command(path: Path, name: str) -> str | None:
+    """A line that says how many checkpoints a file or folder holds, with the command that makes a run of them.
+
+    Args:
+        path: of the file or folder.
+        name: what it is called.
+
+    Returns:
+        None where there are none.
+    """
+    try:
+        if not path.is_dir() and not (path.is_file() and _is_checkpoint_file(path.name)):
+            return None
+        count = len(find_checkpoints([path], depth=1))
+    except (SettingsError, OSError):
+        return None
+    return (
+        f"It holds {count} checkpoint{'s' if count > 1 else ''}; to make a run of them: "
+        f"groktrace import {shlex.quote(name)} --task my_module:task --out RUN"
+    )
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import math
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from groktrace.errors import RunError, SettingsError, SnapshotError, TaskError, printable
+from groktrace.errors import RunError, SnapshotError, TaskError, printable
 from groktrace.run import layout, pending
 from groktrace.run.batch import Batch, check_lengths, unflatten
 from groktrace.run.files import beside, parse_json, read_json, read_metadata, read_tensors, read_unverified
@@ -25,6 +24,7 @@ from groktrace.run.task import SHIFT_INVARIANT_KEY, Task
 if TYPE_CHECKING:
     from groktrace.analysis.trajectory import Trajectory
 
+_NO_RUN = f"holds no {layout.RUN_FILE}, so it is not a directory that groktrace.watch() wrote."
 LINK_ADVICE = "out of the run directory, outside of which nothing is read or written; copy the run with cp -rL."
 
 
@@ -352,14 +352,30 @@ def open_run(path: str | Path) -> Run:
         raise RunError(f"{path}: cannot be read ({failure.strerror or failure}).") from failure
 
 
+def refuse_checkpoints(root: Path, name: str) -> None:
+    """Refuse what holds checkpoints and is no run, nor one that is being begun.
+
+    Args:
+        root: a file or folder, if there is one.
+        name: what to call it.
+
+    Raises:
+        RunError: it does; the message has the command that makes a run of them.
+    """
+    if any((root / each).exists() for each in (*layout.START_FILES, layout.LOCK_FILE)):
+        return
+    from groktrace.importing.find import import_command  # built on this package: only where it is called
+
+    if (advice := import_command(root, name)) is not None:
+        raise RunError(f"{name}: {_NO_RUN} {advice}")
+
+
 def _read_run(root: Path, name: str, remote: Remote | None) -> Run:
+    refuse_checkpoints(root, name)
     if not root.is_dir():
         raise RunError(f"{root}: no such directory; expected one that groktrace.watch(out=...) wrote.")
     if not (root / layout.RUN_FILE).exists():
-        raise RunError(
-            f"{name}: holds no {layout.RUN_FILE}, so it is not a directory that groktrace.watch() wrote."
-            f"{_import_advice(root, name)}"
-        )
+        raise RunError(f"{name}: {_NO_RUN}")
     if (link := next(layout.links_out(root), None)) is not None:
         raise RunError(f"{link}: a link {LINK_ADVICE}")
     check_format(read_unverified(root / layout.RUN_FILE), root / layout.RUN_FILE)
@@ -377,20 +393,6 @@ def _read_run(root: Path, name: str, remote: Remote | None) -> Run:
 
     snapshots = tuple(Snapshot(s, layout.snapshot_path(root, s), specs, frozen, remote) for s in steps)
     return Run(root, info, specs, snapshots, remote)
-
-
-def _import_advice(root: Path, name: str) -> str:
-    """The command that makes a run of the checkpoints in a folder; nothing where there are none."""
-    from groktrace.importing.find import find_checkpoints  # built on this package: only where it is called
-
-    try:
-        count = len(find_checkpoints([root], depth=1))
-    except (SettingsError, OSError):
-        return ""
-    return (
-        f" It holds {count} checkpoint{'s' if count > 1 else ''}; to make a run of them: "
-        f"groktrace import {shlex.quote(name)} --task my_module:task --out RUN"
-    )
 
 
 def _describe(shape: Sequence[int], dtype: torch.dtype) -> str:

@@ -107,6 +107,12 @@ def test_the_first_snapshot_is_waited_for(recorded, tmp_path, monkeypatch):
     wait_for_run(recorded, None)
     with pytest.raises(RunError, match=r"nowhere: no recording has begun there in 0\.05 s"):
         wait_for_run(tmp_path / "nowhere", 0.05)
+    torch.save({}, tmp_path / "1.pt")
+    with pytest.raises(RunError, match=r"It holds 1 checkpoint; to make a run of them: groktrace import"):
+        wait_for_run(tmp_path, None)
+    (tmp_path / ".lock").touch()  # of a recording that begins
+    with pytest.raises(RunError, match=r"no recording has begun there"):
+        wait_for_run(tmp_path, 0.05)
 
 
 def transition(step, kind="simplification", label=None, width=20):

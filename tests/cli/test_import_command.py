@@ -89,13 +89,20 @@ def test_refusals_are_one_line(folder):
 
 
 def test_other_commands_say_what_to_type(folder):
-    for command in ("analyze", "show", "check"):
-        result = CliRunner().invoke(main, [command, "my saved"])
+    more = {"temperature": ["0"], "plot": ["-o", "figure.png"]}
+    for command in ("analyze", "follow", "forecast", "temperature", "show", "plot", "compare", "check"):
+        result = CliRunner().invoke(main, [command, "my saved", *more.get(command, ())])
         assert result.exit_code == 1
         assert result.stderr.endswith(
             "It holds 20 checkpoints; to make a run of them: "
             "groktrace import 'my saved' --task my_module:task --out RUN\n"
         )
+    name = next((folder / "my saved").iterdir()).name
+    result = CliRunner().invoke(main, ["analyze", f"my saved/{name}"])
+    assert result.stderr.endswith(
+        f"It holds 1 checkpoint; to make a run of them: "
+        f"groktrace import 'my saved/{name}' --task my_module:task --out RUN\n"
+    )
     (folder / "empty").mkdir()
     result = CliRunner().invoke(main, ["analyze", "empty"])
     assert result.stderr.endswith("is not a directory that groktrace.watch() wrote.\n")
