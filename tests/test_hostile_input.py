@@ -33,5 +33,5 @@ def test_checkpoints_are_refused_and_nothing_is_run_or_lost():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("checkpoints: 68 hostile checkpoints refused, ")
+    assert done.stdout.startswith("checkpoints: 78 hostile checkpoints refused, ")
     assert done.stdout.endswith("; 0 failures\n")

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from groktrace.importing import lightning
+from groktrace.importing import lightning, numpy_numbers
 from groktrace.importing.contents import CheckpointError, Contents, flatten
 from groktrace.run.files import open_plain
 
@@ -64,7 +64,7 @@ def load_piece(content: bytes, path: Path) -> Any:
 
 def _load(source: Any, path: Path, **how: bool) -> Any:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(numpy_numbers.NAMES):
             warnings.simplefilter("ignore")  # torch's, of pickles by other protocols
             return torch.load(source, map_location="cpu", weights_only=True, **how)
     except pickle.UnpicklingError as failure:
@@ -119,7 +119,8 @@ def _check_pickle(file: BinaryIO, path: Path) -> None:
 def needs_more(path: Path, failure: Exception) -> CheckpointError:
     """The refusal of a pickle that needs code to be run."""
     names = re.findall(r"GLOBAL (\S+)", str(failure))[:1]
-    with contextlib.suppress(Exception):  # only of newer files, and whole ones
+    # Only of newer files, and whole ones.
+    with contextlib.suppress(Exception), torch.serialization.safe_globals(numpy_numbers.NAMES):
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     if names:
         needs = f"needs code to be run ({', '.join(names[:5])}{', ...' if names[5:] else ''})"

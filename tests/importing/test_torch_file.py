@@ -3,6 +3,7 @@ import pickle
 import struct
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,3 +128,68 @@ def test_damaged_files_are_refused(tmp_path):
         torch_file.open_file(tmp_path / "missing.pt")
     with pytest.raises(CheckpointError, match="cannot be read"):
         torch_file.open_file(tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numpy_numbers_are_plain_ones(tmp_path, zipped):
+    numbers = {"loss": np.float64(0.1), "lr": np.float32(0.5), "step": np.int64(7), "best": np.bool_(True)}
+    numbers |= {"half": np.float16(1.5), "small": np.uint8(200), "big-endian": np.array(3.5, ">f8")[()]}
+    torch.save({"a": torch.ones(2), **numbers}, path := tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
+    opened = torch_file.open_file(path)
+    assert opened.values == numbers
+    assert {type(value) for value in opened.values.values()} == {bool, int, float}
+    assert list(opened.tensors) == ["a"]
+    assert torch_file.numpy_numbers.NAMES[0] not in torch.serialization.get_safe_globals()
+
+
+scalar = np.float64(0).__reduce__()[0]  # in whatever module it lies
+
+
+class Called:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        Called(scalar, np.dtype("f8"), b"123"),
+        Called(scalar, np.dtype("f8")),
+        Called(scalar, Called(np.dtype, "V1000000000000"), b""),
+        Called(scalar, Called(np.dtype, "O"), b"12345678"),
+        Called(scalar, Called(np.dtype, ("f8", 10**9)), b"12345678"),
+        Called(scalar, "f8", b"12345678"),
+        Called(np.dtype, Payload("made")),
+        np.datetime64("2026-01-01"),
+        np.str_("text"),
+        np.ones(3),
+    ],
+    ids=str,
+)
+def test_what_numpy_would_make_of_a_pickle_is_refused(tmp_path, hostile, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": torch.ones(2), "b": hostile}, path := tmp_path / "file.pt")
+    with pytest.raises(CheckpointError, match=r"file.pt: (needs code to be run|not a whole file|not whole)"):
+        torch_file.open_file(path)
+    assert not (tmp_path / "made").exists()
+
+
+def test_numpy_numbers_import(saved, tmp_path, same_analysis):
+    def save(step, model, optimizer):
+        torch.save(
+            {
+                "net": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "loss": np.float64(1 / (1 + step)),
+                "step": np.int64(step),
+            },
+            tmp_path / "saved" / f"{step}.pt",
+        )
+
+    (tmp_path / "saved").mkdir()
+    saved.train(save)
+    groktrace.import_checkpoints(tmp_path / "saved", task=saved.task(), out=tmp_path / "run")
+    same_analysis(tmp_path / "hooked", tmp_path / "run")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
@@ -43,6 +44,7 @@ MEMORY = 200 * 10**6
 SECONDS = 600
 STEP = 5
 Make = Callable[[Path], Any]
+SCALAR = np.float64(0).__reduce__()[0]  # what makes NumPy's numbers of a pickle
 
 
 def network() -> nn.Module:
@@ -199,6 +201,11 @@ def hostile(made: Path) -> dict[str, Make]:
     code = Code(os.mkdir, str(made))
     run = Code(exec, f"import os; os.mkdir({str(made)!r})")
     return {
+        "NumPy objects": lambda folder: torch.save(content(more=np.array([code], dtype=object)), folder / "5.pt"),
+        "a NumPy number of an object": said(Code(SCALAR, np.dtype(object), code)),
+        "a NumPy number of a gigabyte": said(Code(SCALAR, Code(np.dtype, f"V{2**30}"))),
+        "a NumPy number without bytes": said(Code(SCALAR, np.dtype("f8"), b"")),
+        "a NumPy step that is no number": said(np.float64("nan")),
         "code beside the weights": lambda folder: torch.save(content(more=code), folder / "5.pt"),
         "code in an old file": lambda folder: torch.save(
             content(more=run), folder / "5.pt", _use_new_zipfile_serialization=False
