@@ -38,7 +38,7 @@ ON_CALL = {
     ("analysis/trajectory.py", "reporting"),
     ("analysis/replay.py", "reporting"),
     ("run/store.py", "analysis"),  # Run.trajectory
-    ("run/store.py", "importing"),  # what to do with a folder of checkpoints
+    ("run/checkpoints.py", "importing"),  # what to do with a folder of checkpoints
 }
 
 

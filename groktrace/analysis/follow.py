@@ -23,9 +23,10 @@ from groktrace.analysis.tuning import PASSES
 from groktrace.errors import RunError, SettingsError
 from groktrace.records import read_record
 from groktrace.run import layout
+from groktrace.run.checkpoints import refuse_checkpoints
 from groktrace.run.files import read_json, write_json
 from groktrace.run.remote import is_url
-from groktrace.run.store import Run, refuse_checkpoints
+from groktrace.run.store import Run
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import Scale
 from groktrace.sampling.settings import SamplingOptions, SamplingSettings

@@ -4,6 +4,7 @@ What a pickle calls `numpy.dtype` and `scalar` are here two functions of ours th
 than a number. NumPy's own would do as well for honest files, but allocate as many bytes as a stranger's asks for.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def scalar(dtype: Any, data: Any) -> bool | int | float:
 
 
 # What the names in a pickle stand for, as torch.serialization.safe_globals takes it: of NumPy 1 and 2.
-NAMES = [
+NAMES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (Dtype, "numpy.dtype"),
     (scalar, "numpy.core.multiarray.scalar"),
     (scalar, "numpy._core.multiarray.scalar"),

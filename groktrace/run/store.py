@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from groktrace.errors import RunError, SnapshotError, TaskError, printable
 from groktrace.run import layout, pending
 from groktrace.run.batch import Batch, check_lengths, unflatten
+from groktrace.run.checkpoints import NO_RUN, refuse_checkpoints
 from groktrace.run.files import beside, parse_json, read_json, read_metadata, read_tensors, read_unverified
 from groktrace.run.info import WeightSpec, check_format, check_info
 from groktrace.run.live import load_tensors
@@ -24,7 +25,6 @@ from groktrace.run.task import SHIFT_INVARIANT_KEY, Task
 if TYPE_CHECKING:
     from groktrace.analysis.trajectory import Trajectory
 
-_NO_RUN = f"holds no {layout.RUN_FILE}, so it is not a directory that groktrace.watch() wrote."
 LINK_ADVICE = "out of the run directory, outside of which nothing is read or written; copy the run with cp -rL."
 
 
@@ -352,30 +352,12 @@ def open_run(path: str | Path) -> Run:
         raise RunError(f"{path}: cannot be read ({failure.strerror or failure}).") from failure
 
 
-def refuse_checkpoints(root: Path, name: str) -> None:
-    """Refuse what holds checkpoints and is no run, nor one that is being begun.
-
-    Args:
-        root: a file or folder, if there is one.
-        name: what to call it.
-
-    Raises:
-        RunError: it does; the message has the command that makes a run of them.
-    """
-    if any((root / each).exists() for each in (*layout.START_FILES, layout.LOCK_FILE)):
-        return
-    from groktrace.importing.find import import_command  # built on this package: only where it is called
-
-    if (advice := import_command(root, name)) is not None:
-        raise RunError(f"{name}: {_NO_RUN} {advice}")
-
-
 def _read_run(root: Path, name: str, remote: Remote | None) -> Run:
     refuse_checkpoints(root, name)
     if not root.is_dir():
         raise RunError(f"{root}: no such directory; expected one that groktrace.watch(out=...) wrote.")
     if not (root / layout.RUN_FILE).exists():
-        raise RunError(f"{name}: {_NO_RUN}")
+        raise RunError(f"{name}: {NO_RUN}")
     if (link := next(layout.links_out(root), None)) is not None:
         raise RunError(f"{link}: a link {LINK_ADVICE}")
     check_format(read_unverified(root / layout.RUN_FILE), root / layout.RUN_FILE)
