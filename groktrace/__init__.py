@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from groktrace.analysis.detection import PiecewiseDetector as PiecewiseDetector
     from groktrace.analysis.detection import Transition as Transition
     from groktrace.analysis.detection import find_transitions as find_transitions
+    from groktrace.analysis.draws import Draws as Draws
     from groktrace.analysis.follow import Announcement as Announcement
     from groktrace.analysis.follow import Ended as Ended
     from groktrace.analysis.follow import Scaled as Scaled
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 # needs none of them, does not wait for PyTorch.
 _NAMES = {
     "analysis.detection": ("Detector", "LargestDropDetector", "PiecewiseDetector", "Transition", "find_transitions"),
+    "analysis.draws": ("Draws",),
     "analysis.follow": ("Announcement", "Ended", "Scaled", "follow"),
     "analysis.forecast": ("Forecast", "forecast"),
     "analysis.grokking": ("Grokking", "measure_grokking"),

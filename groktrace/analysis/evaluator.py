@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from groktrace.analysis.draws import Draws, Keep
 from groktrace.analysis.hessian import HessianMetrics, measure_hessian
 from groktrace.analysis.identity import Identity, identify, noise_key, recorded_digest
 from groktrace.analysis.llc import LLCEstimate
@@ -24,7 +25,7 @@ from groktrace.sampling.calibration import Scale
 from groktrace.sampling.network import as_float
 from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
 
-Result = SnapshotMetrics | Point | HessianMetrics
+Result = SnapshotMetrics | Point | HessianMetrics | tuple[Point, Draws | None]
 Phase = Literal["metrics", "llc", "hessian"]
 
 
@@ -38,6 +39,7 @@ class WorkItem:
         fingerprints: of the same snapshots; others under the same names are not evaluated.
         metrics: of the same snapshots, for "llc".
         scale: nβ and γ, for "llc".
+        keep: what of the draws comes with each point, for "llc".
     """
 
     phase: Phase
@@ -45,6 +47,7 @@ class WorkItem:
     fingerprints: tuple[str, ...]
     metrics: tuple[SnapshotMetrics, ...] = ()
     scale: Scale | None = None
+    keep: Keep | None = None
 
 
 @dataclass(frozen=True)
@@ -169,10 +172,13 @@ class Evaluator:
         if item.phase == "hessian":
             return list(measure_hessian(self.objective, tensors, steps, keys))
         metrics = [known for known in item.metrics if known.step in weights]
-        estimates = self.objective.estimate(tensors, metrics, item.scale, keys)
-        return [
-            _point(snapshots[known.step], known, estimate) for known, estimate in zip(metrics, estimates, strict=True)
-        ]
+        sampled = self.objective.sample(tensors, metrics, item.scale, keys, item.keep == "losses")
+        results: list[Result] = []
+        for known, (estimate, traces) in zip(metrics, sampled, strict=True):
+            point = _point(snapshots[known.step], known, estimate)
+            kept = item.keep and (point, Draws.of(self.objective, known.step, estimate, traces))
+            results.append(kept or point)
+        return results
 
 
 # A rebuilt evaluator writes into buffers of its own, so that one process evaluates one item at a time.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 
 from groktrace.analysis.detection import Detector, Transition, find_transitions
+from groktrace.analysis.draws import Keep
 from groktrace.analysis.measure import SnapshotMetrics
 from groktrace.analysis.reference import check_reference
 from groktrace.analysis.replay import finish, replay, show_by
@@ -112,6 +113,7 @@ def follow(
     curvature: bool = False,
     jobs: int = 1,
     executor: Executor | None = None,
+    keep: Keep | None = None,
     detector: Detector | None = None,
     reporters: Sequence["Reporter"] = (),
     settings: SamplingSettings | None = None,
@@ -133,6 +135,7 @@ def follow(
         curvature: whether to measure the Hessian at the end.
         jobs: processes on this machine.
         executor: instead of `jobs`.
+        keep: what of the draws behind the final trajectory is kept; see `analyze`.
         detector: of the transitions that are announced; see `find_transitions`.
         reporters: see `analyze`.
         settings: of the sampling; None for the defaults.
@@ -156,7 +159,14 @@ def follow(
         source: Run | str | Path | None = run
         while source is not None:
             with open_session(
-                source, chosen, task=task, task_name=task_name, device=device, jobs=jobs, executor=executor
+                source,
+                chosen,
+                task=task,
+                task_name=task_name,
+                device=device,
+                jobs=jobs,
+                executor=executor,
+                draws=keep,
             ) as session:
                 following = _follow_session(session, timeout, reference, curvature, detector)
                 source = yield from _reported(following, session.snapshots.run, reporters, detector)

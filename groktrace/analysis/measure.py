@@ -189,15 +189,27 @@ class Objective:
         scale: Scale,
         keys: Sequence[int] | None = None,
     ) -> list[LLCEstimate]:
-        """λ̂ of several snapshots at once.
+        """λ̂ of several snapshots at once, see `sample`."""
+        return [estimate for estimate, _ in self.sample(weights, metrics, scale, keys)]
+
+    def sample(
+        self,
+        weights: Sequence[Mapping[str, Tensor]],
+        metrics: Sequence[SnapshotMetrics],
+        scale: Scale,
+        keys: Sequence[int] | None = None,
+        sample_losses: bool = False,
+    ) -> list[tuple[LLCEstimate, Traces | None]]:
+        """λ̂ of several snapshots at once, and the draws behind it; None where a snapshot was not sampled.
 
         Args:
             weights: tensors by name, of each snapshot.
             metrics: of the same snapshots.
             scale: nβ and γ.
             keys: what the noise of each is keyed by beside the seed; by default its step.
+            sample_losses: whether the traces have the losses of single samples.
         """
-        estimates: list[LLCEstimate | None] = [None] * len(weights)
+        found: dict[int, tuple[LLCEstimate, Traces | None]] = {}
         usable = []
         for s, known in enumerate(metrics):
             reason = None
@@ -208,13 +220,12 @@ class Objective:
             if reason is None:
                 usable.append(s)
             else:
-                estimates[s] = unusable(reason, self.settings, scale.nbeta, scale.localization)
+                found[s] = unusable(reason, self.settings, scale.nbeta, scale.localization), None
         if usable:
             keys = [metrics[s].step if keys is None else keys[s] for s in usable]
-            found = self._sample([weights[s] for s in usable], [metrics[s] for s in usable], scale, keys)
-            for s, estimate in zip(usable, found, strict=True):
-                estimates[s] = estimate
-        return [estimate for estimate in estimates if estimate is not None]
+            some = [weights[s] for s in usable], [metrics[s] for s in usable]
+            found |= zip(usable, self._sample(*some, scale, keys, sample_losses), strict=True)
+        return [found[s] for s in range(len(weights))]
 
     def _sample(
         self,
@@ -222,7 +233,8 @@ class Objective:
         metrics: Sequence[SnapshotMetrics],
         scale: Scale,
         keys: Sequence[int],
-    ) -> list[LLCEstimate]:
+        sample_losses: bool,
+    ) -> list[tuple[LLCEstimate, Traces]]:
         """λ̂ of snapshots whose loss and curvature are finite."""
         loss, settings, nbeta, localization = self.loss, self.settings, scale.nbeta, scale.localization
         whole: StackedLoss | None = None
@@ -249,13 +261,13 @@ class Objective:
             stacked, anchors = stack_weights(loss, weights)
             if whole is not None:
                 whole = replace(whole, fixed=stacked.fixed)
-            traces = sample(stacked, anchors, keys, settings, nbeta, localization, sizes, needed, whole)
+            traces = sample(stacked, anchors, keys, settings, nbeta, localization, sizes, needed, whole, sample_losses)
         else:
             traces = [
-                sample_large(loss, tensors, key, settings, nbeta, localization, size, needed)
+                sample_large(loss, tensors, key, settings, nbeta, localization, size, needed, sample_losses)
                 for tensors, key, size in zip(weights, keys, sizes, strict=True)
             ]
-        return [
+        estimates = [
             summarise(
                 # ½nβ·Var ℓ is quadratic in the loss, but linear in nβ.
                 trace if trace.fluctuation is None else replace(trace, fluctuation=trace.fluctuation / factor),
@@ -271,6 +283,7 @@ class Objective:
             )
             for known, trace, factor in zip(metrics, traces, factors, strict=True)
         ]
+        return list(zip(estimates, traces, strict=True))
 
     def _losses(self, weights: Mapping[str, Tensor]) -> dict[str, float | None]:
         """Losses and accuracies of one snapshot; of large sets on a fixed random subset, with standard errors."""

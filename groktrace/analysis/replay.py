@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from groktrace.analysis.draws import Keep
 from groktrace.analysis.journal import exclusive
 from groktrace.analysis.passes import sample_adaptively, sample_in_passes, spread
 from groktrace.analysis.reference import Reference, check_reference
@@ -48,6 +49,7 @@ def analyze(
     executor: Executor | None = None,
     time_limit: float | None = None,
     partial: Callable[[Trajectory], None] | None = None,
+    keep: Keep | None = None,
     detector: "Detector | None" = None,
     reporters: Sequence["Reporter"] = (),
     settings: SamplingSettings | None = None,
@@ -80,6 +82,9 @@ def analyze(
             directory by the same path, or by its URL. Only this process writes there.
         time_limit: seconds after which no further snapshot is begun; a later call goes on. None for no limit.
         partial: called with the trajectory so far, every half minute or so.
+        keep: what of the chains' draws is kept, for `Run.draws`: "draws" for their losses, "losses" also for the loss
+            of each sample at each draw. λ is the same with it, and snapshots whose draws were not kept are sampled
+            again.
         detector: of the transitions that reporters show, and whose dates decide which snapshots are sampled next; see
             `find_transitions`.
         reporters: show the trajectory so far, as often, and the final one; their files go into the run directory.
@@ -113,6 +118,7 @@ def analyze(
         executor=executor,
         train=train,
         n=n,
+        draws=keep,
     ) as session:
         source = session.snapshots.run
 
@@ -207,7 +213,7 @@ def _sample_all(
 ) -> dict[int, Point]:
     """λ̂ of all snapshots, or of those that there is time for, in passes."""
     objective, steps = session.objective, session.steps
-    known, total = set(steps) & session.known_points().keys(), len(steps)
+    known, total = session.sampled(), len(steps)
     done, shown = len(known), time.monotonic()
 
     def measure(wanted: list[int]) -> dict[int, Point]:

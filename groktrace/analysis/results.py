@@ -13,7 +13,7 @@ from groktrace.analysis.trajectory import Trajectory
 from groktrace.errors import RunError, SnapshotError
 from groktrace.records import read_record
 from groktrace.run import layout
-from groktrace.run.files import read_json, write_json
+from groktrace.run.files import read_json, write_file, write_json
 from groktrace.run.store import Run
 from groktrace.sampling.calibration import Scale
 from groktrace.sampling.settings import ResolvedSettings
@@ -50,6 +50,17 @@ def metrics_file(seed: int, identity: Identity) -> str:
         identity: of what is analysed.
     """
     return f"survey-{_digest([layout.FORMAT_VERSION, _ESTIMATOR, seed, identity.key])}.jsonl"
+
+
+def take_metrics(path: Path) -> None:
+    """Begin with the losses and curvatures that analyses at other settings measured, where nothing is there yet.
+
+    Args:
+        path: of the journal.
+    """
+    found = sorted(path.parent.parent.glob(f"*/{path.name}"), key=lambda path: (path.stat().st_size, path))
+    if found and not path.exists():
+        write_file(path, found[-1].read_bytes())
 
 
 def check_positive(scale: Scale | None) -> Scale | None:

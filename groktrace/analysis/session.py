@@ -15,6 +15,7 @@ from torch import Tensor
 
 from groktrace.analysis import results
 from groktrace.analysis.backends import Backend, ExecutorBackend, available_threads, process_pool, thread_backend
+from groktrace.analysis.draws import Keep, KeptDraws
 from groktrace.analysis.evaluator import Evaluator, EvaluatorSpec, Phase, WorkItem
 from groktrace.analysis.hessian import HessianMetrics
 from groktrace.analysis.identity import data_digest, identify
@@ -28,7 +29,6 @@ from groktrace.analysis.snapshots import Snapshots
 from groktrace.analysis.trajectory import OtherSamples, Point, with_logged
 from groktrace.errors import RunError, SettingsError, SnapshotError, TaskError
 from groktrace.run.data import write_data
-from groktrace.run.files import write_file
 from groktrace.run.layout import DATA_FILE
 from groktrace.run.store import Run, open_run
 from groktrace.run.task import Task
@@ -58,6 +58,7 @@ def open_session(
     keep: bool = True,
     train: Any = None,
     n: int | None = None,
+    draws: Keep | None = None,
 ) -> Iterator["Session"]:
     """An analysis whose folder no other process writes to meanwhile.
 
@@ -76,6 +77,7 @@ def open_session(
         keep: whether results are read from the run directory and written there.
         train: see `groktrace.analyze`; only with `keep`, as other processes read it there.
         n: the same.
+        draws: what is kept of them; see `keep` of `groktrace.analyze`.
 
     Raises:
         RunError: no snapshot can be read, or other files are damaged.
@@ -101,7 +103,8 @@ def open_session(
     if task is not None:
         for reminder in reminders(run, task, run_layout(run, None), first, other is not None):
             warnings.warn(f"groktrace: {reminder}", RuntimeWarning, stacklevel=2)
-    folder = results.results_folder(run, evaluator.objective.settings, evaluator.identity)
+    resolved = evaluator.objective.settings
+    folder = results.results_folder(run, resolved, evaluator.identity)
     with contextlib.ExitStack() as held:
         if threads is None:
             threads = 1 if task is not None else available_threads(place)
@@ -112,16 +115,15 @@ def open_session(
             where = str(run.root.absolute()) if run.remote is None else run.name
             name = None if task is None else task_name
             held_in = None if other is None else folder.name
-            spec = EvaluatorSpec(
-                where, name, evaluator.objective.settings, str(place), step, evaluator.identity, held_in
-            )
+            spec = EvaluatorSpec(where, name, resolved, str(place), step, evaluator.identity, held_in)
             pool = (executor, None) if executor is not None else held.enter_context(process_pool(jobs))
             backend = ExecutorBackend(spec, *pool)
-        session = Session(evaluator, snapshots, backend, folder, progress or silent, keep)
+        kept = KeptDraws.asked(run, folder, draws, evaluator.objective)
+        session = Session(evaluator, snapshots, backend, folder, progress or silent, keep, kept)
         if keep:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(exclusive(folder))
-            session.take_metrics()
+            results.take_metrics(folder / results.metrics_file(resolved.seed, evaluator.identity))
         if other is not None:
             session.other, session.own_folder = other, _own_folder(run, task, evaluator, first)
             write_data(folder / DATA_FILE, other.train, other.n)
@@ -152,6 +154,7 @@ class Session:
         folder: where the results are kept.
         report: called with (phase, snapshots done, snapshots in all).
         keep: whether they are.
+        draws: what is kept of the draws behind final points; None for nothing.
         other: samples in place of the run's own; None for these.
         own_folder: where the results of the same settings on the run's own samples lie, or would, beside those.
     """
@@ -162,6 +165,7 @@ class Session:
     folder: Path
     report: Progress = silent
     keep: bool = True
+    draws: KeptDraws | None = None
     other: OtherData | None = None
     own_folder: Path | None = None
 
@@ -225,8 +229,8 @@ class Session:
         Args:
             among: the steps wanted.
         """
-        report = partial(self.report, "Hessian")
-        return self._measure("hessian", results.HESSIAN_FILE, self.objective.metrics_stack, among, report)
+        stack, report = self.objective.metrics_stack, partial(self.report, "Hessian")
+        return self._measure("hessian", results.HESSIAN_FILE, stack, among, report)
 
     def _measure(
         self,
@@ -245,12 +249,14 @@ class Session:
         """
         path, parse = self.folder / journal, _RECORDS[phase].from_dict
         known = read_journal(path, parse) if self.keep else {}
-        fingerprints = self.snapshots.fingerprints
+        fingerprints, draws = self.snapshots.fingerprints, self.draws if journal == results.POINTS_FILE else None
         for step, fingerprint in fingerprints.items():
             if fingerprint in known and known[fingerprint].step != step:
                 raise RunError(f"{path}: damaged (step {step} has another's result); remove the file to redo it.")
         ordered = list(fingerprints if among is None else among)
         stacks = [tuple(ordered[start : start + stack]) for start in range(0, len(ordered), stack)]
+        if draws is not None:
+            known = draws.behind(known, [fingerprints[step] for step in ordered])
         missing = [steps for steps in stacks if any(fingerprints[step] not in known for step in steps)]
         done = len(ordered) - sum(len(steps) for steps in missing)
         report(done, len(ordered))
@@ -261,6 +267,7 @@ class Session:
                 tuple(fingerprints[step] for step in steps),
                 () if metrics is None else tuple(metrics[step] for step in steps),
                 scale,
+                draws and draws.what,
             )
             for steps in missing
         ]
@@ -270,6 +277,8 @@ class Session:
                 if isinstance(result, SnapshotError):
                     self.snapshots.drop(step, result)
                 elif fingerprints[step] not in known:
+                    if draws is not None:
+                        result = draws.take(*result, fingerprints[step])
                     plain = result.to_dict()
                     lines.append({"snapshot": fingerprints[step], **plain})
                     known[fingerprints[step]] = parse(plain)
@@ -286,22 +295,19 @@ class Session:
         Args:
             journal: the file.
         """
-        known = read_journal(self.folder / journal, Point.from_dict)
-        return self._with_logged(
-            {step: known[name] for step, name in self.snapshots.fingerprints.items() if name in known}
-        )
+        known, names = read_journal(self.folder / journal, Point.from_dict), self.snapshots.fingerprints
+        return self._with_logged({step: known[name] for step, name in names.items() if name in known})
+
+    def sampled(self) -> set[int]:
+        """The snapshots at which nothing is left to be sampled."""
+        points = {self.snapshots.fingerprints[step]: point for step, point in self.known_points().items()}
+        points = points if self.draws is None else self.draws.behind(points, points)
+        return {point.step for point in points.values()}
 
     def _with_logged(self, points: dict[int, Point]) -> dict[int, Point]:
         """Points with what was logged for the snapshots that are there: a journal knows them by their weights alone."""
         found = ((step, point, self.snapshots.metrics(step)) for step, point in points.items())
         return {step: point if logged is None else with_logged(point, logged) for step, point, logged in found}
-
-    def take_metrics(self) -> None:
-        """Begin with what analyses at other settings measured, where nothing is there yet."""
-        path = self.folder / self._metrics_file
-        found = sorted(self.folder.parent.glob(f"*/{path.name}"), key=lambda path: (path.stat().st_size, path))
-        if found and not path.exists():
-            write_file(path, found[-1].read_bytes())
 
     def kept_scale(self) -> Scale | None:
         """nβ and γ that this analysis chose before; None where none were."""
@@ -379,9 +385,9 @@ class Session:
         known = read_journal(journal, Reference.from_dict)
         self.report("Jacobian rank", 0, 1)
         if fingerprint not in known:
-            objective, weights = self.objective, self.objective.layout.split(weights)
+            objective, split = self.objective, self.objective.layout.split(weights)
             known[fingerprint] = jacobian_reference(
-                objective.task, objective.layout, weights, step, objective.loss.device
+                objective.task, objective.layout, split, step, objective.loss.device
             )
             append_lines(journal, [{"snapshot": fingerprint, **known[fingerprint].to_dict()}])
             self.snapshots.run.publish(journal)

@@ -142,6 +142,11 @@ BESIDE = (
         help="Draw a line at this λ, or at half the rank of the Jacobian of the outputs at the last snapshot.",
     ),
     _expert("--curvature", is_flag=True, help="Also measure trace and top eigenvalue of the loss's Hessian."),
+    _expert(
+        "--keep",
+        type=click.Choice(["draws", "losses"]),
+        help="Keep the losses of the chains' draws in RUN; losses: also that of each sample at each draw.",
+    ),
 )
 
 
@@ -165,7 +170,7 @@ def as_keywords(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
         import torch
 
         torch.set_num_threads(threads)
-    keywords = {name: given.pop(name) for name in ("device", "jobs", "reference", "curvature") if name in given}
+    keywords = {name: given.pop(name) for name in ("device", "jobs", "reference", "curvature", "keep") if name in given}
     with contextlib.ExitStack() as held:
         keywords["settings"] = _sampling_settings(given.pop("preset", "auto"), given)
         keywords["task"] = load_task(task_name)

@@ -19,6 +19,7 @@ START_FILES = (RUN_FILE, PROGRAM_FILE, DATA_FILE, FROZEN_FILE)  # what a recordi
 WEIGHTS_FOLDER = "weights"
 ANALYSIS_FOLDER = "analysis"
 TENSORBOARD_FOLDER = "tensorboard"
+DRAWS_FOLDER = "draws"  # in a folder of results
 # The ending of the event files that are ours to replace.
 EVENTS_SUFFIX = ".groktrace"
 

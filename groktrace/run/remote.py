@@ -95,6 +95,9 @@ class Remote:
                 if not path.resolve().is_relative_to(self.folder.resolve()):
                     continue  # a name that leads out of the folder
                 path.parent.mkdir(parents=True, exist_ok=True)
+                if path.parent.name == layout.DRAWS_FOLDER:  # large, and fetched when they are asked for
+                    path.touch()
+                    continue
                 self._files.get_file(place, str(path))
                 time = self._files.modified(place).timestamp()
                 os.utime(path, (time, time))

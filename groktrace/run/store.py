@@ -23,6 +23,7 @@ from groktrace.run.remote import Remote, is_url
 from groktrace.run.task import SHIFT_INVARIANT_KEY, Task
 
 if TYPE_CHECKING:
+    from groktrace.analysis.draws import Draws
     from groktrace.analysis.trajectory import Trajectory
 
 LINK_ADVICE = "out of the run directory, outside of which nothing is read or written; copy the run with cp -rL."
@@ -203,6 +204,19 @@ class Run:
         from groktrace.analysis.results import latest_trajectory  # built on this package: only where it is called
 
         return latest_trajectory(self)
+
+    def draws(self, step: int) -> "Draws":
+        """What the chains drew at one snapshot, where the last analysis was asked to keep it.
+
+        Args:
+            step: of the snapshot.
+
+        Raises:
+            RunError: it was not, or the file is damaged.
+        """
+        from groktrace.analysis.draws import load_draws
+
+        return load_draws(self, step)
 
     def refreshed(self) -> "Run":
         """The run as it is now.

@@ -46,6 +46,7 @@ def sample(
     step_sizes: Sequence[float],
     needed: Callable[[Traces], float],
     whole: StackedLoss | None = None,
+    sample_losses: bool = False,
 ) -> list[Traces]:
     """Run all chains of S snapshots.
 
@@ -62,11 +63,13 @@ def sample(
         needed: how many times as many draws a snapshot needs, at most 1 where they suffice; asked only where
             `settings.draws` is None.
         whole: the same loss without batches, for snapshots whose chains those throw out; None to reduce ε instead.
+        sample_losses: whether to keep the loss of each sample at each draw; for losses that are a mean over samples.
 
     Returns:
         Traces of each snapshot, those of the last attempt where its chains diverged at every step size tried.
     """
-    target = Target(settings, nbeta, localization, anchors.shape[1], loss.sample_bytes is not None)
+    subsampled = loss.sample_bytes is not None
+    target = Target(settings, nbeta, localization, anchors.shape[1], subsampled, sample_losses)
 
     def begin(
         some: Sequence[int], epsilons: Sequence[float], halvings: Sequence[int], in_batches: bool

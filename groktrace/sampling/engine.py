@@ -57,6 +57,7 @@ class Target:
         localization: γ.
         dimension: D.
         subsampled: whether data are so many that they are sampled.
+        sample_losses: whether the loss of each sample is kept at each draw.
     """
 
     settings: ResolvedSettings
@@ -64,6 +65,7 @@ class Target:
     localization: float
     dimension: int
     subsampled: bool
+    sample_losses: bool = False
 
     @property
     def effort(self) -> Effort:

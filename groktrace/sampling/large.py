@@ -20,6 +20,7 @@ from groktrace.sampling.kernels.base import Dynamics
 from groktrace.sampling.network import Network
 from groktrace.sampling.noise import NormalNoise, generator_for
 from groktrace.sampling.posterior import StackedLoss
+from groktrace.sampling.sample_losses import DrawnSampleLosses, network_sample_losses
 from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.traces import Traces, pairs
 from groktrace.sampling.tuning import CALIBRATION, EQUILIBRIUM, MINIBATCH_NOISE
@@ -38,6 +39,7 @@ def sample_large(
     localization: float,
     step_size: float,
     needed: Callable[[Traces], float],
+    sample_losses: bool = False,
 ) -> Traces:
     """Run all chains of one snapshot, see `chains.sample`.
 
@@ -50,12 +52,13 @@ def sample_large(
         localization: γ.
         step_size: ε; halved where chains diverge, reduced where minibatch noise heats them.
         needed: how many times as many draws, see `chains.sample`.
+        sample_losses: see `chains.sample`.
 
     Returns:
         Traces; not finite where the chains diverged at every step size tried.
     """
     network = Network(loss, weights)
-    target = Target(settings, nbeta, localization, network.layout.size, subsampled=False)
+    target = Target(settings, nbeta, localization, network.layout.size, False, sample_losses)
 
     def begin(some: Sequence[int], epsilons: Sequence[float], halvings: Sequence[int], in_batches: bool) -> LargeChains:
         return LargeChains(network, step, target, epsilons[0], halvings[0])
@@ -140,7 +143,9 @@ class LargeChains:
         """Burn in, and make the first draws."""
         ((burn_in, draws),) = self.lengths
         self._advance(burn_in)
-        traces = self._traces(self._advance(draws, measured=True), burn_in)
+        traces = self._draw(draws, burn_in, measured=True)
+        if self.target.sample_losses:
+            traces = replace(traces, anchor_sample_losses=network_sample_losses(self.network).cpu())
         if self.heating:
             heating = sum(self.heating) / len(self.heating) / abs(float(traces.virial.mean()))
             traces = replace(traces, heating=heating)
@@ -148,7 +153,7 @@ class LargeChains:
 
     def extend(self, counts: Mapping[int, int]) -> dict[int, Traces]:
         """More draws."""
-        return {0: self._traces(self._advance(counts[0]), 0)}
+        return {0: self._draw(counts[0], 0)}
 
     def has_left(self, traces: Traces) -> bool:
         """Whether a chain is or was on its way out: there is no look at the curvature that it met."""
@@ -156,11 +161,15 @@ class LargeChains:
         climbed = float(traces.total_virial.mean()) > EQUILIBRIUM.max_total_virial_large * dimension
         return climbed or traces.diverged(dimension)
 
-    def _traces(self, record: Tensor, burn_in: int) -> Traces:
-        delta_loss, virial, restraint, paired = record.unbind(1)
-        return Traces(delta_loss, virial, restraint, paired[:, : pairs(self.settings.chains)], self.step_size, burn_in)
+    def _draw(self, count: int, burn_in: int, measured: bool = False) -> Traces:
+        """So many draws of every chain, after a burn-in of so many steps."""
+        drawn = DrawnSampleLosses([(0, count)]) if self.target.sample_losses else None
+        delta_loss, virial, restraint, paired = self._advance(count, measured, drawn).unbind(1)
+        paired = paired[:, : pairs(self.settings.chains)]
+        losses = None if drawn is None else drawn.of(0)
+        return Traces(delta_loss, virial, restraint, paired, self.step_size, burn_in, sample_losses=losses)
 
-    def _advance(self, count: int, measured: bool = False) -> Tensor:
+    def _advance(self, count: int, measured: bool = False, drawn: DrawnSampleLosses | None = None) -> Tensor:
         """Make `count` steps of every chain; [count, 4, C]: delta_loss, virial, restraint, paired.
 
         Chains take turns, so that one gradient after another is all there is. A pair's product w_a·g_b then takes w_a
@@ -171,6 +180,8 @@ class LargeChains:
         for t in range(count):
             self.made += 1
             products = torch.zeros(chains, chains, dtype=torch.float64)  # displacement of one, gradient of another
+            if drawn is not None:
+                drawn.keep([0], torch.stack([network_sample_losses(self.network, c.position) for c in self.chains]))
             for c, chain in enumerate(self.chains):
                 if measured and self.corrected and t % MINIBATCH_NOISE.every_large == 0:
                     self.heating.append(self._gradient_noise(chain))

@@ -115,6 +115,15 @@ class Network:
         with torch.enable_grad(), GradientAccumulation({id(tensor): places[name] for name, tensor in leaves.items()}):
             return self._evaluate(leaves, index, lambda part: (scale * part).backward())
 
+    def of_one_sample(self, at: Tensor | None = None) -> Callable[..., Tensor]:
+        """The loss of a single sample, without the factor, as a function of its tensors.
+
+        Args:
+            at: a flat vector, [D]; None for w*.
+        """
+        named = {**self._named(at), **self._fixed}
+        return lambda *sample: self.loss.forward(named, [tensor.unsqueeze(0) for tensor in sample])[0]
+
     def _named(self, at: Tensor | None) -> dict[str, Tensor]:
         if at is not None:
             return self.layout.unflatten(at)
@@ -165,7 +174,8 @@ def with_micro_batch(loss: StackedLoss, weights: Mapping[str, Tensor]) -> Stacke
     if not divisible:
         return alone if large else loss
     budget = max(_ACTIVATION_SHARE * 4 * numbers, _LEAST_ACTIVATIONS)
-    return replace(alone, micro_batch=max(1, min(samples, int(budget / max(activations, 1)))))
+    together = max(1, min(samples, int(budget / max(activations, 1))))
+    return replace(alone, is_sample_mean=True, micro_batch=together)
 
 
 def shuffled(count: int) -> Tensor:

@@ -16,6 +16,7 @@ from groktrace.sampling.kernels.base import ChainState, Dynamics
 from groktrace.sampling.network import shuffled
 from groktrace.sampling.noise import copy_generator, generator_for, normal_like
 from groktrace.sampling.posterior import StackedLoss
+from groktrace.sampling.sample_losses import DrawnSampleLosses, stacked_sample_losses
 from groktrace.sampling.traces import SampleLossRecorder, Traces, inner_products, most_total_virial, pairs
 from groktrace.sampling.tuning import EQUILIBRIUM, MINIBATCH_NOISE
 
@@ -108,6 +109,9 @@ class StackedChains:
     def begin(self) -> list[Traces]:
         """Burn in, and make the first draws."""
         chains, count = self.settings.chains, len(self.epsilons)
+        keeps, at_anchors = self.target.sample_losses, None
+        if keeps:
+            at_anchors = self._sample_losses(range(count), self.anchors)[::chains].cpu()
         early, burn_in = [self.anchors.new_empty(0, 5, chains).double()] * count, [length for length, _ in self.lengths]
         if self.target.subsampled and self.settings.burn_in is None:
             # Chains start near equilibrium: where they are in it, what is left of the burn-in would be for nothing.
@@ -120,18 +124,21 @@ class StackedChains:
             self._keep([s for s in self.active if not self._is_leaving(early[s])])
         rest = [(burn_in[s] - len(early[s]), self.lengths[s][1]) for s in self.active]
         recorder = SampleLossRecorder(rest) if rest and self.loss.is_sample_mean else None
-        late = self._pieces([sum(lengths) for lengths in rest], first=True, recorder=recorder)
+        drawn = DrawnSampleLosses(rest) if keeps else None
+        late = self._pieces([sum(lengths) for lengths in rest], True, recorder, drawn)
         traces = []
         for s, soon in enumerate(early):
             own = torch.cat([soon, late[s]]) if s in late else soon
             fall = max(0.0, -float(own[:_FALL_STEPS, 0].nan_to_num(nan=math.inf).amin()))
-            found = self._traces(own[burn_in[s] :] if s in late else own, s, burn_in[s])
+            found = self._traces(own[burn_in[s] :] if s in late else own, s, burn_in[s], drawn if s in late else None)
             noise = own[:, 4].nanmean()  # NaN where a snapshot has too few draws for a single measurement, too
             heating, fluctuation = 0.0, None
             if torch.isfinite(noise):
                 heating = float(self.noise_share[s] * noise) / abs(float(found.virial.mean()))
             if recorder is not None and s in late and (variance := recorder.variance(self.active.index(s))) is not None:
                 fluctuation = 0.5 * self.target.nbeta * variance
+            if at_anchors is not None:
+                found = replace(found, anchor_sample_losses=at_anchors[s])
             traces.append(replace(found, fall=fall, heating=heating, fluctuation=fluctuation))
         curvatures = self._curvatures([s for s in self.active if self._is_odd(s, traces[s])])
         return [replace(drawn, curvature=curvatures.get(s)) for s, drawn in enumerate(traces)]
@@ -139,8 +146,9 @@ class StackedChains:
     def extend(self, counts: Mapping[int, int]) -> dict[int, Traces]:
         """More draws of some snapshots; the others are dropped."""
         self._keep(list(counts))
-        pieces = self._pieces(list(counts.values()))
-        return {s: self._traces(piece, s, 0) for s, piece in pieces.items()}
+        drawn = DrawnSampleLosses([(0, more) for more in counts.values()]) if self.target.sample_losses else None
+        pieces = self._pieces(list(counts.values()), drawn=drawn)
+        return {s: self._traces(piece, s, 0, drawn) for s, piece in pieces.items()}
 
     def has_left(self, traces: Traces) -> bool:
         """Whether a chain is or was on its way out."""
@@ -195,16 +203,26 @@ class StackedChains:
         self.active = snapshots
 
     def _pieces(
-        self, counts: Sequence[int], first: bool = False, recorder: SampleLossRecorder | None = None
+        self,
+        counts: Sequence[int],
+        first: bool = False,
+        recorder: SampleLossRecorder | None = None,
+        drawn: DrawnSampleLosses | None = None,
     ) -> dict[int, Tensor]:
         """What `advance` records of each snapshot in the stack, [its count, 5, C]."""
         if not self.active:
             return {}
-        record, chains = self.advance(counts, first, recorder), self.settings.chains
+        record, chains = self.advance(counts, first, recorder, drawn), self.settings.chains
         parts = zip(self.active, counts, torch.split(record, chains, 2), strict=True)
         return {s: part[:count] for s, count, part in parts}
 
-    def advance(self, counts: Sequence[int], first: bool = False, recorder: SampleLossRecorder | None = None) -> Tensor:
+    def advance(
+        self,
+        counts: Sequence[int],
+        first: bool = False,
+        recorder: SampleLossRecorder | None = None,
+        drawn: DrawnSampleLosses | None = None,
+    ) -> Tensor:
         """Make so many steps with each snapshot's chains; [steps, 5, R].
 
         They are delta_loss, virial, restraint and paired of `Traces`, and the noise of batches.
@@ -216,6 +234,7 @@ class StackedChains:
             counts: of steps, for each snapshot.
             first: whether to measure the noise of minibatches now and then.
             recorder: when to keep the losses of single samples; None for never.
+            drawn: keeps those of all samples at each draw; None for never.
         """
         rows, dimension = self.anchors.shape
         chains, nbeta = self.settings.chains, self.target.nbeta
@@ -252,6 +271,8 @@ class StackedChains:
                 for s in recorder.due(t):
                     rows_of = self._rows([s])
                     recorder.keep(s, self.loss.select(rows_of).sample_losses(weights[rows_of], seen))
+            if drawn is not None and (due := drawn.due(t)):
+                drawn.keep(due, self._sample_losses(due, weights))
             products = []
             for block, anchors, positions, slopes in blocks:
                 products.append(inner_products(block.displacement, slopes, chains))
@@ -267,6 +288,11 @@ class StackedChains:
             self._restore(s, saved, batches)
         record[:, 1, gone] = torch.nan  # whether or not the stack went on
         return record
+
+    def _sample_losses(self, snapshots: Sequence[int], weights: Tensor) -> Tensor:
+        """Losses of all samples with the chains of some snapshots in the stack, [their rows, N]."""
+        rows = self._rows(snapshots)
+        return stacked_sample_losses(self.loss.select(rows), weights[rows])
 
     def _rows(self, snapshots: Sequence[int]) -> Tensor:
         chains = self.settings.chains
@@ -326,10 +352,11 @@ class StackedChains:
         noise = 0.5 * first.sub_(gradients).square_().sum(1)
         return self.dynamics.noise_gain * self.target.nbeta**2 * noise
 
-    def _traces(self, record: Tensor, s: int, burn_in: int) -> Traces:
+    def _traces(self, record: Tensor, s: int, burn_in: int, drawn: DrawnSampleLosses | None) -> Traces:
         delta_loss, virial, restraint, paired = record[:, :4].cpu().unbind(1)
         paired = paired[:, : pairs(self.settings.chains)]
-        return Traces(delta_loss, virial, restraint, paired, self.epsilons[s], burn_in)
+        losses = None if drawn is None else drawn.of(self.active.index(s))
+        return Traces(delta_loss, virial, restraint, paired, self.epsilons[s], burn_in, sample_losses=losses)
 
 
 def _with_kept_control(

@@ -37,6 +37,8 @@ class Traces:
             a direction by nβ²·Var[g] times `Kernel.noise_gain`, so that 2λ̂ grows by at most that of tr Cov[g].
         curvature: h_max where the chains went; None where there was no reason to look.
         fall: largest −nβ(L(w) − L(w*)) within the first 64 steps, burn-in or not.
+        sample_losses: loss of each sample, [draws, chains, N]; where it was asked for.
+        anchor_sample_losses: the same at w*, [N].
     """
 
     delta_loss: Tensor
@@ -51,15 +53,21 @@ class Traces:
     heating: float = 0.0
     curvature: float | None = None
     fall: float = 0.0
+    sample_losses: Tensor | None = None
+    anchor_sample_losses: Tensor | None = None
 
     def extended(self, more: "Traces") -> "Traces":
         """These draws and those that came after them."""
+        losses = None
+        if self.sample_losses is not None and more.sample_losses is not None:
+            losses = torch.cat([self.sample_losses, more.sample_losses])
         return replace(
             self,
             delta_loss=torch.cat([self.delta_loss, more.delta_loss]),
             virial=torch.cat([self.virial, more.virial]),
             restraint=torch.cat([self.restraint, more.restraint]),
             paired=torch.cat([self.paired, more.paired]),
+            sample_losses=losses,
         )
 
     @property
