@@ -183,6 +183,21 @@ def test_the_command_line_writes_its_table_there(url):
     assert table.startswith("analysis/")
 
 
+def test_draws_are_kept_there_and_fetched_when_asked_for(url):
+    Training().record(url, 4)
+    kept = groktrace.analyze(url, keep="losses", **FEW)
+    run = groktrace.open_run(url)
+    (path,) = run.root.glob("analysis/*/draws/000000000002.safetensors")
+    assert path.stat().st_size == 0
+    found = run.draws(2)
+    assert found.llc == pytest.approx(kept.points[1].llc)
+    assert found.sample_losses.shape == (1, 8, 24)
+    time = fsspec.core.url_to_fs(url)[0].modified(f"{url}/analysis/{path.parent.parent.name}/draws/{path.name}")
+    assert groktrace.analyze(url, keep="losses", **FEW) == kept
+    after = fsspec.core.url_to_fs(url)[0].modified(f"{url}/analysis/{path.parent.parent.name}/draws/{path.name}")
+    assert after == time
+
+
 def test_a_bucket_has_nothing_beside_it(bucket):
     files = fsspec.filesystem("s3")
     files.mkdir("alone")

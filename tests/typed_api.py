@@ -39,7 +39,10 @@ imported: groktrace.Run = groktrace.import_checkpoints(
 groktrace.save_data(Path("other.safetensors"), (torch.zeros(2, 2), torch.zeros(2)), n=9)
 refined: groktrace.Trajectory = groktrace.analyze(run, train="other.safetensors", n=10, parameters=["0.weight[:, 3]"])
 both: groktrace.Comparison = groktrace.compare(run, analyses=True)
-latest: groktrace.Trajectory = run.trajectory()
+latest: groktrace.Trajectory = groktrace.analyze(run, keep="losses")
+draws: groktrace.Draws = run.draws(300)
+llc: float = draws.llc
+latest = run.trajectory()
 run.snapshots[-1].load_into(torch.nn.Linear(2, 2))
 for event in groktrace.follow("run", timeout=60, detector=detectors[1], reporters=reporters, draws=100):
     if isinstance(event, groktrace.Announcement):
@@ -49,6 +52,7 @@ plateau: float | None = groktrace.temperature_curve_at("run", 300, seed=3).plate
 table: str = groktrace.compare("a", Path("b"), run, trajectory, detector=detectors[0]).table()
 
 groktrace.import_checkpoints("saved", out="run")  # type: ignore[call-arg]
+groktrace.analyze(run, keep="all")  # type: ignore[arg-type]
 groktrace.analyze(run, chain=4)  # type: ignore[call-arg]
 groktrace.save_data(3, (torch.zeros(2),))  # type: ignore[arg-type]
 groktrace.follow(run, draws="many")  # type: ignore[arg-type]

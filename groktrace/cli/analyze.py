@@ -69,4 +69,4 @@ def command(
                 partial=lambda trajectory: write_logs(trajectory, opened, logdir),
                 **keywords,
             )
-    finish(trajectory, opened, logdir, as_json, as_csv, reporters)
+    finish(trajectory, opened, logdir, as_json, as_csv, reporters, keywords["keep"] is not None)

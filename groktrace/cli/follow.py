@@ -40,4 +40,4 @@ def command(
         os.nice(19)  # the training goes first
         events = follow(opened, timeout=timeout, **keywords)
         trajectory = show_events(events, lambda trajectory: write_logs(trajectory, opened, logdir), as_json, sys.stdout)
-    finish(trajectory, opened.refreshed(), logdir, as_json, as_csv, reporters)
+    finish(trajectory, opened.refreshed(), logdir, as_json, as_csv, reporters, keywords["keep"] is not None)

@@ -79,6 +79,7 @@ def finish(
     as_json: bool,
     as_csv: bool = False,
     reporters: "Sequence[Reporter]" = (),
+    kept: bool = False,
 ) -> None:
     """Write TensorBoard's files and print the result of an analysis; may exit with code 3, see `exit_incomplete`.
 
@@ -89,17 +90,21 @@ def finish(
         as_json: whether to print one JSON object.
         as_csv: whether to write a table beside the trajectory's JSON.
         reporters: what else shows the result, after it is printed.
+        kept: whether draws were kept, so that it is said where.
     """
     from groktrace.analysis.results import files_place, latest_file
     from groktrace.reporting import console
     from groktrace.reporting.tensorboard import COLOURS
+    from groktrace.run import layout
 
     series, events = write_logs(trajectory, run, logdir)
     if as_csv:
         path = latest_file(run).with_suffix(".csv")
         trajectory.to_csv(path)
         run.publish(path)
-        click.echo(f"table: {path if run.remote is None else f'{run.name}/{path.relative_to(run.root)}'}", err=True)
+        click.echo(f"table: {_shown(path, run)}", err=True)
+    if kept:
+        click.echo(f"draws: {_shown(latest_file(run).parent / layout.DRAWS_FOLDER, run)}", err=True)
     if as_json:
         click.echo(json.dumps(console.as_json(series, events), allow_nan=False))
     else:
@@ -108,6 +113,10 @@ def finish(
     for reporter in reporters:
         reporter.report(series, events, files_place(run, trajectory))
     exit_incomplete(trajectory, run)
+
+
+def _shown(path: Path, run: "Run") -> str:
+    return str(path) if run.remote is None else f"{run.name}/{path.relative_to(run.root)}"
 
 
 def exit_incomplete(trajectory: "Trajectory", run: "Run") -> None:

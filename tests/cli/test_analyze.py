@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import groktrace
 from groktrace.cli import main
 from groktrace.run import layout
 from groktrace.run.files import write_json
@@ -339,3 +340,15 @@ def test_a_single_chain_says_what_is_lost_and_nothing_is_found_on_a_slope(small_
     assert result.stderr.strip().splitlines()[-2].split(":")[0] == "A single chain gives no λ_c"
     assert re.match(r"unreliable: \d of 6 snapshots, steps 0-\d+: not at a min", result.stderr.strip().splitlines()[-1])
     assert "A single chain gives no λ_c" not in invoke("analyze", small_run, "--json", *FAST).stderr
+
+
+def test_draws_that_are_kept_are_said_where(small_run):
+    result = invoke("analyze", small_run, "--keep", "losses", "--json", *FAST)
+    assert result.exit_code in (0, 3)
+    (folder,) = small_run.glob("analysis/*/draws")
+    assert f"draws: {folder}\n" in result.stderr
+    found = groktrace.open_run(small_run).draws(50)
+    assert found.llc == pytest.approx(json.loads(result.stdout)["trajectory"][-1]["llc"])
+    assert found.sample_losses.shape[2] == 60
+    assert "draws:" not in invoke("analyze", small_run, *FAST).stderr
+    assert invoke("analyze", small_run, "--keep", "all", *FAST).exit_code == 2
