@@ -124,8 +124,8 @@ class Draws:
         if self.sample_losses is not None and self.sample_losses_at_snapshot is not None:
             groups["posterior"]["sample_loss"] = self.sample_losses
             groups["constant_data"] = {"sample_loss_at_snapshot": self.sample_losses_at_snapshot}
-            dims = {"sample_loss": ["sample"], "sample_loss_at_snapshot": ["sample"]}
-            named = {"coords": {"sample": self.samples}, "dims": dims}
+            dims = {"sample_loss": ["obs_id"], "sample_loss_at_snapshot": ["obs_id"]}
+            named = {"coords": {"obs_id": self.samples}, "dims": dims}
         make: Any = arviz.from_dict  # of version 1 and later it takes the groups as one
         data = make(**groups, **named) if hasattr(arviz, "InferenceData") else make(groups, **named)
         names = ("step", "nbeta", "localization", "step_size", "burn_in", "loss")

@@ -55,7 +55,7 @@ class WandbReporter:
         config = {key: value for key, value in plain.items() if key not in ("points", "unreadable", "unsampled")}
         settings = wandb.Settings(console="off", quiet=True, x_disable_stats=True, x_save_requirements=False)
         more = {"id": identity, "name": name, "job_type": "groktrace", "reinit": "create_new", "save_code": False}
-        with _as_own_error(wandb), wandb.init(project=self.project, config=config, settings=settings, **more) as run:
+        with _afresh(wandb), wandb.init(project=self.project, config=config, settings=settings, **more) as run:
             rows = _rows(series, events)
             last = max(rows, default=0)
             for step in sorted(rows):
@@ -80,6 +80,26 @@ def _client() -> Any:
     except (ImportError, AttributeError) as failure:
         raise GroktraceError("Weights & Biases: the client is missing; pip install 'groktrace[wandb]'") from failure
     return wandb
+
+
+@contextlib.contextmanager
+def _afresh(wandb: Any) -> Iterator[None]:
+    """Have the next run take the place of an earlier one of its id, whatever WANDB_RESUME says of the script's own.
+
+    Raises:
+        GroktraceError: the client refused.
+    """
+    with _as_own_error(wandb):
+        shared = wandb.setup().settings
+        told = {name: getattr(shared, name) for name in ("resume", "resume_from", "fork_from")}
+        told = {name: value for name, value in told.items() if value is not None}
+        try:
+            for name in told:
+                setattr(shared, name, None)
+            yield
+        finally:
+            for name, value in told.items():
+                setattr(shared, name, value)
 
 
 @contextlib.contextmanager

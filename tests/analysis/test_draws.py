@@ -263,8 +263,8 @@ def test_arviz_says_the_same(small_run):
     import arviz
 
     assert float(data["posterior"]["llc"].mean()) == pytest.approx(point.llc)
-    assert dict(data["posterior"].sizes) == {"chain": 4, "draw": 100, "sample": 60}
-    assert data["posterior"]["sample"].values.tolist() == draws.samples.tolist()
+    assert dict(data["posterior"].sizes) == {"chain": 4, "draw": 100, "obs_id": 60}
+    assert data["posterior"]["obs_id"].values.tolist() == draws.samples.tolist()
     np.testing.assert_array_equal(data["constant_data"]["sample_loss_at_snapshot"], draws.sample_losses_at_snapshot)
     assert data["posterior"].attrs["nbeta"] == draws.nbeta
     rhat = float(arviz.rhat(data, var_names=["llc"], method="split")["llc"])

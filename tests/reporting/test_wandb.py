@@ -159,6 +159,24 @@ def test_logging_again_replaces(grokked, tmp_path, folder):
     assert len(finished(folder)) == 3
 
 
+@pytest.mark.parametrize("resume", [None, "must"])
+def test_nothing_is_resumed_whatever_the_script_does(grokked, tmp_path, folder, monkeypatch, resume):
+    monkeypatch.setattr(wandb.setup().settings, "resume", resume)  # what WANDB_RESUME sets when the client starts
+    plain, asked = wandb.init, []
+
+    def noting(**given):
+        asked.append(plain(**given))
+        return asked[-1]
+
+    monkeypatch.setattr(wandb, "init", noting)
+    WandbReporter("grokking").report(*grokked, tmp_path)
+    assert [(run.settings.resume, run.resumed) for run in asked] == [(None, False)]
+    assert wandb.setup().settings.resume == resume
+    _, run, history, _ = read(folder)
+    assert (run.resumed, run.starting_step) == (False, 0)
+    assert min(history) == 0
+
+
 def test_odd_results_are_logged(odd, tmp_path, folder):
     if len(odd[0].steps) > 50:
         pytest.skip("takes longer, and is like the others")
