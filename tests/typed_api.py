@@ -47,8 +47,8 @@ run.snapshots[-1].load_into(torch.nn.Linear(2, 2))
 for event in groktrace.follow("run", timeout=60, detector=detectors[1], reporters=reporters, draws=100):
     if isinstance(event, groktrace.Announcement):
         step: int = event.transition.step
-seconds: float = groktrace.forecast(Path("run"), settings=settings, rtol=0.1).seconds
-plateau: float | None = groktrace.temperature_curve_at("run", 300, seed=3).plateau
+seconds: float = groktrace.forecast(Path("run"), train="other.safetensors", settings=settings, rtol=0.1).seconds
+plateau: float | None = groktrace.temperature_curve_at("run", 300, train="other.safetensors", seed=3).plateau
 table: str = groktrace.compare("a", Path("b"), run, trajectory, detector=detectors[0]).table()
 
 groktrace.import_checkpoints("saved", out="run")  # type: ignore[call-arg]

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
@@ -106,6 +106,8 @@ def follow(
     run: Run | str | Path,
     *,
     timeout: float | None = None,
+    train: Any = None,
+    n: int | None = None,
     task: Task | None = None,
     task_name: str | None = None,
     device: str | torch.device | None = None,
@@ -128,7 +130,9 @@ def follow(
     Args:
         run: a run directory, its path or its URL; at a path, the recording may still have to begin.
         timeout: seconds without a new snapshot until a recording counts as ended; None for no limit.
-        task: see `analyze`, and so the arguments that are not described here.
+        train: see `analyze`, and so the arguments that are not described here.
+        n: the same.
+        task: the same.
         task_name: the same.
         device: where to compute; a GPU where there is one.
         reference: shown beside the final trajectory.
@@ -166,6 +170,8 @@ def follow(
                 device=device,
                 jobs=jobs,
                 executor=executor,
+                train=train,
+                n=n,
                 draws=keep,
             ) as session:
                 following = _follow_session(session, timeout, reference, curvature, detector)
@@ -252,7 +258,8 @@ def _scale(session: Session, metrics: dict[int, SnapshotMetrics], current: Scale
     kept, settings = session.kept_scale(), session.objective.settings
     if kept is not None:
         return kept
-    if settings.nbeta not in (None, "curvature") and settings.localization is not None:  # both given
+    given = settings.nbeta not in (None, "curvature") and settings.localization is not None
+    if given or session.own_scale() is not None:  # known beforehand
         return session.fix_scale(metrics)
     try:
         wanted = session.choose_scale(metrics, current)

@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -58,6 +58,8 @@ class Forecast(Record):
 def forecast(
     run: Run | str | Path,
     *,
+    train: Any = None,
+    n: int | None = None,
     task: Task | None = None,
     device: str | torch.device | None = None,
     settings: SamplingSettings | None = None,
@@ -67,6 +69,8 @@ def forecast(
 
     Args:
         run: a run directory, its path or its URL.
+        train: see `analyze`.
+        n: the same.
         task: loss and data, where the recording could not keep them.
         device: where to compute; a GPU where there is one.
         settings: of the sampling; None for the defaults.
@@ -79,7 +83,7 @@ def forecast(
     """
     place, chosen = choose_device(device), make_settings(settings, options)
     start = time.perf_counter()
-    with open_session(run, chosen, task=task, device=place, keep=False) as session:
+    with open_session(run, chosen, task=task, device=place, keep=False, train=train, n=n) as session:
         prepared = time.perf_counter() - start
         done, steps = session.known_points(), session.steps
         wanted = [step for step in steps if step not in done]
@@ -91,7 +95,7 @@ def forecast(
         metrics = session.metrics([steps[i] for i in spread(steps, _METRICS)])
         seconds = (time.perf_counter() - start) / max(len(metrics), 1)
         start = time.perf_counter()
-        scale = session.kept_scale() or session.choose_scale(metrics)
+        scale = session.kept_scale() or session.scale_of(metrics)
         prepared += time.perf_counter() - start
         order = [step for step in _from_all_parts(list(metrics)) if step in session.snapshots.fingerprints]
         at_once = objective.llc_stack(scale) * session.backend.threads

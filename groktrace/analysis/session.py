@@ -75,7 +75,7 @@ def open_session(
         executor: the same.
         threads: of this process that evaluate; None for one a core, or for one where a task is given.
         keep: whether results are read from the run directory and written there.
-        train: see `groktrace.analyze`; only with `keep`, as other processes read it there.
+        train: see `groktrace.analyze`; with other processes only with `keep`, as they read it there.
         n: the same.
         draws: what is kept of them; see `keep` of `groktrace.analyze`.
 
@@ -126,8 +126,9 @@ def open_session(
             results.take_metrics(folder / results.metrics_file(resolved.seed, evaluator.identity))
         if other is not None:
             session.other, session.own_folder = other, _own_folder(run, task, evaluator, first)
-            write_data(folder / DATA_FILE, other.train, other.n)
-            run.publish(folder / DATA_FILE)
+            if keep:
+                write_data(folder / DATA_FILE, other.train, other.n)
+                run.publish(folder / DATA_FILE)
         yield session
 
 
@@ -316,27 +317,30 @@ class Session:
     def fix_scale(self, metrics: dict[int, SnapshotMetrics]) -> Scale:
         """nβ and γ of this analysis: chosen once, then kept, so that later snapshots are measured with the same.
 
-        On other data they are those of the run's own analysis where there is one, so that λ compares.
+        Args:
+            metrics: of all snapshots.
+        """
+        if (scale := self.kept_scale()) is None:
+            scale, asked = self.scale_of(metrics), self.objective.settings.to_dict()
+            self.snapshots.run.publish(results.KeptSettings(asked, scale).save(self.folder))
+        return scale
+
+    def scale_of(self, metrics: dict[int, SnapshotMetrics]) -> Scale:
+        """The same without keeping it; on other data that of the run's own analysis, if any, so that λ compares.
 
         Args:
             metrics: of all snapshots.
         """
-        if (kept := self.kept_scale()) is not None:
-            return kept
-        scale, wbic = self._own_scale(), self.objective.settings.nbeta == "wbic"
-        if scale is None:
-            scale = self.choose_scale(metrics)
-        elif self.objective.large_set or wbic:
-            chosen = self.choose_scale(metrics)
-            scale = scale._replace(samples=chosen.samples, batch_size=chosen.batch_size)
-            scale = scale._replace(nbeta=chosen.nbeta) if wbic else scale  # which is a function of n
-        else:
-            scale = scale._replace(samples=None, batch_size=None)
-        asked = results.KeptSettings(self.objective.settings.to_dict(), scale)
-        self.snapshots.run.publish(asked.save(self.folder))
-        return scale
+        own, wbic = self.own_scale(), self.objective.settings.nbeta == "wbic"
+        if own is not None and not (self.objective.large_set or wbic):
+            return own._replace(samples=None, batch_size=None)
+        chosen = self.choose_scale(metrics)
+        if own is None:
+            return chosen
+        scale = own._replace(samples=chosen.samples, batch_size=chosen.batch_size)
+        return scale._replace(nbeta=chosen.nbeta) if wbic else scale  # which is a function of n
 
-    def _own_scale(self) -> Scale | None:
+    def own_scale(self) -> Scale | None:
         """nβ and γ of the run's own analysis, where this one is on other data and there is one; else None."""
         return None if self.own_folder is None else results.kept_scale(self.own_folder)
 
@@ -348,7 +352,7 @@ class Session:
         """
         if self.other is None:
             return None
-        own, settings = self._own_scale(), self.objective.settings
+        own, settings = self.own_scale(), self.objective.settings
         same = None if own is None else own[:3] == scale[:3]
         if own is None and (settings.localization is None or not isinstance(settings.nbeta, float | int)):
             same = False

@@ -94,6 +94,8 @@ def temperature_curve_at(
     step: int,
     nbetas: Sequence[float] | None = None,
     *,
+    train: Any = None,
+    n: int | None = None,
     task: Task | None = None,
     device: str | torch.device | None = None,
     settings: SamplingSettings | None = None,
@@ -109,6 +111,8 @@ def temperature_curve_at(
         run: a run directory, its path or its URL.
         step: the snapshot's training step.
         nbetas: the temperatures; by default those of resolution 1 to 300.
+        train: see `analyze`; γ is then that of the run's own analysis, if there is one.
+        n: see `analyze`.
         task: see `analyze`.
         device: where to compute; a GPU where there is one.
         settings: of the sampling, without `nbeta`; None for the defaults.
@@ -127,7 +131,7 @@ def temperature_curve_at(
         raise SettingsError(f"step: there is no snapshot of step {step}; the nearest is of step {nearest}.")
     weights = found[0].load(with_loss=True)
     # All threads in one operation: there is but one snapshot to sample.
-    with open_session(run, chosen, task=task, device=device, threads=1, keep=False) as session:
+    with open_session(run, chosen, task=task, device=device, threads=1, keep=False, train=train, n=n) as session:
         metrics = session.metrics([step])[step]
         objective = replace(session.objective, settings=_with_localization(session, metrics))
         return _measure_curve(objective, objective.layout.split(weights), metrics, nbetas, session.key(step))
@@ -138,7 +142,7 @@ def _with_localization(session: Session, metrics: SnapshotMetrics) -> ResolvedSe
     settings = session.objective.settings
     if settings.localization is not None:
         return settings
-    scale = session.kept_scale()
+    scale = session.kept_scale() or session.own_scale()
     if scale is None:
         some = session.metrics([session.steps[i] for i in spread(session.steps, _LOCALIZING)])
         # nβ is the snapshot's own, whatever curvature the others have.

@@ -20,27 +20,12 @@ from groktrace.cli.results import finish, more_reporters, write_logs
     is_flag=True,
     help="Sample at most a tenth of the snapshots: those that date transitions.",
 )
-@click.option(
-    "--data",
-    "train",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Measure on these samples instead, which groktrace.save_data wrote (data-refined LLC).",
-)
-@click.option(
-    "--n",
-    cls=ExpertOption,
-    type=click.IntRange(1),
-    help="How many samples those of --data stand for [as many as it has].",
-)
 @options(*ANALYSIS)
 def command(
     run: Path | str,
     as_json: bool,
     minutes: float,
     adaptive: bool,
-    train: Path | None,
-    n: int | None,
     logdir: Path | None,
     wandb: str | None,
     as_csv: bool,
@@ -51,8 +36,6 @@ def command(
     from groktrace.reporting.console import opening_line
     from groktrace.run.store import open_run
 
-    if n is not None and train is None:
-        raise click.UsageError("--n: says how many samples those of --data stand for; give both")
     if not minutes > 0:
         raise click.UsageError(f"--time: expected a positive number of minutes, got {minutes:g}")
     with as_keywords(given) as keywords:
@@ -61,8 +44,6 @@ def command(
         with Phases(opening_line(opened)) as phases:
             trajectory = analyze(
                 opened,
-                train=train,
-                n=n,
                 progress=phases.report,
                 adaptive=adaptive,
                 time_limit=60 * minutes,

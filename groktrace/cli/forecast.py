@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from groktrace.cli.options import COMPUTING, JSON, NBETA, PRESET, RUN, SAMPLING, Command, as_keywords, options
+from groktrace.cli.options import COMPUTING, DATA, JSON, NBETA, PRESET, RUN, SAMPLING, Command, as_keywords, options
 
 
 @click.command("forecast", cls=Command)
 @RUN
 @JSON
-@options(PRESET, *COMPUTING, NBETA, *SAMPLING)
+@options(*DATA, PRESET, *COMPUTING, NBETA, *SAMPLING)
 def command(run: Path | str, as_json: bool, **given: Any) -> None:
     """Say what `analyze` would take for RUN: snapshots, steps, memory, time; after a few seconds of trying."""
     from groktrace.analysis.forecast import forecast

@@ -150,8 +150,23 @@ BESIDE = (
 )
 
 
+# What to measure on in place of the run's own samples.
+DATA = (
+    click.option(
+        "--data",
+        "train",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Measure on these samples instead, which groktrace.save_data wrote (data-refined LLC).",
+    ),
+    _expert("--n", type=click.IntRange(1), help="How many samples those of --data stand for [as many as it has]."),
+)
 # What `analyze` and `follow` have in common.
-ANALYSIS = (PRESET, *COMPUTING, *WORKERS, *BESIDE, NBETA, *SAMPLING)
+ANALYSIS = (*DATA, PRESET, *COMPUTING, *WORKERS, *BESIDE, NBETA, *SAMPLING)
+
+
+# Options that are keywords as they are.
+_KEYWORDS = ("device", "jobs", "reference", "curvature", "keep", "train", "n")
 
 
 @contextlib.contextmanager
@@ -165,12 +180,14 @@ def as_keywords(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
         SettingsError: one is outside what it may be, or no Dask scheduler answers.
         TaskError: the task cannot be loaded.
     """
+    if given.get("n") is not None and given["train"] is None:
+        raise click.UsageError("--n: says how many samples those of --data stand for; give both")
     threads, task_name, dask = (given.pop(name, None) for name in ("threads", "task", "dask"))
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-    keywords = {name: given.pop(name) for name in ("device", "jobs", "reference", "curvature", "keep") if name in given}
+    keywords = {name: given.pop(name) for name in _KEYWORDS if name in given}
     with contextlib.ExitStack() as held:
         keywords["settings"] = _sampling_settings(given.pop("preset", "auto"), given)
         keywords["task"] = load_task(task_name)

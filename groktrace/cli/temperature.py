@@ -6,14 +6,14 @@ from typing import Any
 
 import click
 
-from groktrace.cli.options import COMPUTING, JSON, RUN, SAMPLING, Command, as_keywords, options
+from groktrace.cli.options import COMPUTING, DATA, JSON, RUN, SAMPLING, Command, as_keywords, options
 
 
 @click.command("temperature", cls=Command)
 @RUN
 @click.argument("step", type=int)
 @JSON
-@options(*COMPUTING, *SAMPLING)
+@options(*DATA, *COMPUTING, *SAMPLING)
 def command(run: Path | str, step: int, as_json: bool, **given: Any) -> None:
     """Print λ̂ of the snapshot of STEP in RUN at several nβ, and its plateau, which is an absolute value."""
     from groktrace.analysis.temperature import temperature_curve_at

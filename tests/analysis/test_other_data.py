@@ -190,3 +190,43 @@ def test_results_of_an_older_recording_are_not_shown(small_run, recorded):
             recorder.step()
     with pytest.raises(RunError, match="not analysed yet"):
         all_results(groktrace.open_run(small_run))
+
+
+def test_a_curve_over_temperatures_and_a_forecast_are_of_it_and_write_nothing(small_run, other):
+    groktrace.save_data(small_run / "other.safetensors", other)
+    own = groktrace.analyze(small_run, **FAST)
+    before = sorted(small_run.rglob("*"))
+    given = {"nbetas": [10.0, 20.0], **FAST}
+    curve = groktrace.temperature_curve_at(small_run, 50, train=small_run / "other.safetensors", **given)
+    assert curve.estimates == groktrace.temperature_curve_at(small_run, 50, train=other, **given).estimates
+    assert [each.localization for each in curve.estimates] == [own.localization] * 2
+    assert curve.estimates[0].llc != groktrace.temperature_curve_at(small_run, 50, **given).estimates[0].llc
+    found = groktrace.forecast(small_run, train=other, **FAST)
+    assert (found.snapshots, found.finished) == (6, 0)
+    assert sorted(small_run.rglob("*")) == before
+    groktrace.analyze(small_run, train=other, **FAST)
+    assert groktrace.forecast(small_run, train=other, **FAST).finished == 6
+
+
+def test_following_ends_with_what_analyze_finds(small_run, other):
+    own = groktrace.analyze(small_run, **FAST)
+    *events, end = groktrace.follow(small_run, train=other, n=500, **FAST)
+    assert [event.step for event in events if isinstance(event, groktrace.Point)] == [0, 10, 20, 30, 40, 50]
+    (scaled,) = (event for event in events if isinstance(event, groktrace.Scaled))
+    assert (scaled.nbeta, scaled.localization) == (own.nbeta, own.localization)  # known, so that each is sampled once
+    assert end.trajectory == groktrace.analyze(small_run, train=other, n=500, **FAST)
+    assert (end.trajectory.n, end.trajectory.data.own_scale) == (500, True)
+
+
+@pytest.mark.parametrize("command", [("follow",), ("forecast",), ("temperature", "50")], ids=lambda words: words[0])
+def test_other_commands_take_a_file_of_it(small_run, other, command):
+    groktrace.save_data(small_run.parent / "other.safetensors", other)
+    name, *more = command
+    result = invoke(name, small_run, *more, "--json", "--data", small_run.parent / "other.safetensors", *OPTIONS)
+    assert result.exit_code in (0, 3), result.output
+    if name == "follow":
+        assert json.loads(result.stdout.splitlines()[-1])["n"] == 90
+        assert list(small_run.glob("analysis/*/tensorboard-other"))
+    refused = invoke(name, small_run, *more, "--n", "9")
+    assert refused.exit_code == 2
+    assert "--n: says how many samples those of --data stand for" in refused.stderr
