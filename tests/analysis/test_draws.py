@@ -64,7 +64,7 @@ def singles(run, step, samples):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"nbeta": 10.0, "chains": 2, "rtol": 0.05}, {"chains": 3, **FAST}, {"nbeta": "curvature", **FAST}],
+    [{"nbeta": 10.0, "chains": 2, "rtol": 0.1}, {"chains": 3, **FAST}, {"nbeta": "curvature", **FAST}],
     ids=str,
 )
 def test_lambda_is_that_of_the_draws_that_were_kept(small_run, settings):
@@ -95,7 +95,7 @@ def test_influence_is_that_of_a_linear_model(tmp_path):
     with groktrace.watch(model, train=(x, model(x).detach()), loss="mse", out=tmp_path / "run", every=1):
         pass
     nbeta, localization = 50.0, 10.0
-    settings = {"nbeta": nbeta, "localization": localization, "chains": 8, "draws": 4000, "burn_in": 50}
+    settings = {"nbeta": nbeta, "localization": localization, "chains": 8, "draws": 1500, "burn_in": 50}
     groktrace.analyze(tmp_path / "run", keep="losses", **settings)
     draws = groktrace.open_run(tmp_path / "run").draws(0)
     found = np.cov(draws.sample_losses.reshape(-1, 4), rowvar=False)
