@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from groktrace.errors import RunError
 from groktrace.run.files import MAX_JSON_BYTES, TEMPORARY_PREFIX, open_plain, parse_json, sync, verified, with_digest
+from groktrace.run.layout import DRAWS_FOLDER
 
 Result = TypeVar("Result")  # of a line of a journal
 _BLOCK = 2**16
@@ -111,6 +112,7 @@ def exclusive(folder: Path, wait: bool = False) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()} on {platform.node()}")
         file.flush()
-        for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):  # of a process that was killed while it held the folder
-            leftover.unlink(missing_ok=True)
+        for place in (folder, folder / DRAWS_FOLDER):  # of a process that was killed while it held the folder
+            for leftover in place.glob(f"{TEMPORARY_PREFIX}*"):
+                leftover.unlink(missing_ok=True)
         yield

@@ -158,6 +158,7 @@ def test_what_was_kept_is_found_again_and_what_was_not_is_sampled_once_more(smal
     assert sorted(whole) == [f"{step:012d}.safetensors" for step in range(0, 60, 10)]
     (folder / "000000000010.safetensors").unlink()
     (folder / "000000000030.safetensors").write_bytes(b"torn")
+    (folder / ".tmp-killed").write_bytes(b"torn")
     assert analyzed("losses")[1] == 6  # one stack
     assert contents(folder) == whole
     groktrace.analyze(small_run, keep="draws", seed=1, **FAST)
