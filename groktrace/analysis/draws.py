@@ -249,7 +249,7 @@ def load_draws(run: Run, step: int) -> Draws:
     """
     path = draws_path(latest_file(run).parent, step)
     if not path.exists():
-        kept = sorted(int(each.stem) for each in path.parent.glob("*.safetensors") if each.stem.isdecimal())
+        kept = sorted(int(file.stem) for file in path.parent.glob("*.safetensors") if file.stem.isdecimal())
         have = f"those of steps {kept[0]} to {kept[-1]} are" if kept else "none are"
         raise RunError(
             f"{run.name}: the draws of step {step} were not kept; {have}. To keep them: "
@@ -257,7 +257,8 @@ def load_draws(run: Run, step: int) -> Draws:
         )
     tensors, metadata = _fetched(run, path, read_tensors)
     about = _About.read(path, metadata)
-    if about.snapshot not in {each.fingerprint() for each in run.snapshots if each.step == step == about.step}:
+    there = {snapshot.fingerprint() for snapshot in run.snapshots if snapshot.step == step}
+    if about.step != step or about.snapshot not in there:
         raise RunError(f"{path}: is of another snapshot than is there now; analyse again.")
     expected = (*_TENSORS, *_LOSSES) if about.sampled else _TENSORS
     arrays = {name: tensors[name].numpy() for name in expected if name in tensors}

@@ -31,12 +31,12 @@ def find_checkpoints(given: Iterable[str | os.PathLike[str]], depth: int = MAX_F
         SettingsError: one of them is missing, or holds no checkpoint.
     """
     found: dict[str, Path] = {}
-    for each in [os.fspath(path) for path in given]:
-        paths = (
-            [Path(each)] if os.path.exists(each) else [Path(name) for name in sorted(glob.glob(each, recursive=True))]
-        )
+    for pattern in [os.fspath(path) for path in given]:
+        paths = [Path(pattern)] if os.path.exists(pattern) else [*map(Path, sorted(glob.glob(pattern, recursive=True)))]
         if not paths:
-            raise SettingsError(f"{each}: no such file or folder; expected checkpoints, or a pattern that fits some.")
+            raise SettingsError(
+                f"{pattern}: no such file or folder; expected checkpoints, or a pattern that fits some."
+            )
         for path in paths:
             inside = list(_within(path, depth)) if path.is_dir() else [path]
             if not inside and len(paths) == 1:

@@ -87,17 +87,17 @@ def match_names(contents: Contents, wanted: Wanted, key: str | None, where: str)
     best: list[_Candidate] = []
     for wrappers in _TRIES:
         found = list(_candidates(tensors, wanted, wrappers))
-        fitting = [each for each in found if not each.faults]
+        fitting = [match for match in found if not match.faults]
         # One that is the whole of its dict comes before parts of it.
-        fitting = [each for each in fitting if not each.beside] or fitting
+        fitting = [match for match in fitting if not match.beside] or fitting
         if len(fitting) > 1:
-            places = " and ".join(f"'{each.prefix.rstrip('.')}'" for each in fitting[:5])
+            places = " and ".join(f"'{match.prefix.rstrip('.')}'" for match in fitting[:5])
             raise CheckpointError(f"{where}: has weights of the model under {places}; say by --key which to take.")
         if fitting:
-            tensors_found = {name: tuple(each) for name, each in fitting[0].tensors.items()}
+            tensors_found = {name: tuple(parts) for name, parts in fitting[0].tensors.items()}
             return Match(tensors_found, fitting[0].prefix, fitting[0].beside, fitting[0].exact)
         best += found
-    raise _no_match(min(best, key=lambda each: each.faults, default=None), contents.tensors, wanted, key, where)
+    raise _no_match(min(best, key=lambda match: match.faults, default=None), contents.tensors, wanted, key, where)
 
 
 def _candidates(tensors: Mapping[str, StoredTensor], wanted: Wanted, wrappers: frozenset[str]) -> Iterable[_Candidate]:
@@ -112,16 +112,16 @@ def _candidates(tensors: Mapping[str, StoredTensor], wanted: Wanted, wrappers: f
             if (first := kept.get(".".join(parts[i:]))) is not None:
                 found["".join(f"{part}." for part in parts[:i])][first].append(name)
     for prefix, names in found.items():
-        held = {first: [tensors[name] for name in each] for first, each in names.items()}
+        held = {first: [tensors[name] for name in parts] for first, parts in names.items()}
         container = next(iter(held.values()))[0].container
         around = [name for name, tensor in tensors.items() if tensor.container == container]
-        used = {name for each in names.values() for name in each}
+        used = {name for parts in names.values() for name in parts}
         others = [plain[name] for name in around if name not in used]
         after = [name.removeprefix(prefix) for name in others if name.startswith(prefix)]
         unexpected = [name for name in after if name not in wanted.known]
         unexpected = [name for name in unexpected if not any(re.search(pattern, name) for pattern in wanted.ignored)]
-        misshapen = [fault for first, each in held.items() if (fault := _misfit(first, wanted.specs[first], each))]
-        own = all(each == [prefix + first] for first, each in names.items())
+        misshapen = [fault for first, parts in held.items() if (fault := _misfit(first, wanted.specs[first], parts))]
+        own = all(parts == [prefix + first] for first, parts in names.items())
         yield _Candidate(
             prefix,
             held,
@@ -138,7 +138,7 @@ def _stripped(name: str, wrappers: frozenset[str]) -> str:
 
 
 def _same_dtypes(held: Mapping[str, list[StoredTensor]], specs: Mapping[str, WeightSpec]) -> bool:
-    return all(tensor.dtype == specs[name].dtype for name, each in held.items() for tensor in each)
+    return all(tensor.dtype == specs[name].dtype for name, parts in held.items() for tensor in parts)
 
 
 def _misfit(name: str, spec: WeightSpec, held: list[StoredTensor]) -> str | None:

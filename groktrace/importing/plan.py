@@ -48,7 +48,7 @@ class ImportPlan:
         """A table of checkpoints and their steps, the heading first."""
         return [
             ("step", "from", "checkpoint"),
-            *((str(each.step), each.source, printable(str(each.path))) for each in self.steps),
+            *((str(checkpoint.step), checkpoint.source, printable(str(checkpoint.path))) for checkpoint in self.steps),
         ]
 
     def write(

@@ -102,29 +102,32 @@ def choose_steps(found: Sequence[Recorded], step_from: str | None) -> tuple[list
         SettingsError: a step is missing, no whole number, or another checkpoint's.
     """
     remark = None
-    lacking = [each for each in found if each.step is None]
-    started = any(each.step is not None for each in found)
+    lacking = [checkpoint for checkpoint in found if checkpoint.step is None]
+    started = any(checkpoint.step is not None for checkpoint in found)
     if step_from is not None:
-        steps = [Step(each.path, _by_pattern(each.path, step_from), "--step-from") for each in found]
-    elif started and all(each.source for each in lacking):
+        steps = [Step(checkpoint.path, _by_pattern(checkpoint.path, step_from), "--step-from") for checkpoint in found]
+    elif started and all(checkpoint.source for checkpoint in lacking):
         # An optimizer that has made a step has it in its state; one without is that of the start.
-        steps = [Step(each.path, _whole(each.path, each.step or 0, each.source), each.source) for each in found]
+        steps = [
+            Step(checkpoint.path, _whole(checkpoint.path, checkpoint.step or 0, checkpoint.source), checkpoint.source)
+            for checkpoint in found
+        ]
     else:
         steps = [Step(path, _whole(path, number, "its name"), "name") for path, number in _by_names(found)]
         if started:
             remark = f"{lacking[0].path} says nothing of its step, so all are taken from the names."
     by_step: dict[int, Path] = {}
-    for each in steps:
-        if (other := by_step.setdefault(each.step, each.path)) is not each.path:
+    for checkpoint in steps:
+        if (other := by_step.setdefault(checkpoint.step, checkpoint.path)) is not checkpoint.path:
             raise SettingsError(
-                f"{each.path}: is of step {each.step} by {each.source}, and so is {other}; leave one of them out, or "
+                f"{checkpoint.path}: is of step {checkpoint.step} by {checkpoint.source}, and so is {other}; leave one of them out, or "
                 "say by --step-from REGEX where in the path the step is."
             )
-    return sorted(steps, key=lambda each: each.step), remark
+    return sorted(steps, key=lambda checkpoint: checkpoint.step), remark
 
 
 def _by_names(found: Sequence[Recorded]) -> list[tuple[Path, int]]:
-    named = [(each.path, named_step(each.path)) for each in found]
+    named = [(checkpoint.path, named_step(checkpoint.path)) for checkpoint in found]
     if nameless := next((path for path, number in named if number is None), None):
         raise SettingsError(
             f"{nameless}: expected a step in it or in its name, found none; say by --step-from REGEX where in the path "

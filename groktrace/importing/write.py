@@ -74,28 +74,28 @@ class RunWriter:
         report: Callable[[int, int], None],
     ) -> Imported:
         """Write the run; see `ImportPlan.write`."""
-        left = [each for each in steps if each.step not in self._there]
-        for each in steps if self._remote is None else ():
-            if each.step in self._there:
-                _check_source(self._root, each)
+        left = [checkpoint for checkpoint in steps if checkpoint.step not in self._there]
+        for checkpoint in steps if self._remote is None else ():
+            if checkpoint.step in self._there:
+                _check_source(self._root, checkpoint)
         lost: list[str] = []
         try:
             begun = not left
             if begun:
                 self._start(optimizer, task_name)
             report(len(steps) - len(left), len(steps))
-            for done, each in enumerate(left, len(steps) - len(left) + 1):
+            for done, checkpoint in enumerate(left, len(steps) - len(left) + 1):
                 try:
-                    contents = open_checkpoint(each.path)
-                    match = match_names(contents, self._network.wanted, key, str(each.path))
-                    tensors = self._network.read(match, str(each.path))
+                    contents = open_checkpoint(checkpoint.path)
+                    match = match_names(contents, self._network.wanted, key, str(checkpoint.path))
+                    tensors = self._network.read(match, str(checkpoint.path))
                 except CheckpointError as failure:
                     lost.append(str(failure))
                     continue
                 if not begun:  # nothing is written where nothing can be read
                     self._start(optimizer, task_name)
                     begun = True
-                self._write_snapshot(each, contents, match, tensors)
+                self._write_snapshot(checkpoint, contents, match, tensors)
                 report(done, len(steps))
             if len(lost) == len(steps):
                 raise RunError(lost[0])
@@ -113,7 +113,7 @@ class RunWriter:
 
     def _start(self, optimizer: dict[str, Any] | None, task_name: str | None) -> None:
         """Write all but the snapshots."""
-        evaluation, plan = self._network.evaluation, Schedule(lambda step: True, SCHEDULE)
+        evaluation, plan = self._network.evaluation, Schedule(lambda checkpoint: True, SCHEDULE)
         info = describe_run(self._network.model, dict(self._network.specs), evaluation, None, plan, task_name, 0)
         if write_start(self._root, info | {"optimizer": optimizer, "seed": None}, evaluation):
             warn_user(f"'{self._out}' held other data than these; the analysis will use the new ones throughout.")
@@ -125,15 +125,17 @@ class RunWriter:
             hint = task_name or "package.module:factory"
             warn_user(f"model and loss cannot be kept as a program, so analysis will need `--task {hint}` ({reason}).")
 
-    def _write_snapshot(self, each: Step, contents: Contents, match: Match, tensors: dict[str, Tensor]) -> None:
+    def _write_snapshot(self, checkpoint: Step, contents: Contents, match: Match, tensors: dict[str, Tensor]) -> None:
         if self._frozen is None:
             self._frozen = self._keep_frozen({name: tensors[name] for name in tensors if name in self._network.frozen})
         same = {name for name, digest in self._frozen.items() if files.digest(tensors[name]) == digest}
         kept = {name: tensor for name, tensor in tensors.items() if name not in same}
-        path, source = layout.snapshot_path(self._root, each.step), {SOURCE_KEY: _source(each.path)}
+        path, source = layout.snapshot_path(self._root, checkpoint.step), {SOURCE_KEY: _source(checkpoint.path)}
         why = None if contents.linkable is None else _why_copied(match, kept, self._remote)
         if contents.linkable is not None and why is None:
-            metadata = snapshot_metadata(each.step, contents.metrics) | {files.DIGESTS_KEY: files.digests_of(kept)}
+            metadata = snapshot_metadata(checkpoint.step, contents.metrics) | {
+                files.DIGESTS_KEY: files.digests_of(kept)
+            }
             files.write_json(files.beside(path), metadata | source)
             try:
                 os.link(os.path.realpath(contents.linkable), path)
@@ -141,7 +143,7 @@ class RunWriter:
                 files.beside(path).unlink()
                 why = f"the file system refuses a link ({failure.strerror})"
         if contents.linkable is None or why is not None:
-            write_snapshot(self._root, each.step, kept, contents.metrics, **source)
+            write_snapshot(self._root, checkpoint.step, kept, contents.metrics, **source)
         self._linked += contents.linkable is not None and why is None
         self._copied |= {why: None} if why is not None else {}
         files.sync_folder(path.parent)

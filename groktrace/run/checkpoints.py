@@ -18,7 +18,7 @@ def refuse_checkpoints(root: Path, name: str) -> None:
     Raises:
         RunError: it does; the message has the command that makes a run of them.
     """
-    if any((root / each).exists() for each in (*layout.START_FILES, layout.LOCK_FILE)):
+    if any((root / name).exists() for name in (*layout.START_FILES, layout.LOCK_FILE)):
         return
     from groktrace.importing.find import import_command  # built on this package: only where it is called
 
