@@ -120,8 +120,8 @@ def choose_steps(found: Sequence[Recorded], step_from: str | None) -> tuple[list
     for checkpoint in steps:
         if (other := by_step.setdefault(checkpoint.step, checkpoint.path)) is not checkpoint.path:
             raise SettingsError(
-                f"{checkpoint.path}: is of step {checkpoint.step} by {checkpoint.source}, and so is {other}; leave one of them out, or "
-                "say by --step-from REGEX where in the path the step is."
+                f"{checkpoint.path}: is of step {checkpoint.step} by {checkpoint.source}, and so is {other}; leave one "
+                "of them out, or say by --step-from REGEX where in the path the step is."
             )
     return sorted(steps, key=lambda checkpoint: checkpoint.step), remark
 
