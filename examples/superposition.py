@@ -188,7 +188,7 @@ def draw(found: list[groktrace.Trajectory], stages: list[dict[str, object]], los
         lower.annotate(f"{transition.name}", (transition.step, 1), xycoords=("data", "axes fraction"), va="bottom",
                        ha="center", fontsize=8)  # fmt: skip
     upper.set(ylabel="loss over all inputs", ylim=(0.045, 0.12))
-    lower.set(xlabel="training step", ylabel=r"$\lambda_c$, 95 % band; dotted: exact")
+    lower.set(xlabel="training step", ylabel=r"$\lambda_c$, 95 % band; dotted: exact", ylim=(-12, 12))
     lower.legend(frameon=False, ncols=2)
     for i, row in enumerate(row for row in rows if row["published_llc"]):
         found = [each.replace("±", ":").split(":") for each in str(row["curve"]).split()]
