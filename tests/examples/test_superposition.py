@@ -1,7 +1,6 @@
 """The example on superposition: its critical points are the published ones."""
 
 import csv
-import math
 import runpy
 import subprocess
 import sys
@@ -41,8 +40,8 @@ def test_small_form(tmp_path):
     command = [sys.executable, "-W", "error", SCRIPT, "--small", "--out", tmp_path]
     subprocess.run(command, check=True, capture_output=True, timeout=600)
     assert (tmp_path / "superposition.png").stat().st_size > 10_000
-    rows = {row["point"]: row for row in csv.DictReader((tmp_path / "superposition.csv").open())}
+    rows = {row["point"]: row for row in csv.DictReader((tmp_path / "superposition.csv").read_text().splitlines())}
     assert [float(rows[name]["half_rank"]) for name in ("5", "5+", "6")] == [7.0, 8.5, 8.5]
-    assert all(math.isfinite(float(rows[name]["llc"])) for name in ("5", "5+", "6"))
-    plateaus = list(csv.DictReader((tmp_path / "superposition_plateaus.csv").open()))
+    assert 6 < float(rows["5"]["llc"]) < 7.5  # κ = 100 shows nearly all of 7
+    plateaus = list(csv.DictReader((tmp_path / "superposition_plateaus.csv").read_text().splitlines()))
     assert plateaus[0]["point"].startswith("4")
