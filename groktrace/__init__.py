@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from groktrace import theory as theory
     from groktrace.analysis.detection import Detector as Detector
+    from groktrace.analysis.detection import EarlyWarning as EarlyWarning
     from groktrace.analysis.detection import LargestDropDetector as LargestDropDetector
     from groktrace.analysis.detection import PiecewiseDetector as PiecewiseDetector
     from groktrace.analysis.detection import Transition as Transition
@@ -56,7 +57,14 @@ if TYPE_CHECKING:
 # The same for when it runs: a module is imported when something of it is asked for, so that `groktrace --help`, which
 # needs none of them, does not wait for PyTorch.
 _NAMES = {
-    "analysis.detection": ("Detector", "LargestDropDetector", "PiecewiseDetector", "Transition", "find_transitions"),
+    "analysis.detection": (
+        "Detector",
+        "EarlyWarning",
+        "LargestDropDetector",
+        "PiecewiseDetector",
+        "Transition",
+        "find_transitions",
+    ),
     "analysis.draws": ("Draws",),
     "analysis.follow": ("Announcement", "Ended", "Scaled", "follow"),
     "analysis.forecast": ("Forecast", "forecast"),

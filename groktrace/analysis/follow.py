@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
-from groktrace.analysis.detection import Detector, Transition, find_transitions
+from groktrace.analysis.detection import Detector, EarlyWarning, Transition, find_transitions, last_fall
 from groktrace.analysis.draws import Keep
 from groktrace.analysis.measure import SnapshotMetrics
 from groktrace.analysis.reference import check_reference
@@ -81,15 +81,21 @@ class Ended:
     trajectory: Trajectory
 
 
-Event = Scaled | Point | Trajectory | Announcement | Ended
+Event = Scaled | Point | Trajectory | Announcement | EarlyWarning | Ended
 
 
-def wait_for_run(root: Path, timeout: float | None) -> None:
+def rest() -> None:
+    """Wait a second."""
+    time.sleep(POLL_SECONDS)
+
+
+def wait_for_run(root: Path, timeout: float | None, idle: Callable[[], object] | None = None) -> None:
     """Return once a recording has kept its first snapshot.
 
     Args:
         root: the run directory, which need not be there yet.
         timeout: seconds to wait; None for as long as it takes.
+        idle: see `follow`.
 
     Raises:
         RunError: there was none in this time, or there are checkpoints that are to be imported.
@@ -99,7 +105,7 @@ def wait_for_run(root: Path, timeout: float | None) -> None:
         refuse_checkpoints(root, str(root))
         if timeout is not None and time.monotonic() - began > timeout:
             raise RunError(f"{root}: no recording has begun there in {timeout:g} s.")
-        time.sleep(POLL_SECONDS)
+        (idle or rest)()
 
 
 def follow(
@@ -118,6 +124,7 @@ def follow(
     keep: Keep | None = None,
     detector: Detector | None = None,
     reporters: Sequence["Reporter"] = (),
+    idle: Callable[[], object] | None = None,
     settings: SamplingSettings | None = None,
     **options: "Unpack[SamplingOptions]",
 ) -> Iterator[Event]:
@@ -142,11 +149,13 @@ def follow(
         keep: what of the draws behind the final trajectory is kept; see `analyze`.
         detector: of the transitions that are announced; see `find_transitions`.
         reporters: see `analyze`.
+        idle: called while there is nothing new, before it is looked for again; by default a second's sleep.
         settings: of the sampling; None for the defaults.
         **options: fields of `groktrace.SamplingSettings`, in place of those of `settings`.
 
     Yields:
-        Changes of scale; points as they are measured; the trajectory so far after each round; announcements; the end.
+        Changes of scale; points as they are measured; the trajectory so far after each round; early warnings and
+        announcements, before that; the end.
 
     Raises:
         RunError: nothing is recorded within `timeout`, or another recording has taken the place of this one.
@@ -159,7 +168,7 @@ def follow(
 
     def events() -> Iterator[Event]:
         if not isinstance(run, Run) and not is_url(run):
-            wait_for_run(Path(run), timeout)
+            wait_for_run(Path(run), timeout, idle)
         source: Run | str | Path | None = run
         while source is not None:
             with open_session(
@@ -174,7 +183,7 @@ def follow(
                 n=n,
                 draws=keep,
             ) as session:
-                following = _follow_session(session, timeout, reference, curvature, detector)
+                following = _follow_session(session, timeout, reference, curvature, detector, idle or rest)
                 source = yield from _reported(following, session.snapshots.run, reporters, detector)
 
     return events()
@@ -207,6 +216,7 @@ def _follow_session(
     reference: float | str | None,
     curvature: bool,
     detector: Detector | None,
+    idle: Callable[[], object],
 ) -> Generator[Event, None, Run | None]:
     """The same for an open analysis; returns the run where other weights have begun to train, else None at the end."""
     announced = _Announced(session.folder / LIVE_FILE)
@@ -222,7 +232,7 @@ def _follow_session(
         fresh += session.snapshots.add(run.snapshots)
         if fresh:
             metrics |= session.metrics(fresh)
-            scale = _scale(session, metrics, announced.scale)
+            scale = live_scale(session, metrics, announced.scale)
             if scale is not None:
                 journal = _journal(session, scale)
                 if scale != announced.scale:
@@ -238,13 +248,14 @@ def _follow_session(
                     points |= found
                     yield from found.values()
                 trajectory = finish(session, points, scale)
+                yield from announced.warn(last_fall(trajectory))
                 yield from announced.compare(find_transitions(trajectory, detector))
                 yield trajectory
             fresh, last_news = [], time.monotonic()
         elif run.closed or (timeout is not None and time.monotonic() - last_news > timeout):
             break
         else:
-            time.sleep(POLL_SECONDS)
+            idle()
     trajectory = replay(session, reference, curvature, detector=detector)
     yield from announced.compare(find_transitions(trajectory, detector))
     for path in session.folder.glob("live-*.jsonl"):
@@ -253,8 +264,14 @@ def _follow_session(
     return None
 
 
-def _scale(session: Session, metrics: dict[int, SnapshotMetrics], current: Scale | None) -> Scale | None:
-    """nβ and γ to measure with now; None where the snapshots do not tell yet."""
+def live_scale(session: Session, metrics: dict[int, SnapshotMetrics], current: Scale | None) -> Scale | None:
+    """nβ and γ to measure with now; None where the snapshots do not tell yet.
+
+    Args:
+        session: an open analysis.
+        metrics: of the snapshots so far.
+        current: nβ and γ in use.
+    """
     kept, settings = session.kept_scale(), session.objective.settings
     if kept is not None:
         return kept
@@ -288,10 +305,11 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _State:
-    """What live.json keeps: the nβ and γ in use, and all that was announced."""
+    """What live.json keeps: the nβ and γ in use, all that was announced, and the last warning of a fall that lasts."""
 
     scale: Annotated[Scale | None, check_positive]
     said: tuple[_Entry, ...]
+    warned: int | None = None
 
 
 class _Announced:
@@ -318,6 +336,21 @@ class _Announced:
     def rescale(self, scale: Scale) -> None:
         """Measure at another nβ and γ from now on."""
         self._save(replace(self._state, scale=scale))
+
+    def warn(self, fall: EarlyWarning | None) -> list[EarlyWarning]:
+        """The warning of a fall that is clear, once until λ falls no more.
+
+        Args:
+            fall: at the last snapshot.
+        """
+        if fall is None:
+            return []
+        if self._state.warned is None and fall.clear:
+            self._save(replace(self._state, warned=fall.step))
+            return [fall]
+        if self._state.warned is not None and fall.rate <= 0:
+            self._save(replace(self._state, warned=None))
+        return []
 
     def compare(self, found: list[Transition]) -> list[Announcement]:
         """What is new about these transitions, which then counts as announced."""

@@ -4,7 +4,6 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,12 +17,11 @@ from groktrace.recording.hooks import Streak, UpdateHooks, counted_optimizer
 from groktrace.recording.metrics import numbers_in
 from groktrace.recording.others import OtherOptimizers
 from groktrace.recording.probe import HOW_TO_COUNT, BetweenUpdates, Reading, Watchdog, WeightProbe, moved_after, trained
+from groktrace.recording.reaction import Reaction
 from groktrace.recording.termination import catch_termination, open_recorders, restore_termination
 from groktrace.recording.warning import WarnOnce
-from groktrace.recording.writer import Writer, slow_disk
+from groktrace.recording.writer import Writer
 from groktrace.run import layout, pending
-
-SILENT_WAIT = 1.0  # seconds that training may wait for the disk without a warning
 
 
 class Recorder:
@@ -32,6 +30,7 @@ class Recorder:
     Attributes:
         out: the run directory, or its URL; where another process writes a whole model, what `watch` was given.
         asked: what `watch` was given.
+        reaction: tells `watch(on_transition=...)` what it finds; None without.
         deferred: whether to take a snapshot only when the next update begins, after the script has updated an average
             of the weights or logged metrics.
     """
@@ -60,12 +59,13 @@ class Recorder:
         self._copied: int | None = None
         self._pending_step: int | None = None
         self._metrics: dict[str, float] = {}
-        self._blocked = self._waited = 0.0
+        self._blocked = 0.0
         self._closed = self._left = self._in_update = self._on_signal = False
         self._warn_once = WarnOnce()
         self._hooks: UpdateHooks | None = None
         self._others: OtherOptimizers | None = None
         self._streak: Streak | None = None  # of other optimizers, at the end
+        self.reaction: Reaction | None = None
         self._warn_once.on_failure(lambda: self._snapshot(start))
         self._count_by(model, optimizer)
         if self._writer is not None:
@@ -152,6 +152,12 @@ class Recorder:
         if self._writer is not None and not self._inert():
             self._warn_once.on_failure(self._writer.wait)
 
+    def catch_up(self) -> None:
+        """Wait until all snapshots so far are analysed, and call `on_transition`, if given, with what is new."""
+        self.flush()
+        if self.reaction is not None and not self._inert():
+            self.reaction.catch_up()
+
     def close(self) -> None:
         """Keep the last step, wait for the writer, and release model and optimizer; further calls do nothing.
 
@@ -182,6 +188,8 @@ class Recorder:
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
+        if self.reaction is not None:
+            self.reaction.close()
         try:
             if self._hooks is not None:
                 self._streak = self._hooks.streak or self._streak
@@ -189,9 +197,7 @@ class Recorder:
             self._warn_once.on_failure(self._finish if collective else self._finish_locally)
             if self._writer is not None:
                 self._writer.close()
-                self._report()
-                if self._writer.unsent is not None:
-                    self._warn_once("unsent", f"what could not be sent to '{self.out}' is in '{self._writer.unsent}'.")
+                self._report(self._writer)
         except BaseException:  # Ctrl-C while waiting; closing at exit tries again
             self._closed = False
             raise
@@ -205,9 +211,7 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._in_update |= error is not None and self._hooks is None
         self._guard = self._guard if error is None else None
         self._close(collective=error is None)
@@ -244,6 +248,8 @@ class Recorder:
             self._between.end()
             if self._is_due() and (not self.deferred or self._hooks is None):
                 self._take_pending()
+            if self.reaction is not None:
+                self.reaction.deliver()
         except Exception as failure:
             self._warn_once.of_failure(failure)
 
@@ -315,7 +321,7 @@ class Recorder:
             self._copied = step
         began = time.perf_counter()
         try:
-            wanted = writer is not None and self._wanted(writer, step, began)
+            wanted = writer is not None and self._wanted(writer, step)
         except Exception:
             if capture.sharded:
                 capture.take_part()
@@ -337,13 +343,10 @@ class Recorder:
         finally:
             self._blocked += time.perf_counter() - began
 
-    def _wanted(self, writer: Writer, step: int, began: float) -> bool:
+    def _wanted(self, writer: Writer, step: int) -> bool:
         """Wait for free buffers; whether the step is still to be written."""
         writer.make_room()
-        self._waited += time.perf_counter() - began
-        if self._waited > SILENT_WAIT:
-            self._warn_once("slow", slow_disk(self.out, self._waited))
-        self._report()
+        self._report(writer)
         return not writer.lost and not layout.snapshot_path(self._root, step).exists()
 
     def _finish(self) -> None:
@@ -390,10 +393,8 @@ class Recorder:
         """The number of updates so far, and whether one is in progress."""
         return self._count.counted, self._in_update or self._closed or self._left
 
-    def _report(self) -> None:
-        if self._writer is not None and self._writer.lost and self._capture is not None:
+    def _report(self, writer: Writer) -> None:
+        if writer.lost and self._capture is not None:
             self._left = not self._capture.sharded  # of which each process has to take part in what the others do
-            self._warn_once("lost", f"'{self.out}' was removed, or taken by another recording: this one ends.")
-        elif self._writer is not None and (failure := self._writer.error) is not None:
-            reason = f"{type(failure).__name__}: {failure}"
-            self._warn_once("writer", f"a snapshot could not be written to '{self.out}' ({reason}); training goes on.")
+        for kind, message in writer.troubles(self.out):
+            self._warn_once(kind, message)

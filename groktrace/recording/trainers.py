@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from groktrace.errors import GroktraceError, TaskError
 from groktrace.recording.folder import Exist
+from groktrace.recording.reaction import Callback
 from groktrace.recording.recorder import Recorder
 from groktrace.recording.warning import warn_user
 from groktrace.recording.watch import watch
@@ -29,6 +30,7 @@ class TrainerRecording:
         schedule: see `groktrace.watch`.
         seed: see `groktrace.watch`.
         exist: see `groktrace.watch`.
+        on_transition: see `groktrace.watch`.
 
     Attributes:
         recorder: the recording, once training has begun.
@@ -49,9 +51,11 @@ class TrainerRecording:
         schedule: str | Iterable[int] | Callable[[int], bool] | None = None,
         seed: int = 0,
         exist: Exist = "new",
+        on_transition: Callback | None = None,
     ) -> None:
         self._given = {"train": train, "val": val, "loss": loss, "batch_loss": batch_loss, "task": task, "out": out}
         self._given |= {"n": n, "noise": noise, "every": every, "schedule": schedule, "seed": seed, "exist": exist}
+        self._given |= {"on_transition": on_transition}
         self.recorder: Recorder | None = None
 
 

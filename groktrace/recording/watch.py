@@ -15,6 +15,7 @@ from groktrace.recording.capture import Capture, describe_weights, gathered, is_
 from groktrace.recording.folder import Exist, Folder, check_exist, check_out, choose, name_of, with_earlier
 from groktrace.recording.hooks import counted_optimizer, updates_made
 from groktrace.recording.prepare import Evaluation, describe_run, prepare_evaluation, write_frozen, write_start
+from groktrace.recording.reaction import Callback, Reaction, check_callback
 from groktrace.recording.recorder import Recorder
 from groktrace.recording.schedule import check_count, make_schedule
 from groktrace.recording.termination import open_recorders
@@ -47,6 +48,7 @@ def watch(
     start_step: int | None = None,
     seed: int = 0,
     exist: Exist = "new",
+    on_transition: Callback | None = None,
 ) -> Recorder:
     """Record a training run: one line in the training script.
 
@@ -79,6 +81,9 @@ def watch(
         seed: chooses the subset of data sets of more than 8192 samples, and what `noise` draws.
         exist: where `out` holds a run that this training does not continue: "new" records in the next free folder
             beside it, such as snapshots-2, and says so; "replace" removes the run; "error" refuses.
+        on_transition: called between two updates with each `Announcement` or `EarlyWarning` of a process that follows
+            the recording (one core, the lowest priority), and with the `Trajectory` of λ̂ so far. It may change the
+            optimizer, or have the loop end; where it fails, that is one warning. `Recorder.catch_up()` waits for it.
 
     Returns:
         The recorder; close it, use it in a `with` statement, or leave that to the end of the script.
@@ -99,6 +104,8 @@ def watch(
         raise SettingsError(f"task: expected 'package.module:factory', got {task!r}.")
     check_exist(exist)
     place = check_out(out)
+    if on_transition is not None:
+        check_callback(on_transition, place)
     if not isinstance(model, nn.Module):
         raise SettingsError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
     model = plain_model(model)
@@ -191,7 +198,10 @@ def watch(
         guard.frozen, guard.average = folder.root / layout.FROZEN_FILE, weights is not None
     if folder.hold is None and told:
         folder.place = told[-1]  # the writing process knows
-    return Recorder(model, optimizer, plan.keep, capture, folder, start, weights is not None, guard)
+    recorder = Recorder(model, optimizer, plan.keep, capture, folder, start, weights is not None, guard)
+    if on_transition is not None and folder.hold is not None:
+        recorder.reaction = Reaction(on_transition, recorder.out)
+    return recorder
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from groktrace.run.remote import Remote
 
 QUEUE_BYTES = 2**20
 QUEUE_SECONDS = 1.0
+SILENT_WAIT = 1.0  # seconds that training may wait for the disk without a warning
 _PROCESS_START = time.time()  # that of this import, which comes soon after
 
 
@@ -74,14 +75,6 @@ def snapshot_metadata(step: int, metrics: Mapping[str, float]) -> dict[str, str]
     }
 
 
-def slow_disk(place: Path | str, seconds: float) -> str:
-    """A warning of how long training has waited for snapshots to be written."""
-    return (
-        f"training waits for snapshots to be written to '{place}', {seconds:.1f} s so far; a larger every= or a faster "
-        "disk would spare it that."
-    )
-
-
 class Writer:
     """Writes snapshots in a background thread; the training waits while a large one is in flight.
 
@@ -100,6 +93,7 @@ class Writer:
         error: why the newest write that failed did, or None.
         lost: whether the run directory is no longer this recording's, into which nothing is written any more.
         unsent: after `close`, the folder with what could not be uploaded, or None.
+        waited: seconds that the training has waited for room.
         idle: called about once a second while nothing is to be written; it must not raise.
     """
 
@@ -111,6 +105,7 @@ class Writer:
         self.error: Exception | None = None
         self.lost = False
         self.unsent: Path | None = None
+        self.waited = 0.0
         self.idle: Callable[[], None] | None = None
         self._root = root
         self._marks: list[dict[str, Any]] = []  # doubts not yet written
@@ -132,9 +127,31 @@ class Writer:
         Raises:
             RuntimeError: the thread is gone.
         """
+        began = time.perf_counter()
         with self._changed:
             if self._queued >= QUEUE_BYTES:
                 self._drain()
+        self.waited += time.perf_counter() - began
+
+    def troubles(self, place: Path | str) -> Iterator[tuple[str, str]]:
+        """What the user has to know, as pairs of kind and text.
+
+        Args:
+            place: the run directory or its URL.
+        """
+        if self.waited > SILENT_WAIT:
+            yield (
+                "slow",
+                f"training waits for snapshots to be written to '{place}', {self.waited:.1f} s so far; a larger every= "
+                "or a faster disk would spare it that.",
+            )
+        if self.lost:
+            yield "lost", f"'{place}' was removed, or taken by another recording: this one ends."
+        elif self.error is not None:
+            reason = f"{type(self.error).__name__}: {self.error}"
+            yield "writer", f"a snapshot could not be written to '{place}' ({reason}); training goes on."
+        if self.unsent is not None:
+            yield "unsent", f"what could not be sent to '{place}' is in '{self.unsent}'."
 
     def wait(self) -> None:
         """Wait until everything is written.

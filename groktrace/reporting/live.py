@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, TextIO
 
+from groktrace.analysis.detection import EarlyWarning
 from groktrace.analysis.follow import Announcement, Ended, Event, Scaled
 from groktrace.analysis.trajectory import SYMBOLS, Point, Trajectory
 from groktrace.reporting.numbers import number
@@ -44,7 +45,7 @@ def show_events(
     raise RuntimeError("the events of a recording have no end")
 
 
-def as_line(event: Scaled | Point | Announcement | Ended) -> dict[str, Any]:
+def as_line(event: Scaled | Point | Announcement | EarlyWarning | Ended) -> dict[str, Any]:
     """An event as one JSON object; of an end without its trajectory.
 
     Args:
@@ -52,6 +53,8 @@ def as_line(event: Scaled | Point | Announcement | Ended) -> dict[str, Any]:
     """
     if isinstance(event, Announcement):
         return {"event": event.news, "number": event.number, **event.transition.to_dict()}
+    if isinstance(event, EarlyWarning):
+        return {"event": "warning", "step": event.step, "rate": event.rate, "stderr": event.stderr}
     if isinstance(event, Ended):
         return {"event": "end", "why": event.why}
     if isinstance(event, Scaled):
@@ -59,7 +62,7 @@ def as_line(event: Scaled | Point | Announcement | Ended) -> dict[str, Any]:
     return {"event": "point", **event.to_dict()}
 
 
-def as_text(event: Scaled | Point | Announcement | Ended) -> str:
+def as_text(event: Scaled | Point | Announcement | EarlyWarning | Ended) -> str:
     """An event in words; of points nothing, since TensorBoard shows them.
 
     Args:
@@ -72,6 +75,9 @@ def as_text(event: Scaled | Point | Announcement | Ended) -> str:
         return f"{'recording closed' if event.why == 'closed' else 'no new snapshot for too long'}; the whole run:\n"
     if isinstance(event, Point):
         return ""
+    if isinstance(event, EarlyWarning):
+        rate = f"{100 * event.rate:.2g} ± {100 * event.stderr:.2g} %"
+        return f"warning: at step {event.step} λ falls, by {rate} each time the training grows by a factor of e"
     transition = event.transition
     if event.news == "withdrawn":
         return f"transition {event.number} at step {transition.step}: withdrawn, the curve no longer shows it"

@@ -12,7 +12,7 @@ from torch import nn
 import groktrace
 from groktrace.analysis import follow as following
 from groktrace.analysis import measure
-from groktrace.analysis.detection import Transition
+from groktrace.analysis.detection import EarlyWarning, Transition
 from groktrace.analysis.follow import Announcement, Ended, Scaled, wait_for_run
 from groktrace.analysis.trajectory import Point
 from groktrace.errors import RunError, SettingsError
@@ -142,6 +142,39 @@ def test_a_transition_is_announced_once_and_what_becomes_of_it_is_said(tmp_path)
         following._Announced(path)
 
 
+def test_a_fall_is_warned_of_once_until_lambda_falls_no_more(tmp_path):
+    path = tmp_path / "live.json"
+    clear, slight, rising = EarlyWarning(100, 0.2, 0.01), EarlyWarning(110, 0.02, 0.01), EarlyWarning(130, -0.02, 0.01)
+    assert following._Announced(path).warn(None) == following._Announced(path).warn(slight) == []
+    assert following._Announced(path).warn(clear) == [clear]
+    # Also by another process.
+    assert following._Announced(path).warn(replace(clear, step=120)) == []
+    assert following._Announced(path).warn(slight) == []
+    assert following._Announced(path).warn(rising) == []
+    assert following._Announced(path).warn(replace(clear, step=140)) == [replace(clear, step=140)]
+
+
+def test_a_fall_is_warned_of_while_the_recording_goes_on(recording, monkeypatch):
+    falls = []
+
+    def last_fall(trajectory):
+        falls.append(trajectory.points[-1].step)
+        return EarlyWarning(falls[-1], 0.2 if len(falls) > 2 else 0.0, 0.01)
+
+    monkeypatch.setattr(following, "last_fall", last_fall)
+    events = events_of(recording, nbeta=100.0, localization=1.0)
+    (warning,) = [event for event in events if isinstance(event, EarlyWarning)]
+    assert warning.step == falls[2]
+    assert isinstance(events[events.index(warning) + 1], Announcement | groktrace.Trajectory)
+
+
+def test_what_to_do_while_there_is_nothing_new_is_the_callers(recording, monkeypatch):
+    train = following.time.sleep
+    monkeypatch.setattr(following.time, "sleep", None)
+    events = list(groktrace.follow(recording, idle=lambda: train(0), **FAST, nbeta=100.0, localization=1.0))
+    assert events[-1].why == "closed"
+
+
 def test_events_as_lines_and_in_words():
     news = Announcement("transition", 1, transition(100, label="generalisation"))
     assert live.as_line(news) == {"event": "transition", "number": 1, **news.transition.to_dict()}
@@ -152,6 +185,12 @@ def test_events_as_lines_and_in_words():
     scale = {"nbeta": 1.0, "localization": 2.0, "curvature": None}
     assert live.as_line(Scaled(1.0, 2.0, None)) == {"event": "scale", **scale}
     assert live.as_line(Point(3, 1.0, 0.1))["event"] == "point"
+    warning = EarlyWarning(300, 0.0812, 0.0123)
+    assert live.as_line(warning) == {"event": "warning", "step": 300, "rate": 0.0812, "stderr": 0.0123}
+    assert (
+        live.as_text(warning)
+        == "warning: at step 300 λ falls, by 8.1 ± 1.2 % each time the training grows by a factor of e"
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from groktrace.errors import GroktraceError
-from groktrace.recording import recorder as recorder_module
 from groktrace.recording import writer as writer_module
 from groktrace.recording.termination import close_all, open_recorders
 from groktrace.recording.watch import watch
@@ -166,7 +165,7 @@ def test_a_full_disk_is_told_once_and_later_snapshots_are_written(training, tmp_
 def test_a_slow_disk_makes_training_wait_and_is_told_once(training, tmp_path, monkeypatch):
     write = files.write_tensors
     monkeypatch.setattr(files, "write_tensors", lambda *args: time.sleep(0.05) or write(*args))
-    monkeypatch.setattr(recorder_module, "SILENT_WAIT", 0.07)
+    monkeypatch.setattr(writer_module, "SILENT_WAIT", 0.07)
     monkeypatch.setattr(writer_module, "QUEUE_BYTES", 0)  # so that every snapshot is large
     recorder = watch(training.model, training.optimizer, out=tmp_path / "run", every=1)
     with pytest.warns(RuntimeWarning, match=r"training waits for snapshots to be written .* 0\.\d s so far") as caught:
