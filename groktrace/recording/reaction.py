@@ -53,10 +53,12 @@ class Reaction:
         self._asked = self._answered = 0
         self._ended: str | None = None  # why nothing more will come
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", _START, json.dumps(sys.path), str(self._run.absolute())]
+        command = [sys.executable, "-c", _START, json.dumps([*map(str, sys.path)]), str(self._run.absolute())]
         pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
         try:
-            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere, env=environment)
+            self._process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=nowhere, env=environment, start_new_session=True
+            )  # Ctrl-C is for the training, with which this one ends
         except OSError as failure:
             self._ended = f"{type(failure).__name__}: {failure}"
             return

@@ -4,6 +4,7 @@
     python -m tools.detection networks --limit 20
     python -m tools.detection cross-entropy --all-measures
     python -m tools.detection networks --seed 1000        # others of the same kinds
+    python -m tools.detection warning                     # how early a fall is announced
     python -m tools.detection speed                       # 10 000 snapshots
 
 Each part prints a table and leaves its results under runs/detection. ruptures' columns need ruptures 1.1.10.
@@ -16,12 +17,13 @@ from pathlib import Path
 from tools.detection.cross_entropy_networks import run_cross_entropy
 from tools.detection.quadratic_networks import run_networks
 from tools.detection.synthetic import run_speed, run_synthetic
+from tools.detection.warning import run_warning
 
 
 def main() -> None:
     """Run the part that is asked for."""
     parser = argparse.ArgumentParser(prog="python -m tools.detection", description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["synthetic", "networks", "cross-entropy", "speed"])
+    parser.add_argument("part", choices=["synthetic", "networks", "cross-entropy", "warning", "speed"])
     parser.add_argument("--out", type=Path, default=Path("runs/detection"), help="where the results go")
     parser.add_argument("--series", type=int, default=100, help="curves of each shape and noise level")
     parser.add_argument("--seed", type=int, default=0, help="of the curves; added to those of the networks")
@@ -34,6 +36,9 @@ def main() -> None:
         return
     if options.part == "cross-entropy":
         run_cross_entropy(options.out, options.limit, options.seed, options.all_measures)
+        return
+    if options.part == "warning":
+        run_warning(options.out, options.limit)
         return
     peers = not options.no_peers and importlib.util.find_spec("ruptures") is not None
     if options.part == "speed":

@@ -124,8 +124,17 @@ def build(network: Network) -> nn.Module:
     return (Mlp if network.kind == "mlp" else Transformer)(network.p)
 
 
-def record(network: Network, folder: Path) -> None:
-    """Train a network with the hook line."""
+def record(
+    network: Network, folder: Path, first: int = FIRST, snapshots: int = SNAPSHOTS
+) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """Train a network with the hook line; the network and its training pairs.
+
+    Args:
+        network: to train.
+        folder: of the recording.
+        first: step of the first snapshot after that of step 0.
+        snapshots: how many to keep beside that one.
+    """
     train, val = pairs(network)
     model, steps = build(network), 12_000 if network.kind == "mlp" else 5000
     # Adam's least denominator keeps the transformer's updates from blowing up where gradients are 1e-7.
@@ -133,13 +142,14 @@ def record(network: Network, folder: Path) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=network.lr, weight_decay=network.weight_decay, betas=(0.9, 0.98), **more
     )
-    kept = [int(step) for step in np.geomspace(FIRST, steps, SNAPSHOTS)]
+    kept = [int(step) for step in np.geomspace(first, steps, snapshots)]
     with groktrace.watch(model, optimizer, train=train, loss="cross_entropy", val=val, out=str(folder), schedule=kept):
         for _ in range(steps):
             loss = functional.cross_entropy(model(train[0]), train[1])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+    return model, train
 
 
 def centred(logits: Tensor) -> Tensor:

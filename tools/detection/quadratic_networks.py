@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 import groktrace
 from groktrace.analysis.detection import find_transitions
@@ -83,8 +84,17 @@ def networks(seed: int) -> list[Network]:
     return [replace(network, seed=network.seed + seed) for network in chosen]
 
 
-def measure(network: Network) -> Trajectory:
-    """Train a network with the hook line, and analyse it."""
+def record(
+    network: Network, folder: Path, steps: int, kept: Sequence[int] | None = None
+) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """Train a network with the hook line; the network and its training pairs.
+
+    Args:
+        network: to train.
+        folder: of the recording.
+        steps: of the training.
+        kept: steps of the snapshots; by default one every 75.
+    """
     example = load_example()
     torch.manual_seed(network.seed)
     train, val = example.modular_pairs(network.p, network.fraction, network.random_labels)
@@ -92,17 +102,22 @@ def measure(network: Network) -> Trajectory:
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
     more = {"momentum": 0.9} if network.optimizer == "sgd" else {}
     optimizer = kinds[network.optimizer](model.parameters(), lr=network.lr, weight_decay=network.weight_decay, **more)
-    folder = tempfile.mkdtemp()
+    when = {"every": EVERY} if kept is None else {"schedule": list(kept)}
+    with groktrace.watch(model, optimizer, train=train, loss=example.centred_loss, val=val, out=str(folder), **when):
+        for _ in range(steps):
+            loss = example.centred_loss(model(train[0]), train[1])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model, train
+
+
+def measure(network: Network) -> Trajectory:
+    """Train a network with the hook line, and analyse it."""
+    folder = Path(tempfile.mkdtemp())
     try:
-        with groktrace.watch(
-            model, optimizer, train=train, loss=example.centred_loss, val=val, out=f"{folder}/run", every=EVERY
-        ):
-            for _ in range(STEPS):
-                loss = example.centred_loss(model(train[0]), train[1])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        return groktrace.analyze(f"{folder}/run")
+        record(network, folder / "run", STEPS)
+        return groktrace.analyze(folder / "run")
     finally:
         shutil.rmtree(folder)
 

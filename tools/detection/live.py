@@ -1,0 +1,123 @@
+"""A finished recording as `follow` saw it while it went on, beside what a user could watch without λ."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from groktrace.analysis.follow import live_scale
+from groktrace.analysis.measure import SnapshotMetrics, stack_weights
+from groktrace.analysis.session import Session, open_session
+from groktrace.analysis.setup import make_settings
+from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.run.store import open_run
+from groktrace.sampling.calibration import Scale
+from groktrace.sampling.hutchinson import hessian_trace
+from groktrace.sampling.noise import generator_for
+
+# Of the Hessian's trace; batches, and samples of each, whose gradients are compared.
+VECTORS = 16
+BATCHES, BATCH = 16, 32
+
+Column = list[float | None]
+
+
+def measure_live(run: Path) -> dict[str, Any]:
+    """Losses, norms, Hessian traces and λ at each snapshot, λ at each scale that `follow` came to use.
+
+    Args:
+        run: a finished recording.
+
+    Returns:
+        Columns by name, one value a snapshot; and "segments": nβ, γ and λ at each scale, of the snapshots up to the
+        last at which it was in use, "begun" being the first.
+    """
+    with open_session(run, make_settings(None, {})) as session:
+        metrics = session.metrics()
+        steps = list(metrics)
+        segments = []
+        for begun, end, scale in _scales(session, metrics):
+            points = session.points(metrics, scale, steps[:end], journal=f"live-{begun}.jsonl")
+            segments.append({"begun": begun, **_curve(session, list(points.values()), scale)})
+        known = list(metrics.values())
+        return {
+            "step": steps,
+            "loss": [_plain(one.train_loss) for one in known],
+            "accuracy": [one.train_accuracy for one in known],
+            "val_accuracy": [one.val_accuracy for one in known],
+            "norm": [math.sqrt(one.norm_squared) for one in known],
+            "curvature": [_plain(one.top_curvature) for one in known],
+            "trace": _hessian_traces(session),
+            "weight_decay": session.snapshots.run.weight_decay,
+            "segments": segments,
+        }
+
+
+def _scales(session: Session, metrics: dict[int, SnapshotMetrics]) -> list[tuple[int, int, Scale]]:
+    """Each scale, the step of the snapshot from which on it is used, and how many snapshots there are at its end."""
+    found: list[tuple[int, int, Scale]] = []
+    for count, step in enumerate(metrics, 1):
+        current = found[-1][2] if found else None
+        scale = live_scale(session, dict(list(metrics.items())[:count]), current)
+        if scale is not None and scale != current:
+            found.append((step, count, scale))
+        elif found:
+            found[-1] = (found[-1][0], count, found[-1][2])
+    return found
+
+
+def _curve(session: Session, points: Sequence[Point], scale: Scale) -> dict[str, Any]:
+    follows = scale.curvature is not None
+    trajectory = Trajectory(tuple(points), resolution=1.0, nbeta=None if follows else scale.nbeta)
+    curve = trajectory.curve
+    columns = {"llc": curve.value, "error": curve.error, "doubtful": curve.doubtful.astype(float)}
+    return {
+        "nbeta": scale.nbeta,
+        "localization": scale.localization,
+        "follows": follows,
+        "curve": curve.name,
+        **{name: [_plain(value) for value in column.tolist()] for name, column in columns.items()},
+    }
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _hessian_traces(session: Session) -> Column:
+    """The trace of ∇²L at each snapshot, by Hutchinson's estimator."""
+    loss, split = session.objective.loss, session.objective.layout.split
+    found: Column = []
+    for step in session.steps:
+        weights = session.snapshots.load(step)
+        stacked, anchor = stack_weights(loss, [split(weights)])
+        trace, _ = hessian_trace(stacked, anchor, [generator_for(0, step, 0, "sharpness", loss.device)], VECTORS)
+        found.append(_plain(float(trace)))
+    return found
+
+
+def gradient_noise(
+    run: Path, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], train: tuple[Tensor, Tensor]
+) -> list[float]:
+    """The trace of the covariance of one sample's gradient at each snapshot, from the scatter of batches' gradients.
+
+    Args:
+        run: a recording.
+        model: the network that was recorded.
+        loss: of outputs and targets.
+        train: inputs and targets.
+    """
+    found, generator = [], torch.Generator().manual_seed(0)
+    parameters = list(model.parameters())
+    for snapshot in open_run(run).snapshots:
+        snapshot.load_into(model)
+        gradients = []
+        for _ in range(BATCHES):
+            chosen = torch.randperm(len(train[0]), generator=generator)[:BATCH]
+            gradient = torch.autograd.grad(loss(model(train[0][chosen]), train[1][chosen]), parameters)
+            gradients.append(torch.cat([part.flatten() for part in gradient]))
+        found.append(BATCH * float(torch.stack(gradients).var(0).sum()))
+    return found
