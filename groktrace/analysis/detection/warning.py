@@ -11,8 +11,8 @@ from groktrace.analysis.trajectory import Trajectory
 from groktrace.records import Record
 
 # Set on the tuning half of the networks of `python -m tools.detection warning`: of the sequential tests tried there, it
-# is within 0.02 of the best mean lead, and the simplest. The window is of log steps, the last 45 % of the training. Of 21
-# networks that only memorise all but one fall by 0.040 or less for each e-fold of the training, less two standard errors.
+# is within 0.02 of the best mean lead, and the simplest. The window is of log steps, the last 45 % of the training. Of
+# 21 networks that only memorise all but one fall by 0.040 or less for each e-fold of the training, less two errors.
 WINDOW, ERRORS, RATE = 0.6, 2.0, 0.045
 # Standard deviation of log λ from one snapshot to the next beside the sampling error; of log λ in those networks.
 JITTER = 0.005
@@ -48,11 +48,12 @@ def last_fall(trajectory: Trajectory) -> EarlyWarning | None:
         trajectory: up to that snapshot.
 
     Returns:
-        The rate; None before the training loss is low, and where fewer than four snapshots since then can be used.
+        The rate; None before the training loss is low, where fewer than four snapshots since then can be used, and on
+        other data than those that were trained on.
     """
     step, loss, curve = trajectory.column("step"), trajectory.column("train_loss"), trajectory.curve
     low = np.flatnonzero(loss <= DEFAULTS.low_loss * np.fmax.accumulate(loss))
-    if not len(low) or not np.isfinite(curve.value[-1]):
+    if trajectory.data is not None or not len(low) or not np.isfinite(curve.value[-1]):
         return None
     since = np.arange(low[0], len(step))
     used = since[curve.value[since] > 0]

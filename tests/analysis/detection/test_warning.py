@@ -7,7 +7,7 @@ import pytest
 
 from groktrace.analysis.detection import EarlyWarning, last_fall
 from groktrace.analysis.detection.warning import last_slope
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.trajectory import OtherSamples, Trajectory
 
 STEPS = np.arange(0, 1001, 20)
 
@@ -56,6 +56,9 @@ def test_nothing_is_said_before_the_training_loss_is_low_or_where_too_little_is_
     last = replace(unknown.points[-1], llc=None)
     assert last_fall(replace(unknown, points=(*unknown.points[:-1], last))) is None
     assert last_fall(Trajectory(unknown.points[:1])) is None
+    other = replace(unknown, data=OtherSamples(None, "0" * 8, None))
+    assert last_fall(unknown) is not None
+    assert last_fall(other) is None
     no_loss = Trajectory.from_arrays(STEPS, falling(0.3), [5.0] * len(STEPS))
     assert last_fall(no_loss) is None
 
