@@ -166,6 +166,9 @@ def signals(followed: Followed, name: str, sign: float) -> Iterator[tuple[Signal
         error = error * np.where(as_array(segment["doubtful"]) > 0, DEFAULTS.doubt_factor, 1.0)
         positive = np.where(value > 0, value, np.nan)
         used = (step >= segment["begun"]) & (step < end)
+        if not segment["follows"]:  # as in `last_fall`
+            curvature = followed.column("curvature")
+            used &= ~(curvature < DEFAULTS.curvature_fall * np.fmax.accumulate(curvature))
         count = len(value)
         yield Signal(x[:count], sign * np.log(positive), error / positive, begun), used[:count]
 

@@ -48,12 +48,16 @@ def last_fall(trajectory: Trajectory) -> EarlyWarning | None:
         trajectory: up to that snapshot.
 
     Returns:
-        The rate; None before the training loss is low, where fewer than four snapshots since then can be used, and on
-        other data than those that were trained on.
+        The rate; None before the training loss is low, where fewer than four snapshots since then can be used, on other
+        data than those that were trained on, and at one nβ where the largest curvature has halved: under cross-entropy
+        it does, and λ then falls whether or not the network generalises.
     """
     step, loss, curve = trajectory.column("step"), trajectory.column("train_loss"), trajectory.curve
     low = np.flatnonzero(loss <= DEFAULTS.low_loss * np.fmax.accumulate(loss))
     if trajectory.data is not None or not len(low) or not np.isfinite(curve.value[-1]):
+        return None
+    curvature = np.array([point.diagnostics.get("top_curvature") or np.nan for point in trajectory.points])
+    if not trajectory.follows_curvature and curvature[-1] < DEFAULTS.curvature_fall * np.fmax.reduce(curvature):
         return None
     since = np.arange(low[0], len(step))
     used = since[curve.value[since] > 0]

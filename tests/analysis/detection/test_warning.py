@@ -63,6 +63,17 @@ def test_nothing_is_said_before_the_training_loss_is_low_or_where_too_little_is_
     assert last_fall(no_loss) is None
 
 
+@pytest.mark.parametrize(("top", "told"), [(1.0, True), (0.6, True), (0.4, False), (None, True)])
+def test_at_one_nbeta_a_curvature_that_halves_withholds_it(top, told):
+    plain = trajectory(falling(0.3))
+    tops = [1.0] * (len(STEPS) - 1) + [top]
+    points = [replace(p, diagnostics={"top_curvature": t}) for p, t in zip(plain.points, tops, strict=True)]
+    at_one = replace(plain, points=tuple(points))
+    assert (last_fall(at_one) is not None) == told
+    following = replace(at_one, nbeta=None, resolution=100.0)
+    assert last_fall(following) == last_fall(plain)
+
+
 def test_only_the_last_part_counts():
     rises = np.where(STEPS < 500, 500.0, 1000.0) * np.exp(-0.2 * np.log(np.maximum(STEPS + 20, 500) / 500))
     assert last_fall(trajectory(rises)).rate == pytest.approx(0.2, rel=0.02)
