@@ -5,7 +5,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -326,7 +326,7 @@ def run_warning(folder: Path, limit: int) -> None:
 
 def row(run: Followed, steps: dict[str, float | None]) -> Row:
     """One line about a training."""
-    line = {name: str(value) for name, value in asdict(run.network).items()}
+    line = {field.name: str(getattr(run.network, field.name)) for field in fields(Training)}
     line |= {"kind": run.kind, "outcome": run.outcome, "late": str(run.outcome == "groks" and run.late)}
     line["low_at"] = "" if run.begun is None else f"{run.column('step')[run.begun]:.0f}"
     line["half_at"] = "" if run.half_at is None else f"{run.half_at:.0f}"
