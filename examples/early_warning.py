@@ -3,7 +3,7 @@
 `groktrace.follow` analyses each snapshot as it is written, from training data alone. It warns when λ has begun to fall
 at a rate that networks do not show which only memorise; later it announces the fall as a transition, and labels it once
 it is deep enough to be called generalisation. Validation accuracy, which nothing of this sees, passes 0.5 meanwhile.
-The measurement over many networks is `python -m tools.detection warning`. About two minutes on two cores.
+The measurement over many networks is `python -m tools.detection warning`. About a minute on two cores.
 
     python examples/early_warning.py --out runs/early_warning
 """

@@ -4,7 +4,7 @@ Networks memorise addition mod 17 under a weight decay so weak that they do not 
 loss is low all the while and says nothing of it. A callback hears what λ does as it is measured, from training data
 alone. Where λ has risen (memorised) and does not fall, the weight decay is raised tenfold; once λ has fallen far enough
 to be called generalisation, the training goes on for as long again, and ends. Beside it, the same networks under the
-weak decay throughout, and under the strong one from the start. About five minutes on two cores.
+weak decay throughout, and under the strong one from the start. About three minutes on two cores.
 
     python examples/intervention.py --out runs/intervention
 """
