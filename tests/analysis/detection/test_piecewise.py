@@ -35,6 +35,7 @@ def test_a_hump_is_one_rise_and_one_fall():
     assert fall.delta_llc == pytest.approx(-400, abs=5 * fall.stderr)
     assert 1 < fall.stderr < 15
     assert fall.llc_after == pytest.approx(700, abs=10)
+    assert "np." not in repr(fall)  # plain numbers, which a print shows as such
 
 
 def test_a_step_is_dated_between_its_two_snapshots():
