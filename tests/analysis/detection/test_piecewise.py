@@ -99,6 +99,20 @@ def test_labels_follow_the_training_loss():
     assert labels(curve(hump(fall=110.0), train_loss=falling_loss)) == ["memorisation", None]
 
 
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        (0.6, "the training loss falls from 1 to 0.6 only"),
+        (1.0, "the training loss does not fall with it"),
+    ],
+)
+def test_a_rise_without_a_label_says_what_the_loss_does(after, words):
+    loss = np.where(STEPS < 1510, 1.0, after)
+    (rise,) = find_transitions(curve(np.where(STEPS < 1510, 700.0, 900.0), train_loss=loss))
+    assert rise.label is None
+    assert words in rise.evidence
+
+
 def test_validation_confirms_or_contradicts():
     loss = np.interp(STEPS, [0, 200, 3000], [1.0, 0.01, 0.0])
     learns = np.interp(STEPS, [0, 200, 800, 3000], [0.1, 0.1, 1.0, 1.0])
