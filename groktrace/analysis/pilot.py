@@ -143,6 +143,8 @@ class _Trial:
         # Of large networks the batches' gradients are not kept.
         if not self._objective.large_set or self._settings.batch_size or self._loss.micro_batch is not None:
             return None
+        if scale.samples is not None and scale.samples < MINIBATCH_NOISE.profile_batch:
+            return None
         return [
             profile
             for some in _batched(snapshots, threads)
@@ -162,7 +164,7 @@ class _Trial:
 
     def _profile(self, known: SnapshotMetrics, weights: Mapping[str, Tensor], scale: Scale) -> NoiseProfile:
         """How noisy gradients of few samples are at one snapshot."""
-        loss = self._objective.fork().loss.subset(scale.samples, 4 * MINIBATCH_NOISE.group)
+        loss = self._objective.fork().loss.subset(scale.samples, MINIBATCH_NOISE.profile_batch)
         factor = 1.0 if scale.curvature is None else scale.curvature / known.top_curvature
         stacked, anchor = stack_weights(loss, [{**weights, FACTOR: torch.tensor(factor)}])
         key, size = self._key(known.step), self._step_size(known, scale)

@@ -187,6 +187,8 @@ def _draw_llc(axes: "Axes", series: Series) -> list[Any]:
         label += f" (rank {reference.rank} / 2)" if reference.source == "jacobian" else ""
         handles.append(axes.axhline(reference.llc, color="0.35", ls="-.", lw=1.2, label=label))
     trusted = known & ~curve.doubtful if (known & ~curve.doubtful).any() else known
+    if (reliable & trusted).any():  # early in training, off any minimum, an error can be a hundred times λ
+        trusted &= error <= np.abs(value[reliable & trusted]).max()
     frame = np.concatenate([value[trusted], low[reliable & trusted], high[reliable & trusted]])
     frame = frame[np.isfinite(frame)] if known.any() else raw[left_over]
     if left_over.any():

@@ -139,7 +139,7 @@ def profile_noise(
         epsilon: ε.
     """
     group = MINIBATCH_NOISE.group
-    batch = 4 * group
+    batch = MINIBATCH_NOISE.profile_batch
     count = min(len(loss.tensors[0]), MINIBATCH_NOISE.profiled) // batch * batch
     loss = replace(loss, tensors=tuple(tensor[:count] for tensor in loss.tensors))
     groups = torch.arange(count, device=anchor.device).view(-1, 1, group)

@@ -124,6 +124,7 @@ class MinibatchNoise:
         every: steps between two measurements, a gradient each.
         every_large: the same in large networks, four gradients each.
         profiled: samples that tell how noisy gradients are at a snapshot.
+        profile_batch: they are a multiple of so many; of fewer, all are used.
         group: batches are chosen in multiples of so many samples.
         least: samples a batch.
         bending: the curvature of a batch scatters by so much of its mean at most, or single batches would throw chains
@@ -136,6 +137,7 @@ class MinibatchNoise:
     every: int = 16
     every_large: int = 32
     profiled: int = 512
+    profile_batch: int = 64
     group: int = 16
     least: int = 32
     bending: float = 0.3

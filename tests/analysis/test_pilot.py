@@ -91,6 +91,13 @@ def test_small_sets_are_used_whole():
     assert (scale.samples, scale.batch_size, scale.locality) == (None, None, 0.22)
 
 
+@pytest.mark.parametrize("count", [20, 70])
+def test_few_large_samples_are_all_used(large_set, count):
+    model, (x, y), _ = line()
+    scale = choose(*prepared(model, "mse", (x[:count], y[:count])))
+    assert (scale.samples, scale.batch_size) == (count, None)
+
+
 def test_noise_calls_for_larger_batches(large_set):
     """Where a few samples carry all of the curvature, small batches would heat the chains."""
     model, (x, y), _ = line(inputs=2)

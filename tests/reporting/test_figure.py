@@ -86,6 +86,14 @@ def test_points_that_were_not_measured_in_their_basin_do_not_set_the_axis():
     }
 
 
+def test_values_known_to_nothing_do_not_set_the_axis():
+    early = Point(0, -2e4, 1e3, -2291.0, 1544.0, reliable=False, reasons=(OFF_MINIMUM,))
+    points = (early, *(Point(step, 60.0, 1.0, 61.0 + step / 100, 1.0) for step in (100, 200, 300, 400)))
+    low, high = trajectory_figure(*shown(Trajectory(points))).axes[0].get_ylim()
+    assert low > 55
+    assert high < 70
+
+
 def test_values_without_a_stand_in_are_hollow_and_do_not_set_the_axis():
     steps = list(range(0, 1000, 100))
     trajectory = Trajectory.from_arrays(steps, [-3000.0] + [5.0] * 9, [0.1] * 10, reliable=[False] + [True] * 9)

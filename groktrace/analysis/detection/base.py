@@ -75,7 +75,7 @@ class Transition(Record):
             evidence: see `Transition`.
         """
         curve, steps = trajectory.curve, [trajectory.points[i].step for i in (first, last)]
-        before, after = (float(curve.value[i]) for i in (first, last)) if levels is None else levels
+        before, after = (float(level) for level in (curve.value[[first, last]] if levels is None else levels))
         if stderr is None:
             stderr = math.hypot(curve.error[first], curve.error[last])
         middle, low, high = (sum(steps) // 2, *steps) if dates is None else dates
@@ -95,7 +95,7 @@ class Transition(Record):
             llc_before=before,
             llc_after=after,
             delta_llc=delta,
-            stderr=stderr,
+            stderr=float(stderr),
             delta_free_energy=energy,
             evidence=evidence,
             curve=curve.name,

@@ -168,8 +168,11 @@ def label_of(
     if not np.isfinite(loss[[onset, end]]).all():
         return None, "no label: the training loss is not known"
     if after > before:
+        fall = f"λ rises while the training loss falls from {loss[onset]:.3g} to {loss[end]:.3g}"
         if loss[end] < settings.memorisation_loss * loss[onset]:
-            return "memorisation", f"λ rises while the training loss falls from {loss[onset]:.3g} to {loss[end]:.3g}"
+            return "memorisation", fall
+        if loss[end] < loss[onset]:
+            return None, f"no label: {fall} only"
         return None, "no label: λ rises, but the training loss does not fall with it"
     if peak is None:
         if np.nanargmin(loss) < onset:

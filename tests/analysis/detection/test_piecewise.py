@@ -35,6 +35,7 @@ def test_a_hump_is_one_rise_and_one_fall():
     assert fall.delta_llc == pytest.approx(-400, abs=5 * fall.stderr)
     assert 1 < fall.stderr < 15
     assert fall.llc_after == pytest.approx(700, abs=10)
+    assert "np." not in repr(fall)  # plain numbers, which a print shows as such
 
 
 def test_a_step_is_dated_between_its_two_snapshots():
@@ -96,6 +97,20 @@ def test_labels_follow_the_training_loss():
     assert labels(curve(hump(), train_loss=late))[1] is None
     # A fall of a tenth, as control networks show that merely lose weight norm.
     assert labels(curve(hump(fall=110.0), train_loss=falling_loss)) == ["memorisation", None]
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        (0.6, "the training loss falls from 1 to 0.6 only"),
+        (1.0, "the training loss does not fall with it"),
+    ],
+)
+def test_a_rise_without_a_label_says_what_the_loss_does(after, words):
+    loss = np.where(STEPS < 1510, 1.0, after)
+    (rise,) = find_transitions(curve(np.where(STEPS < 1510, 700.0, 900.0), train_loss=loss))
+    assert rise.label is None
+    assert words in rise.evidence
 
 
 def test_validation_confirms_or_contradicts():
