@@ -167,7 +167,7 @@ class Called:
         np.str_("text"),
         np.ones(3),
     ],
-    ids=str,
+    ids=range(10),
 )
 def test_what_numpy_would_make_of_a_pickle_is_refused(tmp_path, hostile, monkeypatch):
     monkeypatch.chdir(tmp_path)
