@@ -38,6 +38,7 @@ ON_CALL = {
     ("analysis/trajectory.py", "reporting"),
     ("analysis/replay.py", "reporting"),
     ("run/store.py", "analysis"),  # Run.trajectory
+    ("recording/reaction.py", "analysis"),  # what on_transition is told, read as the process that finds it wrote it
     ("run/checkpoints.py", "importing"),  # what to do with a folder of checkpoints
 }
 

@@ -1,10 +1,11 @@
 """A recording that another process makes, followed in this one: what `watch(on_transition=...)` starts."""
 
+import json
 import os
-import pickle
 import queue
 import sys
 import threading
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import torch
@@ -12,14 +13,42 @@ import torch
 from groktrace.analysis.detection import EarlyWarning
 from groktrace.analysis.follow import POLL_SECONDS, Announcement, follow
 from groktrace.analysis.trajectory import Trajectory
+from groktrace.records import Record
+
+
+@dataclass(frozen=True)
+class Message(Record):
+    """What the process that follows tells the one that trains, a line of JSON.
+
+    Attributes:
+        news: what is announced.
+        trajectory: in which it was found.
+        answered: the bytes read by the time that all snapshots then there are analysed.
+        ended: why nothing more will come.
+    """
+
+    news: tuple[Announcement | EarlyWarning, ...] = ()
+    trajectory: Trajectory | None = None
+    answered: int = 0
+    ended: str | None = None
+
+
+def read_message(line: bytes) -> Message:
+    """The message of a line.
+
+    Args:
+        line: of JSON.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return Message.from_dict(json.loads(line))
 
 
 def main() -> None:
     """Follow the run that the last argument names, until standard input ends; write to standard output what is new.
 
-    Each byte read asks to look for snapshots at once. What is written are pickled pairs: "news" with (news, trajectory)
-    pairs, pickled; "answered" with the number of bytes read, once all snapshots are analysed that were
-    there when the last of them came; "ended" with the reason.
+    Each byte read asks to look for snapshots at once. What is written are messages, see `Message`.
     """
     torch.set_num_threads(1)
     if hasattr(os, "nice"):
@@ -30,14 +59,14 @@ def main() -> None:
     threading.Thread(target=_listen, args=(sys.stdin.buffer, asked), daemon=True).start()
     heard = answered = 0
 
-    def send(kind: str, content: object) -> None:
-        pickle.dump((kind, content), stream)
+    def send(message: Message) -> None:
+        stream.write(json.dumps(message.to_dict(), allow_nan=False).encode() + b"\n")
         stream.flush()
 
     def idle() -> None:
         nonlocal heard, answered
         if heard > answered:
-            send("answered", heard)
+            send(Message(answered=heard))
             answered = heard
         try:
             asked.get(timeout=POLL_SECONDS)
@@ -51,13 +80,13 @@ def main() -> None:
             if isinstance(event, Announcement | EarlyWarning):
                 new.append(event)
             elif isinstance(event, Trajectory) and new:
-                send("news", pickle.dumps([(news, event) for news in new]))
+                send(Message(tuple(new), event))
                 new = []
-        send("ended", "the recording is closed")
+        send(Message(ended="the recording is closed"))
     except BrokenPipeError:
         pass
     except Exception as failure:
-        send("ended", f"{type(failure).__name__}: {failure}")
+        send(Message(ended=f"{type(failure).__name__}: {failure}"))
 
 
 def _listen(stream: BinaryIO, asked: "queue.SimpleQueue[None]") -> None:

@@ -22,7 +22,7 @@ from groktrace.analysis.setup import make_settings, run_layout
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.analysis.tuning import PASSES
 from groktrace.errors import RunError, SettingsError
-from groktrace.records import read_record
+from groktrace.records import Record, read_record
 from groktrace.run import layout
 from groktrace.run.checkpoints import refuse_checkpoints
 from groktrace.run.files import read_json, write_json
@@ -53,7 +53,7 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class Announcement:
+class Announcement(Record):
     """What there is to say of a transition.
 
     Attributes:

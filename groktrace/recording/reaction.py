@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -20,7 +19,6 @@ from groktrace.run.remote import is_url
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from groktrace.analysis.background import main; main()"
 )
-
 
 Callback = Callable[[Any, Any], object]
 
@@ -41,14 +39,14 @@ class Reaction:
     """The process that follows a recording, and the callback that is told what it finds, in the thread that trains.
 
     Args:
-        callback: called with an `Announcement` and the trajectory so far.
+        callback: called with an `Announcement` or `EarlyWarning`, and the trajectory so far.
         run: the run directory.
     """
 
     def __init__(self, callback: Callback, run: Path | str) -> None:
         self._callback, self._run, self._warn_once = callback, Path(run), WarnOnce()
         self._process: subprocess.Popen[bytes] | None = None
-        self._news: deque[bytes] = deque()
+        self._news: deque[tuple[Any, Any]] = deque()  # announcement, trajectory
         self._changed = threading.Condition()
         self._asked = self._answered = 0
         self._ended: str | None = None  # why nothing more will come
@@ -67,12 +65,11 @@ class Reaction:
     def deliver(self) -> None:
         """Call back with what is new; warn once where the callback fails, or where nothing more will come."""
         while self._news:
-            for announcement, trajectory in pickle.loads(self._news.popleft()):
-                try:
-                    self._callback(announcement, trajectory)
-                except Exception as failure:
-                    reason = f"{type(failure).__name__}: {failure}"
-                    self._warn_once("on_transition", f"on_transition failed ({reason}); training goes on.")
+            try:
+                self._callback(*self._news.popleft())
+            except Exception as failure:
+                reason = f"{type(failure).__name__}: {failure}"
+                self._warn_once("on_transition", f"on_transition failed ({reason}); training goes on.")
         if self._ended is not None:
             self._warn_once("follower", f"no more transitions will be told ({self._ended}); training goes on.")
 
@@ -106,17 +103,18 @@ class Reaction:
         process, why = self._process, None
         if process is None or process.stdout is None:
             return
-        with contextlib.suppress(OSError, EOFError, ValueError, pickle.UnpicklingError):
-            while True:
-                kind, content = pickle.load(process.stdout)
+        try:
+            from groktrace.analysis.background import read_message
+
+            for line in process.stdout:
+                message = read_message(line)
                 with self._changed:
-                    if kind == "news":
-                        self._news.append(content)
-                    elif kind == "answered":
-                        self._answered = content
-                    else:
-                        why = content
+                    self._news.extend((news, message.trajectory) for news in message.news)
+                    self._answered = max(self._answered, message.answered)
                     self._changed.notify_all()
+                why = message.ended or why
+        except Exception as failure:  # whatever it is, nobody may wait for more
+            why = f"{type(failure).__name__}: {failure}"
         with self._changed:
             self._ended = why or "its process has ended"
             self._changed.notify_all()

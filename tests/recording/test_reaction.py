@@ -1,25 +1,28 @@
 """A callback that is told of transitions; a stand-in for the process that finds them says what a test needs."""
 
+import json
 import time
 
 import pytest
 import torch
 
-from groktrace import watch
+from groktrace import EarlyWarning, watch
 from groktrace.errors import SettingsError
 from groktrace.recording import reaction
 
 STAND_IN = """
-import pickle, sys
-def send(kind, content):
-    pickle.dump((kind, content), sys.stdout.buffer)
-    sys.stdout.buffer.flush()
+import json, pathlib, sys
 heard = 0
 while sys.stdin.buffer.read(1):
     heard += 1
-    send("news", pickle.dumps([(f"transition {heard}", sys.argv[-1])]))
-    send("answered", heard)
+    rate = float(pathlib.Path(sys.argv[-1]).name == "run")
+    news = {"news": "warning", "step": heard, "rate": rate, "stderr": 0.1}
+    print(json.dumps({"news": [news]}), json.dumps({"answered": heard}), sep="\\n", flush=True)
 """
+
+
+def warning(step):
+    return EarlyWarning(step, 1.0, 0.1)
 
 
 @pytest.fixture
@@ -45,7 +48,7 @@ def test_the_callback_is_told_in_the_loop_and_the_process_ends_with_the_recordin
     recorder.catch_up()
     training.optimizer.param_groups[0]["lr"] = 0.2
     recorder.catch_up()
-    assert heard == [(0.1, "transition 1", str(tmp_path / "run")), (0.2, "transition 2", str(tmp_path / "run"))]
+    assert heard == [(0.1, warning(1), None), (0.2, warning(2), None)]
     process = recorder.reaction._process
     assert process.poll() is None
     recorder.close()
@@ -54,12 +57,8 @@ def test_the_callback_is_told_in_the_loop_and_the_process_ends_with_the_recordin
 
 
 def test_what_comes_between_is_told_at_the_next_update(training, tmp_path, stand_in):
-    stand_in(
-        "import pickle, sys\n"
-        "pickle.dump(('news', pickle.dumps([('first', None), ('second', None)])), sys.stdout.buffer)\n"
-        "sys.stdout.buffer.flush()\n"
-        "sys.stdin.read()"
-    )
+    line = json.dumps({"news": [warning(1).to_dict(), warning(2).to_dict()]})
+    stand_in(f"import sys; print({line!r}, flush=True); sys.stdin.read()")
     heard = []
     recorder = watch(
         training.model,
@@ -71,7 +70,7 @@ def test_what_comes_between_is_told_at_the_next_update(training, tmp_path, stand
         time.sleep(0.01)
     training.update(2)
     recorder.close()
-    assert heard == [(1, "first"), (1, "second")]
+    assert heard == [(1, warning(1)), (1, warning(2))]
 
 
 def test_a_callback_that_fails_is_one_warning_and_called_again(training, tmp_path, stand_in):
@@ -95,10 +94,10 @@ def test_a_callback_that_fails_is_one_warning_and_called_again(training, tmp_pat
     ("code", "reason"),
     [
         ("raise SystemExit(1)", "its process has ended"),
-        (
-            "import pickle, sys; pickle.dump(('ended', 'no program'), sys.stdout.buffer); sys.stdout.flush()",
-            "no program",
-        ),
+        ("""print('{"ended": "no program"}')""", "no program"),
+        ("print('no message')", "JSONDecodeError: .*"),
+        ("""print('{"news": [{"step": "four"}]}')""", "ValueError: 'rate' is missing .*"),
+        ("import pickle, sys; sys.stdout.buffer.write(pickle.dumps(print))", "UnicodeDecodeError: .*"),
     ],
 )
 def test_a_process_that_ends_is_one_warning(training, tmp_path, stand_in, code, reason):
