@@ -45,10 +45,10 @@ def standard_error(trace: Tensor) -> float:
     Twice as much on either side covers 95 %, also where a few draws are all that tells how much they scatter.
     """
     size = effective_sample_size(trace)
-    return _student(size - 1) * float(trace.double().var() / size) ** 0.5
+    return student(size - 1) * float(trace.double().var() / size) ** 0.5
 
 
-def _student(freedom: float) -> float:
+def student(freedom: float) -> float:
     """Student's 97.5 % quantile over the normal distribution's (Abramowitz & Stegun 1964, eq. 26.7.5)."""
     inverse = 1 / max(freedom, 1.5)
     return 1 + inverse * (1.2104 + inverse * (1.4401 + inverse * 1.3040))

@@ -144,7 +144,43 @@ class MinibatchNoise:
     least_batches: int = 2
 
 
-CALIBRATION, EQUILIBRIUM, MINIBATCH_NOISE = Calibration(), Equilibrium(), MinibatchNoise()
+@dataclass(frozen=True, kw_only=True)
+class Annealing:
+    """How particles are annealed over nβ; see `sampling.annealing`.
+
+    Attributes:
+        effective_share: nβ grows until the weights' effective sample size has fallen to this share of the particles; a
+            convention.
+        largest_ratio: of one nβ to that before, at most.
+        first_nbeta: from which the first one is looked for.
+        first_step: step size of the first trajectories, in standard deviations of the Gaussian.
+        acceptance: of trajectories, to which the step is adapted (0.65 to 0.9 is best: Beskos et al. 2013).
+        adaptation: how fast.
+        jitter, longer: step sizes are spread log-uniformly over a factor of exp(jitter), this share of it above 1.
+        moves: trajectories at one nβ, at most.
+        correlation: between losses before and after them, at most.
+        first_steps, least_steps, most_steps: of a trajectory.
+        lengthening, shortening: factors of their number, where trajectories are too short, or one does at once.
+    """
+
+    effective_share: float = 0.5
+    largest_ratio: float = 4.0
+    first_nbeta: float = 1e-12
+    first_step: float = 0.1
+    acceptance: float = 0.8
+    adaptation: float = 0.5
+    jitter: float = 1.4
+    longer: float = 0.2
+    moves: int = 4
+    correlation: float = 0.3
+    first_steps: int = 16
+    least_steps: int = 8
+    most_steps: int = 512
+    lengthening: float = 1.5
+    shortening: float = 1.1
+
+
+CALIBRATION, EQUILIBRIUM, MINIBATCH_NOISE, ANNEALING = Calibration(), Equilibrium(), MinibatchNoise(), Annealing()
 WHOLE_DATA = Effort()
 # A step takes long, and a draw tells λ_c to 1/√λ of it. Heating is measured from few batches, and scatters by a third.
 SUBSAMPLED = Effort(restarts=2, growth=4, draws=16, heating=0.03, curvature_products=3, check_every=8, sample_losses=16)

@@ -32,7 +32,7 @@ def test_few_draws_cover_the_mean_too(draws, memory, least):
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(3, 3.1824), (5, 2.5706), (10, 2.2281), (30, 2.0423), (1e9, 1.96)])
 def test_errors_of_few_draws_are_students(freedom, quantile):
-    assert diagnostics._student(freedom) == pytest.approx(quantile / 1.95996, rel=0.01)
+    assert diagnostics.student(freedom) == pytest.approx(quantile / 1.95996, rel=0.01)
 
 
 def test_standard_error_covers_the_mean():

@@ -1,0 +1,334 @@
+"""The learning coefficient itself: λ̂ where nβ is so large that it no longer depends on it."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from groktrace.analysis.measure import Objective, stack_weights
+from groktrace.analysis.tuning import LIMIT
+from groktrace.errors import TaskError
+from groktrace.records import Record
+from groktrace.sampling.annealing import Level, Particles
+from groktrace.sampling.diagnostics import student
+from groktrace.sampling.noise import generator_for
+from groktrace.sampling.posterior import StackedLoss
+
+
+@dataclass(frozen=True)
+class LadderPoint(Record):
+    """λ̂ at one nβ.
+
+    Attributes:
+        nbeta: nβ.
+        llc: λ̂.
+        stderr: its standard error, from populations of particles that share nothing.
+    """
+
+    nbeta: float
+    llc: float
+    stderr: float
+
+
+@dataclass(frozen=True)
+class LearningCoefficient(Record):
+    """The learning coefficient λ of a basin: the limit of λ̂ at large nβ.
+
+    Attributes:
+        llc: λ; None where λ̂ still depends on nβ where the ladder ends.
+        low, high: its 95 % interval; None with it.
+        reached: whether there is a limit.
+        reasons: why there is none, in words.
+        plateau: least and largest nβ between which λ̂ is that of the limit, but for its logarithmic correction.
+        multiplicity: the probability that λ has multiplicity 1, 2, ..., as λ̂ approaches it like λ − (m − 1)/log nβ
+            (Watanabe 2009); empty where there is no limit.
+        ladder: λ̂ at each nβ, ascending.
+        localization: γ, strength of the pull towards w*.
+        loss: L(w*).
+        minimum: L*, the least loss near it.
+        distance: of where it is, relative to ‖w*‖.
+        gradients: how often the gradients of all particles were taken.
+    """
+
+    llc: float | None
+    low: float | None
+    high: float | None
+    reached: bool
+    reasons: tuple[str, ...]
+    plateau: tuple[float, float] | None
+    multiplicity: tuple[float, ...]
+    ladder: tuple[LadderPoint, ...]
+    localization: float
+    loss: float
+    minimum: float
+    distance: float
+    gradients: int
+
+
+def learning_coefficient(
+    objective: Objective, weights: Mapping[str, Tensor], localization: float, key: int = 0
+) -> LearningCoefficient:
+    """λ of the basin of a snapshot, from particles annealed to ever larger nβ.
+
+    Args:
+        objective: loss, data and settings; rtol, seed and what moves count.
+        weights: tensors by name.
+        localization: γ.
+        key: what the noise is keyed by beside the seed.
+
+    Raises:
+        TaskError: the loss cannot be computed in double precision.
+    """
+    loss, anchor = _in_double(objective.loss, weights)
+    bottom = _find_minimum(loss, anchor, localization)
+    generator = generator_for(objective.settings.seed, key, 0, "anneal", anchor.device)
+    shape = LIMIT.populations, min(max(LIMIT.particle_weights // len(anchor), LIMIT.least_particles), LIMIT.most_particles)
+    rows = torch.zeros(math.prod(shape), dtype=torch.long, device=anchor.device)
+    particles = Particles(loss.select(rows), anchor, localization, bottom.loss, shape, generator)
+    most = min(LIMIT.most_nbeta, LIMIT.resolved / bottom.error if bottom.error else math.inf)
+    levels: list[Level] = []
+    fit: Fit | None = None
+    for levels in _anneal(particles, most):
+        fit = fit_limit(levels)
+        if fit is not None and fit.stderr <= LIMIT.extrapolated * objective.settings.rtol * fit.level:
+            break
+    reasons = _reasons(fit, levels, bottom, particles, most)
+    value = low = high = None
+    if fit is not None and not reasons:
+        mean, error = _stay(particles, objective.settings.rtol)
+        value = mean + fit.beyond
+        half = 1.96 * math.hypot(error, fit.stderr)
+        low, high = value - half, value + half
+    ladder = tuple(
+        LadderPoint(level.nbeta, float(torch.tensor(level.llc).mean()), _population_error(level.llc)) for level in levels
+    )
+    return LearningCoefficient(
+        llc=value,
+        low=low,
+        high=high,
+        reached=not reasons,
+        reasons=reasons,
+        plateau=None if fit is None or reasons else (fit.start, levels[-1].nbeta),
+        multiplicity=() if fit is None or reasons else fit.multiplicity,
+        ladder=ladder,
+        localization=localization,
+        loss=bottom.anchor_loss,
+        minimum=bottom.loss,
+        distance=bottom.distance,
+        gradients=particles.gradients,
+    )
+
+
+class Bottom(NamedTuple):
+    """Where the loss is least near w*.
+
+    Attributes:
+        loss: L*.
+        anchor_loss: L(w*).
+        distance: of the place from w*, relative to ‖w*‖.
+        error: of L*, at most: what is left to fall, and rounding.
+    """
+
+    loss: float
+    anchor_loss: float
+    distance: float
+    error: float
+
+
+def _in_double(loss: StackedLoss, weights: Mapping[str, Tensor]) -> tuple[StackedLoss, Tensor]:
+    """The loss of one row in float64, and w*, [D]."""
+    double = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    tensors = tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in loss.tensors)
+    loss, _ = stack_weights(replace(loss, tensors=tensors, plans={}), [double])
+    return loss, loss.layout.flatten(double).double()
+
+
+def _find_minimum(loss: StackedLoss, anchor: Tensor, localization: float) -> Bottom:
+    """The least loss that descent from w* finds, as far as the Gaussian reaches."""
+    displacement = torch.zeros_like(anchor, requires_grad=True)
+    descent = torch.optim.LBFGS(
+        [displacement],
+        max_iter=LIMIT.descent_steps,
+        tolerance_grad=0,
+        tolerance_change=0,
+        history_size=LIMIT.descent_memory,
+        line_search_fn="strong_wolfe",
+    )
+    best, where = math.inf, displacement.detach().clone()
+
+    def evaluate() -> Tensor:
+        nonlocal best, where
+        losses, gradients = loss.gradients((anchor + displacement.detach())[None])
+        displacement.grad = gradients[0]
+        if float(losses[0]) < best:
+            best, where = float(losses[0]), displacement.detach().clone()
+        return losses[0]
+
+    reach = math.sqrt(len(anchor) / localization)
+    first = before = float(evaluate())
+    rounding, left = _rounding(loss, anchor), math.inf
+    if not math.isfinite(first):
+        raise TaskError(f"loss: expected a finite loss at the weights given, got {first}.")
+    for _ in range(LIMIT.descents):
+        descent.step(evaluate)
+        left, before = before - best, best
+        if left <= rounding or float(where.norm()) > reach:
+            break
+    return Bottom(best, first, float(where.norm() / anchor.norm().clamp_min(1e-300)), left + rounding)
+
+
+def _rounding(loss: StackedLoss, anchor: Tensor) -> float:
+    """By how much L(w*) scatters as w* is moved in its last digits."""
+    directions = torch.linspace(-1, 1, LIMIT.roundings, dtype=anchor.dtype, device=anchor.device)
+    nudged = anchor * (1 + 4 * torch.finfo(anchor.dtype).eps * directions[:, None])
+    return float(torch.cat([loss.gradients(one[None])[0] for one in nudged]).std())
+
+
+def _anneal(particles: Particles, most: float) -> Iterator[list[Level]]:
+    """The levels so far, twice a decade, until nβ is `most` or the budget is spent."""
+    levels: list[Level] = []
+    shown = 0.0
+    while particles.nbeta < most and particles.gradients < LIMIT.most_gradients:
+        levels.append(particles.cool(most))
+        if particles.nbeta > LIMIT.check_ratio * shown:
+            shown = particles.nbeta
+            yield levels
+    yield levels
+
+
+def _stay(particles: Particles, rtol: float) -> tuple[float, float]:
+    """λ̂ at the particles' nβ, and its standard error.
+
+    It is the larger one of two: what their populations differ by in the end, and what they differ by each time, as if
+    they forgot so much in between as they should.
+    """
+    rounds: list[tuple[float, ...]] = []
+    forgotten = (1 - LIMIT.kept) / (1 + LIMIT.kept)
+    wanted = LIMIT.least_rounds
+    while True:
+        rounds += [particles.move().llc for _ in range(wanted - len(rounds))]
+        found = torch.tensor(rounds[len(rounds) // 4 :], dtype=torch.float64)
+        mean, between = float(found.mean()), _population_error(found.mean(0).tolist())
+        each = float(found.var(1).mean()) / (found.numel() * forgotten)
+        error = max(between, math.sqrt(each))
+        if 1.96 * error <= rtol * mean or wanted >= LIMIT.most_rounds:
+            return mean, error
+        wanted *= 2
+
+
+def _population_error(values: Sequence[float]) -> float:
+    """Standard error of the mean of independent values; twice as much on either side covers 95 %."""
+    return student(len(values) - 1) * float(torch.tensor(values, dtype=torch.float64).var() / len(values)) ** 0.5
+
+
+class Fit(NamedTuple):
+    """λ̂ along a ladder, as far as it has its asymptotic form; see `fit_limit`.
+
+    Attributes:
+        start: nβ from which on it is.
+        level: λ̂ at the end.
+        beyond: λ less that, as the fit has it.
+        stderr: the standard error of `beyond`.
+        multiplicity: the probability of m = 1, 2, ...
+    """
+
+    start: float
+    level: float
+    beyond: float
+    stderr: float
+    multiplicity: tuple[float, ...]
+
+
+def fit_limit(levels: Sequence[Level]) -> Fit | None:
+    """The longest end of a ladder along which λ̂ has its asymptotic form; None where there is none of some decades.
+
+    Z(nβ) = C·(nβ)^(−λ)·(log nβ)^(m − 1) at large nβ, with the multiplicity m (Watanabe 2009, Main Theorem 6.2), so that
+    λ̂ = −d log Z/d log nβ = λ − (m − 1)/(log nβ + c), less a power of nβ that vanishes: in a bowl γ/nβ.
+
+    Args:
+        levels: nβ ascending.
+    """
+    places = torch.tensor([math.log(level.nbeta) for level in levels], dtype=torch.float64)
+    llc = torch.tensor([level.llc for level in levels], dtype=torch.float64)
+    means = llc.mean(1)
+    end = float(means[places > places[-1] - LIMIT.end].mean())
+    latest = int((places <= places[-1] - LIMIT.least_length).sum())
+    for start in range(latest):
+        if means[start] < LIMIT.least_share * end:
+            continue
+        fit = _fit(places[start:], llc[start:])
+        if fit is not None:
+            return fit
+    return None
+
+
+def _fit(places: Tensor, llc: Tensor) -> Fit | None:
+    """The asymptotic form along all of these levels, [J] and [J, P]; None where it does not describe them."""
+    count, populations = llc.shape
+    means = llc.mean(1)
+    scatter = (llc - means[:, None]) / means[:, None]
+    following = float((scatter[1:] * scatter[:-1]).sum() / scatter.square().sum().clamp_min(1e-300))
+    following = min(max(following, 0.0), LIMIT.most_following)
+    independent = (1 - following) / (1 + following)
+    variance = float(scatter.square().sum()) / (count * (populations - 1)) / populations
+    weights = independent / (variance * means.square())  # of the levels, as if they were independent
+    since = places - places[0]
+    shifts = torch.logspace(*LIMIT.shifts, dtype=torch.float64)[:, None, None]
+    transients = torch.tensor(LIMIT.transients, dtype=torch.float64)[:, None]
+    early = (-transients * since).exp()  # [B, J]
+    chances, beyonds, levels, misfits = [], [], [], []
+    for m in range(1, LIMIT.multiplicities + 1):
+        missing = (m - 1) / (since + shifts)  # [C, 1, J]
+        value, transient = _line(early, means + missing, weights)  # [C, B]
+        residuals = means + missing - value[..., None] + transient[..., None] * early
+        misfit = (residuals.square() * weights).sum(-1)
+        chances.append(0.5**m * (-0.5 * misfit).exp() / misfit.numel())
+        fading = (transient[..., None] * early)[..., -1]
+        beyonds.append(torch.stack([missing[..., -1].expand_as(fading), fading]))
+        levels.append(value - beyonds[-1].sum(0))
+        misfits.append(float(misfit.min()))
+    freedom = independent * (count - 2)
+    if min(misfits) > freedom + LIMIT.misfit * math.sqrt(2 * freedom):
+        return None
+    chance, beyond, level = torch.stack(chances), torch.stack(beyonds, 1), torch.stack(levels)
+    chance = chance / chance.sum()
+    missing, fading = (chance * beyond).sum((1, 2, 3))
+    # What fades is as uncertain as it is large: the ladder itself is off by something like it.
+    variance = (chance * (beyond[0] - missing).square()).sum() + (chance * beyond[1].square()).sum()
+    return Fit(
+        start=math.exp(places[0]),
+        level=float((chance * level).sum()),
+        beyond=float(missing + fading),
+        stderr=float(variance.sqrt()),
+        multiplicity=tuple(chance.sum((1, 2)).tolist()),
+    )
+
+
+def _line(early: Tensor, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Least squares of values by a − b·early, b ≥ 0: both, [C, B] for values [C, 1, J] and early [B, J]."""
+    total = weights.sum()
+    centre, mean = (early * weights).sum(-1) / total, (values * weights).sum(-1) / total
+    offsets = early - centre[:, None]
+    slope = (offsets * values * weights).sum(-1) / (offsets.square() * weights).sum(-1)
+    fall = (-slope).clamp_min(0)
+    return mean + fall * centre, fall
+
+
+def _reasons(
+    fit: Fit | None, levels: Sequence[Level], bottom: Bottom, particles: Particles, most: float
+) -> tuple[str, ...]:
+    """Why there is no limit."""
+    if fit is not None and fit.stderr <= LIMIT.tolerated * fit.level:
+        return ()
+    last = levels[-1]
+    if particles.nbeta < most:
+        end = f"the budget of {LIMIT.most_gradients} gradients is spent"
+    elif most < LIMIT.most_nbeta:
+        end = f"the least loss is known within {bottom.error:.1e} only"
+    else:
+        end = "the ladder ends"
+    value = sum(last.llc) / len(last.llc)
+    return (f"not reached: λ̂ still depends on nβ, and is {value:.4g} at nβ = {last.nbeta:.3g}, where {end}",)
