@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from groktrace.analysis.forecast import forecast as forecast
     from groktrace.analysis.grokking import Grokking as Grokking
     from groktrace.analysis.grokking import measure_grokking as measure_grokking
+    from groktrace.analysis.limit import LearningCoefficient as LearningCoefficient
     from groktrace.analysis.llc import LLCEstimate as LLCEstimate
     from groktrace.analysis.point import estimate_llc as estimate_llc
     from groktrace.analysis.replay import analyze as analyze
@@ -69,6 +70,7 @@ _NAMES = {
     "analysis.follow": ("Announcement", "Ended", "Scaled", "follow"),
     "analysis.forecast": ("Forecast", "forecast"),
     "analysis.grokking": ("Grokking", "measure_grokking"),
+    "analysis.limit": ("LearningCoefficient",),
     "analysis.llc": ("LLCEstimate",),
     "analysis.point": ("estimate_llc",),
     "analysis.replay": ("analyze",),

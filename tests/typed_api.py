@@ -48,7 +48,7 @@ for event in groktrace.follow("run", timeout=60, detector=detectors[1], reporter
     if isinstance(event, groktrace.Announcement):
         step: int = event.transition.step
 seconds: float = groktrace.forecast(Path("run"), train="other.safetensors", settings=settings, rtol=0.1).seconds
-plateau: float | None = groktrace.temperature_curve_at("run", 300, train="other.safetensors", seed=3).plateau
+limit: groktrace.LearningCoefficient | None = groktrace.temperature_curve_at("run", 300, train="other", seed=3).limit
 table: str = groktrace.compare("a", Path("b"), run, trajectory, detector=detectors[0]).table()
 
 groktrace.import_checkpoints("saved", out="run")  # type: ignore[call-arg]

@@ -1,6 +1,7 @@
 """The learning coefficient itself: λ̂ where nβ is so large that it no longer depends on it."""
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from groktrace.analysis.measure import Objective, stack_weights
 from groktrace.analysis.tuning import LIMIT
-from groktrace.errors import TaskError
+from groktrace.errors import SettingsError
 from groktrace.records import Record
+from groktrace.run.task import failures_in_words
 from groktrace.sampling.annealing import Level, Particles
 from groktrace.sampling.diagnostics import student
 from groktrace.sampling.noise import generator_for
 from groktrace.sampling.posterior import StackedLoss
+from groktrace.sampling.settings import ResolvedSettings
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class LearningCoefficient(Record):
         ladder: λ̂ at each nβ, ascending.
         localization: γ, strength of the pull towards w*.
         loss: L(w*).
-        minimum: L*, the least loss near it.
-        distance: of where it is, relative to ‖w*‖.
+        minimum: L*, the loss at the posterior's mode at the largest nβ.
+        distance: of the mode from w*, relative to ‖w*‖; None where that is 0.
         gradients: how often the gradients of all particles were taken.
     """
 
@@ -64,47 +67,65 @@ class LearningCoefficient(Record):
     localization: float
     loss: float
     minimum: float
-    distance: float
+    distance: float | None
     gradients: int
 
 
 def learning_coefficient(
-    objective: Objective, weights: Mapping[str, Tensor], localization: float, key: int = 0
+    objective: Objective, weights: Mapping[str, Tensor], norm_squared: float, key: int = 0
 ) -> LearningCoefficient:
     """λ of the basin of a snapshot, from particles annealed to ever larger nβ.
 
+    Where neither γ nor locality is given, two Gaussians are tried, one as wide as the weights and one as wide as chains
+    go. λ of a smaller neighbourhood is the larger one, or the same, but takes a larger nβ to be seen: of two limits the
+    larger is the closer.
+
     Args:
-        objective: loss, data and settings; rtol, seed and what moves count.
+        objective: loss, data and settings: locality or γ, rtol, seed, and which weights move.
         weights: tensors by name.
-        localization: γ.
+        norm_squared: ‖w*‖².
         key: what the noise is keyed by beside the seed.
 
     Raises:
+        SettingsError: a setting is given that a limit does not have.
         TaskError: the loss cannot be computed in double precision.
     """
-    loss, anchor = _in_double(objective.loss, weights)
-    bottom = _find_minimum(loss, anchor, localization)
-    generator = generator_for(objective.settings.seed, key, 0, "anneal", anchor.device)
-    shape = LIMIT.populations, min(max(LIMIT.particle_weights // len(anchor), LIMIT.least_particles), LIMIT.most_particles)
-    rows = torch.zeros(math.prod(shape), dtype=torch.long, device=anchor.device)
-    particles = Particles(loss.select(rows), anchor, localization, bottom.loss, shape, generator)
-    most = min(LIMIT.most_nbeta, LIMIT.resolved / bottom.error if bottom.error else math.inf)
+    settings, dimension = objective.settings, objective.layout.size
+    if used := [name for name in ("nbeta", "resolution", "step_size") if getattr(settings, name) is not None]:
+        raise SettingsError(f"{used[0]}: a limit has none; of the settings give localization, locality, rtol or seed.")
+    localities = LIMIT.localities if settings.locality is None else (settings.locality,)
+    widths = [dimension / (locality**2 * norm_squared) for locality in localities if norm_squared > 0]
+    if settings.localization is not None or not widths:  # of all weights zero, any will do
+        widths = [settings.localization or 1.0]
+    with failures_in_words("loss: cannot be computed in double precision", "a limit needs it."):
+        loss, anchor = _in_double(objective.loss, weights)
+        found = [_find_limit(loss, anchor, localization, settings, key) for localization in widths]
+    return max(found, key=lambda limit: -math.inf if limit.llc is None else limit.llc)
+
+
+def _find_limit(
+    loss: StackedLoss, anchor: Tensor, localization: float, settings: ResolvedSettings, key: int
+) -> LearningCoefficient:
+    """The limit at one γ."""
+    generator = generator_for(settings.seed, key, 0, "anneal", anchor.device)
+    count = min(max(LIMIT.particle_weights // len(anchor), LIMIT.least_particles), LIMIT.most_particles)
+    particles = Particles(loss, anchor, localization, (LIMIT.populations, count), generator)
+    first, rounding = particles.mode.loss, _rounding(loss, anchor)
+    most = min(LIMIT.most_nbeta, LIMIT.resolved / rounding if rounding else math.inf)
     levels: list[Level] = []
     fit: Fit | None = None
     for levels in _anneal(particles, most):
         fit = fit_limit(levels)
-        if fit is not None and fit.stderr <= LIMIT.extrapolated * objective.settings.rtol * fit.level:
+        long = fit is not None and levels[-1].nbeta >= LIMIT.enough * fit.start
+        if long and fit.stderr <= LIMIT.extrapolated * settings.rtol * fit.level:
             break
-    reasons = _reasons(fit, levels, bottom, particles, most)
+    reasons = _reasons(fit, levels, particles, most)
     value = low = high = None
     if fit is not None and not reasons:
-        mean, error = _stay(particles, objective.settings.rtol)
+        mean, error = _stay(particles, settings.rtol)
         value = mean + fit.beyond
         half = 1.96 * math.hypot(error, fit.stderr)
         low, high = value - half, value + half
-    ladder = tuple(
-        LadderPoint(level.nbeta, float(torch.tensor(level.llc).mean()), _population_error(level.llc)) for level in levels
-    )
     return LearningCoefficient(
         llc=value,
         low=low,
@@ -113,29 +134,15 @@ def learning_coefficient(
         reasons=reasons,
         plateau=None if fit is None or reasons else (fit.start, levels[-1].nbeta),
         multiplicity=() if fit is None or reasons else fit.multiplicity,
-        ladder=ladder,
+        ladder=tuple(
+            LadderPoint(level.nbeta, statistics.fmean(level.llc), _population_error(level.llc)) for level in levels
+        ),
         localization=localization,
-        loss=bottom.anchor_loss,
-        minimum=bottom.loss,
-        distance=bottom.distance,
+        loss=first,
+        minimum=particles.mode.loss,
+        distance=particles.distance,
         gradients=particles.gradients,
     )
-
-
-class Bottom(NamedTuple):
-    """Where the loss is least near w*.
-
-    Attributes:
-        loss: L*.
-        anchor_loss: L(w*).
-        distance: of the place from w*, relative to ‖w*‖.
-        error: of L*, at most: what is left to fall, and rounding.
-    """
-
-    loss: float
-    anchor_loss: float
-    distance: float
-    error: float
 
 
 def _in_double(loss: StackedLoss, weights: Mapping[str, Tensor]) -> tuple[StackedLoss, Tensor]:
@@ -144,40 +151,6 @@ def _in_double(loss: StackedLoss, weights: Mapping[str, Tensor]) -> tuple[Stacke
     tensors = tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in loss.tensors)
     loss, _ = stack_weights(replace(loss, tensors=tensors, plans={}), [double])
     return loss, loss.layout.flatten(double).double()
-
-
-def _find_minimum(loss: StackedLoss, anchor: Tensor, localization: float) -> Bottom:
-    """The least loss that descent from w* finds, as far as the Gaussian reaches."""
-    displacement = torch.zeros_like(anchor, requires_grad=True)
-    descent = torch.optim.LBFGS(
-        [displacement],
-        max_iter=LIMIT.descent_steps,
-        tolerance_grad=0,
-        tolerance_change=0,
-        history_size=LIMIT.descent_memory,
-        line_search_fn="strong_wolfe",
-    )
-    best, where = math.inf, displacement.detach().clone()
-
-    def evaluate() -> Tensor:
-        nonlocal best, where
-        losses, gradients = loss.gradients((anchor + displacement.detach())[None])
-        displacement.grad = gradients[0]
-        if float(losses[0]) < best:
-            best, where = float(losses[0]), displacement.detach().clone()
-        return losses[0]
-
-    reach = math.sqrt(len(anchor) / localization)
-    first = before = float(evaluate())
-    rounding, left = _rounding(loss, anchor), math.inf
-    if not math.isfinite(first):
-        raise TaskError(f"loss: expected a finite loss at the weights given, got {first}.")
-    for _ in range(LIMIT.descents):
-        descent.step(evaluate)
-        left, before = before - best, best
-        if left <= rounding or float(where.norm()) > reach:
-            break
-    return Bottom(best, first, float(where.norm() / anchor.norm().clamp_min(1e-300)), left + rounding)
 
 
 def _rounding(loss: StackedLoss, anchor: Tensor) -> float:
@@ -193,10 +166,17 @@ def _anneal(particles: Particles, most: float) -> Iterator[list[Level]]:
     shown = 0.0
     while particles.nbeta < most and particles.gradients < LIMIT.most_gradients:
         levels.append(particles.cool(most))
+        if _has_left(particles):
+            break
         if particles.nbeta > LIMIT.check_ratio * shown:
             shown = particles.nbeta
             yield levels
     yield levels
+
+
+def _has_left(particles: Particles) -> bool:
+    """Whether the posterior's mode is so far from w* that it is another basin's."""
+    return particles.distance is not None and particles.distance > LIMIT.near
 
 
 def _stay(particles: Particles, rtol: float) -> tuple[float, float]:
@@ -317,17 +297,18 @@ def _line(early: Tensor, values: Tensor, weights: Tensor) -> tuple[Tensor, Tenso
     return mean + fall * centre, fall
 
 
-def _reasons(
-    fit: Fit | None, levels: Sequence[Level], bottom: Bottom, particles: Particles, most: float
-) -> tuple[str, ...]:
+def _reasons(fit: Fit | None, levels: Sequence[Level], particles: Particles, most: float) -> tuple[str, ...]:
     """Why there is no limit."""
+    if _has_left(particles):
+        where = f"at a distance of {particles.distance:.2g} ‖w*‖, beyond nβ = {particles.nbeta:.3g}"
+        return (f"left the basin: the loss is lower {where}; a smaller locality keeps nearer",)
     if fit is not None and fit.stderr <= LIMIT.tolerated * fit.level:
         return ()
     last = levels[-1]
     if particles.nbeta < most:
         end = f"the budget of {LIMIT.most_gradients} gradients is spent"
     elif most < LIMIT.most_nbeta:
-        end = f"the least loss is known within {bottom.error:.1e} only"
+        end = "double precision tells losses no longer apart"
     else:
         end = "the ladder ends"
     value = sum(last.llc) / len(last.llc)

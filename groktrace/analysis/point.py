@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
+from groktrace.analysis.limit import LearningCoefficient, learning_coefficient
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.measure import Objective, SnapshotMetrics
 from groktrace.analysis.pilot import choose_sampling
@@ -20,18 +21,51 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@overload
 def estimate_llc(
     model: nn.Module,
     loss: Callable[..., Tensor] | str | None,
     train: Any,
     *,
+    limit: Literal[False] = False,
     batch_loss: Callable[..., Tensor] | None = None,
     n: int | None = None,
     noise: str | None = None,
     device: str | torch.device | None = None,
     settings: SamplingSettings | None = None,
     **options: "Unpack[SamplingOptions]",
-) -> LLCEstimate:
+) -> LLCEstimate: ...
+
+
+@overload
+def estimate_llc(
+    model: nn.Module,
+    loss: Callable[..., Tensor] | str | None,
+    train: Any,
+    *,
+    limit: Literal[True],
+    batch_loss: Callable[..., Tensor] | None = None,
+    n: int | None = None,
+    noise: str | None = None,
+    device: str | torch.device | None = None,
+    settings: SamplingSettings | None = None,
+    **options: "Unpack[SamplingOptions]",
+) -> LearningCoefficient: ...
+
+
+def estimate_llc(
+    model: nn.Module,
+    loss: Callable[..., Tensor] | str | None,
+    train: Any,
+    *,
+    limit: bool = False,
+    batch_loss: Callable[..., Tensor] | None = None,
+    n: int | None = None,
+    noise: str | None = None,
+    device: str | torch.device | None = None,
+    settings: SamplingSettings | None = None,
+    **options: "Unpack[SamplingOptions]",
+) -> LLCEstimate | LearningCoefficient:
     """Local learning coefficient of a model as it stands, without a recording.
 
     Args:
@@ -39,6 +73,8 @@ def estimate_llc(
         loss: loss(outputs, targets) as a mean over the batch, "cross_entropy", "mse", or None with `batch_loss`. Its
             own parameters are sampled with the model's.
         train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader.
+        limit: whether to follow λ̂ to so large an nβ that it no longer depends on it: λ itself, of networks of some
+            hundred weights. Of the settings it takes `localization`, `locality`, `parameters`, `rtol` and `seed`.
         batch_loss: batch_loss(model, batch) for models that compute their own loss.
         n: the number of training samples, where `train` is a stream without an end or a length, or a sample of them.
         noise: "fixed" draws the random numbers of the loss once for each sample.
@@ -47,7 +83,7 @@ def estimate_llc(
         **options: fields of `groktrace.SamplingSettings`, in place of those of `settings`.
 
     Returns:
-        The estimate, with its diagnostics.
+        The estimate, with its diagnostics; with `limit`, the learning coefficient, its interval and λ̂ on the way.
 
     Raises:
         SettingsError: a setting is outside what it may be.
@@ -55,6 +91,8 @@ def estimate_llc(
     """
     chosen = make_settings(settings, options)
     objective, weights, metrics = prepare_point(model, loss, train, batch_loss, chosen, choose_device(device), n, noise)
+    if limit:
+        return learning_coefficient(objective, weights, metrics.norm_squared)
     scale = choose_sampling(objective, lambda step: weights, [metrics])
     return objective.estimate([weights], [metrics], scale)[0]
 

@@ -1,14 +1,14 @@
-"""λ̂ against temperature: what is resolved at each nβ, and the plateau that is an absolute value."""
+"""λ̂ against temperature: what is resolved at each nβ, and the limit that is an absolute value."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from groktrace.analysis.limit import LearningCoefficient, learning_coefficient
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.measure import Objective, SnapshotMetrics
 from groktrace.analysis.passes import spread
@@ -16,6 +16,7 @@ from groktrace.analysis.pilot import choose_sampling, choose_scale
 from groktrace.analysis.point import prepare_point
 from groktrace.analysis.session import Session, open_session
 from groktrace.analysis.setup import choose_device, make_settings
+from groktrace.analysis.tuning import LIMIT
 from groktrace.errors import SettingsError
 from groktrace.records import Record
 from groktrace.run.store import Run, open_run
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-# A plateau is this many neighbouring temperatures or more whose λ̂ agree within this fraction and their errors.
-PLATEAU_POINTS = 3
-PLATEAU_WIDTH = 0.05
 # Snapshots from which γ is taken where no analysis has chosen it.
 _LOCALIZING = 16
 RESOLUTIONS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -41,13 +39,11 @@ class TemperatureCurve(Record):
 
     Attributes:
         estimates: one a temperature, nβ ascending.
-        plateau: mean λ̂ over the longest plateau; None where there is none.
-        plateau_nbeta: least and largest nβ of it; None where there is none.
+        limit: λ itself; None where nβ were given, or weights are too many.
     """
 
     estimates: tuple[LLCEstimate, ...]
-    plateau: float | None
-    plateau_nbeta: tuple[float, float] | None
+    limit: LearningCoefficient | None
 
 
 def temperature_curve(
@@ -66,13 +62,14 @@ def temperature_curve(
     """λ̂ of a model at several nβ and one γ.
 
     Near a minimum λ̂(nβ) = ½Σ nβh/(nβh + γ): it grows by half for every direction that comes into sight, and stands
-    still between the curvatures that count and those that do not. Only a plateau is an absolute learning coefficient.
+    still between the curvatures that count and those that do not. Only its limit is an absolute learning coefficient.
 
     Args:
         model: the network at w*; it is not changed.
         loss: loss(outputs, targets) as a mean over the batch, "cross_entropy", "mse", or None with `batch_loss`.
         train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader.
-        nbetas: the temperatures; by default those of resolution 1 to 300.
+        nbetas: the temperatures; by default those of resolution 1 to 300, and the limit beyond, of networks of up to
+            5000 weights.
         batch_loss: batch_loss(model, batch) for models that compute their own loss.
         n: see `groktrace.estimate_llc`.
         noise: see `groktrace.estimate_llc`.
@@ -86,7 +83,7 @@ def temperature_curve(
     """
     chosen = _curve_settings(settings, options)
     objective, weights, metrics = prepare_point(model, loss, train, batch_loss, chosen, choose_device(device), n, noise)
-    return _measure_curve(objective, weights, metrics, nbetas)
+    return _measure_curve(objective, weights, metrics, nbetas, chosen)
 
 
 def temperature_curve_at(
@@ -110,7 +107,8 @@ def temperature_curve_at(
     Args:
         run: a run directory, its path or its URL.
         step: the snapshot's training step.
-        nbetas: the temperatures; by default those of resolution 1 to 300.
+        nbetas: the temperatures; by default those of resolution 1 to 300, and the limit beyond, of networks of up to
+            5000 weights.
         train: see `analyze`; γ is then that of the run's own analysis, if there is one.
         n: see `analyze`.
         task: see `analyze`.
@@ -134,7 +132,7 @@ def temperature_curve_at(
     with open_session(run, chosen, task=task, device=device, threads=1, keep=False, train=train, n=n) as session:
         metrics = session.metrics([step])[step]
         objective = replace(session.objective, settings=_with_localization(session, metrics))
-        return _measure_curve(objective, objective.layout.split(weights), metrics, nbetas, session.key(step))
+        return _measure_curve(objective, objective.layout.split(weights), metrics, nbetas, chosen, session.key(step))
 
 
 def _with_localization(session: Session, metrics: SnapshotMetrics) -> ResolvedSettings:
@@ -162,11 +160,16 @@ def _measure_curve(
     weights: dict[str, Tensor],
     metrics: SnapshotMetrics,
     nbetas: Sequence[float] | None,
+    chosen: SamplingSettings,
     key: int = 0,
 ) -> TemperatureCurve:
     scale = choose_sampling(objective, lambda step: weights, [metrics], lambda step: key)
-    middle = scale.nbeta
+    middle, limit = scale.nbeta, None
     if nbetas is None:
+        if objective.layout.size <= LIMIT.most_weights:
+            free = {"localization": chosen.localization, "resolution": None, "step_size": None}
+            asked = replace(objective, settings=replace(objective.settings, **free))
+            limit = learning_coefficient(asked, weights, metrics.norm_squared, key)
         own = objective.settings.resolution or CALIBRATION.resolution
         nbetas = [middle * resolution / own for resolution in RESOLUTIONS]
     for nbeta in nbetas:
@@ -175,28 +178,4 @@ def _measure_curve(
         objective.estimate([weights], [metrics], at, [key])[0]
         for at in (scale._replace(nbeta=float(nbeta), curvature=None) for nbeta in sorted(nbetas))
     )
-    span = find_plateau(estimates)
-    if span is None:
-        return TemperatureCurve(estimates, None, None)
-    level = estimates[span[0] : span[1]]
-    value = float(np.mean([estimate.llc for estimate in level if estimate.llc is not None]))
-    return TemperatureCurve(estimates, value, (level[0].nbeta, level[-1].nbeta))
-
-
-def find_plateau(estimates: Sequence[LLCEstimate]) -> tuple[int, int] | None:
-    """First and one past the last of the longest run of estimates that agree; None where there is no such run.
-
-    Args:
-        estimates: nβ ascending.
-    """
-    best: tuple[int, int] | None = None
-    for start in range(len(estimates)):
-        for end in range(start + PLATEAU_POINTS, len(estimates) + 1):
-            run = estimates[start:end]
-            if any(estimate.llc is None for estimate in run):
-                continue
-            values = np.array([estimate.llc for estimate in run])
-            allowed = PLATEAU_WIDTH * values.mean() + 2 * max(estimate.stderr or 0.0 for estimate in run)
-            if np.ptp(values) <= allowed and (best is None or end - start > best[1] - best[0]):
-                best = (start, end)
-    return best
+    return TemperatureCurve(estimates, limit)

@@ -132,17 +132,22 @@ class Limit:
     """How the learning coefficient is found along a ladder of nβ; see `analysis.limit`.
 
     Attributes:
+        localities: widths of the Gaussian that particles come from, relative to ‖w*‖.
+        near: so far the posterior's mode may be from w*, relative to ‖w*‖; a convention.
         populations: of particles, whose scatter is the error.
         particle_weights: particles of a population times D, but for
         least_particles, most_particles: in any case; λ̂ of N particles is known to 1/√(λN).
         most_nbeta: where a ladder ends; double precision tells losses apart that far where w* is an exact solution.
-        resolved: nβ times the error of the least loss, at most.
+        resolved: nβ times the rounding of a loss, at most.
         most_gradients: of all particles at once: minutes of a small network.
+        most_weights: of networks whose limit is looked for unasked.
         check_ratio: of the nβ at which the ladder is looked at, to that before.
         least_length: in log nβ, of the end of a ladder that tells a limit: three decades.
         end: in log nβ, of what λ̂ is at the end.
         least_share: a limit begins where λ̂ is so much of that.
-        extrapolated: share of `rtol` to which the rest of the way must be known for a ladder to end early.
+        enough: by so much nβ must have grown along the limit for a ladder to end early: deep linear networks have a
+            false one of seven decades, along which only weights of the true rank count.
+        extrapolated: and to this share of `rtol` the rest of the way must be known.
         tolerated: the same, relative to λ, for a limit at all.
         multiplicities: m, at most; each is half as probable as that before.
         shifts: log10 of the least and the largest log nβ + c at the beginning, and how many are tried.
@@ -151,10 +156,11 @@ class Limit:
         most_following: correlation of neighbouring levels, at most.
         kept: correlation between rounds at one nβ.
         least_rounds, most_rounds: such rounds.
-        descents, descent_steps, descent_memory: of the search for the least loss.
         roundings: points that tell how much of a loss is rounding.
     """
 
+    localities: tuple[float, ...] = (CALIBRATION.locality, 1.0)
+    near: float = 0.5
     populations: int = 4
     particle_weights: int = 1024
     least_particles: int = 32
@@ -162,23 +168,22 @@ class Limit:
     most_nbeta: float = 1e20
     resolved: float = 0.01
     most_gradients: int = 20_000
+    most_weights: int = 5000
     check_ratio: float = 10**0.5
     least_length: float = 3 * math.log(10)
     end: float = 1.0
     least_share: float = 0.3
+    enough: float = 1e9
     extrapolated: float = 0.25
     tolerated: float = 0.1
     multiplicities: int = 4
-    shifts: tuple[float, float, int] = (0.0, 2.5, 26)
+    shifts: tuple[float, float, int] = (0.0, 2.5, 101)
     transients: tuple[float, ...] = (0.5, 1.0)
     misfit: float = 2.0
     most_following: float = 0.9
     kept: float = 0.3
     least_rounds: int = 8
     most_rounds: int = 64
-    descents: int = 25
-    descent_steps: int = 20
-    descent_memory: int = 20
     roundings: int = 8
 
 

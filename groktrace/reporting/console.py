@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from groktrace.analysis.detection import Transition
 from groktrace.analysis.forecast import Forecast
 from groktrace.analysis.grokking import Grokking
+from groktrace.analysis.limit import LearningCoefficient
 from groktrace.analysis.reference import Reference
 from groktrace.analysis.temperature import TemperatureCurve
 from groktrace.analysis.trajectory import SYMBOLS, Point, Trajectory
@@ -184,7 +185,7 @@ def summary(series: Series, events: Events) -> str:
 
 
 def temperature_table(curve: TemperatureCurve) -> str:
-    """λ̂ at each temperature as an aligned table, and the plateau.
+    """λ̂ at each temperature as an aligned table, and its limit.
 
     Args:
         curve: nβ ascending.
@@ -193,12 +194,29 @@ def temperature_table(curve: TemperatureCurve) -> str:
     for estimate in curve.estimates:
         values = (estimate.nbeta, estimate.llc, estimate.stderr, estimate.llc_centred, estimate.stderr_centred)
         rows.append((*(number(value) for value in values), "; ".join(estimate.reasons)))
-    if curve.plateau is None or curve.plateau_nbeta is None:
-        last = "No plateau: λ̂ depends on nβ throughout, and no value of it is the absolute one."
+    lines = [*aligned(rows), "", *([] if curve.limit is None else limit_lines(curve.limit))]
+    return "\n".join(lines).rstrip()
+
+
+def limit_lines(limit: LearningCoefficient) -> list[str]:
+    """λ̂ along a ladder of nβ, twice a decade, and its limit.
+
+    Args:
+        limit: nβ ascending.
+    """
+    rows: list[tuple[str, ...]] = [("nβ", "λ̂", "±")]
+    places = [math.floor(2 * math.log10(point.nbeta)) for point in limit.ladder]
+    last = [i for i, place in enumerate(places) if i == len(places) - 1 or places[i + 1] > place]
+    for i in last:
+        point = limit.ladder[i]
+        rows.append((number(point.nbeta), number(point.llc), number(point.stderr)))
+    if limit.llc is None or limit.plateau is None:
+        found = f"Learning coefficient {'; '.join(limit.reasons)}."
     else:
-        low, high = curve.plateau_nbeta
-        last = f"Plateau: λ̂ = {number(curve.plateau)} from nβ = {number(low)} to {number(high)}."
-    return "\n".join([*aligned(rows), "", last])
+        bounds = f"95 % interval {number(limit.low)} to {number(limit.high)}"
+        found = f"Learning coefficient: λ = {number(limit.llc)} ({bounds}); λ̂ is at its limit from nβ = "
+        found += f"{number(limit.plateau[0])} to {number(limit.plateau[1])}."
+    return ["Annealed particles:", *aligned(rows), "", found]
 
 
 def settings_line(trajectory: Trajectory) -> str:

@@ -1,13 +1,13 @@
 """The posterior of one snapshot from nβ = 0 to as large an nβ as wanted: particles that are annealed.
 
 Sequential Monte Carlo (Del Moral, Doucet & Jasra 2006) with Hamiltonian trajectories (Duane et al. 1987; Neal 2011). At
-large nβ the posterior is a thin, curved tube along which a chain crawls: one relaxation takes √κ steps or more. Particles
-need not go along it: where on the tube they are follows from their weights as nβ grows, and a trajectory has only to
-make them at home across it.
+large nβ the posterior is a thin, curved tube along which a chain crawls: one relaxation takes √κ steps or more.
+Particles need not go along it: where on the tube they are follows from their weights as nβ grows, and a trajectory has
+only to make them at home across it.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,8 +28,8 @@ class Level:
 
     Attributes:
         nbeta: nβ.
-        llc: nβ·(E[L] − L*) of each population.
-        log_evidence: log E[exp(−nβ·(L − L*))] over the Gaussian that they began with, of each population.
+        llc: nβ·(E[L] − L*) of each population, with the loss L* at the posterior's mode.
+        log_evidence: log E[exp(−nβ·L)] over the Gaussian that they began with, of each population.
         acceptance: of the last trajectories.
     """
 
@@ -39,21 +39,80 @@ class Level:
     acceptance: float
 
 
+class Mode:
+    """Where nβ·L(w) + ½γ‖w − w*‖² is least, followed as nβ grows.
+
+    In a bowl with its bottom anywhere, E[L] is ½Σ h/(nβh + γ) above the loss here, at any nβ.
+
+    Args:
+        loss: of one row, in float64.
+        anchor: w*, [D], float64.
+        localization: γ.
+
+    Attributes:
+        loss: L here.
+        displacement: w − w*, [D].
+    """
+
+    def __init__(self, loss: StackedLoss, anchor: Tensor, localization: float) -> None:
+        self._loss, self._anchor, self._localization = loss, anchor, localization
+        self.displacement = torch.zeros_like(anchor)
+        self.loss = float(loss.gradients(anchor[None])[0][0])
+
+    def energy(self, nbeta: float) -> float:
+        """nβ·L + ½γ‖w − w*‖²."""
+        return nbeta * self.loss + 0.5 * self._localization * float(self.displacement.square().sum())
+
+    def move(self, loss: float, displacement: Tensor) -> None:
+        """Go on from another place."""
+        self.loss, self.displacement = loss, displacement.clone()
+
+    def descend(self, nbeta: float) -> None:
+        """Go to where it is at this nβ, by limited-memory BFGS steps (Liu & Nocedal 1989)."""
+        moving = self.displacement.clone().requires_grad_()
+        descent = torch.optim.LBFGS(
+            [moving],
+            max_iter=ANNEALING.descent_steps,
+            tolerance_grad=0,
+            tolerance_change=0,
+            history_size=ANNEALING.descent_steps,
+            line_search_fn="strong_wolfe",
+        )
+        best = self.energy(nbeta)
+
+        def evaluate() -> Tensor:
+            nonlocal best
+            here = moving.detach()
+            losses, gradients = self._loss.gradients((self._anchor + here)[None])
+            moving.grad = nbeta * gradients[0] + self._localization * here
+            energy = nbeta * losses[0] + 0.5 * self._localization * here.square().sum()
+            if float(energy) < best:
+                best = float(energy)
+                self.move(float(losses[0]), here)
+            return energy
+
+        for _ in range(ANNEALING.descents):
+            before = best
+            descent.step(evaluate)
+            if before - best < ANNEALING.descended:
+                break
+
+
 class Particles:
     """Populations of particles of exp(−nβ·L(w) − ½γ‖w − w*‖²), at first of nβ = 0.
 
     Populations share the ladder and the step, and no particle: they tell each other's error.
 
     Args:
-        loss: of as many rows as there are particles, in float64.
+        loss: of one row, in float64.
         anchor: w*, [D], float64.
         localization: γ.
-        minimum: L*, from which losses are counted.
         shape: how many populations, and particles in each.
         generator: of everything that is drawn.
 
     Attributes:
         nbeta: nβ now.
+        mode: of the posterior at this nβ.
         gradients: how often all particles' gradients were taken so far.
     """
 
@@ -62,20 +121,20 @@ class Particles:
         loss: StackedLoss,
         anchor: Tensor,
         localization: float,
-        minimum: float,
         shape: tuple[int, int],
         generator: torch.Generator,
     ) -> None:
-        self._anchor, self._localization, self._minimum = anchor, localization, minimum
+        self._anchor, self._localization, self._shape = anchor, localization, shape
         self._generator = generator
-        self._shape = shape
+        rows = torch.zeros(math.prod(shape), dtype=torch.long, device=anchor.device)
+        self.mode = Mode(loss, anchor, localization)
         self._displacement = self._normal(math.prod(shape)) / math.sqrt(localization)
         self._positions = torch.empty_like(self._displacement)
         self._slopes = torch.empty_like(self._displacement)
-        self._evaluate_bound = loss.bound(self._positions, self._slopes)
+        self._evaluate_bound = loss.select(rows).bound(self._positions, self._slopes)
         self.nbeta, self.gradients = 0.0, 0
         self._step_size = ANNEALING.first_step / math.sqrt(localization)
-        self._steps = ANNEALING.first_steps
+        self._steps, self._levels, self._wide = ANNEALING.first_steps, 0, 1.0
         self._log_evidence = anchor.new_zeros(shape[0])
         self._losses = self._evaluate(self._displacement)
         self._gradients = self._slopes.clone()
@@ -90,20 +149,30 @@ class Particles:
         losses = self._losses.view(self._shape)
         logs = -(nbeta - self.nbeta) * losses
         self._log_evidence += torch.logsumexp(logs, 1) - math.log(self._shape[1])
-        chosen = self._resample(torch.softmax(logs, 1))
+        chosen = self._rescue(self._resample(torch.softmax(logs, 1)))
         self._displacement, self._losses = self._displacement[chosen], self._losses[chosen]
         self._gradients = self._gradients[chosen]
         if self.nbeta:
             self._step_size *= math.sqrt(self.nbeta / nbeta)
         self.nbeta = nbeta
-        return self.move()
+        level = self.move()
+        energies = self._energy(self._losses, self._displacement)
+        least = int(energies.argmin())
+        if float(energies[least]) < self.mode.energy(nbeta):
+            self.mode.move(float(self._losses[least]), self._displacement[least])
+        self.mode.descend(nbeta)
+        return replace(level, llc=self._llc())
 
     def move(self) -> Level:
         """Trajectories until the particles' losses have hardly to do with what they were."""
+        if self._wide > ANNEALING.wide_acceptance or self._levels % ANNEALING.wide_every == 0:
+            widest = ANNEALING.first_step / math.sqrt(self._localization) / self._step_size
+            self._wide = self._trajectories(ANNEALING.least_steps, math.log(max(widest, 1.0)), 1.0)
+        self._levels += 1
         before, moves = self._losses, 0
         correlation = 1.0
         while moves < ANNEALING.moves and correlation > ANNEALING.correlation:
-            acceptance = self._trajectories()
+            acceptance = self._trajectories(self._steps, ANNEALING.jitter, ANNEALING.longer)
             self._step_size *= math.exp(ANNEALING.adaptation * (acceptance - ANNEALING.acceptance))
             moves += 1
             correlation = self._correlation(before)
@@ -111,8 +180,17 @@ class Particles:
             self._steps = min(math.ceil(self._steps * ANNEALING.lengthening), ANNEALING.most_steps)
         elif moves == 1:
             self._steps = max(math.floor(self._steps / ANNEALING.shortening), ANNEALING.least_steps)
-        llc = self.nbeta * self._losses.view(self._shape).mean(1)
-        return Level(self.nbeta, tuple(llc.tolist()), tuple(self._log_evidence.tolist()), acceptance)
+        return Level(self.nbeta, self._llc(), tuple(self._log_evidence.tolist()), acceptance)
+
+    @property
+    def distance(self) -> float | None:
+        """Of the mode from w*, relative to ‖w*‖; None where that is 0."""
+        norm = float(self._anchor.norm())
+        return float(self.mode.displacement.norm()) / norm if norm else None
+
+    def _llc(self) -> tuple[float, ...]:
+        excess = (self._losses - self.mode.loss).view(self._shape)
+        return tuple((self.nbeta * excess.mean(1)).tolist())
 
     def _next(self, most: float) -> float:
         """The nβ at which the weights' effective sample size is what it may fall to, at most `most`."""
@@ -142,6 +220,18 @@ class Particles:
         chosen = torch.searchsorted(weights.cumsum(1), places).clamp_max(count - 1)
         return (chosen + count * torch.arange(populations, device=weights.device)[:, None]).view(-1)
 
+    def _rescue(self, chosen: Tensor) -> Tensor:
+        """The same, with populations that hold no share of the posterior any more replaced by that which holds most.
+
+        They went where the loss has no zero, as none of their particles was near one when that began to count (islands:
+        Vergé, Dubarry, Del Moral & Moulines 2015).
+        """
+        best = int(self._log_evidence.argmax())
+        lost = self._log_evidence < self._log_evidence[best] - ANNEALING.lost
+        self._log_evidence[lost] = self._log_evidence[best]
+        chosen = chosen.view(self._shape)
+        return torch.where(lost[:, None], chosen[best], chosen).view(-1)
+
     def _correlation(self, before: Tensor) -> float:
         """Between losses now and then, within populations."""
         pair = [losses.view(self._shape) for losses in (before, self._losses)]
@@ -149,16 +239,16 @@ class Particles:
         norm = first.norm() * second.norm()
         return float((first * second).sum() / norm) if norm > 0 else 0.0
 
-    def _trajectories(self) -> float:
+    def _trajectories(self, steps: int, jitter: float, longer: float) -> float:
         """One Hamiltonian trajectory of each particle, which is accepted or not; the mean acceptance.
 
         Steps differ from particle to particle: narrow places need small ones, and none is caught in a period.
         """
         nbeta, localization = self.nbeta, self._localization
         spread = torch.rand(len(self._displacement), 1, **self._drawing)
-        sizes = self._step_size * torch.exp(ANNEALING.jitter * (ANNEALING.longer - spread))
+        sizes = self._step_size * torch.exp(jitter * (longer - spread))
         momentum, displacement = self._normal(len(sizes)), self._displacement.clone()
-        energy = self._energy(self._losses, displacement, momentum)
+        energy = self._energy(self._losses, displacement) + 0.5 * momentum.square().sum(1)
         self._slopes.copy_(self._gradients)
 
         def kick(share: float) -> None:
@@ -166,11 +256,11 @@ class Particles:
             momentum.addcmul_(sizes, force, value=-share)
 
         kick(0.5)
-        for step in range(self._steps):
+        for step in range(steps):
             displacement.addcmul_(sizes, momentum)
             losses = self._evaluate(displacement)
-            kick(1.0 if step < self._steps - 1 else 0.5)
-        fall = energy - self._energy(losses, displacement, momentum)
+            kick(1.0 if step < steps - 1 else 0.5)
+        fall = energy - self._energy(losses, displacement) - 0.5 * momentum.square().sum(1)
         chance = fall.nan_to_num(nan=-math.inf).clamp_max(0).exp()
         accepted = torch.rand(len(chance), **self._drawing) < chance
         self._displacement = torch.where(accepted[:, None], displacement, self._displacement)
@@ -178,18 +268,17 @@ class Particles:
         self._losses = torch.where(accepted, losses, self._losses)
         return float(chance.mean())
 
-    def _energy(self, losses: Tensor, displacement: Tensor, momentum: Tensor) -> Tensor:
-        kinetic, restraint = momentum.square().sum(1), displacement.square().sum(1)
-        return self.nbeta * losses + 0.5 * (self._localization * restraint + kinetic)
+    def _energy(self, losses: Tensor, displacement: Tensor) -> Tensor:
+        return self.nbeta * losses + 0.5 * self._localization * displacement.square().sum(1)
 
     def _evaluate(self, displacement: Tensor) -> Tensor:
-        """L − L* of each particle, [R]; slopes go into their place."""
+        """L of each particle, [R]; slopes go into their place."""
         if interruption.is_set():
             raise InterruptedError
         self.gradients += 1
         torch.add(self._anchor, displacement, out=self._positions)
         # Beyond what can be computed no particle goes on.
-        return (self._evaluate_bound() - self._minimum).nan_to_num(nan=_OVERFLOW, posinf=_OVERFLOW)
+        return self._evaluate_bound().nan_to_num(nan=_OVERFLOW, posinf=_OVERFLOW)
 
     @property
     def _drawing(self) -> dict[str, Any]:

@@ -161,6 +161,13 @@ class Annealing:
         correlation: between losses before and after them, at most.
         first_steps, least_steps, most_steps: of a trajectory.
         lengthening, shortening: factors of their number, where trajectories are too short, or one does at once.
+        lost: log evidence of a population below that of the best, at most; they scatter by a few.
+        wide_acceptance: trajectories of all step sizes up to the first are made before the others while so many of them
+            are accepted: as on the arms of a crossing, where most of the posterior is far wider than the rest.
+        wide_every: and now and then, to see.
+        descent_steps: towards the mode, at a time,
+        descents: so many times at most,
+        descended: until it falls by less, in nats.
     """
 
     effective_share: float = 0.5
@@ -178,6 +185,12 @@ class Annealing:
     most_steps: int = 512
     lengthening: float = 1.5
     shortening: float = 1.1
+    lost: float = 12.0
+    wide_acceptance: float = 0.02
+    wide_every: int = 16
+    descent_steps: int = 10
+    descents: int = 10
+    descended: float = 0.003
 
 
 CALIBRATION, EQUILIBRIUM, MINIBATCH_NOISE, ANNEALING = Calibration(), Equilibrium(), MinibatchNoise(), Annealing()

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -6,8 +7,8 @@ import torch
 from torch import nn
 
 import groktrace
-from groktrace.analysis.llc import LLCEstimate
-from groktrace.analysis.temperature import find_plateau, temperature_curve_at
+from groktrace.analysis import limit
+from groktrace.analysis.temperature import temperature_curve_at
 from groktrace.errors import SettingsError
 from groktrace.run.files import read_json, write_json
 
@@ -25,7 +26,7 @@ def two_scales():
     return model, (x, model(x).detach()), torch.linalg.eigvalsh(x.double().T @ x.double() / 200)
 
 
-def test_the_curve_is_the_soft_rank_and_its_plateau_the_number_of_stiff_directions(two_scales):
+def test_the_curve_is_the_soft_rank(two_scales):
     model, train, spectrum = two_scales
     nbetas = [1.0, 100.0, 300.0, 1000.0]
     curve = groktrace.temperature_curve(model, half_square, train, nbetas, localization=1.0, chains=4)
@@ -33,16 +34,18 @@ def test_the_curve_is_the_soft_rank_and_its_plateau_the_number_of_stiff_directio
         exact = float(0.5 * (nbeta * spectrum / (nbeta * spectrum + 1.0)).sum())
         assert found.nbeta == nbeta
         assert found.llc == pytest.approx(exact, abs=3.5 * found.stderr)
-    assert curve.plateau == pytest.approx(5, rel=0.05)
-    assert curve.plateau_nbeta == (100.0, 1000.0)
-    assert json.loads(json.dumps(curve.to_dict()))["plateau_nbeta"] == [100.0, 1000.0]
+    assert curve.limit is None
+    assert json.loads(json.dumps(curve.to_dict()))["limit"] is None
 
 
-def test_default_temperatures_are_those_of_the_resolutions(two_scales):
+def test_default_temperatures_are_those_of_the_resolutions_and_a_limit_is_looked_for(two_scales, monkeypatch):
+    monkeypatch.setattr(limit, "LIMIT", dataclasses.replace(limit.LIMIT, most_gradients=400))
     model, train, spectrum = two_scales
     curve = groktrace.temperature_curve(model, half_square, train, draws=4, burn_in=4)
     ratios = [found.nbeta * float(spectrum.max()) / found.localization for found in curve.estimates]
     assert ratios == pytest.approx([1, 3, 10, 30, 100, 300], rel=0.05)
+    assert curve.limit.ladder[-1].nbeta > curve.estimates[0].nbeta
+    assert "where the budget of 400 gradients is spent" in curve.limit.reasons[0]
 
 
 QUICK = {"chains": 2, "burn_in": 5, "draws": 10}
@@ -88,26 +91,6 @@ def test_without_an_analysis_a_few_snapshots_tell_the_localization(tmp_path, eva
     measured = evaluated["metrics"]
     assert (measured[0], measured[1], measured[-1], len(measured)) == (3, 0, 99, 17)
     assert found.localization == pytest.approx(groktrace.analyze(run, **QUICK).localization, rel=0.1)
-
-
-def estimates(values, error=0.01):
-    def one(nbeta, llc):
-        return LLCEstimate(llc, error, None, None, True, (), nbeta, 1.0, 0.1, 2, 10, 10, 0.0, {})
-
-    return [one(10.0**i, value) for i, value in enumerate(values)]
-
-
-@pytest.mark.parametrize(
-    ("values", "span"),
-    [
-        ([1.0, 2.0, 5.0, 5.1, 5.0, 5.05, 9.0], (2, 6)),
-        ([1.0, 2.0, 3.0, 4.0, 5.0], None),
-        ([5.0, 5.0], None),
-        ([5.0, 5.0, None, 5.0, 5.0, 5.0], (3, 6)),
-    ],
-)
-def test_plateaus(values, span):
-    assert find_plateau(estimates(values)) == span
 
 
 def test_wrong_temperatures_are_named(two_scales):

@@ -1,4 +1,5 @@
-"""Measure how right groktrace's λ̂ is: known answers, error bars, settings, the reference run, planted failures.
+"""Measure how right groktrace's λ̂ is: known answers, error bars, settings, the reference run, planted
+failures, and the learning coefficient itself.
 
     python -m tools.accuracy all --out runs/accuracy
 
@@ -18,6 +19,7 @@ from tools.accuracy.coverage import run_coverage
 from tools.accuracy.failures import run_failures
 from tools.accuracy.insensitivity import run_insensitivity
 from tools.accuracy.known import run_known
+from tools.accuracy.limit import run_limit, run_limit_constants, run_limit_coverage
 from tools.accuracy.reference import run_reference
 from tools.common.tables import Verdict, print_verdicts
 
@@ -27,6 +29,9 @@ PARTS: dict[str, Callable[[Path, bool], list[Verdict]]] = {
     "insensitivity": run_insensitivity,
     "reference": run_reference,
     "failures": run_failures,
+    "limit": run_limit,
+    "limit-coverage": run_limit_coverage,
+    "limit-constants": run_limit_constants,
 }
 
 

@@ -1,7 +1,8 @@
 """Models whose local learning coefficient λ is known exactly."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ class KnownModel:
 
     Attributes:
         name: what it is called in tables.
-        family: "bowl", "teacher", "modular" or "reduced rank".
+        family: "bowl", "teacher", "modular", "reduced rank", "deep linear" or "crossing".
         model: the network at w*.
         loss: mean loss of (outputs, targets).
         train: inputs and targets.
@@ -67,6 +68,38 @@ class ReducedRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Outputs [n, M] for inputs [n, N]."""
         return x @ (self.A @ self.B).T
+
+
+class DeepLinear(nn.Module):
+    """f(x) = W_N ··· W_1 x of the true rank r: r×r blocks near 1.5, all other weights zero, the most singular point."""
+
+    def __init__(self, widths: Sequence[int], rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.layers = nn.ParameterList()
+        for inputs, outputs in itertools.pairwise(widths):
+            weight = torch.zeros(outputs, inputs)
+            weight[:rank, :rank] = 1.5 * torch.eye(rank) + 0.3 * torch.randn(rank, rank, generator=generator)
+            self.layers.append(nn.Parameter(weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs [n, H_N] for inputs [n, H_0]."""
+        for weight in self.layers:
+            x = x @ weight.T
+        return x
+
+
+class NormalCrossing(nn.Module):
+    """f = Π w_i^{k_i} at w = 0, so that its square is a normal crossing."""
+
+    def __init__(self, exponents: Sequence[int]) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(len(exponents)))
+        self.exponents = tuple(exponents)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product, for each of x [n]."""
+        factors = [weight**k for weight, k in zip(self.w, self.exponents, strict=True)]
+        return torch.stack(factors).prod() * x
 
 
 def half_square(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -173,6 +206,25 @@ def reduced_rank(m: int, h: int, n: int, r: int, nbeta: float, localization: flo
     train = (inputs, model(inputs).detach())
     name = f"M={m} H={h} N={n} r={r}"
     return KnownModel(name, "reduced rank", model, half_square, train, nbeta, localization, known.llc)
+
+
+def deep_linear(widths: Sequence[int], rank: int, nbeta: float, localization: float, seed: int = 0) -> KnownModel:
+    """A deep linear network at its most singular point, with white inputs."""
+    model = DeepLinear(widths, rank, torch.Generator().manual_seed(seed))
+    inputs = widths[0] ** 0.5 * torch.eye(widths[0])
+    exact = theory.deep_linear_llc(widths, rank).llc
+    name = f"{'-'.join(map(str, widths))} r={rank}"
+    train = (inputs, model(inputs).detach())
+    return KnownModel(name, "deep linear", model, half_square, train, nbeta, localization, exact)
+
+
+def normal_crossing(exponents: Sequence[int], nbeta: float, localization: float) -> KnownModel:
+    """L = ½Π w_i^{2k_i} at w = 0."""
+    inputs = torch.ones(1)
+    exact = theory.normal_crossing_llc(exponents).llc
+    name = f"k={','.join(map(str, exponents))}"
+    train = (inputs, torch.zeros(1))
+    return KnownModel(name, "crossing", NormalCrossing(exponents), half_square, train, nbeta, localization, exact)
 
 
 def spectrum_at(known: KnownModel) -> Tensor:

@@ -1,0 +1,130 @@
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import groktrace
+from groktrace.analysis import limit
+from groktrace.analysis.limit import LearningCoefficient, fit_limit
+from groktrace.errors import SettingsError, TaskError
+from groktrace.sampling.annealing import Level
+from tools.common.known_answers import deep_linear, normal_crossing, reduced_rank
+
+
+def find(known, **settings):
+    return groktrace.estimate_llc(known.model, known.loss, known.train, limit=True, **settings)
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        normal_crossing((1, 2), 1, 1),
+        reduced_rank(5, 3, 5, 1, 1, 1),
+        reduced_rank(2, 9, 3, 0, 1, 1),
+        deep_linear((6, 3, 3, 6), 2, 1, 1),
+    ],
+    ids=lambda known: known.name,
+)
+def test_singular_models_with_known_coefficients(known):
+    found = find(known)
+    assert found.reached
+    assert found.reasons == ()
+    assert found.llc == pytest.approx(known.exact, rel=0.05)
+    assert found.low - 0.02 * known.exact < known.exact < found.high + 0.02 * known.exact
+    assert found.plateau[1] / found.plateau[0] > 1e3
+    assert [point.nbeta for point in found.ladder] == sorted(point.nbeta for point in found.ladder)
+
+
+def test_a_result_goes_to_json_and_back_and_is_the_same_with_the_same_seed():
+    known = reduced_rank(2, 2, 2, 0, 1, 1)
+    found = find(known, locality=1.0)
+    assert LearningCoefficient.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert find(known, locality=1.0) == found
+    assert find(known, locality=1.0, seed=1) != found
+
+
+def test_the_bottom_may_be_away_from_the_snapshot():
+    # λ̂ counts from the loss at the posterior's mode: λ of a bowl is D/2 wherever in it the snapshot is.
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    model = nn.Linear(6, 1, bias=False)
+    target = x @ (model.weight.detach() + 0.1).T
+    found = groktrace.estimate_llc(model, "mse", (x, target), limit=True, locality=1.0)
+    assert found.low < 3 < found.high
+    assert found.minimum < 1e-10 < found.loss
+    assert found.distance == pytest.approx(0.1 * 6**0.5 / float(model.weight.detach().norm()), rel=0.01)
+
+
+def test_a_loss_that_falls_without_end_has_no_limit(monkeypatch):
+    monkeypatch.setattr(limit, "LIMIT", dataclasses.replace(limit.LIMIT, most_gradients=2000))
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    model = nn.Linear(2, 2)
+    found = groktrace.estimate_llc(model, "cross_entropy", (x, (x[:, 0] > 0).long()), limit=True)
+    assert found.llc is None
+    assert (found.low, found.high, found.plateau, found.reached) == (None, None, None, False)
+    (reason,) = found.reasons
+    assert reason.startswith(
+        ("left the basin: the loss is lower at a distance of", "not reached: λ̂ still depends on nβ")
+    )
+
+
+def test_a_budget_that_ends_is_said(monkeypatch):
+    monkeypatch.setattr(limit, "LIMIT", dataclasses.replace(limit.LIMIT, most_gradients=200))
+    found = find(reduced_rank(5, 3, 5, 1, 1, 1))
+    assert found.llc is None
+    assert found.reasons[0].startswith("not reached: λ̂ still depends on nβ, and is ")
+    assert found.reasons[0].endswith("where the budget of 200 gradients is spent")
+    assert 200 <= found.gradients < 400
+
+
+def test_settings_that_a_limit_does_not_have_are_refused():
+    with pytest.raises(SettingsError, match="nbeta: a limit has none; of the settings give localization, locality"):
+        find(normal_crossing((1,), 1, 1), nbeta=3.0)
+
+
+def test_a_loss_that_cannot_be_double_is_named():
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(2))
+            self.table = [torch.ones(2, 2)]
+
+        def forward(self, x):
+            return x @ self.table[0] @ self.w
+
+    data = torch.ones(4, 2), torch.ones(4)
+    with pytest.raises(TaskError, match=r"loss: cannot be computed in double precision .*; a limit needs it"):
+        groktrace.estimate_llc(Single(), "mse", data, limit=True)
+
+
+def levels(function, decades=12, noise=0.02, seed=0):
+    """A ladder of four populations along which λ̂ is a function of log nβ."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for place in torch.linspace(0, decades * math.log(10), 120).tolist():
+        scatter = 1 + noise * torch.randn(4, generator=generator)
+        found.append(Level(math.exp(place), tuple((function(place) * scatter).tolist()), (0.0,) * 4, 0.8))
+    return found
+
+
+def test_a_plateau_is_its_own_limit_and_its_beginning_is_found():
+    fit = fit_limit(levels(lambda t: 5 if t > 10 else 5 - 0.3 * (10 - t)))
+    assert fit.level == pytest.approx(5, rel=0.01)
+    assert abs(fit.beyond) < 0.1
+    assert math.log(fit.start) == pytest.approx(10, abs=3)
+
+
+def test_a_logarithmic_correction_is_made_up_for():
+    for m in (2, 3):
+        fit = fit_limit(levels(lambda t, m=m: 0.5 - (m - 1) / (t + 6), decades=20))
+        assert fit.level + fit.beyond == pytest.approx(0.5, abs=2.5 * fit.stderr + 0.002)
+        assert fit.multiplicity[0] < 0.05
+        assert sum(fit.multiplicity) == pytest.approx(1)
+
+
+def test_what_still_grows_or_is_short_has_no_limit():
+    assert fit_limit(levels(lambda t: 1 + 0.2 * t)) is None
+    assert fit_limit(levels(lambda t: 5.0, decades=2)) is None
+    assert fit_limit(levels(lambda t: 5.0, decades=4)) is not None
