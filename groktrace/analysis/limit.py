@@ -99,8 +99,19 @@ def learning_coefficient(
         widths = [settings.localization or 1.0]
     with failures_in_words("loss: cannot be computed in double precision", "a limit needs it."):
         loss, anchor = _in_double(objective.loss, weights)
-        found = [_find_limit(loss, anchor, localization, settings, key) for localization in widths]
-    return max(found, key=lambda limit: -math.inf if limit.llc is None else limit.llc)
+        loss.gradients(anchor[None])
+    found = [_find_limit(loss, anchor, localization, settings, key) for localization in widths]
+    return _closer(found)
+
+
+def _closer(found: Sequence[LearningCoefficient]) -> LearningCoefficient:
+    """The limit that is closer to λ: the surer one where two agree, else the larger; the first where there is none."""
+    reached = [limit for limit in found if limit.reached]
+    if not reached:
+        return found[0]
+    largest = max(reached, key=lambda limit: limit.llc or 0.0)
+    agreeing = [limit for limit in reached if (limit.high or 0.0) >= (largest.low or 0.0)]
+    return min(agreeing, key=lambda limit: (limit.high or 0.0) - (limit.low or 0.0))
 
 
 def _find_limit(
@@ -114,15 +125,17 @@ def _find_limit(
     most = min(LIMIT.most_nbeta, LIMIT.resolved / rounding if rounding else math.inf)
     levels: list[Level] = []
     fit: Fit | None = None
-    for levels in _anneal(particles, most):
+    for levels in _anneal(particles, most, float(anchor.norm())):
         fit = fit_limit(levels)
         long = fit is not None and levels[-1].nbeta >= LIMIT.enough * fit.start
         if long and fit.stderr <= LIMIT.extrapolated * settings.rtol * fit.level:
             break
-    reasons = _reasons(fit, levels, particles, most)
+    norm = float(anchor.norm())
+    left = _has_left(particles, norm)
+    reasons = _reasons(fit, levels, particles, most, norm)
     value = low = high = None
     if fit is not None and not reasons:
-        mean, error = _stay(particles, settings.rtol)
+        mean, error = (fit.level, fit.error) if left else _stay(particles, settings.rtol)
         value = mean + fit.beyond
         half = 1.96 * math.hypot(error, fit.stderr)
         low, high = value - half, value + half
@@ -140,7 +153,7 @@ def _find_limit(
         localization=localization,
         loss=first,
         minimum=particles.mode.loss,
-        distance=particles.distance,
+        distance=float(particles.mode.displacement.norm()) / norm if norm else None,
         gradients=particles.gradients,
     )
 
@@ -160,23 +173,25 @@ def _rounding(loss: StackedLoss, anchor: Tensor) -> float:
     return float(torch.cat([loss.gradients(one[None])[0] for one in nudged]).std())
 
 
-def _anneal(particles: Particles, most: float) -> Iterator[list[Level]]:
+def _anneal(particles: Particles, most: float, norm: float) -> Iterator[list[Level]]:
     """The levels so far, twice a decade, until nβ is `most` or the budget is spent."""
     levels: list[Level] = []
     shown = 0.0
     while particles.nbeta < most and particles.gradients < LIMIT.most_gradients:
-        levels.append(particles.cool(most))
-        if _has_left(particles):
+        level = particles.cool(most)
+        if levels and _has_left(particles, norm):  # what comes now is another basin's
             break
+        levels.append(level)
         if particles.nbeta > LIMIT.check_ratio * shown:
             shown = particles.nbeta
             yield levels
     yield levels
 
 
-def _has_left(particles: Particles) -> bool:
-    """Whether the posterior's mode is so far from w* that it is another basin's."""
-    return particles.distance is not None and particles.distance > LIMIT.near
+def _has_left(particles: Particles, norm: float) -> bool:
+    """Whether the posterior's mode has jumped, or is so far from w*, that it is another basin's."""
+    moved = float(particles.mode.displacement.norm())
+    return particles.jump > LIMIT.jump * norm or moved > LIMIT.near * norm > 0
 
 
 def _stay(particles: Particles, rtol: float) -> tuple[float, float]:
@@ -210,6 +225,7 @@ class Fit(NamedTuple):
     Attributes:
         start: nβ from which on it is.
         level: λ̂ at the end.
+        error: its standard error.
         beyond: λ less that, as the fit has it.
         stderr: the standard error of `beyond`.
         multiplicity: the probability of m = 1, 2, ...
@@ -217,6 +233,7 @@ class Fit(NamedTuple):
 
     start: float
     level: float
+    error: float
     beyond: float
     stderr: float
     multiplicity: tuple[float, ...]
@@ -281,6 +298,7 @@ def _fit(places: Tensor, llc: Tensor) -> Fit | None:
     return Fit(
         start=math.exp(places[0]),
         level=float((chance * level).sum()),
+        error=_population_error(((llc * weights[:, None]).sum(0) / weights.sum()).tolist()),
         beyond=float(missing + fading),
         stderr=float(variance.sqrt()),
         multiplicity=tuple(chance.sum((1, 2)).tolist()),
@@ -297,13 +315,16 @@ def _line(early: Tensor, values: Tensor, weights: Tensor) -> tuple[Tensor, Tenso
     return mean + fall * centre, fall
 
 
-def _reasons(fit: Fit | None, levels: Sequence[Level], particles: Particles, most: float) -> tuple[str, ...]:
+def _reasons(
+    fit: Fit | None, levels: Sequence[Level], particles: Particles, most: float, norm: float
+) -> tuple[str, ...]:
     """Why there is no limit."""
-    if _has_left(particles):
-        where = f"at a distance of {particles.distance:.2g} ‖w*‖, beyond nβ = {particles.nbeta:.3g}"
-        return (f"left the basin: the loss is lower {where}; a smaller locality keeps nearer",)
     if fit is not None and fit.stderr <= LIMIT.tolerated * fit.level:
         return ()
+    if _has_left(particles, norm):
+        distance = float(particles.mode.displacement.norm()) / norm
+        where = f"at a distance of {distance:.2g} ‖w*‖, which counts from nβ = {particles.nbeta:.3g}"
+        return (f"left the basin: the loss is lower {where}; a smaller locality keeps nearer",)
     last = levels[-1]
     if particles.nbeta < most:
         end = f"the budget of {LIMIT.most_gradients} gradients is spent"

@@ -133,7 +133,8 @@ class Limit:
 
     Attributes:
         localities: widths of the Gaussian that particles come from, relative to ‖w*‖.
-        near: so far the posterior's mode may be from w*, relative to ‖w*‖; a convention.
+        near: so far the posterior's mode may go from w* downhill, relative to ‖w*‖; a convention.
+        jump: so far it may be from another place with less loss; else that is in another basin.
         populations: of particles, whose scatter is the error.
         particle_weights: particles of a population times D, but for
         least_particles, most_particles: in any case; λ̂ of N particles is known to 1/√(λN).
@@ -161,6 +162,7 @@ class Limit:
 
     localities: tuple[float, ...] = (CALIBRATION.locality, 1.0)
     near: float = 0.5
+    jump: float = 0.05
     populations: int = 4
     particle_weights: int = 1024
     least_particles: int = 32

@@ -113,6 +113,7 @@ class Particles:
     Attributes:
         nbeta: nβ now.
         mode: of the posterior at this nβ.
+        jump: how far it went at once at most, where particles were below it.
         gradients: how often all particles' gradients were taken so far.
     """
 
@@ -127,7 +128,7 @@ class Particles:
         self._anchor, self._localization, self._shape = anchor, localization, shape
         self._generator = generator
         rows = torch.zeros(math.prod(shape), dtype=torch.long, device=anchor.device)
-        self.mode = Mode(loss, anchor, localization)
+        self.mode, self.jump = Mode(loss, anchor, localization), 0.0
         self._displacement = self._normal(math.prod(shape)) / math.sqrt(localization)
         self._positions = torch.empty_like(self._displacement)
         self._slopes = torch.empty_like(self._displacement)
@@ -156,11 +157,14 @@ class Particles:
             self._step_size *= math.sqrt(self.nbeta / nbeta)
         self.nbeta = nbeta
         level = self.move()
+        self.mode.descend(nbeta)
         energies = self._energy(self._losses, self._displacement)
         least = int(energies.argmin())
         if float(energies[least]) < self.mode.energy(nbeta):
+            before = self.mode.displacement
             self.mode.move(float(self._losses[least]), self._displacement[least])
-        self.mode.descend(nbeta)
+            self.mode.descend(nbeta)
+            self.jump = max(self.jump, float((self.mode.displacement - before).norm()))
         return replace(level, llc=self._llc())
 
     def move(self) -> Level:
@@ -181,12 +185,6 @@ class Particles:
         elif moves == 1:
             self._steps = max(math.floor(self._steps / ANNEALING.shortening), ANNEALING.least_steps)
         return Level(self.nbeta, self._llc(), tuple(self._log_evidence.tolist()), acceptance)
-
-    @property
-    def distance(self) -> float | None:
-        """Of the mode from w*, relative to ‖w*‖; None where that is 0."""
-        norm = float(self._anchor.norm())
-        return float(self.mode.displacement.norm()) / norm if norm else None
 
     def _llc(self) -> tuple[float, ...]:
         excess = (self._losses - self.mode.loss).view(self._shape)
