@@ -21,7 +21,7 @@ from groktrace.analysis.hessian import HessianMetrics
 from groktrace.analysis.identity import data_digest, identify
 from groktrace.analysis.journal import append_lines, exclusive, read_journal
 from groktrace.analysis.measure import Objective, SnapshotMetrics
-from groktrace.analysis.pilot import choose_sampling, choose_scale
+from groktrace.analysis.pilot import choose_sampling
 from groktrace.analysis.reference import Reference, jacobian_reference
 from groktrace.analysis.reminders import reminders
 from groktrace.analysis.setup import OtherData, choose_device, choose_task, run_layout
@@ -358,17 +358,13 @@ class Session:
             same = False
         return OtherSamples(self.other.name, data_digest(self.other.train), same)
 
-    def choose_scale(self, metrics: dict[int, SnapshotMetrics], before: Scale | None = None) -> Scale:
+    def choose_scale(self, metrics: dict[int, SnapshotMetrics]) -> Scale:
         """nβ and γ that these snapshots call for, and what few of them say of how to sample all.
 
         Args:
             metrics: by step.
-            before: what was chosen before, whose locality, samples and batches are kept.
         """
         known = list(metrics.values())
-        if before is not None:
-            scale = choose_scale(self.objective, known, locality=before.locality)
-            return scale._replace(samples=before.samples, batch_size=before.batch_size)
         self.report("locality, samples, batches", 0, 1)
         chosen = choose_sampling(self.objective, self._load, known, self.key, self.backend.threads)
         self.report("locality, samples, batches", 1, 1)
