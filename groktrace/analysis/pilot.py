@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from groktrace.errors import SettingsError
 from groktrace.sampling.batches import NoiseProfile
 from groktrace.sampling.calibration import Scale, posterior_scale, step_size
 from groktrace.sampling.chains import profile_noise
-from groktrace.sampling.engine import interruption
+from groktrace.sampling.interruption import interruption
 from groktrace.sampling.network import as_float
 from groktrace.sampling.posterior import FACTOR
 from groktrace.sampling.tuning import MINIBATCH_NOISE
@@ -220,7 +221,7 @@ def _run_threads(function: Callable[..., Any], arguments: Sequence[tuple[Any, ..
     if len(arguments) == 1:
         return [function(*arguments[0])]
     with ThreadPoolExecutor(len(arguments)) as pool:
-        futures = [pool.submit(function, *pair) for pair in arguments]
+        futures = [pool.submit(copy_context().run, function, *pair) for pair in arguments]
         try:
             return [future.result() for future in futures]
         except KeyboardInterrupt:

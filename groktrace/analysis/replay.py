@@ -1,7 +1,9 @@
 """A run directory in, a trajectory out: the one place that says what is done after what."""
 
+import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -12,6 +14,7 @@ import torch
 
 from groktrace.analysis.draws import Keep
 from groktrace.analysis.journal import exclusive
+from groktrace.analysis.measure import SnapshotMetrics
 from groktrace.analysis.passes import sample_adaptively, sample_in_passes, spread
 from groktrace.analysis.reference import Reference, check_reference
 from groktrace.analysis.results import TRAJECTORY_FILE, files_place, note_latest
@@ -19,11 +22,12 @@ from groktrace.analysis.session import Progress, Session, open_session
 from groktrace.analysis.setup import make_settings
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.analysis.tuning import PASSES
-from groktrace.errors import SettingsError
+from groktrace.errors import RunError, SettingsError
 from groktrace.run import layout
 from groktrace.run.store import Run
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import Scale, resolution
+from groktrace.sampling.interruption import TimeUpError, give_up_at
 from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 
 if TYPE_CHECKING:
@@ -80,7 +84,8 @@ def analyze(
             `if __name__ == "__main__":`, as with all of Python's multiprocessing.
         executor: instead of `jobs`, takes the work in pieces of some snapshots; its processes must reach the run
             directory by the same path, or by its URL. Only this process writes there.
-        time_limit: seconds after which no further snapshot is begun; a later call goes on. None for no limit.
+        time_limit: seconds after which no further snapshot is begun, and after twenty more those that were begun are
+            given up; a later call goes on. None for no limit.
         partial: called with the trajectory so far, every half minute or so.
         keep: what of the chains' draws is kept, for `Run.draws`: "draws" for their losses, "losses" also for the loss
             of each sample at each draw. λ is the same with it, and snapshots whose draws were not kept are sampled
@@ -96,11 +101,13 @@ def analyze(
 
     Raises:
         SettingsError: a setting is outside what it may be.
-        RunError: the run directory cannot be used, or none of its snapshots; or workers were lost.
+        RunError: the run directory cannot be used, or none of its snapshots; or workers were lost; or the time was up
+            before any snapshot was sampled.
         TaskError: the recording holds no loss to evaluate and none was given.
 
     Warns:
-        RuntimeWarning: the data of the task that was given are others than those recorded, or its loss is.
+        RuntimeWarning: the data of the task that was given are others than those recorded, or its loss is; or snapshots
+            were given up as the time was up.
     """
     check_reference(reference)
     chosen = make_settings(settings, options)
@@ -180,27 +187,60 @@ def replay(
     """
     large_set = session.objective.large_set
     first = [session.steps[i] for i in spread(session.steps, PASSES.coarse)] if large_set else None
-    metrics = session.metrics(first)
-    scale = session.fix_scale(metrics)
+    metrics, scale = _begin(session, first, deadline + PASSES.grace_seconds)
     # Before the sampling, so that a network too large for its rank is refused early.
     beside = session.rank() if reference == "jacobian" else None
     if isinstance(reference, float | int):
         beside = Reference(float(reference), "value")
     if adaptive:
-        metrics = session.metrics() if large_set else metrics
+        metrics = session.metrics(deadline=deadline) if large_set else metrics
+        wanted: list[int] = []
+
+        def measure(some: list[int]) -> dict[int, Point]:
+            wanted.extend(some)
+            return session.points(metrics, scale, some, deadline=deadline)
+
         points = sample_adaptively(
             [step for step in metrics if step in session.snapshots.fingerprints],
-            lambda wanted: session.points(metrics, scale, wanted),
+            measure,
             lambda done, total: session.report("sampling", done, total),
             session.objective.task.n,
             detector,
+            deadline,
         )
     else:
+        wanted = session.steps
         points = _sample_all(session, scale, beside, deadline, partial, detector)
+    unsampled = sum(step not in points and step in session.snapshots.fingerprints for step in wanted)
     if curvature:
-        found = session.hessian(sorted(points))
-        points = {step: replace(points[step], **hessian.to_dict()) for step, hessian in found.items()}
-    return finish(session, points, scale, beside, 0 if adaptive else len(session.steps) - len(points))
+        found = session.hessian(sorted(points), deadline)
+        points |= {step: replace(points[step], **hessian.to_dict()) for step, hessian in found.items()}
+    if session.given_up:
+        some = ", ".join(map(str, sorted(set(session.given_up))[:5])) + (", ..." if len(session.given_up) > 5 else "")
+        warnings.warn(
+            f"groktrace: the time was up while the snapshots of steps {some} were measured. The next analysis begins "
+            "them anew; where they take longer than all of its time, give it more (--time, time_limit).",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return finish(session, points, scale, beside, unsampled)
+
+
+def _begin(session: Session, first: list[int] | None, deadline: float) -> tuple[dict[int, SnapshotMetrics], Scale]:
+    """Losses and curvature of the snapshots from which nβ and γ are chosen, and these.
+
+    Raises:
+        RunError: the time is up before that.
+    """
+    wanted = session.steps if first is None else first
+    metrics = session.metrics(first, deadline)
+    if all(step in metrics or step not in session.snapshots.fingerprints for step in wanted):
+        with contextlib.suppress(TimeUpError), give_up_at(deadline):
+            return metrics, session.fix_scale(metrics)
+    raise RunError(
+        f"{session.snapshots.run.name}: the time was up before any snapshot was sampled, with losses and curvature of "
+        f"{len(metrics)} of {len(wanted)} snapshots measured, which are kept. Analyse again, for longer."
+    )
 
 
 def _sample_all(

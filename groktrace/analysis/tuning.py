@@ -77,6 +77,7 @@ class Passes:
             are sampled.
         stacks: of a pass where data are used whole.
         partial_seconds: between two results that show what there is so far.
+        grace_seconds: that what was begun may take when the time is up, before it is given up: most of it is then done.
         adaptive_coarse: snapshots of the first pass of `adaptive`.
         adaptive_share: of all snapshots, that `adaptive` samples at most, but for runs so short that it is no matter.
         phase: snapshots on either side of a transition whose λ tells its levels.
@@ -88,6 +89,7 @@ class Passes:
     round: int = 8
     stacks: int = 16
     partial_seconds: float = 15.0
+    grace_seconds: float = 20.0
     adaptive_coarse: int = 64
     adaptive_share: float = 0.1
     phase: int = 32

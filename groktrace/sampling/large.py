@@ -16,6 +16,7 @@ from torch import Tensor
 
 from groktrace.sampling.calibration import run_length
 from groktrace.sampling.engine import Target, sample_with_restarts
+from groktrace.sampling.interruption import check_interruption
 from groktrace.sampling.kernels.base import Dynamics
 from groktrace.sampling.network import Network
 from groktrace.sampling.noise import NormalNoise, generator_for
@@ -183,6 +184,7 @@ class LargeChains:
             if drawn is not None:
                 drawn.keep([0], torch.stack([network_sample_losses(self.network, c.position) for c in self.chains]))
             for c, chain in enumerate(self.chains):
+                check_interruption()
                 if measured and self.corrected and t % MINIBATCH_NOISE.every_large == 0:
                     self.heating.append(self._gradient_noise(chain))
                 record[t, 0, c] = self.nbeta * self._evaluate(chain)
@@ -316,6 +318,7 @@ def hessian_trace_large(network: Network, generator: torch.Generator, vectors: i
 
 def _hessian_product(network: Network, direction: Tensor, out: Tensor) -> float:
     """∇²L(w*)·v into `out`; returns v·∇²L(w*)·v. The place of v becomes that of the positions."""
+    check_interruption()
     norm = math.sqrt(sum(float(anchor.square().sum(dtype=torch.float64)) for _, anchor in network.pieces()))
     delta = _RELATIVE_STEP * norm if norm > 0 else _RELATIVE_STEP
     out.zero_()
