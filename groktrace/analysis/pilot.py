@@ -44,9 +44,9 @@ def choose_scale(objective: Objective, metrics: Sequence[SnapshotMetrics], **oth
             return posterior_scale(settings, n, dimension, math.nan, math.nan)
         raise SettingsError("nbeta: cannot be derived, as no snapshot has a finite loss; give nbeta and localization.")
     norm_squared = statistics.median(known.norm_squared for known in among)
-    tops = [known.top_curvature for known in among]
+    tops = [known.top_curvature for known in among if known.top_curvature > 0] or [0.0]
     # Under cross-entropy all curvatures shrink as margins grow: at one nβ, λ̂ would fall in every run.
-    follow = settings.nbeta == "curvature" or (settings.nbeta is None and max(tops) > PILOT.fallen * min(tops) > 0)
+    follow = settings.nbeta == "curvature" or (settings.nbeta is None and max(tops) > PILOT.fallen * min(tops))
     return posterior_scale(settings, n, dimension, norm_squared, statistics.median(tops), follow)
 
 
@@ -90,7 +90,7 @@ def choose_sampling(
     scale = choose_scale(objective, metrics)
     if settings.kernel.plain and large_set:  # as published: batches of all samples
         return scale._replace(samples=settings.samples, batch_size=settings.batch_size)
-    among = fitted(metrics)
+    among = [known for known in fitted(metrics) if scale.curvature is None or known.top_curvature > 0]
     tried = [among[round(i * (len(among) - 1) / PILOT.tried)] for i in range(PILOT.tried, 0, -1)]
     snapshots = [(known, weights) for known in dict.fromkeys(tried) if (weights := load(known.step)) is not None]
     free = settings.localization is None and settings.locality is None

@@ -258,9 +258,9 @@ def _sample_all(
 
     def measure(wanted: list[int]) -> dict[int, Point]:
         nonlocal done
-        fresh = sum(step not in known for step in wanted)
         metrics = session.metrics(wanted, deadline, quiet=True)
         wanted = [step for step in wanted if step in metrics]
+        fresh = sum(step not in known for step in wanted)
         before = done
 
         def report(finished: int, _: int) -> None:
