@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.measure import Objective, SnapshotMetrics
 from groktrace.analysis.pilot import choose_sampling
+from groktrace.analysis.progress import Progress, shown
 from groktrace.analysis.setup import choose_device, make_settings, weight_layout
 from groktrace.errors import TaskError
 from groktrace.run.task import Task
@@ -29,6 +30,7 @@ def estimate_llc(
     n: int | None = None,
     noise: str | None = None,
     device: str | torch.device | None = None,
+    progress: Progress | bool | None = None,
     settings: SamplingSettings | None = None,
     **options: "Unpack[SamplingOptions]",
 ) -> LLCEstimate:
@@ -43,6 +45,7 @@ def estimate_llc(
         n: the number of training samples, where `train` is a stream without an end or a length, or a sample of them.
         noise: "fixed" draws the random numbers of the loss once for each sample.
         device: where to compute; a GPU where there is one.
+        progress: called with (phase, done, in all); see `groktrace.analyze`.
         settings: of the sampling; None for the defaults.
         **options: fields of `groktrace.SamplingSettings`, in place of those of `settings`.
 
@@ -54,9 +57,18 @@ def estimate_llc(
         TaskError: model, loss and data do not fit together, or are not finite.
     """
     chosen = make_settings(settings, options)
-    objective, weights, metrics = prepare_point(model, loss, train, batch_loss, chosen, choose_device(device), n, noise)
-    scale = choose_sampling(objective, lambda step: weights, [metrics])
-    return objective.estimate([weights], [metrics], scale)[0]
+    place = choose_device(device)
+    with shown(progress) as report:
+        report("losses, curvature", 0, 1)
+        objective, weights, metrics = prepare_point(model, loss, train, batch_loss, chosen, place, n, noise)
+        report("losses, curvature", 1, 1)
+        report("locality, samples, batches", 0, 1)
+        scale = choose_sampling(objective, lambda step: weights, [metrics])
+        report("locality, samples, batches", 1, 1)
+        report("sampling", 0, 1)
+        estimate = objective.estimate([weights], [metrics], scale)[0]
+        report("sampling", 1, 1)
+    return estimate
 
 
 def prepare_point(

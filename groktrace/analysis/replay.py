@@ -16,9 +16,10 @@ from groktrace.analysis.draws import Keep
 from groktrace.analysis.journal import exclusive
 from groktrace.analysis.measure import SnapshotMetrics
 from groktrace.analysis.passes import sample_adaptively, sample_in_passes, spread
+from groktrace.analysis.progress import Progress, shown
 from groktrace.analysis.reference import Reference, check_reference
 from groktrace.analysis.results import TRAJECTORY_FILE, files_place, note_latest
-from groktrace.analysis.session import Progress, Session, open_session
+from groktrace.analysis.session import Session, open_session
 from groktrace.analysis.setup import make_settings
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.analysis.tuning import PASSES
@@ -45,7 +46,7 @@ def analyze(
     task: Task | None = None,
     task_name: str | None = None,
     device: str | torch.device | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     reference: float | Literal["jacobian"] | None = None,
     curvature: bool = False,
     adaptive: bool = False,
@@ -74,7 +75,9 @@ def analyze(
             is measured on the run's. Its results are kept apart from those of other losses and data.
         task_name: "package.module:factory", by which other processes import that task.
         device: where to compute; a GPU where there is one.
-        progress: called with (phase, snapshots done, snapshots in all).
+        progress: called with (phase, snapshots done, snapshots in all); by default it is shown on standard error, as a
+            bar on a terminal and in a notebook where it takes longer than two seconds, elsewhere in a line every 30.
+            False shows nothing.
         reference: a value of λ to show beside the trajectory; "jacobian" for half the rank of the Jacobian of the
             outputs on the training samples, at the last snapshot.
         curvature: whether to measure trace and top eigenvalue of the training loss's Hessian at each snapshot.
@@ -114,19 +117,22 @@ def analyze(
     if time_limit is not None and not time_limit > 0:
         raise SettingsError(f"time_limit: expected a positive number of seconds, got {time_limit!r}.")
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
-    with open_session(
-        run,
-        chosen,
-        task=task,
-        task_name=task_name,
-        device=device,
-        progress=progress,
-        jobs=jobs,
-        executor=executor,
-        train=train,
-        n=n,
-        draws=keep,
-    ) as session:
+    with (
+        shown(progress) as report,
+        open_session(
+            run,
+            chosen,
+            task=task,
+            task_name=task_name,
+            device=device,
+            progress=report,
+            jobs=jobs,
+            executor=executor,
+            train=train,
+            n=n,
+            draws=keep,
+        ) as session,
+    ):
         source = session.snapshots.run
 
         def show_partial(trajectory: Trajectory) -> None:

@@ -22,6 +22,7 @@ from groktrace.analysis.identity import data_digest, identify
 from groktrace.analysis.journal import append_lines, exclusive, read_journal
 from groktrace.analysis.measure import Objective, SnapshotMetrics
 from groktrace.analysis.pilot import choose_sampling
+from groktrace.analysis.progress import Progress, silent
 from groktrace.analysis.reference import Reference, jacobian_reference
 from groktrace.analysis.reminders import reminders
 from groktrace.analysis.setup import OtherData, choose_device, choose_task, run_layout
@@ -35,12 +36,7 @@ from groktrace.run.task import Task
 from groktrace.sampling.calibration import Scale
 from groktrace.sampling.settings import SamplingSettings
 
-Progress = Callable[[str, int, int], None]
 _RECORDS = {"metrics": SnapshotMetrics, "llc": Point, "hessian": HessianMetrics}
-
-
-def silent(phase: str, done: int, total: int) -> None:
-    """Report no progress."""
 
 
 @contextlib.contextmanager
