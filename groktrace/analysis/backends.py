@@ -62,6 +62,17 @@ def available_threads(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Have each operation done by one thread meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def thread_backend(evaluator: Evaluator, threads: int) -> Iterator["ThreadBackend"]:
     """Threads of this process, each of which evaluates one item after another on a core of its own.
 
