@@ -21,15 +21,18 @@ from typing import Protocol
 import torch
 
 from groktrace.analysis.evaluator import Evaluator, EvaluatorSpec, Result, WorkItem, evaluate_elsewhere
+from groktrace.analysis.tuning import PASSES
 from groktrace.errors import GroktraceError, RunError, SettingsError, SnapshotError
 from groktrace.run.store import Snapshot
-from groktrace.sampling.engine import interruption
+from groktrace.sampling.interruption import TimeUpError, give_up_at, interruption
 
 # Pools lost in a row, without an item finished between, until we take it that the next one would be lost too.
 MAX_LOSSES = 3
 CONNECT_SECONDS = 10
 
-Finished = Iterator[tuple[int, list[Result | SnapshotError]]]
+Results = list[Result | SnapshotError]
+# None of an item that was begun and given up, as the time was up.
+Finished = Iterator[tuple[int, Results | None]]
 
 
 class Backend(Protocol):
@@ -49,13 +52,24 @@ class Backend(Protocol):
         Args:
             items: the work.
             snapshots: the run's, by step.
-            deadline: until when to begin any, of `time.monotonic`.
+            deadline: until when to begin any, of `time.monotonic`; what is then begun is soon given up.
         """
 
 
 def available_threads(device: torch.device) -> int:
     """How many threads may evaluate at once: on a processor as many as PyTorch would use for one operation."""
     return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Have each operation done by one thread meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
@@ -101,19 +115,23 @@ class ThreadBackend:
     ) -> Finished:
         """See `Backend`."""
 
-        def one(item: WorkItem) -> list[Result | SnapshotError] | None:
+        def one(item: WorkItem) -> tuple[bool, Results | None]:
             if time.monotonic() > deadline:
-                return None
+                return False, None
             evaluator = self._idle.get()
             try:
-                return evaluator.evaluate(item, snapshots)
+                with give_up_at(deadline + PASSES.grace_seconds):
+                    return True, evaluator.evaluate(item, snapshots)
+            except TimeUpError:
+                return True, None
             finally:
                 self._idle.put(evaluator)
 
         futures = {self._pool.submit(one, item): number for number, item in enumerate(items)}
         try:
             for future in as_completed(futures):
-                if (results := future.result()) is not None:
+                begun, results = future.result()
+                if begun:
                     yield futures[future], results
         finally:
             for future in futures:
@@ -142,17 +160,18 @@ class ExecutorBackend:
             RunError: processes were lost again and again, or an item failed.
         """
         todo, losses = list(range(len(items))) if time.monotonic() <= deadline else [], 0
+        until = time.time() + deadline - time.monotonic()  # other machines have other clocks for the latter
         while todo:
             futures: dict[Future, int] = {}
             lost, failed = set(todo), None
             try:
                 with contextlib.suppress(BrokenExecutor):  # some of the futures tell it again
                     for number in todo:
-                        futures[self._executor.submit(evaluate_elsewhere, self._spec, items[number])] = number
+                        futures[self._executor.submit(evaluate_elsewhere, self._spec, items[number], until)] = number
                 for future in as_completed(futures):
                     number = futures[future]
                     try:
-                        results = future.result()
+                        begun, results = future.result()
                     except BrokenExecutor:
                         continue
                     except (Exception, CancelledError) as failure:
@@ -162,7 +181,8 @@ class ExecutorBackend:
                             other.cancel()
                         continue
                     lost.discard(number)
-                    yield number, results
+                    if begun:
+                        yield number, results
             finally:
                 for future in futures:
                     future.cancel()

@@ -1,6 +1,8 @@
 """What evaluates the snapshots of one run; any process can rebuild it from names and settings."""
 
+import math
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,12 +18,14 @@ from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.measure import Objective, SnapshotMetrics
 from groktrace.analysis.setup import OtherData, choose_task, run_layout
 from groktrace.analysis.trajectory import Point
+from groktrace.analysis.tuning import PASSES
 from groktrace.errors import RunError, SnapshotError
 from groktrace.run.factory import load_factory
 from groktrace.run.layout import ANALYSIS_FOLDER, DATA_FILE
 from groktrace.run.store import Run, Snapshot, open_run
 from groktrace.run.task import Task, failures_in_words
 from groktrace.sampling.calibration import Scale
+from groktrace.sampling.interruption import TimeUpError, give_up_at
 from groktrace.sampling.network import as_float
 from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
 
@@ -185,25 +189,42 @@ class Evaluator:
 _one_at_a_time = threading.Lock()
 
 
-def evaluate_elsewhere(spec: EvaluatorSpec, item: WorkItem) -> list[Result | SnapshotError]:
+def evaluate_elsewhere(
+    spec: EvaluatorSpec, item: WorkItem, until: float = math.inf
+) -> tuple[bool, list[Result | SnapshotError] | None]:
     """Evaluate an item in whatever process this is called; what it needs is read once and kept for the next one.
 
     Args:
         spec: how.
         item: what.
+        until: when to begin it at the latest, of `time.time`; soon after that it is given up.
+
+    Returns:
+        Whether it was begun, and its results; None where it was not, or was given up.
     """
     with _one_at_a_time:
-        evaluator, snapshots = _rebuild(spec)
+        left = until - time.time()
+        if left < 0:
+            return False, None
         try:
-            return evaluator.evaluate(item, snapshots)
-        except ReplacedError:  # the recording goes on, or there is another one since
-            run = open_run(spec.run)
-            if recorded_digest(run) != spec.identity.recorded:
-                _rebuild.cache_clear()
-                evaluator, snapshots = _rebuild(spec)
-            snapshots.clear()
-            snapshots.update((snapshot.step, snapshot) for snapshot in run.snapshots)
-            return evaluator.evaluate(item, snapshots)
+            with give_up_at(time.monotonic() + left + PASSES.grace_seconds):
+                return True, _evaluate_here(spec, item)
+        except TimeUpError:
+            return True, None
+
+
+def _evaluate_here(spec: EvaluatorSpec, item: WorkItem) -> list[Result | SnapshotError]:
+    evaluator, snapshots = _rebuild(spec)
+    try:
+        return evaluator.evaluate(item, snapshots)
+    except ReplacedError:  # the recording goes on, or there is another one since
+        run = open_run(spec.run)
+        if recorded_digest(run) != spec.identity.recorded:
+            _rebuild.cache_clear()
+            evaluator, snapshots = _rebuild(spec)
+        snapshots.clear()
+        snapshots.update((snapshot.step, snapshot) for snapshot in run.snapshots)
+        return evaluator.evaluate(item, snapshots)
 
 
 @lru_cache(maxsize=1)

@@ -13,7 +13,7 @@ import torch
 
 from groktrace.analysis.detection import Detector, EarlyWarning, Transition, find_transitions, last_fall
 from groktrace.analysis.draws import Keep
-from groktrace.analysis.measure import SnapshotMetrics
+from groktrace.analysis.live_scale import LiveScale
 from groktrace.analysis.reference import check_reference
 from groktrace.analysis.replay import finish, replay, show_by
 from groktrace.analysis.results import POINTS_FILE, check_positive
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 LIVE_FILE = "live.json"
 POLL_SECONDS = 1.0
-# nβ or γ that the snapshots call for may differ by this factor from those in use, until all is measured anew.
-RESCALE = 1.5
 
 
 @dataclass(frozen=True)
@@ -220,7 +218,7 @@ def _follow_session(
 ) -> Generator[Event, None, Run | None]:
     """The same for an open analysis; returns the run where other weights have begun to train, else None at the end."""
     announced = _Announced(session.folder / LIVE_FILE)
-    metrics: dict[int, SnapshotMetrics] = {}
+    scales = LiveScale(session, announced.scaled_at, announced.scale)
     points: dict[int, Point] = {}
     fresh, last_news = session.steps, time.monotonic()
     while True:
@@ -231,12 +229,12 @@ def _follow_session(
             return run  # weights have begun to train, so that all is measured anew, with these
         fresh += session.snapshots.add(run.snapshots)
         if fresh:
-            metrics |= session.metrics(fresh)
-            scale = live_scale(session, metrics, announced.scale)
+            scales.add(session.metrics(fresh))
+            metrics, scale = scales.metrics, scales.choose()
             if scale is not None:
                 journal = _journal(session, scale)
                 if scale != announced.scale:
-                    announced.rescale(scale)
+                    announced.rescale(scale, scales.step)
                     points = {}
                     yield Scaled(*scale[:3])
                 if not points:  # those of before an interruption
@@ -264,30 +262,6 @@ def _follow_session(
     return None
 
 
-def live_scale(session: Session, metrics: dict[int, SnapshotMetrics], current: Scale | None) -> Scale | None:
-    """nβ and γ to measure with now; None where the snapshots do not tell yet.
-
-    Args:
-        session: an open analysis.
-        metrics: of the snapshots so far.
-        current: nβ and γ in use.
-    """
-    kept, settings = session.kept_scale(), session.objective.settings
-    if kept is not None:
-        return kept
-    given = settings.nbeta not in (None, "curvature") and settings.localization is not None
-    if given or session.own_scale() is not None:  # known beforehand
-        return session.fix_scale(metrics)
-    try:
-        wanted = session.choose_scale(metrics, current)
-    except SettingsError:  # nothing finite, or no curvature yet
-        return current
-    if current is None or (wanted.curvature is None) != (current.curvature is None):
-        return wanted
-    moved = any(max(a / b, b / a) > RESCALE for a, b in zip(wanted[:2], current[:2], strict=True))
-    return wanted if moved else current
-
-
 def _journal(session: Session, scale: Scale) -> str:
     """Where points at this scale are kept: with the final ones, if it is the final one."""
     if scale == session.kept_scale():
@@ -305,11 +279,19 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _State:
-    """What live.json keeps: the nβ and γ in use, all that was announced, and the last warning of a fall that lasts."""
+    """What live.json keeps.
+
+    Attributes:
+        scale: nβ and γ in use.
+        said: all that was announced.
+        warned: step of the last warning, of a fall that lasts.
+        scaled_at: of the last snapshot that `scale` was chosen from.
+    """
 
     scale: Annotated[Scale | None, check_positive]
     said: tuple[_Entry, ...]
     warned: int | None = None
+    scaled_at: int | None = None
 
 
 class _Announced:
@@ -333,9 +315,14 @@ class _Announced:
         """nβ and γ in use."""
         return self._state.scale
 
-    def rescale(self, scale: Scale) -> None:
+    @property
+    def scaled_at(self) -> int | None:
+        """Step of the last snapshot that they were chosen from."""
+        return self._state.scaled_at
+
+    def rescale(self, scale: Scale, step: int | None) -> None:
         """Measure at another nβ and γ from now on."""
-        self._save(replace(self._state, scale=scale))
+        self._save(replace(self._state, scale=scale, scaled_at=step))
 
     def warn(self, fall: EarlyWarning | None) -> list[EarlyWarning]:
         """The warning of a fall that is clear, once until λ falls no more.

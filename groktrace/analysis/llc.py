@@ -15,7 +15,7 @@ from groktrace.sampling.traces import Traces
 OFF_MINIMUM = "not at a minimum: the loss falls on moving away from the snapshot"
 PERHAPS_OFF = "perhaps not at a minimum: a single chain cannot tell a slope from a loss of higher degree"
 # Beginnings of the reasons after which neither λ̂ nor λ_c is the basin's.
-NOT_THE_BASIN = ("left the basin", "leaving the basin", "not local", "not equilibrated", "diverging")
+NOT_THE_BASIN = ("no basin", "left the basin", "leaving the basin", "not local", "not equilibrated", "diverging")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,12 @@ def summarise(
     bowl = float((0.5 * traces.virial - traces.delta_loss).abs().mean()) <= RELIABILITY.bending * llc
     # Neither of `far` and `bent` alone does harm: in a quadratic bowl the estimate is exact however wide it is, and a
     # singular loss is of higher degree however close one looks.
-    if climb > RELIABILITY.climb and not bowl:
+    if climb > RELIABILITY.climb and not bowl and guess - loss <= RELIABILITY.chance * abs(guess):
+        reasons.append(
+            f"no basin: the loss at the snapshot, {loss:.4g}, is already that of chance, {guess:.4g}, so that there is "
+            "nothing to stay in"
+        )
+    elif climb > RELIABILITY.climb and not bowl:
         reasons.append(
             f"left the basin: the chains' loss has climbed {100 * climb:.0f} % of the way from {loss:.3g} at the "
             f"snapshot to {guess:.3g}, that of chance; use a smaller locality"
@@ -184,7 +189,7 @@ def summarise(
     value, error = llc, stderr
     if by_centred and centred is not None and stderr_centred is not None:
         value, error = centred, stderr_centred
-    if error > 2 * settings.rtol * max(abs(value), 1e-300) and not reasons:
+    if error > 2 * settings.rtol * max(abs(value), RELIABILITY.least) and not reasons:
         reasons.append(f"too few draws (standard error {100 * error / max(abs(value), 1e-300):.1f} %)")
     return LLCEstimate(
         llc,

@@ -302,9 +302,8 @@ class Objective:
         """‖w*‖² and top curvature of one large network."""
         loss = self.loss.subset(self._curvature_samples()) if self.large_set else self.loss
         network = Network(loss, weights)
-        norm_squared = sum(float(anchor.square().sum(dtype=torch.float64)) for _, anchor in network.pieces())
         generator = generator_for(self.settings.seed, key, 0, "curvature", loss.device)
-        return norm_squared, top_eigenvalue_large(network, generator)
+        return network.norm_squared(), top_eigenvalue_large(network, generator)
 
     def _curvature_loss(self) -> StackedLoss:
         """The loss from which the curvature is taken, without the choice among its samples."""

@@ -5,6 +5,7 @@ import heapq
 import itertools
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -73,6 +74,7 @@ def sample_adaptively(
     report: Callable[[int, int], None],
     n: int | None = None,
     detector: Detector | None = None,
+    deadline: float = math.inf,
 ) -> dict[int, Point]:
     """Sample evenly spread snapshots first, then between those where a transition is or may be.
 
@@ -87,6 +89,7 @@ def sample_adaptively(
         report: called with (snapshots sampled, the most that will be).
         n: number of training samples.
         detector: of the transitions; see `find_transitions`.
+        deadline: until when to begin another round, of `time.monotonic`.
 
     Returns:
         The points that were sampled, by step.
@@ -99,6 +102,8 @@ def sample_adaptively(
         tried |= set(wanted)
         points |= measure([steps[i] for i in wanted])
         report(len(tried), limit)
+        if time.monotonic() > deadline:
+            break
         wanted = sorted(_next(steps, tried, points, n, detector)[: min(PASSES.round, limit - len(tried))])
     return points
 

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from groktrace.errors import SettingsError
 from groktrace.sampling.batches import NoiseProfile
 from groktrace.sampling.calibration import Scale, posterior_scale, step_size
 from groktrace.sampling.chains import profile_noise
-from groktrace.sampling.engine import interruption
+from groktrace.sampling.interruption import interruption
 from groktrace.sampling.network import as_float
 from groktrace.sampling.posterior import FACTOR
 from groktrace.sampling.tuning import MINIBATCH_NOISE
@@ -43,9 +44,9 @@ def choose_scale(objective: Objective, metrics: Sequence[SnapshotMetrics], **oth
             return posterior_scale(settings, n, dimension, math.nan, math.nan)
         raise SettingsError("nbeta: cannot be derived, as no snapshot has a finite loss; give nbeta and localization.")
     norm_squared = statistics.median(known.norm_squared for known in among)
-    tops = [known.top_curvature for known in among]
+    tops = [known.top_curvature for known in among if known.top_curvature > 0] or [0.0]
     # Under cross-entropy all curvatures shrink as margins grow: at one nβ, λ̂ would fall in every run.
-    follow = settings.nbeta == "curvature" or (settings.nbeta is None and max(tops) > PILOT.fallen * min(tops) > 0)
+    follow = settings.nbeta == "curvature" or (settings.nbeta is None and max(tops) > PILOT.fallen * min(tops))
     return posterior_scale(settings, n, dimension, norm_squared, statistics.median(tops), follow)
 
 
@@ -89,7 +90,7 @@ def choose_sampling(
     scale = choose_scale(objective, metrics)
     if settings.kernel.plain and large_set:  # as published: batches of all samples
         return scale._replace(samples=settings.samples, batch_size=settings.batch_size)
-    among = fitted(metrics)
+    among = [known for known in fitted(metrics) if scale.curvature is None or known.top_curvature > 0]
     tried = [among[round(i * (len(among) - 1) / PILOT.tried)] for i in range(PILOT.tried, 0, -1)]
     snapshots = [(known, weights) for known in dict.fromkeys(tried) if (weights := load(known.step)) is not None]
     free = settings.localization is None and settings.locality is None
@@ -220,7 +221,7 @@ def _run_threads(function: Callable[..., Any], arguments: Sequence[tuple[Any, ..
     if len(arguments) == 1:
         return [function(*arguments[0])]
     with ThreadPoolExecutor(len(arguments)) as pool:
-        futures = [pool.submit(function, *pair) for pair in arguments]
+        futures = [pool.submit(copy_context().run, function, *pair) for pair in arguments]
         try:
             return [future.result() for future in futures]
         except KeyboardInterrupt:

@@ -1,7 +1,9 @@
 """A run directory in, a trajectory out: the one place that says what is done after what."""
 
+import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -12,18 +14,21 @@ import torch
 
 from groktrace.analysis.draws import Keep
 from groktrace.analysis.journal import exclusive
+from groktrace.analysis.measure import SnapshotMetrics
 from groktrace.analysis.passes import sample_adaptively, sample_in_passes, spread
+from groktrace.analysis.progress import Progress, shown
 from groktrace.analysis.reference import Reference, check_reference
 from groktrace.analysis.results import TRAJECTORY_FILE, files_place, note_latest
-from groktrace.analysis.session import Progress, Session, open_session
+from groktrace.analysis.session import Session, open_session
 from groktrace.analysis.setup import make_settings
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.analysis.tuning import PASSES
-from groktrace.errors import SettingsError
+from groktrace.errors import RunError, SettingsError
 from groktrace.run import layout
 from groktrace.run.store import Run
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import Scale, resolution
+from groktrace.sampling.interruption import TimeUpError, give_up_at
 from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 
 if TYPE_CHECKING:
@@ -41,7 +46,7 @@ def analyze(
     task: Task | None = None,
     task_name: str | None = None,
     device: str | torch.device | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     reference: float | Literal["jacobian"] | None = None,
     curvature: bool = False,
     adaptive: bool = False,
@@ -70,7 +75,9 @@ def analyze(
             is measured on the run's. Its results are kept apart from those of other losses and data.
         task_name: "package.module:factory", by which other processes import that task.
         device: where to compute; a GPU where there is one.
-        progress: called with (phase, snapshots done, snapshots in all).
+        progress: called with (phase, snapshots done, snapshots in all); by default it is shown on standard error, as a
+            bar on a terminal and in a notebook where it takes longer than two seconds, elsewhere in a line every 30.
+            False shows nothing.
         reference: a value of λ to show beside the trajectory; "jacobian" for half the rank of the Jacobian of the
             outputs on the training samples, at the last snapshot.
         curvature: whether to measure trace and top eigenvalue of the training loss's Hessian at each snapshot.
@@ -80,7 +87,8 @@ def analyze(
             `if __name__ == "__main__":`, as with all of Python's multiprocessing.
         executor: instead of `jobs`, takes the work in pieces of some snapshots; its processes must reach the run
             directory by the same path, or by its URL. Only this process writes there.
-        time_limit: seconds after which no further snapshot is begun; a later call goes on. None for no limit.
+        time_limit: seconds after which no further snapshot is begun, and after twenty more those that were begun are
+            given up; a later call goes on. None for no limit.
         partial: called with the trajectory so far, every half minute or so.
         keep: what of the chains' draws is kept, for `Run.draws`: "draws" for their losses, "losses" also for the loss
             of each sample at each draw. λ is the same with it, and snapshots whose draws were not kept are sampled
@@ -96,30 +104,35 @@ def analyze(
 
     Raises:
         SettingsError: a setting is outside what it may be.
-        RunError: the run directory cannot be used, or none of its snapshots; or workers were lost.
+        RunError: the run directory cannot be used, or none of its snapshots; or workers were lost; or the time was up
+            before any snapshot was sampled.
         TaskError: the recording holds no loss to evaluate and none was given.
 
     Warns:
-        RuntimeWarning: the data of the task that was given are others than those recorded, or its loss is.
+        RuntimeWarning: the data of the task that was given are others than those recorded, or its loss is; or snapshots
+            were given up as the time was up.
     """
     check_reference(reference)
     chosen = make_settings(settings, options)
     if time_limit is not None and not time_limit > 0:
         raise SettingsError(f"time_limit: expected a positive number of seconds, got {time_limit!r}.")
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
-    with open_session(
-        run,
-        chosen,
-        task=task,
-        task_name=task_name,
-        device=device,
-        progress=progress,
-        jobs=jobs,
-        executor=executor,
-        train=train,
-        n=n,
-        draws=keep,
-    ) as session:
+    with (
+        shown(progress) as report,
+        open_session(
+            run,
+            chosen,
+            task=task,
+            task_name=task_name,
+            device=device,
+            progress=report,
+            jobs=jobs,
+            executor=executor,
+            train=train,
+            n=n,
+            draws=keep,
+        ) as session,
+    ):
         source = session.snapshots.run
 
         def show_partial(trajectory: Trajectory) -> None:
@@ -180,27 +193,60 @@ def replay(
     """
     large_set = session.objective.large_set
     first = [session.steps[i] for i in spread(session.steps, PASSES.coarse)] if large_set else None
-    metrics = session.metrics(first)
-    scale = session.fix_scale(metrics)
+    metrics, scale = _begin(session, first, deadline + PASSES.grace_seconds)
     # Before the sampling, so that a network too large for its rank is refused early.
     beside = session.rank() if reference == "jacobian" else None
     if isinstance(reference, float | int):
         beside = Reference(float(reference), "value")
     if adaptive:
-        metrics = session.metrics() if large_set else metrics
+        metrics = session.metrics(deadline=deadline) if large_set else metrics
+        wanted: list[int] = []
+
+        def measure(some: list[int]) -> dict[int, Point]:
+            wanted.extend(some)
+            return session.points(metrics, scale, some, deadline=deadline)
+
         points = sample_adaptively(
             [step for step in metrics if step in session.snapshots.fingerprints],
-            lambda wanted: session.points(metrics, scale, wanted),
+            measure,
             lambda done, total: session.report("sampling", done, total),
             session.objective.task.n,
             detector,
+            deadline,
         )
     else:
+        wanted = session.steps
         points = _sample_all(session, scale, beside, deadline, partial, detector)
+    unsampled = sum(step not in points and step in session.snapshots.fingerprints for step in wanted)
     if curvature:
-        found = session.hessian(sorted(points))
-        points = {step: replace(points[step], **hessian.to_dict()) for step, hessian in found.items()}
-    return finish(session, points, scale, beside, 0 if adaptive else len(session.steps) - len(points))
+        found = session.hessian(sorted(points), deadline)
+        points |= {step: replace(points[step], **hessian.to_dict()) for step, hessian in found.items()}
+    if session.given_up:
+        some = ", ".join(map(str, sorted(set(session.given_up))[:5])) + (", ..." if len(session.given_up) > 5 else "")
+        warnings.warn(
+            f"groktrace: the time was up while the snapshots of steps {some} were measured. The next analysis begins "
+            "them anew; where they take longer than all of its time, give it more (--time, time_limit).",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return finish(session, points, scale, beside, unsampled)
+
+
+def _begin(session: Session, first: list[int] | None, deadline: float) -> tuple[dict[int, SnapshotMetrics], Scale]:
+    """Losses and curvature of the snapshots from which nβ and γ are chosen, and these.
+
+    Raises:
+        RunError: the time is up before that.
+    """
+    wanted = session.steps if first is None else first
+    metrics = session.metrics(first, deadline)
+    if all(step in metrics or step not in session.snapshots.fingerprints for step in wanted):
+        with contextlib.suppress(TimeUpError), give_up_at(deadline):
+            return metrics, session.fix_scale(metrics)
+    raise RunError(
+        f"{session.snapshots.run.name}: the time was up before any snapshot was sampled, with losses and curvature of "
+        f"{len(metrics)} of {len(wanted)} snapshots measured, which are kept. Analyse again, for longer."
+    )
 
 
 def _sample_all(
@@ -218,9 +264,9 @@ def _sample_all(
 
     def measure(wanted: list[int]) -> dict[int, Point]:
         nonlocal done
-        fresh = sum(step not in known for step in wanted)
         metrics = session.metrics(wanted, deadline, quiet=True)
         wanted = [step for step in wanted if step in metrics]
+        fresh = sum(step not in known for step in wanted)
         before = done
 
         def report(finished: int, _: int) -> None:

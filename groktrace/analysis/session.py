@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from groktrace.analysis.hessian import HessianMetrics
 from groktrace.analysis.identity import data_digest, identify
 from groktrace.analysis.journal import append_lines, exclusive, read_journal
 from groktrace.analysis.measure import Objective, SnapshotMetrics
-from groktrace.analysis.pilot import choose_sampling, choose_scale
+from groktrace.analysis.pilot import choose_sampling
+from groktrace.analysis.progress import Progress, silent
 from groktrace.analysis.reference import Reference, jacobian_reference
 from groktrace.analysis.reminders import reminders
 from groktrace.analysis.setup import OtherData, choose_device, choose_task, run_layout
@@ -35,12 +36,7 @@ from groktrace.run.task import Task
 from groktrace.sampling.calibration import Scale
 from groktrace.sampling.settings import SamplingSettings
 
-Progress = Callable[[str, int, int], None]
 _RECORDS = {"metrics": SnapshotMetrics, "llc": Point, "hessian": HessianMetrics}
-
-
-def silent(phase: str, done: int, total: int) -> None:
-    """Report no progress."""
 
 
 @contextlib.contextmanager
@@ -158,6 +154,7 @@ class Session:
         draws: what is kept of the draws behind final points; None for nothing.
         other: samples in place of the run's own; None for these.
         own_folder: where the results of the same settings on the run's own samples lie, or would, beside those.
+        given_up: steps of the snapshots that were begun when the time was up, and are not finished.
     """
 
     evaluator: Evaluator
@@ -169,6 +166,7 @@ class Session:
     draws: KeptDraws | None = None
     other: OtherData | None = None
     own_folder: Path | None = None
+    given_up: list[int] = field(default_factory=list)
 
     @property
     def objective(self) -> Objective:
@@ -224,14 +222,15 @@ class Session:
         report, stack = report or partial(silent, ""), self.objective.llc_stack(scale)
         return self._with_logged(self._measure("llc", journal, stack, among, report, deadline, metrics, scale))
 
-    def hessian(self, among: Sequence[int]) -> dict[int, HessianMetrics]:
+    def hessian(self, among: Sequence[int], deadline: float = math.inf) -> dict[int, HessianMetrics]:
         """Trace and top eigenvalue of the Hessian, by step.
 
         Args:
             among: the steps wanted.
+            deadline: until when to begin any, of `time.monotonic`.
         """
         stack, report = self.objective.metrics_stack, partial(self.report, "Hessian")
-        return self._measure("hessian", results.HESSIAN_FILE, stack, among, report)
+        return self._measure("hessian", results.HESSIAN_FILE, stack, among, report, deadline)
 
     def _measure(
         self,
@@ -249,7 +248,7 @@ class Session:
         Stacks are cut out of `among` whatever is known already, so that a result does not depend on what was.
         """
         path, parse = self.folder / journal, _RECORDS[phase].from_dict
-        known = read_journal(path, parse) if self.keep else {}
+        known = kept = read_journal(path, parse) if self.keep else {}
         fingerprints, draws = self.snapshots.fingerprints, self.draws if journal == results.POINTS_FILE else None
         for step, fingerprint in fingerprints.items():
             if fingerprint in known and known[fingerprint].step != step:
@@ -261,18 +260,15 @@ class Session:
         missing = [steps for steps in stacks if any(fingerprints[step] not in known for step in steps)]
         done = len(ordered) - sum(len(steps) for steps in missing)
         report(done, len(ordered))
-        items = [
-            WorkItem(
-                phase,
-                steps,
-                tuple(fingerprints[step] for step in steps),
-                () if metrics is None else tuple(metrics[step] for step in steps),
-                scale,
-                draws and draws.what,
-            )
-            for steps in missing
-        ]
+        items = []
+        for steps in missing:
+            names = tuple(fingerprints[step] for step in steps)
+            own = () if metrics is None else tuple(metrics[step] for step in steps)
+            items.append(WorkItem(phase, steps, names, own, scale, draws and draws.what))
         for number, found in self.backend.evaluate(items, self.snapshots.by_step, deadline):
+            if found is None:
+                self.given_up += missing[number]
+                continue
             lines = []
             for step, result in zip(missing[number], found, strict=True):
                 if isinstance(result, SnapshotError):
@@ -281,8 +277,10 @@ class Session:
                     if draws is not None:
                         result = draws.take(*result, fingerprints[step])
                     plain = result.to_dict()
-                    lines.append({"snapshot": fingerprints[step], **plain})
-                    known[fingerprints[step]] = parse(plain)
+                    again = parse(plain)
+                    if again != kept.get(fingerprints[step]):  # which it is where its draws alone were lacking
+                        lines.append({"snapshot": fingerprints[step], **plain})
+                    known[fingerprints[step]] = again
             if self.keep:
                 append_lines(path, lines)
                 self.snapshots.run.publish(path)
@@ -358,17 +356,13 @@ class Session:
             same = False
         return OtherSamples(self.other.name, data_digest(self.other.train), same)
 
-    def choose_scale(self, metrics: dict[int, SnapshotMetrics], before: Scale | None = None) -> Scale:
+    def choose_scale(self, metrics: dict[int, SnapshotMetrics]) -> Scale:
         """nβ and γ that these snapshots call for, and what few of them say of how to sample all.
 
         Args:
             metrics: by step.
-            before: what was chosen before, whose locality, samples and batches are kept.
         """
         known = list(metrics.values())
-        if before is not None:
-            scale = choose_scale(self.objective, known, locality=before.locality)
-            return scale._replace(samples=before.samples, batch_size=before.batch_size)
         self.report("locality, samples, batches", 0, 1)
         chosen = choose_sampling(self.objective, self._load, known, self.key, self.backend.threads)
         self.report("locality, samples, batches", 1, 1)

@@ -78,6 +78,7 @@ class Passes:
             are sampled.
         stacks: of a pass where data are used whole.
         partial_seconds: between two results that show what there is so far.
+        grace_seconds: that what was begun may take when the time is up, before it is given up: most of it is then done.
         adaptive_coarse: snapshots of the first pass of `adaptive`.
         adaptive_share: of all snapshots, that `adaptive` samples at most, but for runs so short that it is no matter.
         phase: snapshots on either side of a transition whose λ tells its levels.
@@ -89,6 +90,7 @@ class Passes:
     round: int = 8
     stacks: int = 16
     partial_seconds: float = 15.0
+    grace_seconds: float = 20.0
     adaptive_coarse: int = 64
     adaptive_share: float = 0.1
     phase: int = 32
@@ -109,10 +111,13 @@ class Reliability:
         distance: of the chains from w*, relative to ‖w*‖.
         heating: by minibatches, relative to λ̂.
         climb: of the loss, as a share of the way to that of chance.
+        chance: a loss that is below that of chance by no more than this share of it has no basin to climb out of.
         bending: a loss that is quadratic to within so much at each draw, as that of a linear model, is a bowl all the
             way up.
         flattening: below 1 by so much, anharmonicity tells of a loss that flattens out: no basin does, while a singular
             loss, of higher degree, is above 1.
+        least: a λ below this needs no smaller error than this one does, 0.05 at the default `rtol`: a direction counts
+            for a half, and what is nearly zero has no relative error.
         untold: with a single chain, λ̂ below ½E[(w − w*)·nβ∇L] by so much may be a slope's.
     """
 
@@ -122,8 +127,10 @@ class Reliability:
     distance: float = 0.5
     heating: float = 0.03
     climb: float = 0.5
+    chance: float = 0.05
     bending: float = 0.02
     flattening: float = 0.2
+    least: float = 1.25
     untold: float = 0.1
 
 

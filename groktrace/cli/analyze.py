@@ -6,7 +6,6 @@ from typing import Any
 import click
 
 from groktrace.cli.options import ANALYSIS, JSON, RUN, Command, ExpertOption, as_keywords, options
-from groktrace.cli.phases import Phases
 from groktrace.cli.results import finish, more_reporters, write_logs
 
 
@@ -34,6 +33,7 @@ def command(
     """Replay the snapshots of RUN into an LLC trajectory, find its phase transitions, write TensorBoard files."""
     from groktrace.analysis.replay import analyze
     from groktrace.reporting.console import opening_line
+    from groktrace.reporting.progress import Phases
     from groktrace.run.store import open_run
 
     if not minutes > 0:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import click
 
 from groktrace.cli.options import Command, load_task
-from groktrace.cli.phases import Phases
 from groktrace.cli.results import INCOMPLETE
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ def command(
     """
     from groktrace.importing.plan import plan_import
     from groktrace.reporting.console import opening_line
+    from groktrace.reporting.progress import Phases
 
     loaded = load_task(task)
     assert loaded is not None

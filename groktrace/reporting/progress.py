@@ -1,4 +1,4 @@
-"""Progress of long work, in a way that suits a terminal and a log file alike."""
+"""Progress of long work, in a way that suits a terminal, a notebook and a log file alike."""
 
 import os
 import sys
@@ -16,21 +16,32 @@ TICK_SECONDS = 1.0
 class Progress:
     """Progress of long work: a bar on a terminal, elsewhere one line every 30 seconds; both go on while work stalls.
 
+    A notebook counts as a terminal.
+
     Args:
         total: how much there is to do.
         label: what is being done.
         stream: where to show it; standard error by default.
         clock: seconds, for tests.
+        quiet_seconds: nothing is shown of what is done sooner; where this is given, nor is the end of what is done
+            before the first line elsewhere.
     """
 
     def __init__(
-        self, total: int, label: str, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        total: int,
+        label: str,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        quiet_seconds: float = 0.0,
     ) -> None:
         self._total, self._label = total, label
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
         self._done = 0
-        self._terminal = self._stream.isatty()
+        self._terminal = self._stream.isatty() or type(self._stream).__module__.startswith("ipykernel.")
+        # Who keeps a log of many short pieces of work wants no line of each.
+        self._quiet_seconds = quiet_seconds if self._terminal or not quiet_seconds else HEARTBEAT_SECONDS
         self._began = self._shown = clock()
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -38,7 +49,7 @@ class Progress:
         self._ticker = threading.Thread(target=self._tick, name="groktrace-progress", daemon=True)
 
     def __enter__(self) -> "Progress":
-        if self._terminal:
+        if self._terminal and not self._quiet:
             self._draw()
         self._ticker.start()
         return self
@@ -46,6 +57,8 @@ class Progress:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._ended.set()
         self._ticker.join()
+        if self._quiet:
+            return
         if self._terminal:
             self._draw()
             self._write("\n")
@@ -59,6 +72,10 @@ class Progress:
             self._done += n
             self._show(0.05, self._done >= self._total)
 
+    @property
+    def _quiet(self) -> bool:
+        return self._clock() - self._began < self._quiet_seconds
+
     def _tick(self) -> None:
         while not self._ended.wait(TICK_SECONDS):
             with self._lock:
@@ -66,6 +83,8 @@ class Progress:
 
     def _show(self, pause: float, last: bool) -> None:
         now = self._clock()
+        if self._quiet:
+            return
         if self._terminal:
             if last or now - self._shown >= pause:
                 self._shown = now
@@ -94,6 +113,39 @@ class Progress:
     def _write(self, text: str) -> None:
         self._stream.write(text)
         self._stream.flush()
+
+
+class Phases:
+    """One progress display after another, as work goes from phase to phase.
+
+    Args:
+        opening: a line that is shown before the first, if any.
+        quiet_seconds: see `Progress`.
+    """
+
+    def __init__(self, opening: str | None = None, quiet_seconds: float = 0.0) -> None:
+        self._opening, self._quiet_seconds = opening, quiet_seconds
+        self._label: str | None = None
+        self._done = 0
+        self._display: Progress | None = None
+
+    def __enter__(self) -> "Phases":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._display is not None:
+            self._display.__exit__(*error)
+
+    def report(self, phase: str, done: int, total: int) -> None:
+        """Show that `done` of `total` have passed `phase`."""
+        if phase != self._label or self._display is None:
+            self.__exit__(None, None, None)
+            if self._label is None and self._opening is not None:
+                print(self._opening, file=sys.stderr, flush=True)
+            self._label, self._done = phase, 0
+            self._display = Progress(total, phase, quiet_seconds=self._quiet_seconds).__enter__()
+        self._display.advance(done - self._done)
+        self._done = done
 
 
 def _columns(stream: TextIO) -> int:

@@ -79,7 +79,10 @@ def posterior_scale(
     if settings.nbeta not in (None, "curvature"):
         return Scale(float(settings.nbeta), float(localization), locality=locality)
     if not top_curvature > 0:
-        raise SettingsError("nbeta: cannot be derived where the loss has no curvature; give a number.")
+        raise SettingsError(
+            "nbeta: cannot be derived from a curvature that is zero within rounding, as the loss is flat around the "
+            "weights; give nbeta."
+        )
     nbeta = resolution(settings, follow) * localization / top_curvature
     return Scale(nbeta, localization, top_curvature if follow else None, locality=locality)
 

@@ -12,6 +12,11 @@ _RELATIVE_STEP = 1e-3
 _SHORT_STEP = 1e-4
 # Differences of gradients are good where those over an eighth of the way agree with them this well.
 _AGREEMENT = 0.05
+# A curvature h may be rounding where h‖w‖² is below so many times the loss, far less than that of networks; and it is
+# where a difference of gradients over more of the norm, in which their rounding counts less, finds another one.
+FLAT = 1.0
+FAR_STEP = 8e-3
+FAR_AGREEMENT = 0.7
 _START_ITERATIONS = 3
 _START_HALVINGS = 8
 
@@ -65,7 +70,7 @@ def hessian_operator(loss: StackedLoss, weights: Tensor) -> Callable[[Tensor], T
 def top_eigenvalue(
     loss: StackedLoss, weights: Tensor, start: Tensor, iterations: int = 8, index: Tensor | None = None
 ) -> Tensor:
-    """Largest |eigenvalue| of the Hessian of each row, from below.
+    """Largest |eigenvalue| of the Hessian of each row, from below; zero where it is no more than rounding.
 
     Args:
         loss: of R rows.
@@ -77,11 +82,26 @@ def top_eigenvalue(
     Returns:
         [R]; NaN where the loss is not finite.
     """
-    gradients = loss.gradients(weights, index)[1]
-    tridiagonal, _ = _checked_lanczos(loss, weights, gradients, start, iterations, index)
+    losses, gradients = loss.gradients(weights, index)
+    tridiagonal, basis = _checked_lanczos(loss, weights, gradients, start, iterations, index)
     finite = torch.isfinite(tridiagonal).all(dim=(1, 2))
     sizes = torch.linalg.eigvalsh(tridiagonal.nan_to_num()).abs().amax(1).to(weights.dtype)
+    flat = (sizes > 0) & (sizes * weights.square().sum(1) < FLAT * losses.abs())
+    if flat.any():
+        stiffest, value = _stiffest(tridiagonal, basis)
+        far = difference_product(loss, weights, gradients, stiffest, index, FAR_STEP)
+        off = far.addcmul(value[:, None].to(far.dtype), stiffest, value=-1).norm(dim=1)
+        sizes = torch.where(flat & ~(off <= FAR_AGREEMENT * sizes), 0, sizes)
     return torch.where(finite, sizes, torch.nan)
+
+
+def _stiffest(tridiagonal: Tensor, basis: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of each row the unit direction of the largest |eigenvalue| in a Krylov space, [R, D], and that value, [R]."""
+    values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num())
+    best = values.abs().argmax(1)[:, None]
+    direction = _combined(basis, vectors.gather(2, best[:, None].expand(-1, len(basis), 1))[:, :, 0])
+    # Rounding makes the basis less than orthonormal.
+    return direction / direction.norm(dim=1, keepdim=True), values.gather(1, best)[:, 0]
 
 
 def _checked_lanczos(
@@ -97,11 +117,7 @@ def _checked_lanczos(
     if loss.sample_bytes is not None:  # where gradients take long, a difference that is short enough for all has to do
         return lanczos(partial(by_difference, relative_step=_SHORT_STEP), start, iterations)
     tridiagonal, basis = lanczos(by_difference, start, iterations)
-    values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num())
-    best = values.abs().argmax(1)[:, None]
-    value = values.gather(1, best)[:, 0]
-    stiffest = _combined(basis, vectors.gather(2, best[:, None].expand(-1, iterations, 1))[:, :, 0])
-    stiffest /= stiffest.norm(dim=1, keepdim=True)  # rounding makes the basis less than orthonormal
+    stiffest, value = _stiffest(tridiagonal, basis)
     closer = torch.linalg.vecdot(by_difference(stiffest, relative_step=_RELATIVE_STEP / 8), stiffest)
     off = ~((closer - value).abs() <= _AGREEMENT * value.abs())
     if off.any() and loss.has_second_derivatives(weights):

@@ -1,6 +1,5 @@
 """Draws and restarts of chains, whatever advances them: a stack of small networks, or one large one."""
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -9,9 +8,6 @@ from groktrace.sampling.calibration import more_draws, step_size
 from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.traces import Traces, reduced_step_size
 from groktrace.sampling.tuning import CALIBRATION, EQUILIBRIUM, MINIBATCH_NOISE, SUBSAMPLED, WHOLE_DATA, Effort
-
-# Set to have the chains of all threads give up what they are at.
-interruption = threading.Event()
 
 
 class Chains(Protocol):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from groktrace.sampling.curvature import hessian_operator
+from groktrace.sampling.interruption import check_interruption
 from groktrace.sampling.posterior import StackedLoss
 
 
@@ -31,6 +32,7 @@ def hessian_trace(
     direction = torch.empty_like(weights)
     found = []
     for _ in range(vectors):
+        check_interruption()
         for row, generator in zip(direction, generators, strict=True):
             row.bernoulli_(0.5, generator=generator)
         direction.mul_(2).sub_(1).div_(math.sqrt(dimension))

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from groktrace.sampling.calibration import run_length
+from groktrace.sampling.curvature import FAR_AGREEMENT, FAR_STEP, FLAT
 from groktrace.sampling.engine import Target, sample_with_restarts
+from groktrace.sampling.interruption import check_interruption
 from groktrace.sampling.kernels.base import Dynamics
 from groktrace.sampling.network import Network
 from groktrace.sampling.noise import NormalNoise, generator_for
@@ -183,6 +185,7 @@ class LargeChains:
             if drawn is not None:
                 drawn.keep([0], torch.stack([network_sample_losses(self.network, c.position) for c in self.chains]))
             for c, chain in enumerate(self.chains):
+                check_interruption()
                 if measured and self.corrected and t % MINIBATCH_NOISE.every_large == 0:
                     self.heating.append(self._gradient_noise(chain))
                 record[t, 0, c] = self.nbeta * self._evaluate(chain)
@@ -259,7 +262,7 @@ class LargeChains:
 
 
 def top_eigenvalue_large(network: Network, generator: torch.Generator) -> float:
-    """Largest |eigenvalue| of the Hessian at w*, from below.
+    """Largest |eigenvalue| of the Hessian at w*, from below; zero where it is no more than rounding.
 
     Power iteration with central differences, which needs one vector beside the gradient; the last two iterates span
     the plane from which the value is taken (Rayleigh-Ritz).
@@ -278,11 +281,22 @@ def top_eigenvalue_large(network: Network, generator: torch.Generator) -> float:
     product = torch.empty_like(direction)
     quotients, norms = [], []
     for _ in range(_POWER_ITERATIONS):
-        quotients.append(_hessian_product(network, direction, product))
+        quotient, loss = _hessian_product(network, direction, product)
+        quotients.append(quotient)
         norms.append(float(product.norm()))
         if not (math.isfinite(norms[-1]) and norms[-1] > 0):
             return math.nan if not math.isfinite(norms[-1]) else max(map(abs, quotients))
         direction, product = product.div_(norms[-1]), direction
+    size = _from_plane(quotients, norms)
+    if size * network.norm_squared() < FLAT * abs(loss):
+        _hessian_product(network, direction, product, FAR_STEP)
+        if not abs(float(product.norm()) - size) <= FAR_AGREEMENT * size:
+            return 0.0
+    return size
+
+
+def _from_plane(quotients: Sequence[float], norms: Sequence[float]) -> float:
+    """The largest |eigenvalue| that the last two iterates tell of."""
     overlap = quotients[-2] / norms[-2]
     best = max(abs(quotient) for quotient in quotients[-2:])
     if 1 - overlap**2 < 1e-3:
@@ -309,20 +323,24 @@ def hessian_trace_large(network: Network, generator: torch.Generator, vectors: i
     found = []
     for _ in range(vectors):
         direction.bernoulli_(0.5, generator=generator).mul_(2).sub_(1).div_(math.sqrt(size))
-        found.append(size * _hessian_product(network, direction, product))
+        found.append(size * _hessian_product(network, direction, product)[0])
     values = torch.tensor(found, dtype=torch.float64)
     return float(values.mean()), float(values.std()) / math.sqrt(vectors)
 
 
-def _hessian_product(network: Network, direction: Tensor, out: Tensor) -> float:
-    """∇²L(w*)·v into `out`; returns v·∇²L(w*)·v. The place of v becomes that of the positions."""
-    norm = math.sqrt(sum(float(anchor.square().sum(dtype=torch.float64)) for _, anchor in network.pieces()))
-    delta = _RELATIVE_STEP * norm if norm > 0 else _RELATIVE_STEP
+def _hessian_product(
+    network: Network, direction: Tensor, out: Tensor, relative_step: float = _RELATIVE_STEP
+) -> tuple[float, float]:
+    """∇²L(w*)·v into `out`; returns v·∇²L(w*)·v and a loss nearby. The place of v becomes that of the positions."""
+    check_interruption()
+    norm = math.sqrt(network.norm_squared())
+    delta = relative_step * norm if norm > 0 else relative_step
     out.zero_()
     for place, anchor in network.pieces():
         direction[place].mul_(delta).add_(anchor)
     network.add_gradient(out, direction, scale=0.5 / delta)
     for place, anchor in network.pieces():
         direction[place].neg_().add_(anchor, alpha=2)  # as far on the other side
-    network.add_gradient(out, direction, scale=-0.5 / delta)
-    return sum(float(torch.dot(anchor - direction[place], out[place])) for place, anchor in network.pieces()) / delta
+    loss = network.add_gradient(out, direction, scale=-0.5 / delta)
+    along = sum(float(torch.dot(anchor - direction[place], out[place])) for place, anchor in network.pieces())
+    return along / delta, loss

@@ -96,6 +96,10 @@ class Network:
         with torch.no_grad():
             return self._evaluate(self._named(at), None, lambda part: None)
 
+    def norm_squared(self) -> float:
+        """‖w*‖²."""
+        return sum(float(anchor.square().sum(dtype=torch.float64)) for _, anchor in self.pieces())
+
     def add_gradient(
         self, out: Tensor, at: Tensor | None = None, index: Tensor | None = None, scale: float = 1.0
     ) -> float:

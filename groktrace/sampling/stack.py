@@ -11,7 +11,8 @@ from groktrace.sampling.batches import Minibatches
 from groktrace.sampling.calibration import run_length
 from groktrace.sampling.control import ControlVariates, stiff_share
 from groktrace.sampling.curvature import gaussian_start, top_eigenvalue
-from groktrace.sampling.engine import Target, interruption
+from groktrace.sampling.engine import Target
+from groktrace.sampling.interruption import check_interruption
 from groktrace.sampling.kernels.base import ChainState, Dynamics
 from groktrace.sampling.network import shuffled
 from groktrace.sampling.noise import copy_generator, generator_for, normal_like
@@ -260,8 +261,7 @@ class StackedChains:
         seen = self.target.effort.sample_losses or seen
         scale = record.new_tensor([[nbeta], [self.target.localization], [0.25 * nbeta]])
         for t in range(count):
-            if interruption.is_set():
-                raise InterruptedError
+            check_interruption()
             self.made += 1
             delta_loss = evaluate()
             if first and t % MINIBATCH_NOISE.every == 0 and self._corrected:

@@ -15,6 +15,8 @@ import groktrace
 from groktrace.analysis import draws as module
 from groktrace.analysis import measure
 from groktrace.analysis.draws import draws_path
+from groktrace.analysis.journal import read_lines
+from groktrace.analysis.results import POINTS_FILE
 from groktrace.errors import GroktraceError, RunError, SettingsError
 from groktrace.run import layout
 from groktrace.run.files import write_tensors
@@ -161,6 +163,7 @@ def test_what_was_kept_is_found_again_and_what_was_not_is_sampled_once_more(smal
     (folder / ".tmp-killed").write_bytes(b"torn")
     assert analyzed("losses")[1] == 6  # one stack
     assert contents(folder) == whole
+    assert len(read_lines(folder.parent / POINTS_FILE)) == 6  # as λ is the same, once each
     groktrace.analyze(small_run, keep="draws", seed=1, **FAST)
     assert len(list(small_run.glob("analysis/*/draws"))) == 2
     assert analyzed("losses")[1] == 0

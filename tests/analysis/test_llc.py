@@ -127,6 +127,27 @@ def test_chains_near_the_loss_of_chance_have_left_the_basin(excess, chance, expe
         assert expected in reason
 
 
+@pytest.mark.parametrize(("chance", "begins"), [(1.04, "no basin"), (1.06, "left the basin"), (1.0001, "no basin")])
+def test_who_has_learned_nothing_has_no_basin_to_leave(chance, begins):
+    (reason,) = climbed(190.0, 190.0, chance=(chance,)).reasons
+    assert reason.startswith(f"{begins}: ")
+    if begins == "no basin":
+        assert f"the loss at the snapshot, 1, is already that of chance, {chance:.4g}" in reason
+
+
+@pytest.mark.parametrize(("error", "told"), [(0.04, False), (0.06, True)])
+def test_an_error_of_a_twentieth_is_small_enough_however_small_lambda_is(error, told):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(4000, 4, generator=generator, dtype=torch.float64)
+    noise = (noise - noise.mean()) / noise.std()
+    excess = 0.5 + error * math.sqrt(noise.numel()) * noise
+    traces = Traces(excess, 2 * excess, 20 - 2 * excess, excess, step_size=0.1, burn_in=0)
+    settings, scale = ResolvedSettings(method="baoab", chains=4), {"nbeta": 1.0, "localization": 1.0}
+    found = summarise(traces, settings, n=10, loss=0.0, norm=1e3, dimension=20, **scale)
+    assert found.stderr == pytest.approx(error, rel=0.1)
+    assert any(reason.startswith("too few draws") for reason in found.reasons) is told
+
+
 def test_a_bowl_as_high_as_chance_is_a_bowl():
     assert judged(bowl_traces(4, 0), 4, chance=(1.0,)).reasons == ()
 

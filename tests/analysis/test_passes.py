@@ -3,16 +3,21 @@
 import json
 import math
 import shutil
+from concurrent.futures import Executor, Future
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import groktrace
-from groktrace.analysis import passes
+from groktrace.analysis import backends, evaluator, measure, passes, replay
 from groktrace.analysis.detection import Transition, find_transitions
 from groktrace.analysis.passes import _Date, sample_adaptively
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.analysis.tuning import PASSES, Passes
+from groktrace.errors import RunError
+from groktrace.sampling import interruption, stack
 
 
 def simulated(count, jumps, noise=0.01, seed=0):
@@ -218,3 +223,79 @@ def test_an_analysis_that_runs_out_of_time_is_partial_and_goes_on(small_run, tmp
     assert (again.points, again.unsampled) == (whole.points, 0)
     with pytest.raises(groktrace.GroktraceError, match="time_limit: expected a positive number of seconds, got 0"):
         groktrace.analyze(small_run, time_limit=0, **quick)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Snapshots one after another, and a clock that stands still until it is told how late it is."""
+    monkeypatch.setattr(measure, "rows_per_stack", lambda loss, batch_size=None: 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    now = SimpleNamespace(seconds=0.0)
+    for module in (backends, evaluator, interruption, passes, replay):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now.seconds, time=lambda: now.seconds))
+    yield now
+    torch.set_num_threads(threads)
+
+
+def late_at(monkeypatch, clock, owner, name, call):
+    """Let a second pass at each call of a function, and an hour at one of them."""
+    plain, calls = getattr(owner, name), []
+
+    def function(*args, **keywords):
+        calls.append(name)
+        clock.seconds += 3600 if len(calls) == call else 1
+        return plain(*args, **keywords)
+
+    monkeypatch.setattr(owner, name, function)
+
+
+def evaluating_at_once():
+    """An executor that evaluates whatever it is given before it returns."""
+    executor = Executor()
+    executor.submit = lambda function, *arguments: finished(function(*arguments))
+    return executor
+
+
+def finished(result):
+    future = Future()
+    future.set_result(result)
+    return future
+
+
+QUICK = {"draws": 20, "burn_in": 20, "locality": 0.22}
+
+
+@pytest.mark.parametrize("more", [{}, {"adaptive": True}, {"jobs": 2}], ids=str)
+def test_what_is_begun_when_the_time_is_up_is_given_up_and_what_is_finished_is_kept(
+    small_run, tmp_path, monkeypatch, clock, more
+):
+    whole = groktrace.analyze(shutil.copytree(small_run, tmp_path / "whole" / "run"), **QUICK)
+    late_at(monkeypatch, clock, stack.StackedChains, "advance", 3)
+    if "jobs" in more:  # a worker, in this process
+        more = {"executor": evaluating_at_once()}
+    with pytest.warns(RuntimeWarning, match=r"while the snapshots of steps 20 were measured\. The next"):
+        partial = groktrace.analyze(small_run, time_limit=60, **QUICK, **more)
+    assert partial.points == whole.points[:2]
+    assert partial.unsampled == 4
+    monkeypatch.undo()
+    assert groktrace.analyze(small_run, **QUICK).points == whole.points
+
+
+def test_time_that_is_up_before_the_scale_is_known_is_an_error_that_says_what_is_kept(small_run, monkeypatch, clock):
+    late_at(monkeypatch, clock, stack.StackedChains, "advance", 1)
+    with pytest.raises(RunError, match=r"before any snapshot was sampled, with losses and curvature of 6 of 6"):
+        groktrace.analyze(small_run, draws=20, burn_in=20, time_limit=60)
+    clock.seconds = 0.0
+    assert len(groktrace.analyze(small_run, draws=20, burn_in=20, time_limit=60)) == 6
+
+
+def test_curvature_stops_too(small_run, monkeypatch, clock):
+    late_at(monkeypatch, clock, evaluator, "measure_hessian", 3)
+    with pytest.warns(RuntimeWarning, match="steps 20 were measured"):
+        some = groktrace.analyze(small_run, curvature=True, time_limit=60, **QUICK)
+    assert [point.hessian_trace is None for point in some] == [False, False, True, True, True, True]
+    monkeypatch.undo()
+    whole = groktrace.analyze(small_run, curvature=True, **QUICK).points
+    assert whole[:2] == some.points[:2]
+    assert [point.hessian_trace is None for point in whole] == [False] * 6

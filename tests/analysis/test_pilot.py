@@ -13,6 +13,7 @@ from groktrace.analysis.measure import Objective
 from groktrace.analysis.pilot import choose_sampling, choose_scale
 from groktrace.analysis.setup import weight_layout
 from groktrace.analysis.tuning import Pilot
+from groktrace.errors import SettingsError
 from groktrace.run.task import Task
 from groktrace.sampling import network
 from groktrace.sampling.calibration import Scale
@@ -148,6 +149,18 @@ def test_samples_grow_with_what_they_would_miss(large_set, monkeypatch):
     more = choose(objective, weights, metrics)
     assert few.samples < more.samples <= TALL
     assert math.isclose(few.nbeta, more.nbeta)
+
+
+def test_snapshots_around_which_the_loss_is_flat_have_no_part_in_the_scale(large_set):
+    objective, weights, metrics = prepared(*line()[:1], "mse", line()[1])
+    flat = [replace(metrics, step=step, top_curvature=0.0) for step in (1, 2, 3)]
+    known = [metrics, *flat, replace(metrics, step=4, top_curvature=metrics.top_curvature / 20)]
+    scale = choose_scale(objective, known)
+    assert scale.curvature == pytest.approx(metrics.top_curvature * 0.525)  # which nβ follows
+    found = choose_sampling(objective, lambda step: weights, known)
+    assert found.curvature == scale.curvature
+    with pytest.raises(SettingsError, match="nbeta: cannot be derived from a curvature that is zero within rounding"):
+        choose_scale(objective, flat)
 
 
 def test_samples_of_a_set_that_is_used_whole_are_refused():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from groktrace import theory
-from groktrace.analysis import measure
+from groktrace.analysis import measure, point
 from groktrace.analysis.llc import OFF_MINIMUM
 from groktrace.analysis.point import estimate_llc
 from groktrace.errors import SettingsError, TaskError
@@ -444,3 +444,24 @@ def test_tensors_of_a_loss_that_cannot_be_followed_are_told():
     x, model = torch.randn(30, 3), nn.Linear(3, 3, bias=False)
     with pytest.warns(RuntimeWarning, match="the loss holds tensors that train, or the model's own, and stays"):
         estimate_llc(model, loss, (x, x), draws=4)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_an_operation_takes_one_thread_unless_the_network_is_large(monkeypatch, large):
+    monkeypatch.setattr(point, "LARGE_WEIGHTS", 1 if large else 2**24)
+    seen, before = set(), torch.get_num_threads()
+    torch.set_num_threads(2)
+
+    def loss(outputs, targets):
+        seen.add(torch.get_num_threads())
+        return half_square(outputs, targets)
+
+    try:
+        x = torch.randn(20, 3)
+        estimate_llc(nn.Linear(3, 2), loss, (x, x[:, :2]), draws=20, burn_in=5)
+        with pytest.raises(TaskError):
+            estimate_llc(nn.Linear(3, 2), lambda outputs, targets: None, (x, x[:, :2]))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {2 if large else 1}

@@ -91,6 +91,26 @@ def test_work_that_stalls_still_gives_signs_of_life(monkeypatch):
     assert not any(thread.name == "groktrace-progress" for thread in threading.enumerate())
 
 
+@pytest.mark.parametrize(("seconds", "frames", "lines"), [(1.9, 0, 0), (2.1, 2, 0), (31.0, 2, 2)])
+def test_of_short_work_nothing_is_shown_where_that_is_asked_for(columns, seconds, frames, lines):
+    columns(60)
+    for stream, expected in ((Terminal(), frames), (io.StringIO(), lines)):
+        now = [0.0]
+        with Progress(2, "sampling", stream, lambda now=now: now[0], quiet_seconds=2.0) as progress:
+            now[0] = seconds
+            progress.advance()
+        assert stream.getvalue().count("sampling") == expected
+
+
+def test_a_notebook_has_a_bar(columns):
+    columns(60)
+    kernel = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream", "fileno": lambda self: 7})
+    stream = kernel()
+    with Progress(2, "sampling", stream):
+        pass
+    assert stream.getvalue().startswith("\r[")
+
+
 def test_interrupted_work_is_not_called_done():
     stream = io.StringIO()
     try:

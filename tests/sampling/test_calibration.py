@@ -34,7 +34,7 @@ def test_a_scale_that_follows_the_curvature_is_finer_and_keeps_where_it_belongs(
     ("settings", "n", "norm", "curvature", "message"),
     [
         ({}, 10, 0.0, 1.0, "localization: cannot be derived where all weights are zero"),
-        ({"localization": 1.0}, 10, 1.0, 0.0, "nbeta: cannot be derived where the loss has no curvature"),
+        ({"localization": 1.0}, 10, 1.0, 0.0, "nbeta: cannot be derived from a curvature that is zero"),
         ({"nbeta": "wbic", "localization": 1.0}, 1, 1.0, 1.0, "nbeta: 'wbic' is n/log n and needs at least 2 samples"),
     ],
 )

@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from groktrace.run.task import Task
 from groktrace.sampling.curvature import difference_product, gaussian_start, hessian_operator, top_eigenvalue
+from groktrace.sampling.large import top_eigenvalue_large
+from groktrace.sampling.network import Network
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.weights import WeightLayout
 
@@ -112,6 +116,37 @@ def test_top_eigenvalue_comes_from_below_within_one_percent():
 def test_a_flat_loss_has_no_curvature(bowl):
     loss = bowl([0.0, 0.0, 0.0])
     assert top_eigenvalue(loss, torch.zeros(1, 3, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)) == 0
+
+
+FLAT = {
+    "probabilities": lambda outputs: torch.softmax(outputs, -1).sum(-1).mean(),
+    "norms": lambda outputs: nn.functional.normalize(outputs, dim=-1).square().sum(-1).mean(),
+}
+# A loss of one and more beside the curvature along weights of a tenth.
+SMALL_WEIGHTS = {"a loss beside small weights": lambda outputs: 1 + (outputs - 0.1).square().mean()}
+
+
+@pytest.mark.parametrize("name", [*FLAT, *SMALL_WEIGHTS])
+@pytest.mark.parametrize("evaluated", ["whole", "sampled", "large"])
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_is_no_curvature(name, evaluated, seed):
+    torch.manual_seed(seed)
+    x, flat = torch.randn(500, 4), 0.1 * torch.randn(1, 12)
+
+    def forward(weights, tensors):
+        return (FLAT | SMALL_WEIGHTS)[name](tensors[0] @ weights["w"]), None
+
+    layout = WeightLayout(("w",), ((4, 3),))
+    loss = StackedLoss(forward, layout, (x,), {}, sample_bytes=64 if evaluated == "sampled" else None)
+    if evaluated == "large":
+        network = Network(replace(loss, micro_batch=100, is_sample_mean=True), layout.unflatten(flat[0]))
+        found = top_eigenvalue_large(network, torch.Generator().manual_seed(0))
+    else:
+        found = float(top_eigenvalue(loss.probe(flat), flat, torch.randn(1, 12)))
+    if name in FLAT:
+        assert found == 0
+    else:
+        assert found == pytest.approx(float(torch.linalg.eigvalsh(2 / 3 * x.T @ x / 500).max()), rel=0.1)
 
 
 def test_curvature_at_the_origin_of_weight_space(bowl):

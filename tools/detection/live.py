@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groktrace.analysis.follow import live_scale
+from groktrace.analysis.live_scale import LiveScale
 from groktrace.analysis.measure import SnapshotMetrics, stack_weights
 from groktrace.analysis.session import Session, open_session
 from groktrace.analysis.setup import make_settings
@@ -59,10 +59,11 @@ def measure_live(run: Path) -> dict[str, Any]:
 def _scales(session: Session, metrics: dict[int, SnapshotMetrics]) -> list[tuple[int, int, Scale]]:
     """Each scale, the step of the snapshot from which on it is used, and how many snapshots there are at its end."""
     found: list[tuple[int, int, Scale]] = []
-    for count, step in enumerate(metrics, 1):
-        current = found[-1][2] if found else None
-        scale = live_scale(session, dict(list(metrics.items())[:count]), current)
-        if scale is not None and scale != current:
+    scales = LiveScale(session)
+    for count, (step, known) in enumerate(metrics.items(), 1):
+        scales.add({step: known})
+        scale = scales.choose()
+        if scale is not None and (not found or scale != found[-1][2]):
             found.append((step, count, scale))
         elif found:
             found[-1] = (found[-1][0], count, found[-1][2])

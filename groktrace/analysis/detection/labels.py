@@ -44,14 +44,31 @@ def doubt_of(
         return None
     if ended > settings.curvature_rise * begun:
         return f"the largest curvature grows {ended / begun:.3g}-fold, and λ counts what is stiff beside it"
-    if ended >= settings.curvature_fall * begun or trajectory.follows_curvature:
+    if trajectory.follows_curvature:
         return None
     if ended <= 0:
         return "the curvature vanishes with it"
+    halves = ended < settings.curvature_fall * begun
+    if not (halves or _shrinks_with_loss(trajectory, onset, end, fall, ended / begun, settings)):
+        return None
     return (
         f"the largest curvature falls too, {begun / ended:.3g}-fold, as it does under cross-entropy whether or not the "
         "network generalises; analyse at --nbeta curvature"
     )
+
+
+def _shrinks_with_loss(
+    trajectory: Trajectory, onset: int, end: int, fall: Measured, curvature: float, settings: DetectionSettings
+) -> bool:
+    """Whether all curvature shrinks with the training loss, by as much as λ falls: more than that tells another thing.
+
+    Where all curvatures shrink to a fraction, λ at one nβ shrinks to no less: ½Σ nβh/(nβh + γ) is concave in their
+    size. Of squared losses, they do not follow the loss; of cross-entropy, they do.
+    """
+    loss = trajectory.column("train_loss")[[onset, end]]
+    if not 0 < curvature <= fall.after / fall.before < 1 or not 0 < loss[1] < loss[0]:
+        return False
+    return math.log(curvature) < settings.curvature_power * math.log(loss[1] / loss[0])
 
 
 def peak_level(

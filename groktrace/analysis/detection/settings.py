@@ -47,6 +47,8 @@ class DetectionSettings:
         curvature_fall, curvature_rise: within these factors the largest curvature stays what it was. Under
             cross-entropy it collapses whether or not the network generalises, and where it grows λ counts what is
             stiff beside it.
+        curvature_power: the curvature shrinks with the training loss where it falls by more than this power of it: by
+            0.29 to 0.85 in perceptrons under cross-entropy, by 0.1 and less where quadratic networks have grokked.
         min_errors_following: where nβ follows the curvature, so many errors tell a fall from noise: transformers that
             memorise fell by up to 5.8.
     """
@@ -74,6 +76,7 @@ class DetectionSettings:
     max_at_minimum: float = 0.25
     curvature_fall: float = 0.5
     curvature_rise: float = 3.0
+    curvature_power: float = 0.25
     min_errors_following: float = 6.0
 
     def __post_init__(self) -> None:

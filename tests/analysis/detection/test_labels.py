@@ -161,3 +161,27 @@ def test_no_label_rests_on_a_loss_that_is_not_trained_on():
     rising = replace(other, points=measured(HUMP, loss=FALLING[::-1]).points)
     assert [kind for kind, _ in found(rising)] == [RISE[0], FALL[0]]  # such a loss may rise
     assert since_risen(rising) is None
+
+
+@pytest.mark.parametrize(
+    ("curvature", "loss", "label"),
+    [
+        (0.55, FALLING, None),  # as under cross-entropy, where all curvature shrinks with the loss
+        (0.55, np.interp(STEPS, [0, 150], [1.0, 0.01]), "generalisation"),  # not with the loss, which stays
+        (0.55, np.interp(STEPS, [0, 150, 1200], [1.0, 0.01, 1e-5]), "generalisation"),  # hardly with it
+        (0.7, FALLING, "generalisation"),  # λ falls by more than that can make it
+        (0.45, np.interp(STEPS, [0, 150], [1.0, 0.01]), None),  # it halves, whatever the loss does
+    ],
+)
+def test_a_fall_is_no_evidence_where_curvature_that_shrinks_with_the_loss_does_as_much(curvature, loss, label):
+    tops = np.interp(STEPS, [200, 1200], [2.0, 2.0 * curvature])
+    plain = measured(HUMP, loss)  # falls by 40 % from step 200 to 1200
+    points = [
+        replace(point, diagnostics={"top_curvature": float(top)}) for point, top in zip(plain.points, tops, strict=True)
+    ]
+    fall = find_transitions(replace(plain, points=tuple(points)))[-1]
+    assert (fall.kind, fall.label) == ("simplification", label)
+    if label is None:
+        assert "the largest curvature falls too" in fall.evidence
+    following = replace(plain, points=tuple(points), nbeta=None, resolution=100.0)
+    assert find_transitions(following)[-1].label == "generalisation"

@@ -20,6 +20,7 @@ HARMLESS = (
     "perhaps not at a minimum",
     "too few draws",
     "not local",
+    "no basin",
     "left the basin",
     "leaving the basin",
 )
