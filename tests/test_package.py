@@ -37,6 +37,7 @@ ON_CALL = {
     ("analysis/follow.py", "reporting"),  # for types
     ("analysis/trajectory.py", "reporting"),
     ("analysis/replay.py", "reporting"),
+    ("analysis/progress.py", "reporting"),  # how far it is, on standard error
     ("run/store.py", "analysis"),  # Run.trajectory
     ("recording/reaction.py", "analysis"),  # what on_transition is told, read as the process that finds it wrote it
     ("run/checkpoints.py", "importing"),  # what to do with a folder of checkpoints
