@@ -8,7 +8,7 @@ heads that do something simple, as induction heads do, end with a lower λ than 
 
 As published: no perceptrons, LayerNorm before attention. Smaller: Python's own standard library for the Pile, 1024
 tokens for 5000, width 64 for 256, four heads a layer for eight, contexts of 128 tokens for 1024. So that induction
-heads form within 2000 updates, not 10 000: of ten contexts the one in which most pairs of tokens come again is
+heads form within 2000 updates: of ten contexts the one in which most pairs of tokens come again is
 trained on; and heads know places by a learned bias for each distance (as T5's), which soon finds the token before.
 
 λ of heads compares only at one nβ and γ, as published: those of the whole network at its last snapshot, in place of
@@ -210,15 +210,17 @@ def draw(whole: groktrace.Trajectory, heads: dict[str, groktrace.Trajectory], ro
     loss.plot(steps, table["loss"], "k:", label="loss on other modules")
     learning = loss.twinx()
     learning.plot(steps, table["in_context"], "C3s--", ms=4, label="in-context learning (right)")
-    loss.legend(*[a + b for a, b in zip(*(x.get_legend_handles_labels() for x in (loss, learning)), strict=True)])
-    refined.legend(ncols=2, fontsize=8)
-    scores.legend(ncols=2, fontsize=8)
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 4, "fontsize": 8, "frameon": False}
+    handles = zip(*(axes.get_legend_handles_labels() for axes in (loss, learning)), strict=True)
+    loss.legend(*[one + other for one, other in handles], **above)
+    refined.legend(**above)
+    scores.legend(**above)
     network.set(xscale="log", ylabel=r"learning coefficient $\lambda_c$, 95 % band")
-    refined.set(ylabel=r"$\lambda_c$ where one head's weights move, 95 % band")
+    refined.set(ylabel=r"refined $\lambda_c$ of each head, 95 % band")
     loss.set(xlabel="training step", ylabel="loss, nats a token")
     learning.set_ylabel("loss late in the context less loss early")
     scores.set(xlabel="training step", ylabel="attention to the token looked for")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=85)
 
 
 def finished(out: Path) -> bool:
