@@ -100,6 +100,8 @@ def choose_sampling(
     at_once = threads if large_set else 1  # of small sets a trial takes a moment
     if large_set:
         scale = trial.sized(scale)
+        if not free and settings.samples is not None and settings.batch_size is not None:
+            return scale  # nothing is left to be found out
     for nearer, locality in enumerate(PILOT.localities if free else (scale.locality,)):
         if free:
             wider = choose_scale(objective, metrics, locality=locality)

@@ -163,6 +163,14 @@ def test_snapshots_around_which_the_loss_is_flat_have_no_part_in_the_scale(large
         choose_scale(objective, flat)
 
 
+def test_nothing_is_tried_where_all_is_given(large_set, monkeypatch):
+    model, data, _ = line()
+    prepared_run = prepared(model, "mse", data, localization=300.0)
+    monkeypatch.setattr(Objective, "estimate", lambda *_: pytest.fail("chains were run"))
+    scale = choose(*prepared_run, samples=200, batch_size=64)
+    assert (scale.samples, scale.batch_size) == (192, 64)
+
+
 def test_samples_of_a_set_that_is_used_whole_are_refused():
     model, data, _ = line()
     with pytest.raises(groktrace.GroktraceError, match="samples: expected none of a set that is used whole, got 64 of"):
