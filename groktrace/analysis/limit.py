@@ -137,7 +137,8 @@ def _find_limit(
     if fit is not None and not reasons:
         mean, error = (fit.level, fit.error) if left else _stay(particles, settings.rtol)
         value = mean + fit.beyond
-        half = 1.96 * math.hypot(error, fit.stderr)
+        # What is left of the way is extrapolated from a ladder that has errors of its own at its end.
+        half = 1.96 * math.hypot(error, fit.stderr, LIMIT.doubted * fit.beyond)
         low, high = value - half, value + half
     return LearningCoefficient(
         llc=value,

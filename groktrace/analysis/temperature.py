@@ -167,9 +167,8 @@ def _measure_curve(
     middle, limit = scale.nbeta, None
     if nbetas is None:
         if objective.layout.size <= LIMIT.most_weights:
-            free = {"localization": chosen.localization, "resolution": None, "step_size": None}
-            asked = replace(objective, settings=replace(objective.settings, **free))
-            limit = learning_coefficient(asked, weights, metrics.norm_squared, key)
+            asked = replace(objective.settings, localization=chosen.localization, resolution=None, step_size=None)
+            limit = learning_coefficient(replace(objective, settings=asked), weights, metrics.norm_squared, key)
         own = objective.settings.resolution or CALIBRATION.resolution
         nbetas = [middle * resolution / own for resolution in RESOLUTIONS]
     for nbeta in nbetas:

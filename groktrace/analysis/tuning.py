@@ -156,6 +156,8 @@ class Limit:
         enough: by so much nβ must have grown along the limit for a ladder to end early: deep linear networks have a
             false one of seven decades, along which only weights of the true rank count.
         extrapolated: and to this share of `rtol` the rest of the way must be known.
+        doubted: share of the rest of the way that is its own standard error: at normal crossings it came out at twice
+            what it is.
         tolerated: the same, relative to λ, for a limit at all.
         multiplicities: m, at most; each is half as probable as that before.
         shifts: log10 of the least and the largest log nβ + c at the beginning, and how many are tried.
@@ -184,6 +186,7 @@ class Limit:
     least_share: float = 0.3
     enough: float = 1e9
     extrapolated: float = 0.25
+    doubted: float = 0.5
     tolerated: float = 0.1
     multiplicities: int = 4
     shifts: tuple[float, float, int] = (0.0, 2.5, 101)
