@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groktrace.sampling.engine import interruption
+from groktrace.sampling.interruption import check_interruption
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.tuning import ANNEALING
 
@@ -271,8 +271,7 @@ class Particles:
 
     def _evaluate(self, displacement: Tensor) -> Tensor:
         """L of each particle, [R]; slopes go into their place."""
-        if interruption.is_set():
-            raise InterruptedError
+        check_interruption()
         self.gradients += 1
         torch.add(self._anchor, displacement, out=self._positions)
         # Beyond what can be computed no particle goes on.
