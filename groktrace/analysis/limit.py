@@ -125,14 +125,15 @@ def _find_limit(
     most = min(LIMIT.most_nbeta, LIMIT.resolved / rounding if rounding else math.inf)
     levels: list[Level] = []
     fit: Fit | None = None
-    for levels in _anneal(particles, most, float(anchor.norm())):
+    norm = float(anchor.norm())
+    size = norm or math.sqrt(len(anchor) / localization)
+    for levels in _anneal(particles, most, size):
         fit = fit_limit(levels)
         long = fit is not None and levels[-1].nbeta >= LIMIT.enough * fit.start
         if long and fit.stderr <= LIMIT.extrapolated * settings.rtol * fit.level:
             break
-    norm = float(anchor.norm())
-    left = _has_left(particles, norm)
-    reasons = _reasons(fit, levels, particles, most, norm)
+    left = _has_left(particles, size)
+    reasons = _reasons(fit, levels, particles, most, size)
     value = low = high = None
     if fit is not None and not reasons:
         mean, error = (fit.level, fit.error) if left else _stay(particles, settings.rtol)
@@ -174,13 +175,13 @@ def _rounding(loss: StackedLoss, anchor: Tensor) -> float:
     return float(torch.cat([loss.gradients(one[None])[0] for one in nudged]).std())
 
 
-def _anneal(particles: Particles, most: float, norm: float) -> Iterator[list[Level]]:
+def _anneal(particles: Particles, most: float, size: float) -> Iterator[list[Level]]:
     """The levels so far, twice a decade, until nβ is `most` or the budget is spent."""
     levels: list[Level] = []
     shown = 0.0
     while particles.nbeta < most and particles.gradients < LIMIT.most_gradients:
         level = particles.cool(most)
-        if levels and _has_left(particles, norm):  # what comes now is another basin's
+        if levels and _has_left(particles, size):  # what comes now is another basin's
             break
         levels.append(level)
         if particles.nbeta > LIMIT.check_ratio * shown:
@@ -189,10 +190,14 @@ def _anneal(particles: Particles, most: float, norm: float) -> Iterator[list[Lev
     yield levels
 
 
-def _has_left(particles: Particles, norm: float) -> bool:
-    """Whether the posterior's mode has jumped, or is so far from w*, that it is another basin's."""
-    moved = float(particles.mode.displacement.norm())
-    return particles.jump > LIMIT.jump * norm or moved > LIMIT.near * norm > 0
+def _has_left(particles: Particles, size: float) -> bool:
+    """Whether the posterior's mode has jumped, or is so far from w*, that it is another basin's.
+
+    Args:
+        particles: with their mode.
+        size: ‖w*‖, or the width of the Gaussian where that is 0.
+    """
+    return particles.jump > LIMIT.jump * size or float(particles.mode.displacement.norm()) > LIMIT.near * size
 
 
 def _stay(particles: Particles, rtol: float) -> tuple[float, float]:
@@ -202,6 +207,7 @@ def _stay(particles: Particles, rtol: float) -> tuple[float, float]:
     they forgot so much in between as they should.
     """
     rounds: list[tuple[float, ...]] = []
+    spent = particles.gradients
     forgotten = (1 - LIMIT.kept) / (1 + LIMIT.kept)
     wanted = LIMIT.least_rounds
     while True:
@@ -210,7 +216,8 @@ def _stay(particles: Particles, rtol: float) -> tuple[float, float]:
         mean, between = float(found.mean()), _population_error(found.mean(0).tolist())
         each = float(found.var(1).mean()) / (found.numel() * forgotten)
         error = max(between, math.sqrt(each))
-        if 1.96 * error <= rtol * mean or wanted >= LIMIT.most_rounds:
+        spent_all = particles.gradients - spent >= LIMIT.most_gradients
+        if 1.96 * error <= rtol * mean or wanted >= LIMIT.most_rounds or spent_all:
             return mean, error
         wanted *= 2
 
@@ -317,14 +324,16 @@ def _line(early: Tensor, values: Tensor, weights: Tensor) -> tuple[Tensor, Tenso
 
 
 def _reasons(
-    fit: Fit | None, levels: Sequence[Level], particles: Particles, most: float, norm: float
+    fit: Fit | None, levels: Sequence[Level], particles: Particles, most: float, size: float
 ) -> tuple[str, ...]:
     """Why there is no limit."""
     if fit is not None and fit.stderr <= LIMIT.tolerated * fit.level:
         return ()
-    if _has_left(particles, norm):
-        distance = float(particles.mode.displacement.norm()) / norm
-        where = f"at a distance of {distance:.2g} ‖w*‖, which counts from nβ = {particles.nbeta:.3g}"
+    if _has_left(particles, size):
+        moved = float(particles.mode.displacement.norm())
+        where = (
+            f"at a distance of {moved:.2g} (‖w*‖ or width: {size:.2g}), which counts from nβ = {particles.nbeta:.3g}"
+        )
         return (f"left the basin: the loss is lower {where}; a smaller locality keeps nearer",)
     last = levels[-1]
     if particles.nbeta < most:

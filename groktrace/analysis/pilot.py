@@ -58,7 +58,8 @@ def fitted(metrics: Sequence[SnapshotMetrics]) -> list[SnapshotMetrics]:
     """
     finite = [known for known in metrics if known.finite]
     losses = [known.train_loss for known in finite]
-    return [known for known in finite if known.train_loss <= min(losses) + PILOT.fitted * (max(losses) - min(losses))]
+    most = min(losses, default=0.0) + PILOT.fitted * (max(losses, default=0.0) - min(losses, default=0.0))
+    return [known for known in finite if known.train_loss <= most]
 
 
 def choose_sampling(

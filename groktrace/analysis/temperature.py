@@ -39,7 +39,7 @@ class TemperatureCurve(Record):
 
     Attributes:
         estimates: one a temperature, nβ ascending.
-        limit: λ itself; None where nβ were given, or weights are too many.
+        limit: λ itself; None where nβ were given, and of networks of more than 500 weights.
     """
 
     estimates: tuple[LLCEstimate, ...]
@@ -69,7 +69,7 @@ def temperature_curve(
         loss: loss(outputs, targets) as a mean over the batch, "cross_entropy", "mse", or None with `batch_loss`.
         train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader.
         nbetas: the temperatures; by default those of resolution 1 to 300, and the limit beyond, of networks of up to
-            5000 weights.
+            500 weights.
         batch_loss: batch_loss(model, batch) for models that compute their own loss.
         n: see `groktrace.estimate_llc`.
         noise: see `groktrace.estimate_llc`.
@@ -108,7 +108,7 @@ def temperature_curve_at(
         run: a run directory, its path or its URL.
         step: the snapshot's training step.
         nbetas: the temperatures; by default those of resolution 1 to 300, and the limit beyond, of networks of up to
-            5000 weights.
+            500 weights.
         train: see `analyze`; γ is then that of the run's own analysis, if there is one.
         n: see `analyze`.
         task: see `analyze`.

@@ -147,8 +147,9 @@ class Limit:
         least_particles, most_particles: in any case; λ̂ of N particles is known to 1/√(λN).
         most_nbeta: where a ladder ends; double precision tells losses apart that far where w* is an exact solution.
         resolved: nβ times the rounding of a loss, at most.
-        most_gradients: of all particles at once: minutes of a small network.
-        most_weights: of networks whose limit is looked for unasked.
+        most_gradients: of all particles at once, along the ladder, and as many at its end: minutes of a small network.
+        most_weights: of networks whose limit is looked for unasked, within a minute or two; 2085 weights took five
+            minutes and did not reach it.
         check_ratio: of the nβ at which the ladder is looked at, to that before.
         least_length: in log nβ, of the end of a ladder that tells a limit: three decades.
         end: in log nβ, of what λ̂ is at the end.
@@ -179,7 +180,7 @@ class Limit:
     most_nbeta: float = 1e20
     resolved: float = 0.01
     most_gradients: int = 20_000
-    most_weights: int = 5000
+    most_weights: int = 500
     check_ratio: float = 10**0.5
     least_length: float = 3 * math.log(10)
     end: float = 1.0

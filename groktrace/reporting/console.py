@@ -194,8 +194,9 @@ def temperature_table(curve: TemperatureCurve) -> str:
     for estimate in curve.estimates:
         values = (estimate.nbeta, estimate.llc, estimate.stderr, estimate.llc_centred, estimate.stderr_centred)
         rows.append((*(number(value) for value in values), "; ".join(estimate.reasons)))
-    lines = [*aligned(rows), "", *([] if curve.limit is None else limit_lines(curve.limit))]
-    return "\n".join(lines).rstrip()
+    unsought = "The limit was not looked for: that takes minutes and more beyond some hundred weights. "
+    unsought += "estimate_llc(..., limit=True) does so in any case."
+    return "\n".join([*aligned(rows), "", *([unsought] if curve.limit is None else limit_lines(curve.limit))])
 
 
 def limit_lines(limit: LearningCoefficient) -> list[str]:

@@ -101,7 +101,8 @@ class Mode:
 class Particles:
     """Populations of particles of exp(−nβ·L(w) − ½γ‖w − w*‖²), at first of nβ = 0.
 
-    Populations share the ladder and the step, and no particle: they tell each other's error.
+    Populations share the ladder and the step, and no particle but where one is lost and begins anew as a copy of
+    another: what they differ by tells their error.
 
     Args:
         loss: of one row, in float64.

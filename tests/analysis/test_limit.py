@@ -128,3 +128,22 @@ def test_what_still_grows_or_is_short_has_no_limit():
     assert fit_limit(levels(lambda t: 1 + 0.2 * t)) is None
     assert fit_limit(levels(lambda t: 5.0, decades=2)) is None
     assert fit_limit(levels(lambda t: 5.0, decades=4)) is not None
+
+
+def test_weights_that_are_all_zero_have_a_limit_and_may_be_left(monkeypatch):
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    model = nn.Linear(4, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    near = groktrace.estimate_llc(model, "mse", (x, x @ torch.full((4, 1), 0.1)), limit=True)
+    assert near.low < 2 < near.high
+    assert near.distance is None
+    far = groktrace.estimate_llc(model, "mse", (x, x @ torch.full((4, 1), 10.0)), limit=True)
+    assert far.llc is None
+    assert far.reasons[0].startswith("left the basin: the loss is lower at a distance of ")
+
+
+def test_the_stay_at_the_end_is_bounded(monkeypatch):
+    monkeypatch.setattr(limit, "LIMIT", dataclasses.replace(limit.LIMIT, least_rounds=1, most_rounds=10**6))
+    known = normal_crossing((1, 2), 1, 1)
+    found = find(known, rtol=1e-6)
+    assert found.gradients < 4 * limit.LIMIT.most_gradients

@@ -3,6 +3,7 @@
 import dataclasses
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,8 @@ def _seed(known: KnownModel, cell: str, seed: int) -> Row:
     return row | {"reached": found.reached}
 
 
-# Counted in the dark, or with no middle: left out of what is halved and doubled.
-FIXED = {"acceptance", "effective_share", "correlation", "kept", "most_following", "longer"}
+# Shares of 1: those above a half are halved and doubled by what they lack of 1.
+SHARES = {"acceptance", "effective_share", "correlation", "kept", "most_following", "longer"}
 
 
 def run_limit_constants(out: Path, fresh: bool) -> list[Verdict]:
@@ -167,6 +168,7 @@ def run_limit_constants(out: Path, fresh: bool) -> list[Verdict]:
     moves, failed = {}, []
     for known in limit_cells():
         cell = f"{known.family}: {known.name}"
+        middle = find_limit(known)
         for module, name in ((annealing, "ANNEALING"), (analysis, "LIMIT")):
             settings = getattr(module, name)
             for field in dataclasses.fields(settings):
@@ -176,7 +178,7 @@ def run_limit_constants(out: Path, fresh: bool) -> list[Verdict]:
                         continue
                     key = f"{cell} {field.name} × {times:g}"
                     other = dataclasses.replace(settings, **{field.name: changed})
-                    table.measure(key, lambda: _moved(known, module, name, other, settings))  # noqa: B023
+                    table.measure(key, partial(_moved, known, middle, module, name, other, settings))
                     row = table.rows[key]
                     if row["λ"]:
                         moves[key] = number(row["moved"])
@@ -201,14 +203,15 @@ def _scaled(value: Any, times: float, name: str) -> Any:
     """A constant times so much; None where it cannot be."""
     if isinstance(value, tuple):
         return None
-    if name in FIXED:  # shares below 1, halved towards the end that is nearer
+    if name in SHARES:
         return 1 - (1 - value) * times if value > 0.5 else value * times
     scaled = value * times
     return max(1, round(scaled)) if isinstance(value, int) else scaled
 
 
-def _moved(known: KnownModel, module: Any, name: str, changed: Any, settings: Any) -> Row:
-    middle = find_limit(known)
+def _moved(
+    known: KnownModel, middle: groktrace.LearningCoefficient, module: Any, name: str, changed: Any, settings: Any
+) -> Row:
     setattr(module, name, changed)
     try:
         found = find_limit(known)
