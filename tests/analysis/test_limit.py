@@ -147,3 +147,33 @@ def test_the_stay_at_the_end_is_bounded(monkeypatch):
     known = normal_crossing((1, 2), 1, 1)
     found = find(known, rtol=1e-6)
     assert found.gradients < 4 * limit.LIMIT.most_gradients
+
+
+def limit_of(llc, half):
+    known = (llc, llc - half, llc + half) if llc else (None, None, None)
+    return LearningCoefficient(*known, llc is not None, (), None, (), (), half, 0.0, 0.0, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("found", "closer"),
+    [
+        ([(5.0, 0.2), (5.1, 0.1)], 1),  # they agree: the surer one
+        ([(5.1, 0.1), (5.0, 0.2)], 0),
+        ([(5.0, 0.1), (9.0, 0.3)], 1),  # the narrow one does not see all yet
+        ([(9.0, 0.3), (5.0, 0.1)], 0),  # the wide one sees another basin
+        ([(None, 1.0), (5.0, 0.1)], 1),
+        ([(None, 1.0), (None, 2.0)], 0),
+    ],
+)
+def test_of_two_limits_that_differ_the_larger_is_the_closer(found, closer):
+    limits = [limit_of(*one) for one in found]
+    assert limit._closer(limits) is limits[closer]
+
+
+def test_an_interval_is_about_as_wide_as_limits_scatter():
+    found = [find(normal_crossing((1,), 1, 1), seed=seed) for seed in range(12)]
+    values = torch.tensor([one.llc for one in found])
+    half = sum(one.high - one.low for one in found) / len(found) / 2
+    # 1.96 standard deviations, widened by Student's quantile (1.6 for four populations) and what the fit leaves open.
+    assert 1.2 < half / float(values.std()) < 6
+    assert sum(one.low < 0.5 < one.high for one in found) >= 10

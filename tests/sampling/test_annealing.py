@@ -69,3 +69,12 @@ def test_particles_that_cannot_be_computed_do_not_go_on():
     level = climb(particles(loss, 2), 1e4)[-1]
     assert torch.tensor(level.llc).mean() == pytest.approx(1.0, abs=0.3)
     assert level.acceptance > 0.5
+
+
+def test_a_population_that_is_nowhere_near_a_zero_of_the_loss_is_replaced():
+    def loss(w):  # zero on a line that one in eleven particles is beside at first
+        return (w[1:] - 1).square().sum() + torch.where(w[0] > 1.3, 0.0, 1.0) * (1 + w[0].square())
+
+    for seed in range(4):
+        llc = climb(particles(loss, 3, shape=(4, 4), seed=seed), 1e8)[-1].llc
+        assert max(llc) < 20
