@@ -132,11 +132,14 @@ def _find_limit(
         long = fit is not None and levels[-1].nbeta >= LIMIT.enough * fit.start
         if long and fit.stderr <= LIMIT.extrapolated * settings.rtol * fit.level:
             break
-    left = _has_left(particles, size)
+    counted = _counted(levels, particles.least_loss())
+    stays = counted == levels and not _has_left(particles, size)
+    if counted != levels:
+        levels, fit = counted, fit_limit(counted)
     reasons = _reasons(fit, levels, particles, most, size)
     value = low = high = None
     if fit is not None and not reasons:
-        mean, error = (fit.level, fit.error) if left else _stay(particles, settings.rtol)
+        mean, error = _stay(particles, settings.rtol) if stays else (fit.level, fit.error)
         value = mean + fit.beyond
         # What is left of the way is extrapolated from a ladder that has errors of its own at its end.
         half = 1.96 * math.hypot(error, fit.stderr, LIMIT.doubted * fit.beyond)
@@ -188,6 +191,15 @@ def _anneal(particles: Particles, most: float, size: float) -> Iterator[list[Lev
             shown = particles.nbeta
             yield levels
     yield levels
+
+
+def _counted(levels: Sequence[Level], least: float) -> list[Level]:
+    """The levels up to the last whose λ̂ would hardly be another one if it counted from the least loss there is.
+
+    Where the data hold a solution to their own precision only, losses below that of the mode lie all around.
+    """
+    sure = [level.nbeta * (level.minimum - least) <= LIMIT.offset * statistics.fmean(level.llc) for level in levels]
+    return list(levels[: max((i for i, is_sure in enumerate(sure) if is_sure), default=0) + 1])
 
 
 def _has_left(particles: Particles, size: float) -> bool:
@@ -328,7 +340,9 @@ def _reasons(
 ) -> tuple[str, ...]:
     """Why there is no limit."""
     if fit is not None and fit.stderr <= LIMIT.tolerated * fit.level:
-        return ()
+        if statistics.fmean(at.disagreement for at in levels if at.nbeta >= fit.start) <= LIMIT.disagreement:
+            return ()
+        return ("not equilibrated: populations of particles find another λ̂ each",)
     if _has_left(particles, size):
         moved = float(particles.mode.displacement.norm())
         where = (
@@ -336,7 +350,9 @@ def _reasons(
         )
         return (f"left the basin: the loss is lower {where}; a smaller locality keeps nearer",)
     last = levels[-1]
-    if particles.nbeta < most:
+    if last.nbeta < LIMIT.short * particles.nbeta:
+        end = "the least loss is known no better"
+    elif particles.nbeta < most:
         end = f"the budget of {LIMIT.most_gradients} gradients is spent"
     elif most < LIMIT.most_nbeta:
         end = "double precision tells losses no longer apart"

@@ -31,12 +31,16 @@ class Level:
         llc: nβ·(E[L] − L*) of each population, with the loss L* at the posterior's mode.
         log_evidence: log E[exp(−nβ·L)] over the Gaussian that they began with, of each population.
         acceptance: of the last trajectories.
+        minimum: L*.
+        disagreement: variance of λ̂ between populations over what it would be of particles that share nothing: 1.
     """
 
     nbeta: float
     llc: tuple[float, ...]
     log_evidence: tuple[float, ...]
     acceptance: float
+    minimum: float
+    disagreement: float
 
 
 class Mode:
@@ -127,7 +131,7 @@ class Particles:
         generator: torch.Generator,
     ) -> None:
         self._anchor, self._localization, self._shape = anchor, localization, shape
-        self._generator = generator
+        self._generator, self._loss = generator, loss
         rows = torch.zeros(math.prod(shape), dtype=torch.long, device=anchor.device)
         self.mode, self.jump = Mode(loss, anchor, localization), 0.0
         self._displacement = self._normal(math.prod(shape)) / math.sqrt(localization)
@@ -166,7 +170,20 @@ class Particles:
             self.mode.move(float(self._losses[least]), self._displacement[least])
             self.mode.descend(nbeta)
             self.jump = max(self.jump, float((self.mode.displacement - before).norm()))
-        return replace(level, llc=self._llc())
+        return replace(level, llc=self._llc(), minimum=self.mode.loss)
+
+    def least_loss(self) -> float:
+        """The least loss that descent finds from some of the particles, or at the mode.
+
+        Where it is below that of the mode by as much as λ̂/nβ, the loss at the mode is not what λ̂ counts from.
+        """
+        losses = [self.mode.loss]
+        for chosen in range(0, len(self._losses), self._shape[1]):  # one of each population
+            lower = Mode(self._loss, self._anchor, localization=0.0)
+            lower.move(float(self._losses[chosen]), self._displacement[chosen])
+            lower.descend(self.nbeta)
+            losses.append(lower.loss)
+        return min(losses)
 
     def move(self) -> Level:
         """Trajectories until the particles' losses have hardly to do with what they were."""
@@ -185,11 +202,17 @@ class Particles:
             self._steps = min(math.ceil(self._steps * ANNEALING.lengthening), ANNEALING.most_steps)
         elif moves == 1:
             self._steps = max(math.floor(self._steps / ANNEALING.shortening), ANNEALING.least_steps)
-        return Level(self.nbeta, self._llc(), tuple(self._log_evidence.tolist()), acceptance)
+        evidence = tuple(self._log_evidence.tolist())
+        return Level(self.nbeta, self._llc(), evidence, acceptance, self.mode.loss, self._disagreement())
 
     def _llc(self) -> tuple[float, ...]:
         excess = (self._losses - self.mode.loss).view(self._shape)
         return tuple((self.nbeta * excess.mean(1)).tolist())
+
+    def _disagreement(self) -> float:
+        losses = self._losses.view(self._shape)
+        expected = losses.var(1).mean() / self._shape[1]
+        return float(losses.mean(1).var() / expected) if expected > 0 else 1.0
 
     def _next(self, most: float) -> float:
         """The nβ at which the weights' effective sample size is what it may fall to, at most `most`."""

@@ -27,17 +27,19 @@ def test_particles_in_a_bowl_have_the_soft_rank_and_the_evidence_at_every_temper
     spectrum = torch.logspace(0, -3, 20, dtype=torch.float64)
     levels = climb(particles(lambda w: 0.5 * (spectrum * w.square()).sum(), 20), 1e6)
     assert levels[-1].nbeta == 1e6
-    excess = []
+    excess, disagreement = [], []
     for level in levels:
         ratios = level.nbeta * spectrum
         llc, scatter = 0.5 * (ratios / (1 + ratios)).sum(), (0.5 * (ratios / (1 + ratios)).square().sum()).sqrt()
         found = torch.tensor(level.llc).mean()
         excess.append(float((found - llc) / scatter))
+        disagreement.append(level.disagreement)
         assert abs(excess[-1]) < 4.5 / math.sqrt(256) + 0.1
         exact = -0.5 * torch.log1p(ratios).sum()
         assert torch.tensor(level.log_evidence).mean() == pytest.approx(
             float(exact), abs=0.02 * abs(float(exact)) + 0.4
         )
+    assert 0.7 < sum(disagreement) / len(disagreement) < 1.5
     assert abs(sum(excess) / len(excess)) < 0.1  # λ̂ is off by a tenth of one particle's scatter at most, in the mean
 
 
