@@ -132,11 +132,18 @@ def _find_limit(
         long = fit is not None and levels[-1].nbeta >= LIMIT.enough * fit.start
         if long and fit.stderr <= LIMIT.extrapolated * settings.rtol * fit.level:
             break
-    counted = _counted(levels, particles.least_loss())
+    least = particles.least_loss()
+    counted = _counted(levels, least)
     stays = counted == levels and not _has_left(particles, size)
     if counted != levels:
-        levels, fit = counted, fit_limit(counted)
+        fit = fit_limit(counted)
+        levels = counted if fit is not None else levels  # what does not count is shown where there is nothing else
     reasons = _reasons(fit, levels, particles, most, size)
+    if fit is None and counted != levels and not _has_left(particles, size):
+        at = f"L = {particles.mode.loss:.4g} at the posterior's mode, {least:.4g} farther down"
+        reasons = (
+            f"no minimum: the loss still falls ({at}), so that beyond nβ = {counted[-1].nbeta:.3g} λ̂ is too low",
+        )
     value = low = high = None
     if fit is not None and not reasons:
         mean, error = _stay(particles, settings.rtol) if stays else (fit.level, fit.error)
@@ -350,9 +357,7 @@ def _reasons(
         )
         return (f"left the basin: the loss is lower {where}; a smaller locality keeps nearer",)
     last = levels[-1]
-    if last.nbeta < LIMIT.short * particles.nbeta:
-        end = "the least loss is known no better"
-    elif particles.nbeta < most:
+    if particles.nbeta < most:
         end = f"the budget of {LIMIT.most_gradients} gradients is spent"
     elif most < LIMIT.most_nbeta:
         end = "double precision tells losses no longer apart"

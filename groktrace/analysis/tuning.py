@@ -151,7 +151,6 @@ class Limit:
         most_weights: of networks whose limit is looked for unasked, within a minute or two; 2085 weights took five
             minutes and did not reach it.
         offset: what the least loss is known to, times nβ and relative to λ̂, at most: a quarter of the default `rtol`.
-        short: a ladder that ends at less than this share of the last nβ was cut for that.
         disagreement: between populations, in the mean along a limit, at most: it was 0.9 to 5.2 on 42 models, and 17 or
             more of particles that did not move enough.
         check_ratio: of the nβ at which the ladder is looked at, to that before.
@@ -186,7 +185,6 @@ class Limit:
     most_gradients: int = 20_000
     most_weights: int = 500
     offset: float = 0.005
-    short: float = 0.5
     disagreement: float = 8.0
     check_ratio: float = 10**0.5
     least_length: float = 3 * math.log(10)
