@@ -45,7 +45,8 @@ class Draws:
         loss: L(w*), the training loss at the snapshot.
         delta_loss: L(w) − L(w*), [C, T]; nβ times its mean is λ̂.
         distance: ‖w − w*‖, [C, T].
-        centred: what λ_c is the mean of, [pairs of chains, T]; of a single chain there are none.
+        centred: what λ_c is the mean of, [pairs of chains, T]: ¼nβ(w_a − w_b)·(∇L(w_a) − ∇L(w_b)) of neighbouring
+            chains a, b, all moved by what their mean is off λ_c; of a single chain there are none.
         sample_losses: ℓ_i(w), the loss of sample i alone, [C, T, N]; None where these were not kept.
         sample_losses_at_snapshot: ℓ_i(w*), [N].
         samples: which of the stored training samples they are, [N].
@@ -77,6 +78,7 @@ class Draws:
         if traces is None or estimate.llc is None or estimate.step_size is None or estimate.loss is None:
             return None
         losses: dict[str, np.ndarray] = {}
+        centred = traces.paired.double()
         if traces.sample_losses is not None and traces.anchor_sample_losses is not None:
             count = traces.sample_losses.shape[2]
             order = shuffled(len(objective.loss.tensors[0])) if objective.large_set else torch.arange(count)
@@ -91,7 +93,7 @@ class Draws:
             estimate.loss,
             traces.delta_loss.double().T.numpy() / estimate.nbeta,
             (traces.restraint.double() / estimate.localization).sqrt().T.numpy(),
-            traces.paired.double().T.numpy(),
+            (centred + (traces.centred - centred.mean())).T.numpy(),
             **losses,
         )
 

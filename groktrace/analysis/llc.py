@@ -4,8 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from groktrace.analysis.tuning import RELIABILITY
 from groktrace.records import Record
 from groktrace.sampling import diagnostics as diagnose
@@ -72,21 +70,11 @@ def off_minimum(traces: Traces) -> bool:
     llc = float(traces.delta_loss.mean())
     if llc < 0 or not traces.paired.shape[1]:
         return llc < 0
-    centred = float(traces.paired.mean())
+    centred = traces.centred
     margin = min(0.9 * centred - llc, 0.97 * centred - 0.5 * float(traces.virial.mean()))
     if margin <= 0:  # nearly always, and the errors take time
         return False
-    return margin > 3 * math.hypot(diagnose.standard_error(traces.delta_loss), centred_error(traces.paired))
-
-
-def centred_error(paired: Tensor) -> float:
-    """Standard error of the mean of neighbouring pairs' products, [draws, pairs].
-
-    Each pair shares a chain with two others. Of Gaussian chains, (a − b)² and (b − c)² have correlation ¼, so that the
-    mean over three pairs or more has 1 + 2·¼ times the variance that independent ones would give it.
-    """
-    error = diagnose.standard_error(paired)
-    return error * math.sqrt(1.5) if paired.shape[1] > 1 else error
+    return margin > 3 * math.hypot(diagnose.standard_error(traces.delta_loss), traces.centred_error)
 
 
 def unusable(reason: str, settings: ResolvedSettings, nbeta: float, localization: float) -> LLCEstimate:
@@ -133,7 +121,7 @@ def summarise(
     stderr = math.sqrt(float(traces.delta_loss.double().var()) / ess)
     centred = stderr_centred = None
     if traces.paired.shape[1]:
-        centred, stderr_centred = float(traces.paired.mean()), centred_error(traces.paired)
+        centred, stderr_centred = traces.centred, traces.centred_error
     virial = diagnose.virial_ratio(traces.virial, traces.restraint, dimension)
     anharmonicity = diagnose.anharmonicity(traces.virial, traces.delta_loss)
     distance = math.sqrt(float(traces.restraint.mean()) / localization)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from groktrace.analysis.llc import LLCEstimate, centred_error, off_minimum, summarise, unusable
+from groktrace.analysis.llc import LLCEstimate, off_minimum, summarise, unusable
 from groktrace.analysis.predictions import measure_losses
 from groktrace.analysis.tuning import MEASUREMENT
 from groktrace.records import Record, between, read_record
@@ -384,7 +384,7 @@ def _needed(traces: Traces, rtol: float) -> float:
 
 def _needed_centred(traces: Traces, rtol: float) -> float:
     """How many times as many draws give λ_c to `rtol`; 1 where so many would be needed that none are spent."""
-    times = _times(centred_error(traces.paired), float(traces.paired.mean()), rtol)
+    times = _times(traces.centred_error, traces.centred, rtol)
     return times if times <= WHOLE_DATA.growth else 1.0
 
 

@@ -19,7 +19,7 @@ from groktrace.sampling.tuning import MINIBATCH_NOISE
 # Stacks beyond the processor's cache gain nothing (measured); a GPU wants more at once.
 WORKING_SET_BYTES = {"cpu": 12 * 2**20}
 WORKING_SET_BYTES_ELSEWHERE = 2**31
-_STATE_VECTORS = 8
+_STATE_VECTORS = 10
 # A step is timed in so many at most.
 _TIMED_STEPS = 80
 
@@ -103,7 +103,7 @@ def time_steps(loss: StackedLoss, anchors: Tensor, settings: ResolvedSettings, s
     def begin() -> StackedChains:
         return StackedChains(loss, anchors, range(count), target, [1e-12] * count, [0] * count)
 
-    begin().advance([1] * count)  # records the gradient
+    begin().advance([(0, 1)] * count)  # records the gradient
     start = time.perf_counter()
     chains = begin()
     begun = time.perf_counter()
@@ -112,7 +112,7 @@ def time_steps(loss: StackedLoss, anchors: Tensor, settings: ResolvedSettings, s
     every = MINIBATCH_NOISE.every
     while not made or (spent < seconds and made < _TIMED_STEPS):
         recorder = SampleLossRecorder([(0, every)] * count) if loss.is_sample_mean else None
-        chains.advance([every] * count, first=True, recorder=recorder)
+        chains.advance([(0, every)] * count, first=True, recorder=recorder)
         made += every
         spent = time.perf_counter() - begun
     return spent / made, before

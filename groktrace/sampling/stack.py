@@ -100,6 +100,9 @@ class StackedChains:
             )
         noise = [generator_for(settings.seed, *key, "noise", device) for key in keys]
         self.state = ChainState.begin(self.dynamics, start, noise)
+        # Sums of displacements and gradients over all draws, which centre λ_c.
+        self.sums = [torch.zeros_like(start) for _ in range(2 if chains > 1 else 0)]
+        self.drawn = [0] * len(anchors)
         self.made = 0
 
     @property
@@ -116,7 +119,7 @@ class StackedChains:
         early, burn_in = [self.anchors.new_empty(0, 5, chains).double()] * count, [length for length, _ in self.lengths]
         if self.target.subsampled and self.settings.burn_in is None:
             # Chains start near equilibrium: where they are in it, what is left of the burn-in would be for nothing.
-            record = self.advance([EQUILIBRIUM.least_burn_in] * count, first=True)
+            record = self.advance([(EQUILIBRIUM.least_burn_in, 0)] * count, first=True)
             early = [record[:, :, s * chains : (s + 1) * chains] for s in range(count)]
             burn_in = [
                 EQUILIBRIUM.least_burn_in if self._has_settled(piece) else max(length, EQUILIBRIUM.least_burn_in)
@@ -126,7 +129,7 @@ class StackedChains:
         rest = [(burn_in[s] - len(early[s]), self.lengths[s][1]) for s in self.active]
         recorder = SampleLossRecorder(rest) if rest and self.loss.is_sample_mean else None
         drawn = DrawnSampleLosses(rest) if keeps else None
-        late = self._pieces([sum(lengths) for lengths in rest], True, recorder, drawn)
+        late = self._pieces(rest, True, recorder, drawn)
         traces = []
         for s, soon in enumerate(early):
             own = torch.cat([soon, late[s]]) if s in late else soon
@@ -148,7 +151,7 @@ class StackedChains:
         """More draws of some snapshots; the others are dropped."""
         self._keep(list(counts))
         drawn = DrawnSampleLosses([(0, more) for more in counts.values()]) if self.target.sample_losses else None
-        pieces = self._pieces(list(counts.values()), drawn=drawn)
+        pieces = self._pieces([(0, more) for more in counts.values()], drawn=drawn)
         return {s: self._traces(piece, s, 0, drawn) for s, piece in pieces.items()}
 
     def has_left(self, traces: Traces) -> bool:
@@ -197,6 +200,7 @@ class StackedChains:
             self.dynamics = self.dynamics.select(rows)
             self.state = self.state.select(rows)
             self.base, self.base_gradients = self.base[rows], self.base_gradients[rows]
+            self.sums = [total[rows] for total in self.sums]
             if self.batches is not None:
                 self.batches = self.batches.select(rows)
             if self.control is not None:
@@ -205,21 +209,21 @@ class StackedChains:
 
     def _pieces(
         self,
-        counts: Sequence[int],
+        lengths: Sequence[tuple[int, int]],
         first: bool = False,
         recorder: SampleLossRecorder | None = None,
         drawn: DrawnSampleLosses | None = None,
     ) -> dict[int, Tensor]:
-        """What `advance` records of each snapshot in the stack, [its count, 5, C]."""
+        """What `advance` records of each snapshot in the stack, [its steps, 5, C]."""
         if not self.active:
             return {}
-        record, chains = self.advance(counts, first, recorder, drawn), self.settings.chains
-        parts = zip(self.active, counts, torch.split(record, chains, 2), strict=True)
-        return {s: part[:count] for s, count, part in parts}
+        record, chains = self.advance(lengths, first, recorder, drawn), self.settings.chains
+        parts = zip(self.active, lengths, torch.split(record, chains, 2), strict=True)
+        return {s: part[: sum(length)] for s, length, part in parts}
 
     def advance(
         self,
-        counts: Sequence[int],
+        lengths: Sequence[tuple[int, int]],
         first: bool = False,
         recorder: SampleLossRecorder | None = None,
         drawn: DrawnSampleLosses | None = None,
@@ -232,13 +236,14 @@ class StackedChains:
         were when they were done themselves, so that no result depends on what a snapshot was stacked with.
 
         Args:
-            counts: of steps, for each snapshot.
+            lengths: steps to burn in and draws after them, of each snapshot.
             first: whether to measure the noise of minibatches now and then.
             recorder: when to keep the losses of single samples; None for never.
             drawn: keeps those of all samples at each draw; None for never.
         """
         rows, dimension = self.anchors.shape
         chains, nbeta = self.settings.chains, self.target.nbeta
+        counts = [sum(length) for length in lengths]
         count, check = max(counts), self.target.effort.check_every
         record = torch.full((count, 5, rows), torch.nan, dtype=torch.float64, device=self.anchors.device)
         state: ChainState = self.state
@@ -253,12 +258,11 @@ class StackedChains:
         # Beyond this a single draw makes the mean too large.
         most = most_total_virial(dimension) * own
         gone = torch.zeros_like(own, dtype=torch.bool)
-        blocks = [
-            (block, self.anchors[:, columns], weights[:, columns], gradients[:, columns])
-            for columns, block in state.blocks()
-        ]
+        stacks = self.anchors, weights, gradients, *self.sums
+        blocks = [(block, *(rows[:, columns] for rows in stacks)) for columns, block in state.blocks()]
         seen = self.samples if self.index is None else 2 * self.index.shape[1]
         seen = self.target.effort.sample_losses or seen
+        counted, changes = None, {0, *counts, *(before for before, _ in lengths)}
         scale = record.new_tensor([[nbeta], [self.target.localization], [0.25 * nbeta]])
         for t in range(count):
             check_interruption()
@@ -274,8 +278,14 @@ class StackedChains:
             if drawn is not None and (due := drawn.due(t)):
                 drawn.keep(due, self._sample_losses(due, weights))
             products = []
-            for block, anchors, positions, slopes in blocks:
+            if t in changes:
+                draws = [before <= t < before + some for before, some in lengths]
+                counted = weights.new_tensor(draws).repeat_interleave(chains)[:, None] if any(draws) else None
+            for block, anchors, positions, slopes, *sums in blocks:
                 products.append(inner_products(block.displacement, slopes, chains))
+                if counted is not None and sums:
+                    for total, values in zip(sums, (block.displacement, slopes), strict=True):
+                        total.addcmul_(values, counted)
                 self.dynamics.step(block, slopes)
                 torch.add(anchors, block.displacement, out=positions)
             torch.mul(sum(products[1:], products[0]), scale, out=record[t, 1:4])
@@ -286,6 +296,8 @@ class StackedChains:
             done += [(s, *self._saved(s)) for s in ends.get(t + 1, ())]
         for s, saved, batches in done:
             self._restore(s, saved, batches)
+        for s, (_, some) in zip(self.active, lengths, strict=True):
+            self.drawn[s] += some
         record[:, 1, gone] = torch.nan  # whether or not the stack went on
         return record
 
@@ -356,7 +368,16 @@ class StackedChains:
         delta_loss, virial, restraint, paired = record[:, :4].cpu().unbind(1)
         paired = paired[:, : pairs(self.settings.chains)]
         losses = None if drawn is None else drawn.of(self.active.index(s))
-        return Traces(delta_loss, virial, restraint, paired, self.epsilons[s], burn_in, sample_losses=losses)
+        chains = delta_loss, virial, restraint, paired
+        return Traces(*chains, self.epsilons[s], burn_in, sample_losses=losses, means=self._means(s))
+
+    def _means(self, s: int) -> Tensor | None:
+        """`Traces.means` of a snapshot in the stack."""
+        if not (self.sums and self.drawn[s]):
+            return None
+        rows = self._rows([self.active.index(s)])
+        displacement, gradient = (total[rows].double() / self.drawn[s] for total in self.sums)
+        return (self.target.nbeta * displacement @ gradient.T).cpu()
 
 
 def _with_kept_control(

@@ -39,6 +39,8 @@ class Traces:
         fall: largest −nβ(L(w) − L(w*)) within the first 64 steps, burn-in or not.
         sample_losses: loss of each sample, [draws, chains, N]; where it was asked for.
         anchor_sample_losses: the same at w*, [N].
+        means: nβ⟨w − w*⟩_a·⟨∇L⟩_b, where ⟨·⟩_a is the mean of chain a over all draws, [chains, chains]; None of a
+            single chain, and of large networks, which have no room for them.
     """
 
     delta_loss: Tensor
@@ -55,6 +57,7 @@ class Traces:
     fall: float = 0.0
     sample_losses: Tensor | None = None
     anchor_sample_losses: Tensor | None = None
+    means: Tensor | None = None
 
     def extended(self, more: "Traces") -> "Traces":
         """These draws and those that came after them."""
@@ -68,7 +71,43 @@ class Traces:
             restraint=torch.cat([self.restraint, more.restraint]),
             paired=torch.cat([self.paired, more.paired]),
             sample_losses=losses,
+            means=more.means,
         )
+
+    @property
+    def centred(self) -> float:
+        """λ_c = ½nβE[(w − w̄)·∇L]: each draw's own product, less what the means of two chains give.
+
+        It has the expectation of `paired`, as chains are independent, and half of its variance where w̄ is known well:
+        a pair of draws tells of their difference only. NaN of a single chain.
+        """
+        if self.means is None:
+            return float(self.paired.double().mean())
+        return 0.5 * float(self.virial.double().mean() - self._mean_of_two)
+
+    @property
+    def centred_error(self) -> float:
+        """Standard error of `centred`.
+
+        Of C chains whose draws are Gaussian, `centred` has the variance of one pair's mean over C where the chains'
+        means have averaged all fluctuation out, and over C − 1 where they have none of it; which, `means` tells. The
+        mean over neighbouring pairs has 1.5 over C: each shares a chain with two others, and (a − b)² and (b − c)² have
+        correlation ¼.
+        """
+        error, (_, chains), pairs = standard_error(self.paired), self.delta_loss.shape, self.paired.shape[1]
+        if self.means is None:
+            return error * math.sqrt(1.5) if pairs > 1 else error
+        left = 0.5 * float(self.means.diagonal().mean() - self._mean_of_two)
+        value = self.centred
+        share = min(max(left / value, 0.0), 1.0) if value > 0 else 1.0
+        return error * math.sqrt(pairs * ((1 - share) / chains + share / (chains - 1)))
+
+    @property
+    def _mean_of_two(self) -> float:
+        """`means` of two different chains, in the mean."""
+        assert self.means is not None
+        chains = len(self.means)
+        return float(self.means.sum() - self.means.diagonal().sum()) / (chains * (chains - 1))
 
     @property
     def total_virial(self) -> Tensor:
