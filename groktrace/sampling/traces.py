@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from groktrace.sampling.diagnostics import standard_error
+from groktrace.sampling.diagnostics import effective_sample_size, standard_error
 from groktrace.sampling.kernels.base import Kernel
 from groktrace.sampling.tuning import EQUILIBRIUM, MINIBATCH_NOISE
 
@@ -90,16 +90,17 @@ class Traces:
         """Standard error of `centred`.
 
         Of C chains whose draws are Gaussian, `centred` has the variance of one pair's mean over C where the chains'
-        means have averaged all fluctuation out, and over C − 1 where they have none of it; which, `means` tells. The
-        mean over neighbouring pairs has 1.5 over C: each shares a chain with two others, and (a − b)² and (b − c)² have
-        correlation ¼.
+        means have averaged all fluctuation out, and over C − 1 where they have none of it. How much they have, `means`
+        tells; as few directions may tell little, 2 over a chain's effective draws is added. (The mean over neighbouring
+        pairs has 1.5 over C: each shares a chain with two others, and (a − b)² and (b − c)² have correlation ¼.)
         """
         error, (_, chains), pairs = standard_error(self.paired), self.delta_loss.shape, self.paired.shape[1]
         if self.means is None:
             return error * math.sqrt(1.5) if pairs > 1 else error
         left = 0.5 * float(self.means.diagonal().mean() - self._mean_of_two)
         value = self.centred
-        share = min(max(left / value, 0.0), 1.0) if value > 0 else 1.0
+        share = 2 * pairs / effective_sample_size(self.paired) + max(left / value if value > 0 else 1.0, 0.0)
+        share = min(share, 1.0)
         return error * math.sqrt(pairs * ((1 - share) / chains + share / (chains - 1)))
 
     @property

@@ -11,7 +11,7 @@ from groktrace.sampling import chains, engine, posterior, stack
 from groktrace.sampling.calibration import resolve, run_length, step_size
 from groktrace.sampling.chains import rows_per_stack, sample
 from groktrace.sampling.diagnostics import standard_error
-from groktrace.sampling.kernels import base
+from groktrace.sampling.kernels import KERNELS, base
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
 from groktrace.sampling.tuning import EQUILIBRIUM
@@ -57,9 +57,60 @@ def test_off_the_minimum_the_centred_estimate_holds_and_the_plain_one_has_the_kn
     assert offset < -soft_rank(nbeta, gamma)
     series = traces.paired.mean(1, keepdim=True)
     assert float(series.mean()) == pytest.approx(soft_rank(nbeta, gamma), abs=3.5 * standard_error(series))
+    assert traces.centred == pytest.approx(soft_rank(nbeta, gamma), abs=3.5 * traces.centred_error)
     assert float(traces.delta_loss.mean()) == pytest.approx(
         soft_rank(nbeta, gamma) + offset, abs=3.5 * standard_error(traces.delta_loss)
     )
+
+
+@pytest.mark.parametrize(("chains", "draws", "least_gain"), [(2, 400, 1.6), (2, 100, 1.2), (4, 400, 1.2)])
+@pytest.mark.parametrize("off", [0.0, 0.5])
+def test_means_of_chains_make_the_centred_estimate_surer_and_its_error_says_by_how_much(
+    bowl, chains, draws, least_gain, off
+):
+    count, nbeta, gamma = 200, 100.0, 1.0
+    minimum = torch.where(SPECTRUM > 0, off, 0.0)
+    settings = SamplingSettings(chains=chains, draws=draws)
+    found = draw(bowl(SPECTRUM, minimum=minimum), torch.zeros(count, 60).double(), settings, nbeta, gamma)
+    values = torch.tensor([traces.centred for traces in found])
+    errors = torch.tensor([traces.centred_error for traces in found])
+    pairs = torch.tensor([float(traces.paired.mean()) for traces in found])
+    off_by = (values - soft_rank(nbeta, gamma)) / errors
+    assert abs(float(values.mean()) - soft_rank(nbeta, gamma)) < 3.5 * float(values.std()) / count**0.5
+    assert 0.87 < float((off_by.abs() < 2).double().mean()) < 0.99  # 0.89 of 600 at 100 draws, as the pairs have
+    assert float(pairs.var() / values.var()) > least_gain
+
+
+def test_without_means_the_centred_estimate_is_that_of_the_pairs(bowl):
+    settings = SamplingSettings(chains=3, draws=100)
+    (traces,) = draw(bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, 100.0, 1.0)
+    assert traces.means.shape == (3, 3)
+    alone = replace(traces, means=None)
+    assert alone.centred == pytest.approx(float(traces.paired.mean()))
+    assert alone.centred_error == pytest.approx(1.5**0.5 * standard_error(traces.paired))
+
+
+def test_means_are_of_all_draws_and_of_no_other_step(bowl, monkeypatch):
+    """However many pieces the draws are made in, and beside whichever other snapshot."""
+    steps = []
+    step = type(KERNELS["baoab"]).step
+
+    def recorded(self, displacement, momentum, gradient, *rest):
+        steps.append((displacement.clone(), gradient.clone()))
+        step(self, displacement, momentum, gradient, *rest)
+
+    monkeypatch.setattr(type(KERNELS["baoab"]), "step", recorded)
+    settings = SamplingSettings(chains=2, burn_in=7, draws=None)
+    epsilons = [step_size(100.0, 1.0, 1.0)] * 2
+    found = draw(
+        bowl(SPECTRUM), torch.zeros(2, 60).double(), settings, 100.0, 1.0,
+        needed=lambda traces: 200 / len(traces.delta_loss), epsilons=epsilons,
+    )  # fmt: skip
+    for s, traces in enumerate(found):
+        kept = steps[7 : 7 + len(traces.delta_loss)]
+        assert len(kept) >= 200
+        mean_w, mean_g = (torch.stack(parts).mean(0)[2 * s : 2 * s + 2] for parts in zip(*kept, strict=True))
+        torch.testing.assert_close(traces.means, 100.0 * mean_w @ mean_g.T)
 
 
 def test_the_estimate_does_not_depend_on_the_step_size(bowl):
