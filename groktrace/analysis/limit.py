@@ -222,8 +222,8 @@ def _has_left(particles: Particles, size: float) -> bool:
 def _stay(particles: Particles, rtol: float) -> tuple[float, float]:
     """λ̂ at the particles' nβ, and its standard error.
 
-    It is the larger one of two: what their populations differ by in the end, and what they differ by each time, as if
-    they forgot so much in between as they should.
+    Its variance is the mean of two, as if each had as many degrees of freedom: of what the populations differ by in the
+    end, and of what they differ by each time, as if they forgot so much in between as they should.
     """
     rounds: list[tuple[float, ...]] = []
     spent = particles.gradients
@@ -232,9 +232,10 @@ def _stay(particles: Particles, rtol: float) -> tuple[float, float]:
     while True:
         rounds += [particles.move().llc for _ in range(wanted - len(rounds))]
         found = torch.tensor(rounds[len(rounds) // 4 :], dtype=torch.float64)
-        mean, between = float(found.mean()), _population_error(found.mean(0).tolist())
+        mean, populations = float(found.mean()), found.shape[1]
         each = float(found.var(1).mean()) / (found.numel() * forgotten)
-        error = max(between, math.sqrt(each))
+        between = float(found.mean(0).var()) / populations
+        error = student(2 * (populations - 1)) * math.sqrt((between + each) / 2)
         spent_all = particles.gradients - spent >= LIMIT.most_gradients
         if 1.96 * error <= rtol * mean or wanted >= LIMIT.most_rounds or spent_all:
             return mean, error
