@@ -198,10 +198,12 @@ def label_of(
                 f"no label: λ falls while the training loss, {loss[onset]:.3g}, has risen from {np.nanmin(loss):.3g}",
             )
         return None, "no label: λ falls while the training loss is not yet low"
-    share = 1 - lowest / peak if peak > 0 else 0.0
+    share, error = (1 - lowest / peak, measured.error / peak) if peak > 0 else (0.0, 0.0)
     following = trajectory.follows_curvature
-    if share < (settings.min_generalisation_following if following else settings.min_generalisation):
-        return None, f"no label: λ falls by only {100 * share:.0f} % while the training loss stays low"
+    least = settings.min_generalisation_following if following else settings.min_generalisation
+    if share - error < least:
+        known = f"only {100 * share:.0f} %" if share < least else f"{100 * share:.0f} ± {100 * error:.0f} % only"
+        return None, f"no label: λ falls by {known} while the training loss stays low"
     if doubt is not None:
         return None, f"no label: λ falls by {100 * share:.0f} %, but {doubt}"
     more = " in all" if peak > before or lowest < after else ""

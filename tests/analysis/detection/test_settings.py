@@ -52,6 +52,17 @@ def test_thresholds_decide_what_is_labelled():
     assert find_transitions(following, PiecewiseDetector(min_generalisation_following=0.1))[0].label == "generalisation"
 
 
+@pytest.mark.parametrize(("error", "label"), [(10.0, "generalisation"), (80.0, None)])
+def test_a_fall_must_be_large_enough_with_its_error_taken_off(error, label):
+    trajectory = fall_by(0.17, error=error, train_loss=np.where(STEPS < 100, 1.0, 0.001))
+    (fall,) = find_transitions(trajectory)
+    share = -fall.delta_llc / fall.llc_before
+    assert share > 0.15
+    assert (share - fall.stderr / fall.llc_before > 0.15) == (label is not None)
+    assert fall.label == label
+    assert ("± " in fall.evidence) == (label is None)
+
+
 def test_wider_intervals_are_wider():
     trajectory = fall_by(0.2, error=60.0)
     (narrow,), (wide,) = (
