@@ -38,8 +38,8 @@ class DetectionSettings:
             convention.
         min_generalisation: a fall, with those before it since λ rose and the drift of the phases between, is read as
             generalisation from this fraction of the highest level on: networks that merely lose weight norm after
-            memorising fall by up to an eighth. Less the fall's standard error it has to be as much: networks that had not
-            generalised fell by 15 ± 4 and 19 ± 4 % right after memorising.
+            memorising fall by up to an eighth. Less the fall's standard error it has to be as much: two networks that
+            did not generalise fell by 15 ± 4 and 19 ± 4 % right after memorising.
         min_generalisation_following: the same where nβ follows the curvature: perceptrons with too few pairs fell by up
             to 17 %, those that grokked by 22 % or more.
         min_validation_gain: validation accuracy confirms a label where it rises by as much; a convention.
