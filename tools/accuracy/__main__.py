@@ -19,6 +19,7 @@ from tools.accuracy.coverage import run_coverage
 from tools.accuracy.failures import run_failures
 from tools.accuracy.insensitivity import run_insensitivity
 from tools.accuracy.known import run_known
+from tools.accuracy.ladder import run_ladder
 from tools.accuracy.limit import run_limit, run_limit_constants, run_limit_coverage
 from tools.accuracy.reference import run_reference
 from tools.common.tables import Verdict, print_verdicts
@@ -32,6 +33,7 @@ PARTS: dict[str, Callable[[Path, bool], list[Verdict]]] = {
     "limit": run_limit,
     "limit-coverage": run_limit_coverage,
     "limit-constants": run_limit_constants,
+    "ladder": run_ladder,
 }
 
 
