@@ -2,14 +2,16 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from groktrace.analysis.measure import Objective, stack_weights
+from groktrace.analysis.progress import Progress, silent
 from groktrace.analysis.tuning import LIMIT
 from groktrace.errors import SettingsError
 from groktrace.records import Record
@@ -72,7 +74,11 @@ class LearningCoefficient(Record):
 
 
 def learning_coefficient(
-    objective: Objective, weights: Mapping[str, Tensor], norm_squared: float, key: int = 0
+    objective: Objective,
+    weights: Mapping[str, Tensor],
+    norm_squared: float,
+    key: int = 0,
+    progress: Progress = silent,
 ) -> LearningCoefficient:
     """λ of the basin of a snapshot, from particles annealed to ever larger nβ.
 
@@ -85,6 +91,7 @@ def learning_coefficient(
         weights: tensors by name.
         norm_squared: ‖w*‖².
         key: what the noise is keyed by beside the seed.
+        progress: called with (phase, decades of nβ done, decades at most), in a phase for each Gaussian.
 
     Raises:
         SettingsError: a setting is given that a limit does not have.
@@ -100,7 +107,10 @@ def learning_coefficient(
     with failures_in_words("loss: cannot be computed in double precision", "a limit needs it."):
         loss, anchor = _in_double(objective.loss, weights)
         loss.gradients(anchor[None])
-    found = [_find_limit(loss, anchor, localization, settings, key) for localization in widths]
+    found = []
+    for number, localization in enumerate(widths, start=1):
+        phase = "annealing" if len(widths) == 1 else f"annealing, width {number} of {len(widths)}"
+        found.append(_find_limit(loss, anchor, localization, settings, key, partial(progress, phase)))
     return _closer(found)
 
 
@@ -115,7 +125,12 @@ def _closer(found: Sequence[LearningCoefficient]) -> LearningCoefficient:
 
 
 def _find_limit(
-    loss: StackedLoss, anchor: Tensor, localization: float, settings: ResolvedSettings, key: int
+    loss: StackedLoss,
+    anchor: Tensor,
+    localization: float,
+    settings: ResolvedSettings,
+    key: int,
+    progress: Callable[[int, int], None],
 ) -> LearningCoefficient:
     """The limit at one γ."""
     generator = generator_for(settings.seed, key, 0, "anneal", anchor.device)
@@ -127,7 +142,10 @@ def _find_limit(
     fit: Fit | None = None
     norm = float(anchor.norm())
     size = norm or math.sqrt(len(anchor) / localization)
+    decades = 0
     for levels in _anneal(particles, most, size):
+        decades = max(1, math.ceil(math.log10(most / levels[0].nbeta)))
+        progress(min(int(math.log10(levels[-1].nbeta / levels[0].nbeta)), decades - 1), decades)
         fit = fit_limit(levels)
         long = fit is not None and levels[-1].nbeta >= LIMIT.enough * fit.start
         if long and fit.stderr <= LIMIT.extrapolated * settings.rtol * fit.level:
@@ -151,6 +169,7 @@ def _find_limit(
         # What is left of the way is extrapolated from a ladder that has errors of its own at its end.
         half = 1.96 * math.hypot(error, fit.stderr, LIMIT.doubted * fit.beyond)
         low, high = value - half, value + half
+    progress(decades, decades)  # it may well end early
     return LearningCoefficient(
         llc=value,
         low=low,

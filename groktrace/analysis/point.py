@@ -108,10 +108,7 @@ def estimate_llc(
         objective, weights, metrics = prepare_point(model, loss, train, batch_loss, chosen, place, n, noise)
         report("losses, curvature", 1, 1)
         if limit:
-            report("annealing", 0, 1)
-            found = learning_coefficient(objective, weights, metrics.norm_squared)
-            report("annealing", 1, 1)
-            return found
+            return learning_coefficient(objective, weights, metrics.norm_squared, progress=report)
         report("locality, samples, batches", 0, 1)
         scale = choose_sampling(objective, lambda step: weights, [metrics])
         report("locality, samples, batches", 1, 1)

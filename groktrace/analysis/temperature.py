@@ -1,5 +1,6 @@
 """λ̂ against temperature: what is resolved at each nβ, and the limit that is an absolute value."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from groktrace.analysis.backends import one_thread
 from groktrace.analysis.limit import LearningCoefficient, learning_coefficient
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.measure import Objective, SnapshotMetrics
 from groktrace.analysis.passes import spread
 from groktrace.analysis.pilot import choose_sampling, choose_scale
 from groktrace.analysis.point import prepare_point
+from groktrace.analysis.progress import Progress, shown
 from groktrace.analysis.session import Session, open_session
 from groktrace.analysis.setup import choose_device, make_settings
 from groktrace.analysis.tuning import LIMIT
@@ -21,6 +24,7 @@ from groktrace.errors import SettingsError
 from groktrace.records import Record
 from groktrace.run.store import Run, open_run
 from groktrace.run.task import Task
+from groktrace.sampling.network import LARGE_WEIGHTS
 from groktrace.sampling.settings import ResolvedSettings, SamplingOptions, SamplingSettings
 from groktrace.sampling.tuning import CALIBRATION
 
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
 # Snapshots from which γ is taken where no analysis has chosen it.
 _LOCALIZING = 16
+_RUNGS = "sampling at each nβ"
 RESOLUTIONS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
@@ -56,6 +61,7 @@ def temperature_curve(
     n: int | None = None,
     noise: str | None = None,
     device: str | torch.device | None = None,
+    progress: Progress | bool | None = None,
     settings: SamplingSettings | None = None,
     **options: "Unpack[SamplingOptions]",
 ) -> TemperatureCurve:
@@ -73,7 +79,9 @@ def temperature_curve(
         batch_loss: batch_loss(model, batch) for models that compute their own loss.
         n: see `groktrace.estimate_llc`.
         noise: see `groktrace.estimate_llc`.
-        device: where to compute; a GPU where there is one.
+        device: where to compute; a GPU where there is one. On a processor each operation takes one thread, but for
+            networks of 17 million weights and more.
+        progress: called with (phase, done, in all); see `groktrace.analyze`.
         settings: of the sampling, without `nbeta`; None for the defaults.
         **options: fields of `groktrace.SamplingSettings`, in place of those of `settings`.
 
@@ -83,7 +91,7 @@ def temperature_curve(
     """
     chosen = _curve_settings(settings, options)
     objective, weights, metrics = prepare_point(model, loss, train, batch_loss, chosen, choose_device(device), n, noise)
-    return _measure_curve(objective, weights, metrics, nbetas, chosen)
+    return _measure_curve(objective, weights, metrics, nbetas, chosen, progress)
 
 
 def temperature_curve_at(
@@ -95,6 +103,7 @@ def temperature_curve_at(
     n: int | None = None,
     task: Task | None = None,
     device: str | torch.device | None = None,
+    progress: Progress | bool | None = None,
     settings: SamplingSettings | None = None,
     **options: "Unpack[SamplingOptions]",
 ) -> TemperatureCurve:
@@ -112,7 +121,9 @@ def temperature_curve_at(
         train: see `analyze`; γ is then that of the run's own analysis, if there is one.
         n: see `analyze`.
         task: see `analyze`.
-        device: where to compute; a GPU where there is one.
+        device: where to compute; a GPU where there is one. On a processor each operation takes one thread, but for
+            networks of 17 million weights and more.
+        progress: called with (phase, done, in all); see `groktrace.analyze`.
         settings: of the sampling, without `nbeta`; None for the defaults.
         **options: fields of `groktrace.SamplingSettings`, in place of those of `settings`.
 
@@ -128,11 +139,11 @@ def temperature_curve_at(
         nearest = min((snapshot.step for snapshot in run.snapshots), key=lambda other: abs(other - step))
         raise SettingsError(f"step: there is no snapshot of step {step}; the nearest is of step {nearest}.")
     weights = found[0].load(with_loss=True)
-    # All threads in one operation: there is but one snapshot to sample.
     with open_session(run, chosen, task=task, device=device, threads=1, keep=False, train=train, n=n) as session:
         metrics = session.metrics([step])[step]
         objective = replace(session.objective, settings=_with_localization(session, metrics))
-        return _measure_curve(objective, objective.layout.split(weights), metrics, nbetas, chosen, session.key(step))
+        own = objective.layout.split(weights)
+        return _measure_curve(objective, own, metrics, nbetas, chosen, progress, session.key(step))
 
 
 def _with_localization(session: Session, metrics: SnapshotMetrics) -> ResolvedSettings:
@@ -161,20 +172,27 @@ def _measure_curve(
     metrics: SnapshotMetrics,
     nbetas: Sequence[float] | None,
     chosen: SamplingSettings,
+    progress: Progress | bool | None,
     key: int = 0,
 ) -> TemperatureCurve:
-    scale = choose_sampling(objective, lambda step: weights, [metrics], lambda step: key)
-    middle, limit = scale.nbeta, None
-    if nbetas is None:
-        if objective.layout.size <= LIMIT.most_weights:
-            asked = replace(objective.settings, localization=chosen.localization, resolution=None, step_size=None)
-            limit = learning_coefficient(replace(objective, settings=asked), weights, metrics.norm_squared, key)
-        own = objective.settings.resolution or CALIBRATION.resolution
-        nbetas = [middle * resolution / own for resolution in RESOLUTIONS]
-    for nbeta in nbetas:
+    for nbeta in nbetas or ():
         make_settings(None, {"nbeta": nbeta})
-    estimates = tuple(
-        objective.estimate([weights], [metrics], at, [key])[0]
-        for at in (scale._replace(nbeta=float(nbeta), curvature=None) for nbeta in sorted(nbetas))
-    )
-    return TemperatureCurve(estimates, limit)
+    # Threads that share an operation wait for each other, see `estimate_llc`.
+    small = objective.loss.device.type == "cpu" and objective.layout.size < LARGE_WEIGHTS
+    with shown(progress) as report, one_thread() if small else contextlib.nullcontext():
+        limit = None
+        if nbetas is None and objective.layout.size <= LIMIT.most_weights:
+            asked = replace(objective.settings, localization=chosen.localization, resolution=None, step_size=None)
+            limited = replace(objective, settings=asked)
+            limit = learning_coefficient(limited, weights, metrics.norm_squared, key, report)
+        scale = choose_sampling(objective, lambda step: weights, [metrics], lambda step: key)
+        if nbetas is None:
+            own = objective.settings.resolution or CALIBRATION.resolution
+            nbetas = [scale.nbeta * resolution / own for resolution in RESOLUTIONS]
+        estimates = []
+        for done, nbeta in enumerate(sorted(nbetas)):
+            report(_RUNGS, done, len(nbetas))
+            at = scale._replace(nbeta=float(nbeta), curvature=None)
+            estimates += objective.estimate([weights], [metrics], at, [key])
+        report(_RUNGS, len(nbetas), len(nbetas))
+    return TemperatureCurve(tuple(estimates), limit)

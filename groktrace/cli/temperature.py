@@ -18,12 +18,11 @@ def command(run: Path | str, step: int, as_json: bool, **given: Any) -> None:
     """Print λ̂ of the snapshot of STEP in RUN at several nβ, and its plateau, which is an absolute value."""
     from groktrace.analysis.temperature import temperature_curve_at
     from groktrace.reporting.console import temperature_table
-    from groktrace.reporting.progress import Progress
+    from groktrace.reporting.progress import Phases
     from groktrace.run.store import open_run
 
     with as_keywords(given) as keywords:
         opened = open_run(run)
-        with Progress(1, f"step {step} at several nβ") as progress:
-            curve = temperature_curve_at(opened, step, **keywords)
-            progress.advance()
+        with Phases() as phases:
+            curve = temperature_curve_at(opened, step, progress=phases.report, **keywords)
     click.echo(json.dumps(curve.to_dict(), allow_nan=False) if as_json else temperature_table(curve))
