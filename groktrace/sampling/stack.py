@@ -258,11 +258,14 @@ class StackedChains:
         # Beyond this a single draw makes the mean too large.
         most = most_total_virial(dimension) * own
         gone = torch.zeros_like(own, dtype=torch.bool)
-        stacks = self.anchors, weights, gradients, *self.sums
-        blocks = [(block, *(rows[:, columns] for rows in stacks)) for columns, block in state.blocks()]
+        blocks = [
+            (block, self.anchors[:, at], weights[:, at], gradients[:, at], [total[:, at] for total in self.sums])
+            for at, block in state.blocks()
+        ]
         seen = self.samples if self.index is None else 2 * self.index.shape[1]
         seen = self.target.effort.sample_losses or seen
-        counted, changes = None, {0, *counts, *(before for before, _ in lengths)}
+        counted: Tensor | None = None
+        changes = {0, *counts, *(before for before, _ in lengths)}
         scale = record.new_tensor([[nbeta], [self.target.localization], [0.25 * nbeta]])
         for t in range(count):
             check_interruption()
@@ -281,7 +284,7 @@ class StackedChains:
             if t in changes:
                 draws = [before <= t < before + some for before, some in lengths]
                 counted = weights.new_tensor(draws).repeat_interleave(chains)[:, None] if any(draws) else None
-            for block, anchors, positions, slopes, *sums in blocks:
+            for block, anchors, positions, slopes, sums in blocks:
                 products.append(inner_products(block.displacement, slopes, chains))
                 if counted is not None and sums:
                     for total, values in zip(sums, (block.displacement, slopes), strict=True):
