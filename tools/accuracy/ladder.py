@@ -12,7 +12,7 @@ from tools.accuracy.reference import TRAINING_STEPS, record_reference
 from tools.common.tables import Row, Table, Verdict, number, print_markdown
 
 GROKKED, CONTROL = "grokked p=23", "random labels p=23"
-HALF_DECADES = range(-2, 8)
+HALF_DECADES = range(-2, 9)
 COLUMNS = ["ladder", "run", "nβ", "resolution", "λ̂", "stderr", "λ_c", "λ_c stderr", "draws", "reasons"]
 # λ of a quadratic network at a generic solution: half of p(n − 1), one equation a class and pair but the centred one.
 CLOSED_FORM = 23 * (317 - 1) / 2
@@ -34,7 +34,7 @@ def run_ladder(out: Path, fresh: bool) -> list[Verdict]:
             )
     rows = list(table.rows.values())
     print_markdown(COLUMNS[1:], rows)
-    draw_ladder(rows, own.nbeta).savefig(out / "ladder.png")
+    draw_ladder(rows, own.nbeta).savefig(out / "ladder.png", dpi=100)
     found = {name: [number(row["λ_c"]) for row in rows if row["run"] == name] for name in runs}
     pairs = list(zip(found[GROKKED], found[CONTROL], strict=True))
     ratios = [high / low for low, high in pairs]
@@ -73,7 +73,7 @@ def measure_rung(name: str, run: groktrace.Run, nbeta: float, middle: float, loc
 def draw_ladder(rows: list[dict[str, str]], middle: float) -> Figure:
     """λ̂ and λ_c against nβ, beside the closed form and the default nβ."""
     matplotlib.use("agg")
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     for name, marker, color in ((GROKKED, "o", "black"), (CONTROL, "s", "0.55")):
         some = [row for row in rows if row["run"] == name]
@@ -91,9 +91,11 @@ def draw_ladder(rows: list[dict[str, str]], middle: float) -> Figure:
                 markerfacecolor=color if filled else "white",
                 label=f"{column}, {name.split(' p=')[0]}",
             )
-    axes.axhline(CLOSED_FORM, color="black", linestyle="-.", label=f"closed form, {CLOSED_FORM:g}")
+    axes.axhline(CLOSED_FORM, color="black", linestyle="-.", label=f"λ by closed form, {CLOSED_FORM:g}")
     axes.axvline(middle, color="grey", linewidth=0.8)
-    axes.annotate("default", (middle, 0.02), xycoords=("data", "axes fraction"), rotation=90, ha="right", color="grey")
-    axes.set(xscale="log", yscale="log", xlabel="nβ", ylabel="λ̂ and λ_c at the last snapshot")
-    axes.legend()
+    axes.annotate(
+        "default", (middle, 0.98), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="top", color="grey"
+    )
+    axes.set(xscale="log", ylim=(0, 1.08 * CLOSED_FORM), xlabel="nβ", ylabel="λ̂ and λ_c at the last snapshot")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.59, 0.0), fontsize="small", framealpha=1)
     return figure
