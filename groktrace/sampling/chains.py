@@ -1,6 +1,5 @@
-"""Chains of many snapshots: what they draw, how long a step takes, and how noisy their gradients are."""
+"""Chains of many snapshots: what they draw, and how noisy their gradients are."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -13,15 +12,13 @@ from groktrace.sampling.engine import Target, sample_with_restarts
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.stack import StackedChains
-from groktrace.sampling.traces import SampleLossRecorder, Traces
+from groktrace.sampling.traces import Traces
 from groktrace.sampling.tuning import MINIBATCH_NOISE
 
 # Stacks beyond the processor's cache gain nothing (measured); a GPU wants more at once.
 WORKING_SET_BYTES = {"cpu": 12 * 2**20}
 WORKING_SET_BYTES_ELSEWHERE = 2**31
 _STATE_VECTORS = 10
-# A step is timed in so many at most.
-_TIMED_STEPS = 80
 
 
 def rows_per_stack(loss: StackedLoss, batch_size: int | None = None) -> int:
@@ -83,39 +80,6 @@ def sample(
         )
 
     return sample_with_restarts(begin, step_sizes, target, needed, whole is not None)
-
-
-def time_steps(loss: StackedLoss, anchors: Tensor, settings: ResolvedSettings, seconds: float) -> tuple[float, float]:
-    """Time of a stack's steps, by the clock.
-
-    Args:
-        loss: of S rows.
-        anchors: w* of each snapshot, [S, D].
-        settings: as for `sample`.
-        seconds: that the steps may take, but for the first few.
-
-    Returns:
-        Seconds that one step takes, and all that comes before the first.
-    """
-    count = len(anchors)
-    target = Target(settings, 1.0, 1e6, anchors.shape[1], loss.sample_bytes is not None)
-
-    def begin() -> StackedChains:
-        return StackedChains(loss, anchors, range(count), target, [1e-12] * count, [0] * count)
-
-    begin().advance([(0, 1)] * count)  # records the gradient
-    start = time.perf_counter()
-    chains = begin()
-    begun = time.perf_counter()
-    before, spent, made = begun - start, 0.0, 0
-    # As many as there are from one measurement of the noise of minibatches to the next.
-    every = MINIBATCH_NOISE.every
-    while not made or (spent < seconds and made < _TIMED_STEPS):
-        recorder = SampleLossRecorder([(0, every)] * count) if loss.is_sample_mean else None
-        chains.advance([(0, every)] * count, first=True, recorder=recorder)
-        made += every
-        spent = time.perf_counter() - begun
-    return spent / made, before
 
 
 def profile_noise(

@@ -1,13 +1,12 @@
 """Whole chains against exact answers: harmonic bowls at every temperature, with and without a minimum at w*."""
 
 import math
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from groktrace.sampling import chains, engine, posterior, stack
+from groktrace.sampling import chains, engine, posterior
 from groktrace.sampling.calibration import resolve, run_length, step_size
 from groktrace.sampling.chains import rows_per_stack, sample
 from groktrace.sampling.diagnostics import standard_error
@@ -203,28 +202,6 @@ def test_diverging_chains_are_halved_until_they_hold_and_counted(bowl):
     assert len(good.delta_loss) > 900
     assert bad.lost <= (bad.halvings + 1) * 80
     assert bad.step_size <= stable * 1.5  # the chains met the curvature that the first step was too large for
-
-
-def test_steps_are_timed_without_what_comes_before_them(bowl, monkeypatch):
-    def slowed(function, seconds):
-        def slow(*arguments):
-            made.append(function.__name__)
-            clock.append(clock[-1] + seconds)
-            return function(*arguments)
-
-        return slow
-
-    made, clock = [], [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[-1])
-    monkeypatch.setattr(base.Dynamics, "step", slowed(base.Dynamics.step, 0.002))
-    monkeypatch.setattr(stack, "gaussian_start", slowed(stack.gaussian_start, 0.3))
-    settings = ResolvedSettings(method="baoab", chains=2)
-    step, before = chains.time_steps(bowl(SPECTRUM), torch.zeros(3, 60).double(), settings, 30.0)
-    assert (step, before) == (pytest.approx(0.002), pytest.approx(0.3))
-    assert made == ["gaussian_start", "step", "gaussian_start"] + 80 * ["step"]
-    made.clear()
-    chains.time_steps(bowl(SPECTRUM), torch.zeros(3, 60).double(), settings, 0.0)
-    assert made.count("step") == 1 + 16
 
 
 def test_a_stack_whose_snapshots_have_all_lost_a_chain_goes_no_further(bowl, monkeypatch):

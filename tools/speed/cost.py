@@ -17,11 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 import groktrace
@@ -29,10 +28,13 @@ from groktrace.analysis.measure import Objective, stack_weights
 from groktrace.analysis.setup import weight_layout
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import Scale, resolve, run_length, step_size
-from groktrace.sampling.chains import time_steps
+from groktrace.sampling.engine import Target
 from groktrace.sampling.large import sample_large
+from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
-from groktrace.sampling.tuning import CALIBRATION
+from groktrace.sampling.stack import StackedChains
+from groktrace.sampling.traces import SampleLossRecorder
+from groktrace.sampling.tuning import CALIBRATION, MINIBATCH_NOISE
 from tools.common.measurements import Bar, Row, Store, command_line, peak_bytes, run_parts, say
 from tools.common.networks import Transformer, sequence_cross_entropy, size
 
@@ -40,8 +42,9 @@ MIB = 2**20
 # The sampler's cost does not depend on these; they keep the chains where they start.
 FIXED = {"nbeta": 10.0, "localization": 1e4, "step_size": 1e-6, "burn_in": 0}
 CHAINS = 2
-# For which the steps of a stack are timed, or 80 of them.
+# For which the steps of a stack are timed, or so many of them.
 SECONDS = 20.0
+TIMED_STEPS = 80
 # Of a snapshot whose curvature is typical, at the default resolution: stacked, and alone.
 _EPSILON = step_size(CALIBRATION.resolution, 1.0, 1.0)
 STEPS = sum(run_length(ResolvedSettings(method="baoab", chains=CHAINS), 1.0, _EPSILON))
@@ -117,8 +120,7 @@ def cost_of_snapshot(weights: int, samples: int, steps: int) -> dict[str, float]
         before = max(few - 2 * CHAINS * step, 0.0)
     else:
         stacked, anchors = stack_weights(objective.loss, [named])
-        with mock.patch("time.perf_counter", time.process_time):
-            step, before = time_steps(stacked, anchors, objective.settings, SECONDS)
+        step, before = time_steps(stacked, anchors, objective.settings)
         step /= CHAINS
     total = measured + before + CHAINS * (STEPS_LARGE if alone else STEPS) * step
     return {
@@ -131,6 +133,38 @@ def cost_of_snapshot(weights: int, samples: int, steps: int) -> dict[str, float]
         "snapshot": total,
         "flops": 6 * sampled.size * samples / step,
     }
+
+
+def time_steps(loss: StackedLoss, anchors: Tensor, settings: ResolvedSettings) -> tuple[float, float]:
+    """Processor time of a stack's steps.
+
+    Args:
+        loss: of S rows.
+        anchors: w* of each snapshot, [S, D].
+        settings: of the sampling.
+
+    Returns:
+        Seconds that one step takes, and all that comes before the first.
+    """
+    count = len(anchors)
+    target = Target(settings, 1.0, 1e6, anchors.shape[1], loss.sample_bytes is not None)
+
+    def begin() -> StackedChains:
+        return StackedChains(loss, anchors, range(count), target, [1e-12] * count, [0] * count)
+
+    begin().advance([(0, 1)] * count)  # records the gradient
+    start = time.process_time()
+    chains = begin()
+    begun = time.process_time()
+    before, spent, made = begun - start, 0.0, 0
+    # As many as there are from one measurement of the noise of minibatches to the next.
+    every = MINIBATCH_NOISE.every
+    while not made or (spent < SECONDS and made < TIMED_STEPS):
+        recorder = SampleLossRecorder([(0, every)] * count) if loss.is_sample_mean else None
+        chains.advance([(0, every)] * count, first=True, recorder=recorder)
+        made += every
+        spent = time.process_time() - begun
+    return spent / made, before
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
