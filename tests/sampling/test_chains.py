@@ -362,7 +362,7 @@ def test_single_losses_are_seen_of_two_minibatches_at_most(monkeypatch, batch_si
     loss, best, _ = regression()
     shapes = set()
     monkeypatch.setattr(posterior, "MAX_SINGLE_SAMPLES", 190)  # of 200
-    monkeypatch.setattr(chains.SampleLossRecorder, "keep", lambda self, s, losses: shapes.add(tuple(losses.shape)))
+    monkeypatch.setattr(stack.SampleLossRecorder, "keep", lambda self, s, losses: shapes.add(tuple(losses.shape)))
     settings = SamplingSettings(chains=2, draws=20, burn_in=0, batch_size=batch_size)
     draw(loss.probe(best[None]), best[None], settings, 30.0, 5.0)
     assert shapes == {(2, seen)}
