@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from groktrace.sampling import chains, engine, posterior
+from groktrace.sampling import chains, engine, posterior, stack
 from groktrace.sampling.calibration import resolve, run_length, step_size
 from groktrace.sampling.chains import rows_per_stack, sample
 from groktrace.sampling.diagnostics import standard_error
