@@ -80,6 +80,18 @@ def test_a_budget_that_ends_is_said(monkeypatch):
     assert 200 <= found.gradients < 400
 
 
+@pytest.mark.parametrize(("given", "phases"), [({"locality": 1.0}, [""]), ({}, [", width 1 of 2", ", width 2 of 2"])])
+def test_decades_of_nbeta_are_told_as_they_are_done(given, phases):
+    told = []
+    find(reduced_rank(2, 2, 2, 1, 1, 1), progress=lambda *call: told.append(call), **given)
+    for phase in phases:
+        done = [(at, total) for name, at, total in told if name == f"annealing{phase}"]
+        assert len(done) > 10
+        assert done == sorted(done)
+        assert done[-1][0] == done[-1][1]
+        assert all(at < total for at, total in done[:-1])
+
+
 def test_settings_that_a_limit_does_not_have_are_refused():
     with pytest.raises(SettingsError, match="nbeta: a limit has none; of the settings give localization, locality"):
         find(normal_crossing((1,), 1, 1), nbeta=3.0)

@@ -29,7 +29,9 @@ def two_scales():
 def test_the_curve_is_the_soft_rank(two_scales):
     model, train, spectrum = two_scales
     nbetas = [1.0, 100.0, 300.0, 1000.0]
-    curve = groktrace.temperature_curve(model, half_square, train, nbetas, localization=1.0, chains=4)
+    told, settings = [], {"localization": 1.0, "chains": 4, "progress": lambda *call: told.append(call)}
+    curve = groktrace.temperature_curve(model, half_square, train, nbetas, **settings)
+    assert told == [("sampling at each nβ", done, 4) for done in range(5)]
     for nbeta, found in zip(nbetas, curve.estimates, strict=True):
         exact = float(0.5 * (nbeta * spectrum / (nbeta * spectrum + 1.0)).sum())
         assert found.nbeta == nbeta
