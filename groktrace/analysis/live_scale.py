@@ -66,8 +66,10 @@ class LiveScale:
 def _differ(one: Scale, other: Scale) -> bool:
     """Whether nβ or γ differ by half, or one nβ follows the curvature and the other does not.
 
-    Both are for the same locality: which one suits the network has no part in it.
+    Both are for the same locality: which one suits the network has no part in it. Where nβ follows the curvature, it is
+    nβh that snapshots are measured at, however much h, and nβ with it, has changed since.
     """
     if (one.curvature is None) != (other.curvature is None):
         return True
-    return any(max(a / b, b / a) > RESCALE for a, b in zip(one[:2], other[:2], strict=True))
+    wanted, used = ((scale.nbeta * (scale.curvature or 1.0), scale.localization) for scale in (one, other))
+    return any(max(a / b, b / a) > RESCALE for a, b in zip(wanted, used, strict=True))

@@ -1,5 +1,7 @@
 """nβ and γ of a recording that goes on, whenever one looks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -42,6 +44,14 @@ def test_the_scale_depends_on_the_snapshots_alone_and_not_on_when_one_looks(shri
         step, scale = one[-1]
         assert len({step for step, _ in one}) < 8  # the other snapshots call for none that differs by half
         assert scale == session.scale_of(dict(list(session.metrics().items())[: step + 1]))
+
+
+@pytest.mark.parametrize(("nbeta", "least", "most"), [("curvature", 1, 1), (None, 3, 8)])
+def test_a_falling_curvature_calls_for_another_nbeta_but_not_where_nbeta_follows_it(shrinking, nbeta, least, most):
+    with open_session(shrinking, make_settings(None, {"nbeta": nbeta})) as session:
+        first = session.metrics()[0]
+        falling = {step: replace(first, top_curvature=first.top_curvature * 0.7**step) for step in session.steps}
+        assert least <= len({scale for _, scale in scales_of(session, 1, falling)}) <= most
 
 
 def test_what_another_process_chose_is_not_chosen_again(shrinking, monkeypatch):
