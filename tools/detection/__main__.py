@@ -5,6 +5,7 @@
     python -m tools.detection cross-entropy --all-measures
     python -m tools.detection networks --seed 1000        # others of the same kinds
     python -m tools.detection warning                     # how early a fall is announced
+    python -m tools.detection warning --cross-entropy     # the same, of perceptrons and transformers
     python -m tools.detection speed                       # 10 000 snapshots
 
 Each part prints a table and leaves its results under runs/detection. ruptures' columns need ruptures 1.1.10.
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the curves; added to those of the networks")
     parser.add_argument("--limit", type=int, default=1000, help="networks to train in this call; the others are kept")
     parser.add_argument("--all-measures", action="store_true", help="cross-entropy: others than the analysis' own too")
+    parser.add_argument("--cross-entropy", action="store_true", help="warning: perceptrons and transformers under it")
     parser.add_argument("--no-peers", action="store_true", help="leave ruptures out")
     options = parser.parse_args()
     if options.part == "networks":
@@ -38,7 +40,7 @@ def main() -> None:
         run_cross_entropy(options.out, options.limit, options.seed, options.all_measures)
         return
     if options.part == "warning":
-        run_warning(options.out, options.limit)
+        run_warning(options.out, options.limit, options.cross_entropy)
         return
     peers = not options.no_peers and importlib.util.find_spec("ruptures") is not None
     if options.part == "speed":

@@ -1,13 +1,14 @@
 """A finished recording as `follow` saw it while it went on, beside what a user could watch without λ."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from groktrace.analysis.detection import PiecewiseDetector
 from groktrace.analysis.live_scale import LiveScale
 from groktrace.analysis.measure import SnapshotMetrics, stack_weights
 from groktrace.analysis.session import Session, open_session
@@ -37,14 +38,9 @@ def measure_live(run: Path) -> dict[str, Any]:
     """
     with open_session(run, make_settings(None, {})) as session:
         metrics = session.metrics()
-        steps = list(metrics)
-        segments = []
-        for begun, end, scale in _scales(session, metrics):
-            points = session.points(metrics, scale, steps[:end], journal=f"live-{begun}.jsonl")
-            segments.append({"begun": begun, **_curve(session, list(points.values()), scale)})
         known = list(metrics.values())
         return {
-            "step": steps,
+            "step": list(metrics),
             "loss": [_plain(one.train_loss) for one in known],
             "accuracy": [one.train_accuracy for one in known],
             "val_accuracy": [one.val_accuracy for one in known],
@@ -52,8 +48,26 @@ def measure_live(run: Path) -> dict[str, Any]:
             "curvature": [_plain(one.top_curvature) for one in known],
             "trace": _hessian_traces(session),
             "weight_decay": session.snapshots.run.weight_decay,
-            "segments": segments,
+            "segments": _segments(session, metrics),
         }
+
+
+def measure_following(run: Path) -> list[dict[str, Any]]:
+    """The segments where nβ follows the curvature from the beginning, as with `--nbeta curvature`.
+
+    Args:
+        run: a finished recording.
+    """
+    with open_session(run, make_settings(None, {"nbeta": "curvature"})) as session:
+        return _segments(session, session.metrics())
+
+
+def _segments(session: Session, metrics: dict[int, SnapshotMetrics]) -> list[dict[str, Any]]:
+    steps, found = list(metrics), []
+    for begun, end, scale in _scales(session, metrics):
+        points = session.points(metrics, scale, steps[:end], journal=f"live-{begun}.jsonl")
+        found.append({"begun": begun, **_curve(list(points.values()), scale)})
+    return found
 
 
 def _scales(session: Session, metrics: dict[int, SnapshotMetrics]) -> list[tuple[int, int, Scale]]:
@@ -70,7 +84,7 @@ def _scales(session: Session, metrics: dict[int, SnapshotMetrics]) -> list[tuple
     return found
 
 
-def _curve(session: Session, points: Sequence[Point], scale: Scale) -> dict[str, Any]:
+def _curve(points: Sequence[Point], scale: Scale) -> dict[str, Any]:
     follows = scale.curvature is not None
     trajectory = Trajectory(tuple(points), resolution=1.0, nbeta=None if follows else scale.nbeta)
     curve = trajectory.curve
@@ -122,3 +136,52 @@ def gradient_noise(
             gradients.append(torch.cat([part.flatten() for part in gradient]))
         found.append(BATCH * float(torch.stack(gradients).var(0).sum()))
     return found
+
+
+def announced(content: dict[str, Any]) -> dict[str, float | None]:
+    """When the default detector, asked at each snapshot, first finds a fall, and when it first labels one.
+
+    Args:
+        content: see `measure_live`.
+    """
+    detector, found = PiecewiseDetector(draws=16), dict[str, float | None](fall=None, generalisation=None)
+    for trajectory in seen(content):
+        falls = [change for change in detector.detect(trajectory) if change.kind == "simplification"]
+        if falls and found["fall"] is None:
+            found["fall"] = float(trajectory.points[-1].step)
+        if any(change.label == "generalisation" for change in falls):
+            found["generalisation"] = float(trajectory.points[-1].step)
+            break
+    return found
+
+
+def seen(content: dict[str, Any]) -> Iterator[Trajectory]:
+    """The trajectory after each snapshot, as `follow` sees it, without validation data."""
+    segments = content["segments"]
+    for segment, after in zip(segments, [*segments[1:], None], strict=True):
+        centred = segment["curve"] == "llc_centred"
+        columns = [content["step"], *(segment[name] for name in ("llc", "error", "doubtful"))]
+        columns += [content[name] for name in ("loss", "curvature")]
+        points = [
+            Point(
+                step,
+                llc=value,
+                stderr=error,
+                llc_centred=value if centred else None,
+                stderr_centred=error if centred else None,
+                reliable=not doubtful,
+                reasons=("doubtful",) if doubtful else (),
+                train_loss=loss,
+                diagnostics={"top_curvature": curvature},
+            )
+            for step, value, error, doubtful, loss, curvature in zip(*columns, strict=False)  # a scale may end earlier
+        ]
+        for count in range(content["step"].index(segment["begun"]) + 1, len(points) + 1):
+            if after is None or points[count - 1].step < after["begun"]:
+                yield Trajectory(
+                    tuple(points[:count]),
+                    nbeta=None if segment["follows"] else segment["nbeta"],
+                    localization=segment["localization"],
+                    resolution=1.0,
+                    weight_decay=content["weight_decay"],
+                )

@@ -4,30 +4,29 @@ import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from groktrace.analysis.detection import PiecewiseDetector
 from groktrace.analysis.detection.settings import DEFAULTS
 from groktrace.analysis.detection.warning import ERRORS, RATE, WINDOW
-from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.run.files import write_json
 from tools.common.measurements import Row, markdown, save_rows, say
 from tools.common.networks import load_example
 from tools.detection import cross_entropy_networks, quadratic_networks
-from tools.detection.live import gradient_noise, measure_live
+from tools.detection.live import announced, gradient_noise, measure_following, measure_live
 from tools.detection.quadratic_networks import CHANCE, GENERALISED, Training, crossing
 from tools.detection.sequential import Cusum, Signal, Slope, Test, tests
 
 # Of quadratic networks: a snapshot every ten steps at first, then one each time the training has grown by 4 %.
 STEPS, EVERY, GROWTH = 2500, 10, 1.04
-# Of the cross-entropy networks, which take longer to train and to sample.
-FIRST, SNAPSHOTS = 100, 32
+# Of the cross-entropy networks, which take longer to train and to sample: the first snapshot, and how many.
+SNAPSHOTS = {"mlp": (100, 32), "transformer": (150, 24)}
 # False announcements, of the controls that a rule is set on.
 FALSE = 0.05
 WATCHED = ("llc", "loss", "norm", "trace", "noise")
@@ -41,9 +40,11 @@ NAMES = {
     "fall": "λ_c, as the detector finds a fall",
     "generalisation": "λ_c, as the detector labels it",
 }
-# How many of each kind: those that should grok and controls, of each seed. Rules are set on the quadratic networks of
-# the first, and judged on all others.
-QUADRATIC, PERCEPTRONS, TRANSFORMERS = (24, 21), (3, 3), (1, 1)
+# How many of each kind: those that should grok and controls, of each seed. Rules are set on the networks of the first,
+# and judged on those of the second.
+QUADRATIC, PERCEPTRONS, TRANSFORMERS = (24, 21), (6, 6), (3, 3)
+# Of the transformers, so that they generalise long after they have memorised, where `cross-entropy` has 0.6 and 1.5.
+FRACTION, DECAY = 0.5, 2.5
 
 
 def schedule() -> list[int]:
@@ -54,26 +55,42 @@ def schedule() -> list[int]:
     return steps
 
 
-def networks(seed: int) -> list[Training]:
-    """Those of `networks` and `cross-entropy`, fewer of each.
+def networks(seed: int, cross_entropy: bool) -> list[Training]:
+    """Those of `networks`, or of `cross-entropy`, fewer of each: one that should grok, then a control.
 
     Args:
         seed: added to those of all networks.
+        cross_entropy: which of the two.
     """
-    quadratic = quadratic_networks.networks(seed)
-    groks, controls = quadratic[: QUADRATIC[0]], quadratic[50 : 50 + QUADRATIC[1]]
-    both = itertools.chain.from_iterable(itertools.zip_longest(groks, controls))
-    chosen: list[Training] = [network for network in both if network is not None]
-    others = cross_entropy_networks.networks(seed)
+    if not cross_entropy:
+        chosen = quadratic_networks.networks(seed)
+        return _in_turn(chosen[: QUADRATIC[0]], chosen[50 : 50 + QUADRATIC[1]])
+    groks, controls = [], []
+    for network in cross_entropy_networks.networks(seed):
+        control = network.seed - seed >= 2000
+        if network.kind == "transformer":
+            decay = DECAY if network.weight_decay else 0.0
+            network = replace(network, weight_decay=decay, fraction=network.fraction if control else FRACTION)
+        (controls if control else groks).append(network)
+    found: list[Training] = []
     for kind, counts in (("mlp", PERCEPTRONS), ("transformer", TRANSFORMERS)):
-        for control, count in zip((False, True), counts, strict=True):
-            same = [one for one in others if one.kind == kind and (one.seed - seed >= 2000) == control]
-            chosen += same[:count]
-    return chosen
+        same = [[one for one in group if one.kind == kind] for group in (groks, controls)]
+        found += _in_turn(*(group[:count] for group, count in zip(same, counts, strict=True)))
+    return found
+
+
+def _in_turn(one: Sequence[Training], other: Sequence[Training]) -> list[Training]:
+    both = itertools.chain.from_iterable(itertools.zip_longest(one, other))
+    return [network for network in both if network is not None]
 
 
 def follow_training(network: Training) -> dict[str, Any]:
-    """Train a network with the hook line; what was measured at its snapshots, λ as `follow` does."""
+    """Train a network with the hook line; what was measured at its snapshots, λ as `follow` does.
+
+    Returns:
+        What `measure_live` returns, "noise" and "announced"; of cross-entropy networks, the segments of
+        `measure_following` and what is "announced" of them as "following".
+    """
     folder = Path(tempfile.mkdtemp()) / "run"
     try:
         if isinstance(network, quadratic_networks.Network):
@@ -81,8 +98,12 @@ def follow_training(network: Training) -> dict[str, Any]:
             model, train = quadratic_networks.record(network, folder, STEPS, schedule())
         else:
             loss = torch.nn.functional.cross_entropy
-            model, train = cross_entropy_networks.record(network, folder, FIRST, SNAPSHOTS)
-        return {**measure_live(folder), "noise": gradient_noise(folder, model, loss, train)}
+            model, train = cross_entropy_networks.record(network, folder, *SNAPSHOTS[network.kind])
+        content = {**measure_live(folder), "noise": gradient_noise(folder, model, loss, train)}
+        if isinstance(network, cross_entropy_networks.Network):
+            segments = measure_following(folder)
+            content["following"] = {"segments": segments, "announced": announced({**content, "segments": segments})}
+        return {**content, "announced": announced(content)}
     finally:
         shutil.rmtree(folder.parent)
 
@@ -93,7 +114,7 @@ class Followed:
 
     Attributes:
         network: that trained.
-        content: see `measure_live`; with "announced", see `announced`.
+        content: see `follow_training`.
     """
 
     network: Training
@@ -102,6 +123,11 @@ class Followed:
     def column(self, name: str) -> np.ndarray:
         """Values at all snapshots, [T]; NaN where they are not known."""
         return as_array(self.content[name])
+
+    @property
+    def following(self) -> "Followed":
+        """The same training, where nβ followed the curvature from the beginning."""
+        return Followed(self.network, {**self.content, **self.content["following"]})
 
     @property
     def kind(self) -> str:
@@ -202,6 +228,10 @@ class Rule:
         return float(followed.column("step")[above[0]]) if len(above) else None
 
 
+# Gives the step of an announcement in a training; None where there is none.
+Announces = Callable[[Followed], float | None]
+
+
 def lead(followed: Followed, step: float | None) -> float:
     """Steps from an announcement to validation accuracy 0.5, in units of those until then; −1 if late or never."""
     half = followed.half_at
@@ -230,66 +260,18 @@ def tune(runs: Sequence[Followed], name: str) -> Rule:
     return best
 
 
-def announced(content: dict[str, Any]) -> dict[str, float | None]:
-    """When the default detector, asked at each snapshot, first finds a fall, and when it first labels one.
-
-    Args:
-        content: see `measure_live`.
-    """
-    detector, found = PiecewiseDetector(draws=16), dict[str, float | None](fall=None, generalisation=None)
-    for trajectory in seen(content):
-        falls = [change for change in detector.detect(trajectory) if change.kind == "simplification"]
-        if falls and found["fall"] is None:
-            found["fall"] = float(trajectory.points[-1].step)
-        if any(change.label == "generalisation" for change in falls):
-            found["generalisation"] = float(trajectory.points[-1].step)
-            break
-    return found
-
-
-def seen(content: dict[str, Any]) -> Iterator[Trajectory]:
-    """The trajectory after each snapshot, as `follow` sees it, without validation data."""
-    segments = content["segments"]
-    for segment, after in zip(segments, [*segments[1:], None], strict=True):
-        centred = segment["curve"] == "llc_centred"
-        columns = [content["step"], *(segment[name] for name in ("llc", "error", "doubtful"))]
-        columns += [content[name] for name in ("loss", "curvature")]
-        points = [
-            Point(
-                step,
-                llc=value,
-                stderr=error,
-                llc_centred=value if centred else None,
-                stderr_centred=error if centred else None,
-                reliable=not doubtful,
-                reasons=("doubtful",) if doubtful else (),
-                train_loss=loss,
-                diagnostics={"top_curvature": curvature},
-            )
-            for step, value, error, doubtful, loss, curvature in zip(*columns, strict=False)  # a scale may end earlier
-        ]
-        for count in range(content["step"].index(segment["begun"]) + 1, len(points) + 1):
-            if after is None or points[count - 1].step < after["begun"]:
-                yield Trajectory(
-                    tuple(points[:count]),
-                    nbeta=None if segment["follows"] else segment["nbeta"],
-                    localization=segment["localization"],
-                    resolution=1.0,
-                    weight_decay=content["weight_decay"],
-                )
-
-
-def run_warning(folder: Path, limit: int) -> None:
+def run_warning(folder: Path, limit: int, cross_entropy: bool = False) -> None:
     """Train and follow those that are not yet there, then judge them all.
 
     Args:
         folder: of the results; what was measured of a network is kept there.
         limit: how many to train at most now.
+        cross_entropy: whether perceptrons and transformers under cross-entropy, in place of quadratic networks.
     """
     kept = folder / "warning"
     kept.mkdir(parents=True, exist_ok=True)
     halves: dict[int, list[Followed]] = {0: [], 1000: []}
-    for pair in zip(*(networks(seed) for seed in halves), strict=True):
+    for pair in zip(*(networks(seed, cross_entropy) for seed in halves), strict=True):
         for network, half in zip(pair, halves.values(), strict=True):
             path = kept / f"{network.name}.json"
             if not path.exists():
@@ -298,62 +280,85 @@ def run_warning(folder: Path, limit: int) -> None:
                 limit -= 1
                 say(network.name)
                 write_json(path, follow_training(network))
-            content = json.loads(path.read_text())
-            if "announced" not in content:
-                content["announced"] = announced(content)
-                write_json(path, content)
-            half.append(Followed(network, content))
-    followed = [run for half in halves.values() for run in half]
-    tuning = [run for run in halves[0] if run.kind == "quadratic"]
-    judged = [run for run in followed if run not in tuning]
-    rules = [tune(tuning, name) for name in WATCHED]
-    steps = {"warning": [Rule("llc", 1.0, Slope(WINDOW, ERRORS), RATE).announces(run) for run in judged]}
-    steps |= {rule.name: [rule.announces(run) for run in judged] for rule in rules}
+            half.append(Followed(network, json.loads(path.read_text())))
+    tuning, judged = halves.values()
+    shipped = _shipped(cross_entropy)
+    judges = {**shipped, **_tuned(tuning, cross_entropy)}
+    suffix = "_cross_entropy" if cross_entropy else ""
+    save_rows(folder / f"warning{suffix}.csv", [row(run, judges) for run in (*tuning, *judged)])
+    for kind in sorted({run.kind for run in judged}):
+        # Nothing of what is shipped was set on cross-entropy networks.
+        for title, runs, by in ((kind, judged, judges), (f"{kind}, both halves", (*tuning, *judged), shipped)):
+            for late in (False, True):
+                among = [run for run in runs if run.kind == kind and (not late or run.outcome != "groks" or run.late)]
+                if (title == kind or cross_entropy) and any(run.outcome == "groks" for run in among):
+                    table = [summary(name, among, announces) for name, announces in by.items()]
+                    more = ", where generalisation is late" if late else ""
+                    print(f"\n### Early warning: {title}{more}\n\n{markdown(table)}\n")
+
+
+def _shipped(cross_entropy: bool) -> dict[str, Announces]:
+    """What the tool announces at its settings, by name."""
+    warns = Rule("llc", 1.0, Slope(WINDOW, ERRORS), RATE).announces
+    found: dict[str, Announces] = {"warning": warns}
     for name in ("fall", "generalisation"):
-        steps[name] = [run.content["announced"][name] for run in judged]
-    rows = [row(run, {name: found[i] for name, found in steps.items()}) for i, run in enumerate(judged)]
-    save_rows(folder / "warning.csv", rows)
-    for rule in rules:
-        print(f"- {rule.name}: {'a fall' if rule.sign > 0 else 'a rise'}, {rule.test}, above {rule.threshold:.3g}")
-    for kind in ("quadratic", "mlp", "transformer"):
-        for late in (False, True):
-            among = [run for run in judged if run.kind == kind and (not late or run.outcome != "groks" or run.late)]
-            if any(run.outcome == "groks" for run in among):
-                title = f"{kind}, where generalisation is late" if late else kind
-                table = [summary(name, among, judged, found) for name, found in steps.items()]
-                print(f"\n### Early warning: {title}\n\n{markdown(table)}\n")
+        found[name] = partial(_content_at, "announced", name)
+    if cross_entropy:
+        for name, announces in list(found.items()):
+            found[f"{name}, following"] = partial(_following, announces)
+    return found
 
 
-def row(run: Followed, steps: dict[str, float | None]) -> Row:
+def _content_at(part: str, name: str, run: Followed) -> float | None:
+    return run.content[part][name]
+
+
+def _following(announces: Announces, run: Followed) -> float | None:
+    return announces(run.following)
+
+
+def _tuned(tuning: Sequence[Followed], cross_entropy: bool) -> dict[str, Announces]:
+    """The best rule for each thing that one can watch, by name; printed."""
+    rules = {name: tune(tuning, name) for name in WATCHED}
+    found: dict[str, Announces] = {name: rule.announces for name, rule in rules.items()}
+    if cross_entropy:
+        rules["llc, following"] = tune([run.following for run in tuning], "llc")
+        found["llc, following"] = partial(_following, rules["llc, following"].announces)
+    for name, rule in rules.items():
+        print(f"- {name}: {'a fall' if rule.sign > 0 else 'a rise'}, {rule.test}, above {rule.threshold:.3g}")
+    return found
+
+
+def row(run: Followed, judges: Mapping[str, Announces]) -> Row:
     """One line about a training."""
     line = {field.name: str(getattr(run.network, field.name)) for field in fields(Training)}
     line |= {"kind": run.kind, "outcome": run.outcome, "late": str(run.outcome == "groks" and run.late)}
     line["low_at"] = "" if run.begun is None else f"{run.column('step')[run.begun]:.0f}"
     line["half_at"] = "" if run.half_at is None else f"{run.half_at:.0f}"
+    steps = {name: announces(run) for name, announces in judges.items()}
     return line | {name: "" if step is None else f"{step:.0f}" for name, step in steps.items()}
 
 
-def summary(name: str, among: Sequence[Followed], judged: Sequence[Followed], steps: Sequence[float | None]) -> Row:
+def summary(name: str, among: Sequence[Followed], announces: Announces) -> Row:
     """Leads and false announcements of one rule.
 
     Args:
         name: of the rule.
         among: the runs to count.
-        judged: all runs.
-        steps: at which it announces in these.
+        announces: gives the step of its announcement in a run.
     """
-    pairs = [(run, step) for run, step in zip(judged, steps, strict=True) if run in among]
-    groks = [(run, step) for run, step in pairs if run.outcome == "groks"]
-    controls = [(run, step) for run, step in pairs if run.outcome == "control"]
+    groks = [(run, announces(run)) for run in among if run.outcome == "groks"]
+    controls = [announces(run) for run in among if run.outcome == "control"]
     told = [(run, step) for run, step in groks if step is not None]
     before = sum(step < run.half_at for run, step in told)
     relative = np.percentile([lead(run, step) for run, step in groks], [50, 25, 75])
     ahead = np.percentile([run.half_at - step for run, step in told] or [np.nan], [50, 25, 75])
+    watched, _, following = name.partition(", ")
     return {
-        "announced by": NAMES[name],
+        "announced by": NAMES[watched] + (", `--nbeta curvature`" if following else ""),
         "announced": f"{len(told)} of {len(groks)}",
         "before": f"{before}",
         "steps before": "{:.0f} ({:.0f} to {:.0f})".format(*ahead),
         "of the training so far": "{:.2f} ({:.2f} to {:.2f})".format(*relative),
-        "false": f"{sum(step is not None for _, step in controls)} of {len(controls)}",
+        "false": f"{sum(step is not None for step in controls)} of {len(controls)}",
     }
