@@ -49,11 +49,14 @@ def doubt_of(
     if ended <= 0:
         return "the curvature vanishes with it"
     halves = ended < settings.curvature_fall * begun
-    if not (halves or _shrinks_with_loss(trajectory, onset, end, fall, ended / begun, settings)):
+    # It may still rise as λ begins to fall: a fall that is dated a little early would look as if it had not shrunk.
+    tops = [top or 0.0 for top in curvature[onset : end + 1]]
+    peak = onset + int(np.argmax(tops))
+    if not (halves or _shrinks_with_loss(trajectory, peak, end, fall, ended / max(tops), settings)):
         return None
     return (
-        f"the largest curvature falls too, {begun / ended:.3g}-fold, as it does under cross-entropy whether or not the "
-        "network generalises; analyse at --nbeta curvature"
+        f"the largest curvature falls too, {max(tops) / ended:.3g}-fold, as it does under cross-entropy whether or not "
+        "the network generalises; analyse at --nbeta curvature"
     )
 
 

@@ -185,3 +185,15 @@ def test_a_fall_is_no_evidence_where_curvature_that_shrinks_with_the_loss_does_a
         assert "the largest curvature falls too" in fall.evidence
     following = replace(plain, points=tuple(points), nbeta=None, resolution=100.0)
     assert find_transitions(following)[-1].label == "generalisation"
+
+
+def test_a_fall_is_held_against_the_curvature_from_its_peak_on_and_not_from_where_the_fall_is_dated():
+    plain = measured(HUMP, FALLING)
+    early = np.interp(STEPS, [200, 400, 1200], [1.3, 2.0, 1.1])  # 0.85 of the first, 0.55 of the largest
+    points = [
+        replace(point, diagnostics={"top_curvature": float(top)})
+        for point, top in zip(plain.points, early, strict=True)
+    ]
+    fall = find_transitions(replace(plain, points=tuple(points)))[-1]
+    assert fall.label is None
+    assert "the largest curvature falls too" in fall.evidence
