@@ -192,10 +192,10 @@ def draw(
         if stage["published"]:
             lower.plot(stage["step"], stage["published"], "ks", mfc="white")
         lower.errorbar(stage["step"], stage["llc"], stage["stderr"], fmt="k^", mfc="white", capsize=2)
-    for transition in groktrace.find_transitions(trajectory):
+    for i, transition in enumerate(groktrace.find_transitions(trajectory)):
         lower.axvline(transition.step, color="C0", lw=1, ls="--")
-        lower.annotate(transition.name, (transition.step, 1), xycoords=("data", "axes fraction"), va="bottom",
-                       rotation=25, fontsize=8)  # fmt: skip
+        lower.annotate(transition.name, (transition.step, 1), (0, 3 + 11 * (i % 3)), textcoords="offset points",
+                       xycoords=("data", "axes fraction"), fontsize=8)  # fmt: skip
     loss.plot(steps, trajectory.column("train_loss"), "C1", ls="-.", label="training loss (right)")
     for style, label in (
         ("ks", r"published $\hat\lambda$ on the plateaus"),
