@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from groktrace.analysis.detection.settings import DEFAULTS
-from groktrace.analysis.detection.warning import ERRORS, RATE, WINDOW
+from groktrace.analysis.detection.warning import ERRORS, RATE, RATE_FOLLOWING, WINDOW
 from groktrace.run.files import write_json
 from tools.common.measurements import Row, markdown, save_rows, say
 from tools.common.networks import load_example
@@ -310,14 +310,22 @@ def run_warning(folder: Path, limit: int, cross_entropy: bool = False) -> None:
 
 def _shipped(cross_entropy: bool) -> dict[str, Announces]:
     """What the tool announces at its settings, by name."""
-    warns = Rule("llc", 1.0, Slope(WINDOW, ERRORS), RATE).announces
-    found: dict[str, Announces] = {"warning": warns}
+    found: dict[str, Announces] = {"warning": _warns}
     for name in ("fall", "generalisation"):
         found[name] = partial(_content_at, "announced", name)
     if cross_entropy:
         for name, announces in list(found.items()):
             found[f"{name}, following"] = partial(_following, announces)
     return found
+
+
+def _warns(run: Followed) -> float | None:
+    statistics, step = Rule("llc", 1.0, Slope(WINDOW, ERRORS)).statistics(run), run.column("step")
+    beyond = np.full(len(step), RATE)
+    for segment in run.content["segments"]:
+        beyond[step >= segment["begun"]] = RATE_FOLLOWING if segment["follows"] else RATE
+    above = np.flatnonzero(statistics > beyond)
+    return float(step[above[0]]) if len(above) else None
 
 
 def _content_at(part: str, name: str, run: Followed) -> float | None:

@@ -14,6 +14,9 @@ from groktrace.records import Record
 # is within 0.02 of the best mean lead, and the simplest. The window is of log steps, the last 45 % of the training. Of
 # 21 networks that only memorise all but one fall by 0.040 or less for each e-fold of the training, less two errors.
 WINDOW, ERRORS, RATE = 0.6, 2.0, 0.045
+# The same where nβ follows the curvature: set on the tuning half of `warning --cross-entropy`, where perceptrons that
+# only memorise fall by 0.076 or less, those that grok by 0.2 or more.
+RATE_FOLLOWING = 0.1
 # Standard deviation of log λ from one snapshot to the next beside the sampling error; of log λ in those networks.
 JITTER = 0.005
 LEAST = 4
@@ -27,18 +30,20 @@ class EarlyWarning(Record):
         step: of the last snapshot.
         rate: by how much log λ falls for each e-fold of the training, over its last 45 %.
         stderr: standard error of that.
+        beyond: how fast it falls in networks that only memorise.
         news: what kind of news this is.
     """
 
     step: int
     rate: float
     stderr: float
+    beyond: float = RATE
     news: Literal["warning"] = "warning"
 
     @property
     def clear(self) -> bool:
         """Whether it falls faster than in networks that only memorise."""
-        return self.rate - ERRORS * self.stderr > RATE
+        return self.rate - ERRORS * self.stderr > self.beyond
 
 
 def last_fall(trajectory: Trajectory) -> EarlyWarning | None:
@@ -65,7 +70,8 @@ def last_fall(trajectory: Trajectory) -> EarlyWarning | None:
     error = curve.error[used] * np.where(curve.doubtful[used], DEFAULTS.doubt_factor, 1.0)
     x = np.log1p(step / np.diff(step).min(initial=math.inf))
     found = last_slope(x[used], np.log(value), (error / value) ** 2 + JITTER**2, WINDOW)
-    return None if found is None else EarlyWarning(int(step[-1]), -found[0], found[1])
+    beyond = RATE_FOLLOWING if trajectory.follows_curvature else RATE
+    return None if found is None else EarlyWarning(int(step[-1]), -found[0], found[1], beyond)
 
 
 def last_slope(x: np.ndarray, y: np.ndarray, variance: np.ndarray, window: float) -> tuple[float, float] | None:

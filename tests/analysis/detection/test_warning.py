@@ -29,7 +29,13 @@ def test_a_fall_is_told_soon_after_it_begins_and_at_the_rate_at_which_it_falls()
     assert 320 < warned[0] <= 440
     fall = last_fall(trajectory(curve))
     assert fall == EarlyWarning(1000, pytest.approx(0.3, rel=1e-6), fall.stderr)
-    assert fall.to_dict() == {"step": 1000, "rate": fall.rate, "stderr": fall.stderr, "news": "warning"}
+    assert fall.to_dict() == {
+        "step": 1000,
+        "rate": fall.rate,
+        "stderr": fall.stderr,
+        "beyond": 0.045,
+        "news": "warning",
+    }
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.04, -0.5])
@@ -70,8 +76,15 @@ def test_at_one_nbeta_a_curvature_that_halves_withholds_it(top, told):
     points = [replace(p, diagnostics={"top_curvature": t}) for p, t in zip(plain.points, tops, strict=True)]
     at_one = replace(plain, points=tuple(points))
     assert (last_fall(at_one) is not None) == told
-    following = replace(at_one, nbeta=None, resolution=100.0)
-    assert last_fall(following) == last_fall(plain)
+    following = last_fall(replace(at_one, nbeta=None, resolution=100.0))
+    assert replace(following, beyond=0.045) == last_fall(plain)
+
+
+@pytest.mark.parametrize(("rate", "at_one", "following"), [(0.08, True, False), (0.15, True, True)])
+def test_where_nbeta_follows_the_curvature_it_has_to_fall_faster(rate, at_one, following):
+    plain = trajectory(falling(rate), stderr=1.0)
+    assert last_fall(replace(plain, nbeta=1.0)).clear == at_one
+    assert last_fall(replace(plain, nbeta=None, resolution=100.0)).clear == following
 
 
 def test_only_the_last_part_counts():
