@@ -202,7 +202,8 @@ def signals(followed: Followed, name: str, sign: float) -> Iterator[tuple[Signal
         used = (step >= segment["begun"]) & (step < end)
         if not segment["follows"]:  # as in `last_fall`
             curvature = followed.column("curvature")
-            used &= ~(curvature < DEFAULTS.curvature_fall * np.fmax.accumulate(curvature))
+            lowest = np.fmin(curvature, np.append(np.nan, curvature[:-1]))
+            used &= ~(lowest < DEFAULTS.curvature_fall * np.fmax.accumulate(curvature))
         count = len(value)
         yield Signal(x[:count], sign * np.log(positive), error / positive, begun), used[:count]
 

@@ -46,6 +46,9 @@ def doubt_of(
         return f"the largest curvature grows {ended / begun:.3g}-fold, and λ counts what is stiff beside it"
     if trajectory.follows_curvature:
         return None
+    before = curvature[end - 1]
+    if end - 1 > onset and before is not None:
+        ended = min(ended, before)  # it may spring up for a snapshot
     if ended <= 0:
         return "the curvature vanishes with it"
     halves = ended < settings.curvature_fall * begun

@@ -62,7 +62,9 @@ def last_fall(trajectory: Trajectory) -> EarlyWarning | None:
     if trajectory.data is not None or not len(low) or not np.isfinite(curve.value[-1]):
         return None
     curvature = np.array([point.diagnostics.get("top_curvature") or np.nan for point in trajectory.points])
-    if not trajectory.follows_curvature and curvature[-1] < DEFAULTS.curvature_fall * np.fmax.reduce(curvature):
+    # The lower of the last two, as it may spring up for a snapshot.
+    lowest, most = np.fmin.reduce(curvature[-2:]), np.fmax.reduce(curvature)
+    if not trajectory.follows_curvature and lowest < DEFAULTS.curvature_fall * most:
         return None
     since = np.arange(low[0], len(step))
     used = since[curve.value[since] > 0]

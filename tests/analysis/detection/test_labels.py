@@ -197,3 +197,16 @@ def test_a_fall_is_held_against_the_curvature_from_its_peak_on_and_not_from_wher
     fall = find_transitions(replace(plain, points=tuple(points)))[-1]
     assert fall.label is None
     assert "the largest curvature falls too" in fall.evidence
+
+
+def test_a_curvature_that_springs_up_for_a_snapshot_has_shrunk_all_the_same():
+    steps = STEPS[STEPS <= 1000]
+    tops = np.where(steps == 1000, 2.0, np.interp(steps, [200, 950], [2.0, 0.5]))
+    plain = measured(HUMP)
+    points = [
+        replace(point, diagnostics={"top_curvature": float(top)})
+        for point, top in zip(plain.points, tops, strict=False)
+    ]
+    fall = find_transitions(Trajectory(tuple(points), nbeta=1.0))[-1]
+    assert (fall.kind, fall.label) == ("simplification", None)
+    assert "4-fold" in fall.evidence

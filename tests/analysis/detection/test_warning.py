@@ -69,10 +69,13 @@ def test_nothing_is_said_before_the_training_loss_is_low_or_where_too_little_is_
     assert last_fall(no_loss) is None
 
 
-@pytest.mark.parametrize(("top", "told"), [(1.0, True), (0.6, True), (0.4, False), (None, True)])
-def test_at_one_nbeta_a_curvature_that_halves_withholds_it(top, told):
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [([1.0, 1.0], True), ([1.0, 0.6], True), ([1.0, 0.4], False), ([0.4, 0.9], False), ([1.0, None], True)],
+)
+def test_at_one_nbeta_a_curvature_that_halves_withholds_it(last, told):
     plain = trajectory(falling(0.3))
-    tops = [1.0] * (len(STEPS) - 1) + [top]
+    tops = [1.0] * (len(STEPS) - 2) + last
     points = [replace(p, diagnostics={"top_curvature": t}) for p, t in zip(plain.points, tops, strict=True)]
     at_one = replace(plain, points=tuple(points))
     assert (last_fall(at_one) is not None) == told
