@@ -83,7 +83,7 @@ def test_at_one_nbeta_a_curvature_that_halves_withholds_it(last, told):
     assert replace(following, beyond=0.045) == last_fall(plain)
 
 
-@pytest.mark.parametrize(("rate", "at_one", "following"), [(0.08, True, False), (0.15, True, True)])
+@pytest.mark.parametrize(("rate", "at_one", "following"), [(0.1, True, False), (0.2, True, True)])
 def test_where_nbeta_follows_the_curvature_it_has_to_fall_faster(rate, at_one, following):
     plain = trajectory(falling(rate), stderr=1.0)
     assert last_fall(replace(plain, nbeta=1.0)).clear == at_one
