@@ -208,8 +208,8 @@ def label_of(
     following = trajectory.follows_curvature
     least = settings.min_generalisation_following if following else settings.min_generalisation
     if share - error < least:
-        known = f"only {100 * share:.0f} %" if share < least else f"{100 * share:.0f} ± {100 * error:.0f} % only"
-        return None, f"no label: λ falls by {known} while the training loss stays low"
+        known = f"{100 * share:.0f}" if share < least else f"{100 * share:.0f} ± {100 * error:.0f}"
+        return None, f"no label: λ falls by only {known} % while the training loss stays low"
     if doubt is not None:
         return None, f"no label: λ falls by {100 * share:.0f} %, but {doubt}"
     more = " in all" if peak > before or lowest < after else ""
