@@ -41,7 +41,7 @@ class Forecast(Record):
         chains: of each snapshot.
         steps: of each chain, burn-in and draws and steps that are lost, on average over the snapshots tried.
         memory_bytes: peak of the process while it tried; on a GPU, of its memory.
-        seconds: of the analysis, without the start of Python.
+        seconds: of the analysis, without the start of Python and without writing results, which the command adds.
         tried: snapshots that the estimate rests on.
     """
 

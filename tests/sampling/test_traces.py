@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.kernels import KERNELS
 from groktrace.sampling.traces import Traces, inner_products, reduced_step_size
 from groktrace.sampling.tuning import MINIBATCH_NOISE
@@ -85,6 +86,22 @@ def test_hot_chains_get_the_step_at_which_noise_heats_as_little_as_is_wanted(met
     )
     assert 0.7 * MINIBATCH_NOISE.wanted < left <= 0.8 * MINIBATCH_NOISE.wanted or smaller <= step_size / 32
     assert reduced_step_size(replace(hot, heating=MINIBATCH_NOISE.wanted), KERNELS[method], 2.0) == step_size
+
+
+@pytest.mark.parametrize("chains", [2, 3])
+@pytest.mark.parametrize("left", [0.0, 0.5, 1.0, 3.0])
+def test_the_error_of_the_centred_estimate_grows_with_what_the_chains_means_have_not_averaged_out(chains, left):
+    draws, pairs = 20_000, 1 if chains == 2 else 3
+    generator = torch.Generator().manual_seed(0)
+    paired = 10 + torch.randn(draws, pairs, generator=generator, dtype=torch.float64)
+    virial = torch.full((draws, chains), 20.0, dtype=torch.float64)
+    # Of two different chains 0, so that λ_c is 10; of one the rest of λ_c, twice.
+    means = 20 * left * torch.eye(chains, dtype=torch.float64)
+    traces = Traces(virial / 2, virial, virial, paired, 0.1, 0, means=means)
+    assert traces.centred == pytest.approx(10)
+    share = min(left, 1.0)
+    expected = (pairs * ((1 - share) / chains + share / (chains - 1))) ** 0.5 * standard_error(paired)
+    assert traces.centred_error == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("chains", [1, 2, 3])

@@ -3,7 +3,6 @@
 from itertools import pairwise
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
 
 import groktrace
@@ -14,8 +13,7 @@ from tools.common.tables import Row, Table, Verdict, number, print_markdown
 GROKKED, CONTROL = "grokked p=23", "random labels p=23"
 HALF_DECADES = range(-2, 9)
 COLUMNS = ["ladder", "run", "nβ", "resolution", "λ̂", "stderr", "λ_c", "λ_c stderr", "draws", "reasons"]
-# λ of a quadratic network at a generic solution: half of p(n − 1), one equation a class and pair but the centred one.
-CLOSED_FORM = 23 * (317 - 1) / 2
+CLOSED_FORM = groktrace.theory.modular_addition_llc(23, 128, 317).llc
 
 
 def run_ladder(out: Path, fresh: bool) -> list[Verdict]:
@@ -72,7 +70,6 @@ def measure_rung(name: str, run: groktrace.Run, nbeta: float, middle: float, loc
 
 def draw_ladder(rows: list[dict[str, str]], middle: float) -> Figure:
     """λ̂ and λ_c against nβ, beside the closed form and the default nβ."""
-    matplotlib.use("agg")
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     for name, marker, color in ((GROKKED, "o", "black"), (CONTROL, "s", "0.55")):

@@ -52,7 +52,7 @@ def test_thresholds_decide_what_is_labelled():
     assert find_transitions(following, PiecewiseDetector(min_generalisation_following=0.1))[0].label == "generalisation"
 
 
-@pytest.mark.parametrize(("error", "label"), [(5.0, "generalisation"), (50.0, None)])
+@pytest.mark.parametrize(("error", "label"), [(5.0, "generalisation"), (25.0, "generalisation"), (50.0, None)])
 def test_a_fall_must_be_large_enough_with_its_error_taken_off(error, label):
     loss, values = np.where(STEPS < 100, 1.0, 0.001), fall_by(0.16).column("llc")
     trajectory = Trajectory.from_arrays(STEPS, values, np.full(60, error), train_loss=loss)
