@@ -298,7 +298,7 @@ def run_warning(folder: Path, limit: int, cross_entropy: bool = False) -> None:
     suffix = "_cross_entropy" if cross_entropy else ""
     save_rows(folder / f"warning{suffix}.csv", [row(run, judges) for run in (*tuning, *judged)])
     for kind in sorted({run.kind for run in judged}):
-        # Nothing of what is shipped was set on cross-entropy networks.
+        # There are few cross-entropy networks: what is shipped is shown of all, though its rate was set on one half.
         for title, runs, by in ((kind, judged, judges), (f"{kind}, both halves", (*tuning, *judged), shipped)):
             for late in (False, True):
                 among = [run for run in runs if run.kind == kind and (not late or run.outcome != "groks" or run.late)]
