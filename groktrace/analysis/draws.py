@@ -78,7 +78,7 @@ class Draws:
         if traces is None or estimate.llc is None or estimate.step_size is None or estimate.loss is None:
             return None
         losses: dict[str, np.ndarray] = {}
-        centred = traces.paired.double()
+        centred = traces.centred_draws.double()
         if traces.sample_losses is not None and traces.anchor_sample_losses is not None:
             count = traces.sample_losses.shape[2]
             order = shuffled(len(objective.loss.tensors[0])) if objective.large_set else torch.arange(count)

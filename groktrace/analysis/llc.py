@@ -68,13 +68,13 @@ def off_minimum(traces: Traces) -> bool:
     chain only λ̂ < 0 tells.
     """
     llc = float(traces.delta_loss.mean())
-    if llc < 0 or not traces.paired.shape[1]:
+    if llc < 0 or not traces.centred_draws.shape[1]:
         return llc < 0
     centred = traces.centred
     margin = min(0.9 * centred - llc, 0.97 * centred - 0.5 * float(traces.virial.mean()))
     if margin <= 0:  # nearly always, and the errors take time
         return False
-    return margin > 3 * math.hypot(diagnose.standard_error(traces.delta_loss), traces.centred_error)
+    return margin > 3 * math.hypot(traces.error(traces.delta_loss), traces.centred_error)
 
 
 def unusable(reason: str, settings: ResolvedSettings, nbeta: float, localization: float) -> LLCEstimate:
@@ -117,10 +117,10 @@ def summarise(
             return unusable(reason, settings, nbeta, localization)
         reason = f"diverging: chains left the snapshot at every step size down to {traces.step_size:.3g}"
         return unusable(reason, settings, nbeta, localization)
-    llc, ess = float(traces.delta_loss.mean()), diagnose.effective_sample_size(traces.delta_loss)
+    llc, ess = float(traces.delta_loss.mean()), traces.effective_draws(traces.delta_loss)
     stderr = math.sqrt(float(traces.delta_loss.double().var()) / ess)
     centred = stderr_centred = None
-    if traces.paired.shape[1]:
+    if traces.centred_draws.shape[1]:
         centred, stderr_centred = traces.centred, traces.centred_error
     virial = diagnose.virial_ratio(traces.virial, traces.restraint, dimension)
     anharmonicity = diagnose.anharmonicity(traces.virial, traces.delta_loss)
@@ -129,7 +129,7 @@ def summarise(
     rhat, off = diagnose.split_rhat(traces.delta_loss), off_minimum(traces)
     virial_error = traces.total_virial_error(settings.kernel, localization, dimension) / dimension
     reasons = []
-    ratio_error = diagnose.standard_error(0.5 * traces.virial - traces.delta_loss) / abs(llc) if llc else 0.0
+    ratio_error = traces.error(0.5 * traces.virial - traces.delta_loss) / abs(llc) if llc else 0.0
     # Where all weights are zero there is no length to compare with.
     far = norm > 0 and relative_distance > RELIABILITY.distance
     bent = abs(anharmonicity - 1) > RELIABILITY.anharmonicity + 3 * ratio_error
@@ -177,7 +177,12 @@ def summarise(
     value, error = llc, stderr
     if by_centred and centred is not None and stderr_centred is not None:
         value, error = centred, stderr_centred
-    if error > 2 * settings.rtol * max(abs(value), RELIABILITY.least) and not reasons:
+    if len(traces.delta_loss) < RELIABILITY.passes * traces.slow:
+        reasons.append(
+            f"too few draws: at a step of {traces.step_size:.3g} the stiffest directions take {traces.slow:.0f} to "
+            "forget one; use more draws or a larger step_size"
+        )
+    elif error > 2 * settings.rtol * max(abs(value), RELIABILITY.least) and not reasons:
         reasons.append(f"too few draws (standard error {100 * error / max(abs(value), 1e-300):.1f} %)")
     return LLCEstimate(
         llc,

@@ -21,7 +21,6 @@ from groktrace.sampling.batches import spread_ranks
 from groktrace.sampling.calibration import Scale, resolve, step_size
 from groktrace.sampling.chains import rows_per_stack, sample
 from groktrace.sampling.curvature import top_eigenvalue
-from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.large import sample_large, top_eigenvalue_large
 from groktrace.sampling.network import Network, as_float, shuffled, with_micro_batch
 from groktrace.sampling.noise import generator_for, normal_like
@@ -250,7 +249,8 @@ class Objective:
             factors = [scale.curvature / top for top in tops]
             weights = [{**tensors, FACTOR: torch.tensor(f)} for tensors, f in zip(weights, factors, strict=True)]
             tops = [scale.curvature] * len(tops)
-        sizes = [settings.step_size or step_size(nbeta, localization, top) for top in tops]
+        fitting = [step_size(nbeta, localization, top) for top in tops]
+        sizes = [settings.step_size or size for size in fitting]
 
         # Off a minimum, where snapshots of large sets trained on minibatches nearly always are, λ_c is the measure too.
         centred = scale.curvature is not None or self.large_set
@@ -261,11 +261,12 @@ class Objective:
             stacked, anchors = stack_weights(loss, weights)
             if whole is not None:
                 whole = replace(whole, fixed=stacked.fixed)
-            traces = sample(stacked, anchors, keys, settings, nbeta, localization, sizes, needed, whole, sample_losses)
+            of_snapshots = stacked, anchors, keys, settings, nbeta, localization, sizes
+            traces = sample(*of_snapshots, needed, whole, sample_losses, fitting)
         else:
             traces = [
-                sample_large(loss, tensors, key, settings, nbeta, localization, size, needed, sample_losses)
-                for tensors, key, size in zip(weights, keys, sizes, strict=True)
+                sample_large(loss, tensors, key, settings, nbeta, localization, size, needed, sample_losses, fits)
+                for tensors, key, size, fits in zip(weights, keys, sizes, fitting, strict=True)
             ]
         estimates = [
             summarise(
@@ -372,14 +373,17 @@ def chance_losses(
 
 def _needed_of_large_sets(traces: Traces, needed: Callable[[Traces], float]) -> float:
     """The same where draws are expensive: what is off a minimum cannot become reliable."""
-    return 1.0 if off_minimum(traces) else needed(traces)
+    times = needed(traces)
+    if times <= 1 or not off_minimum(traces):
+        return times
+    return min(times, MEASUREMENT.draws_off_minimum * traces.slow / len(traces.delta_loss))
 
 
 def _needed(traces: Traces, rtol: float) -> float:
     """How many times as many draws give λ̂ to `rtol`; 1 off a minimum, where it is no measure of the basin."""
     if off_minimum(traces):
         return 1.0
-    return _times(standard_error(traces.delta_loss), abs(float(traces.delta_loss.mean())), rtol)
+    return _times(traces.error(traces.delta_loss), abs(float(traces.delta_loss.mean())), rtol)
 
 
 def _needed_centred(traces: Traces, rtol: float) -> float:

@@ -21,6 +21,7 @@ class Measurement:
             decide the curvature.
         products: with the Hessian, for its largest eigenvalue, where data are used whole.
         large_set_products: the same of a large set.
+        draws_off_minimum: of a chain on a large set, at most: what is off a minimum cannot become reliable.
         chance_samples: what a network loses that knows nothing is the same on so many, spread evenly, as on all.
     """
 
@@ -33,6 +34,7 @@ class Measurement:
     heavy_share: int = 4
     products: int = 8
     large_set_products: int = 6
+    draws_off_minimum: int = 32
     chance_samples: int = 256
 
 
@@ -118,6 +120,7 @@ class Reliability:
             loss, of higher degree, is above 1.
         least: a λ below this needs no smaller error than this one does, 0.05 at the default `rtol`: a direction counts
             for a half, and what is nearly zero has no relative error.
+        passes: draws over those to an independent one; the scatter of fewer tells nothing of their error.
         untold: with a single chain, λ̂ below ½E[(w − w*)·nβ∇L] by so much may be a slope's.
     """
 
@@ -132,6 +135,7 @@ class Reliability:
     flattening: float = 0.2
     least: float = 1.25
     untold: float = 0.1
+    passes: float = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 from groktrace.errors import SettingsError
+from groktrace.sampling.kernels.base import Kernel
 from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
 from groktrace.sampling.tuning import CALIBRATION, WHOLE_DATA, Effort
 
@@ -100,6 +101,7 @@ def run_length(
     relaxations: float = CALIBRATION.burn_in_relaxations,
     halvings: int = 0,
     effort: Effort = WHOLE_DATA,
+    slow: float = 1.0,
 ) -> tuple[int, int]:
     """Burn-in and first round of draws, in steps.
 
@@ -110,15 +112,33 @@ def run_length(
         relaxations: relaxation times of the flat directions to burn in for.
         halvings: how often ε was halved.
         effort: what is spent.
+        slow: see `slowdown`.
     """
     relaxation, most = settings.kernel.relaxation(epsilon, localization, halvings), CALIBRATION.max_steps // 2
     burn_in = min(math.ceil(relaxations * relaxation), most)
     share = max(1.0, CALIBRATION.draw_relaxations / settings.chains)
-    draws = effort.draws or min(max(CALIBRATION.min_draws, math.ceil(share * relaxation)), most)
+    draws = (
+        math.ceil(slow * effort.draws)
+        if effort.draws
+        else min(max(CALIBRATION.min_draws, math.ceil(share * relaxation)), most)
+    )
     return (
         burn_in if settings.burn_in is None else settings.burn_in,
         draws if settings.draws is None else settings.draws,
     )
+
+
+def slowdown(kernel: Kernel, epsilon: float, fitting: float, halvings: int = 0) -> float:
+    """Steps in which the stiffest directions forget their start, over those that they take at the step that fits them.
+
+    Args:
+        kernel: of the dynamics.
+        epsilon: ε.
+        fitting: the ε that the curvature at w* calls for.
+        halvings: how often it was halved.
+    """
+    stiffness = 2 * CALIBRATION.step_fraction / fitting
+    return max(1.0, kernel.relaxation(epsilon, stiffness, halvings) / kernel.relaxation(fitting, stiffness))
 
 
 def more_draws(draws: int, needed: float) -> int:

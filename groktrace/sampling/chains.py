@@ -44,6 +44,7 @@ def sample(
     needed: Callable[[Traces], float],
     whole: StackedLoss | None = None,
     sample_losses: bool = False,
+    fitting: Sequence[float] | None = None,
 ) -> list[Traces]:
     """Run all chains of S snapshots.
 
@@ -54,13 +55,12 @@ def sample(
         settings: kernel, chains, batch size, run length.
         nbeta: nβ.
         localization: γ.
-        step_sizes: ε of each snapshot; halved where chains diverge, reduced where they find a larger curvature than at
-            w* or where minibatch noise heats them: 16 times at most, or three where they fall far at once, and within
-            the first three where the step heats them.
+        step_sizes: ε of each snapshot; see `sample_with_restarts`.
         needed: how many times as many draws a snapshot needs, at most 1 where they suffice; asked only where
             `settings.draws` is None.
         whole: the same loss without batches, for snapshots whose chains those throw out; None to reduce ε instead.
         sample_losses: whether to keep the loss of each sample at each draw; for losses that are a mean over samples.
+        fitting: the ε that the curvature at w* calls for; None where those are `step_sizes`.
 
     Returns:
         Traces of each snapshot, those of the last attempt where its chains diverged at every step size tried.
@@ -75,11 +75,12 @@ def sample(
         chosen = loss if in_batches or whole is None else whole
         own = settings if in_batches else replace(settings, batch_size=None)
         keys = [steps[s] for s in some]
-        return StackedChains(
-            chosen.select(rows), anchors[rows], keys, replace(target, settings=own), epsilons, halvings
-        )
+        scales = epsilons, halvings, [suited[s] for s in some]
+        return StackedChains(chosen.select(rows), anchors[rows], keys, replace(target, settings=own), *scales)
 
-    return sample_with_restarts(begin, step_sizes, target, needed, whole is not None)
+    suited = step_sizes if fitting is None else fitting
+    dearer = None if whole is None or settings.batch_size is None else len(whole.tensors[0]) / settings.batch_size
+    return sample_with_restarts(begin, step_sizes, target, needed, dearer, suited)
 
 
 def profile_noise(
@@ -109,7 +110,7 @@ def profile_noise(
     groups = torch.arange(count, device=anchor.device).view(-1, 1, group)
     settings = replace(settings, chains=1, batch_size=batch)
     target = Target(settings, nbeta, localization, anchor.shape[1], loss.sample_bytes is not None)
-    chains = StackedChains(loss, anchor, [key], target, [epsilon], [0])
+    chains = StackedChains(loss, anchor, [key], target, [epsilon], [0], [epsilon])
     displacement = chains.state.displacement
     total, change, squares = torch.zeros_like(anchor), torch.zeros_like(anchor), 0.0
     for samples in groups:

@@ -6,14 +6,15 @@ from torch import Tensor
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def effective_sample_size(trace: Tensor) -> float:
+def effective_sample_size(trace: Tensor, slow: float = 1.0) -> float:
     """Number of independent draws that the trace is worth (Vehtari et al. 2021, arXiv 1903.08008; Geyer 1992).
 
     Args:
         trace: [draws, chains].
+        slow: draws to an independent one, at least.
 
     Returns:
-        At least 1, at most draws × chains; that maximum for a constant trace.
+        At least 1, at most draws × chains over `slow`; that maximum for a constant trace.
     """
     draws, chains = trace.shape
     values = trace.double().cpu().numpy()  # for arrays this small numpy's calls cost a fraction of torch's
@@ -26,7 +27,7 @@ def effective_sample_size(trace: Tensor) -> float:
     if chains > 1:
         total = total + values.mean(0).var(ddof=1)
     if not total > 0:
-        return float(draws * chains)
+        return max(1.0, draws * chains / slow)
     correlation = 1 - (within - covariance.mean(1)) / total
     correlation[0] = 1.0
     # Sums of neighbouring correlations are positive and decreasing for a reversible chain; cut where they are not.
@@ -36,16 +37,21 @@ def effective_sample_size(trace: Tensor) -> float:
     time = -1 + 2 * np.minimum.accumulate(pairs).sum() if len(pairs) else 1.0
     # Taking the traces' own mean off lowers every correlation a little (Wolff 2004, hep-lat/0306017, eq. 49).
     time = time * (1 + (4 * len(pairs) + 1) / draws)
-    return float(draws * chains / max(time, 1.0))
+    return max(1.0, float(draws * chains / max(time, slow)))
 
 
-def standard_error(trace: Tensor) -> float:
-    """Standard error of the trace's mean, [draws, chains], from its effective sample size.
+def standard_error(trace: Tensor, slow: float = 1.0) -> float:
+    """Standard error of the trace's mean, [draws, chains], from its effective sample size m.
 
-    Twice as much on either side covers 95 %, also where a few draws are all that tells how much they scatter.
+    Twice as much on either side covers 95 %, also where a few draws are all that tells how much they scatter: their
+    mean squared distance from their own mean is 1 − 1/m of the variance.
+
+    Args:
+        trace: [draws, chains].
+        slow: draws to an independent one, at least.
     """
-    size = effective_sample_size(trace)
-    return student(size - 1) * float(trace.double().var() / size) ** 0.5
+    size = effective_sample_size(trace, slow)
+    return student(size - 1) * float(trace.double().var(correction=0) / max(size - 1, 0.5)) ** 0.5
 
 
 def student(freedom: float) -> float:

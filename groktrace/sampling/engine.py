@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from groktrace.sampling.calibration import more_draws, step_size
+from groktrace.sampling.calibration import more_draws, slowdown, step_size
 from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.traces import Traces, reduced_step_size
 from groktrace.sampling.tuning import CALIBRATION, EQUILIBRIUM, MINIBATCH_NOISE, SUBSAMPLED, WHOLE_DATA, Effort
@@ -128,7 +128,8 @@ def sample_with_restarts(
     step_sizes: Sequence[float],
     target: Target,
     needed: Callable[[Traces], float],
-    fallback: bool = False,
+    fallback: float | None = None,
+    fitting: Sequence[float] | None = None,
 ) -> list[Traces]:
     """Run all chains of S snapshots, again with a smaller step where that was too large.
 
@@ -140,13 +141,16 @@ def sample_with_restarts(
             the first three where the step heats them.
         target: what is sampled.
         needed: see `Target.draw`.
-        fallback: whether chains that minibatches throw out run without them; else with a smaller step, which is tried
-            first where chains are heated and minibatches add little.
+        fallback: how many times as much a step without minibatches costs, for chains that these throw out, or heat so
+            much that a step small enough would need more of them than that; None where there is only a smaller step,
+            which is tried first where chains are heated and minibatches add little.
+        fitting: the ε that the curvature at w* calls for; None where those are `step_sizes`.
 
     Returns:
         Traces of each snapshot, those of the last attempt where its chains diverged at every step size tried.
     """
     count = len(step_sizes)
+    suited = step_sizes if fitting is None else fitting
     results: dict[int, Traces] = {}
     pending = list(range(count))
     epsilon, halvings, falls, lost = list(step_sizes), [0] * count, [0] * count, [0] * count
@@ -166,7 +170,7 @@ def sample_with_restarts(
                     continue
                 if chains.has_left(traces) or (attempt < EQUILIBRIUM.tolerated_restarts and target.is_heated(traces)):
                     heated_by_step = not chains.has_left(traces) and traces.heating <= MINIBATCH_NOISE.wanted
-                    if in_batches and fallback and not (heated_by_step and halvings[s] == 0):
+                    if in_batches and fallback is not None and not (heated_by_step and halvings[s] == 0):
                         batched[s] = False
                         again.append(s)
                         continue
@@ -174,6 +178,11 @@ def sample_with_restarts(
                     halvings[s] += 1
                 else:
                     epsilon[s] = target.fitting_step(traces)
+                    slow = slowdown(target.settings.kernel, epsilon[s], suited[s], halvings[s])
+                    if in_batches and fallback is not None and slow > fallback * max(1.0, traces.slow):
+                        epsilon[s], batched[s] = traces.step_size, False
+                        again.append(s)
+                        continue
                 if epsilon[s] != traces.step_size:
                     again.append(s)
         pending = sorted(again)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from groktrace.sampling.calibration import run_length
+from groktrace.sampling.calibration import run_length, slowdown
 from groktrace.sampling.curvature import FAR_AGREEMENT, FAR_STEP, FLAT
 from groktrace.sampling.engine import Target, sample_with_restarts
 from groktrace.sampling.interruption import check_interruption
@@ -42,6 +42,7 @@ def sample_large(
     step_size: float,
     needed: Callable[[Traces], float],
     sample_losses: bool = False,
+    fitting: float | None = None,
 ) -> Traces:
     """Run all chains of one snapshot, see `chains.sample`.
 
@@ -55,6 +56,7 @@ def sample_large(
         step_size: ε; halved where chains diverge, reduced where minibatch noise heats them.
         needed: how many times as many draws, see `chains.sample`.
         sample_losses: see `chains.sample`.
+        fitting: the ε that the curvature at w* calls for; None where that is `step_size`.
 
     Returns:
         Traces; not finite where the chains diverged at every step size tried.
@@ -63,7 +65,7 @@ def sample_large(
     target = Target(settings, nbeta, localization, network.layout.size, False, sample_losses)
 
     def begin(some: Sequence[int], epsilons: Sequence[float], halvings: Sequence[int], in_batches: bool) -> LargeChains:
-        return LargeChains(network, step, target, epsilons[0], halvings[0])
+        return LargeChains(network, step, target, epsilons[0], halvings[0], fitting or step_size)
 
     return sample_with_restarts(begin, [step_size], target, needed)[0]
 
@@ -96,14 +98,18 @@ class LargeChains:
         target: what is sampled.
         step_size: ε.
         halvings: how often it was halved.
+        fitting: the ε that the curvature at w* calls for.
     """
 
-    def __init__(self, network: Network, step: int, target: Target, step_size: float, halvings: int) -> None:
+    def __init__(
+        self, network: Network, step: int, target: Target, step_size: float, halvings: int, fitting: float
+    ) -> None:
         self.network, self.settings, self.target = network, target.settings, target
         self.nbeta, self.localization, self.step_size = target.nbeta, target.localization, step_size
         settings, nbeta, localization = target.settings, target.nbeta, target.localization
         cold = CALIBRATION.burn_in_relaxations_cold
         self.lengths = [run_length(settings, localization, step_size, cold, halvings)]
+        self.slow = slowdown(settings.kernel, step_size, fitting, halvings)
         self.kernel = settings.kernel
         row = torch.tensor([step_size], dtype=network.dtype, device=network.device), torch.tensor([halvings])
         dynamics = Dynamics(self.kernel, nbeta, localization, *row)
@@ -169,7 +175,8 @@ class LargeChains:
         delta_loss, virial, restraint, paired = self._advance(count, measured, drawn).unbind(1)
         paired = paired[:, : pairs(self.settings.chains)]
         losses = None if drawn is None else drawn.of(0)
-        return Traces(delta_loss, virial, restraint, paired, self.step_size, burn_in, sample_losses=losses)
+        chains = delta_loss, virial, restraint, paired
+        return Traces(*chains, self.step_size, burn_in, sample_losses=losses, slow=self.slow)
 
     def _advance(self, count: int, measured: bool = False, drawn: DrawnSampleLosses | None = None) -> Tensor:
         """Make `count` steps of every chain; [count, 4, C]: delta_loss, virial, restraint, paired.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from groktrace.sampling.batches import Minibatches
-from groktrace.sampling.calibration import run_length
+from groktrace.sampling.calibration import run_length, slowdown
 from groktrace.sampling.control import ControlVariates, stiff_share
 from groktrace.sampling.curvature import gaussian_start, top_eigenvalue
 from groktrace.sampling.engine import Target
@@ -18,7 +18,13 @@ from groktrace.sampling.network import shuffled
 from groktrace.sampling.noise import copy_generator, generator_for, normal_like
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.sample_losses import DrawnSampleLosses, stacked_sample_losses
-from groktrace.sampling.traces import SampleLossRecorder, Traces, inner_products, most_total_virial, pairs
+from groktrace.sampling.traces import (
+    SampleLossRecorder,
+    Traces,
+    inner_products,
+    most_total_virial,
+    products_with_others,
+)
 from groktrace.sampling.tuning import EQUILIBRIUM, MINIBATCH_NOISE
 
 # What the gradients of all minibatches at w* may take, of the snapshots of a stack together.
@@ -37,6 +43,7 @@ class StackedChains:
         target: what is sampled.
         epsilons: ε of each snapshot.
         halvings: how often each was halved.
+        fitting: the ε that the curvature at w* calls for.
     """
 
     def __init__(
@@ -47,14 +54,17 @@ class StackedChains:
         target: Target,
         epsilons: Sequence[float],
         halvings: Sequence[int],
+        fitting: Sequence[float],
     ) -> None:
         self.target, self.settings = target, target.settings
         settings, nbeta, localization = target.settings, target.nbeta, target.localization
         self.halvings = halvings
         self.epsilons = epsilons
+        scales = list(zip(epsilons, fitting, halvings, strict=True))
+        self.slow = [slowdown(settings.kernel, *scale) for scale in scales]
         self.lengths = [
-            run_length(settings, localization, epsilon, halvings=halved, effort=target.effort)
-            for epsilon, halved in zip(epsilons, halvings, strict=True)
+            run_length(settings, localization, epsilon, halvings=halved, effort=target.effort, slow=slow)
+            for (epsilon, _, halved), slow in zip(scales, self.slow, strict=True)
         ]
         self.active = list(range(len(epsilons)))
         device, chains = anchors.device, settings.chains
@@ -119,11 +129,11 @@ class StackedChains:
         early, burn_in = [self.anchors.new_empty(0, 5, chains).double()] * count, [length for length, _ in self.lengths]
         if self.target.subsampled and self.settings.burn_in is None:
             # Chains start near equilibrium: where they are in it, what is left of the burn-in would be for nothing.
-            record = self.advance([(EQUILIBRIUM.least_burn_in, 0)] * count, first=True)
-            early = [record[:, :, s * chains : (s + 1) * chains] for s in range(count)]
+            least = [math.ceil(slow * EQUILIBRIUM.least_burn_in) for slow in self.slow]
+            early = list(self._pieces([(steps, 0) for steps in least], first=True).values())
             burn_in = [
-                EQUILIBRIUM.least_burn_in if self._has_settled(piece) else max(length, EQUILIBRIUM.least_burn_in)
-                for piece, length in zip(early, burn_in, strict=True)
+                steps if self._has_settled(piece) else max(length, steps)
+                for piece, steps, length in zip(early, least, burn_in, strict=True)
             ]
             self._keep([s for s in self.active if not self._is_leaving(early[s])])
         rest = [(burn_in[s] - len(early[s]), self.lengths[s][1]) for s in self.active]
@@ -230,7 +240,7 @@ class StackedChains:
     ) -> Tensor:
         """Make so many steps with each snapshot's chains; [steps, 5, R].
 
-        They are delta_loss, virial, restraint and paired of `Traces`, and the noise of batches.
+        They are delta_loss, virial, restraint and centred_draws of `Traces`, and the noise of batches.
 
         The stack goes on until the last snapshot is done, or has lost a chain. The others are put back to where they
         were when they were done themselves, so that no result depends on what a snapshot was stacked with.
@@ -266,7 +276,7 @@ class StackedChains:
         seen = self.target.effort.sample_losses or seen
         counted: Tensor | None = None
         changes = {0, *counts, *(before for before, _ in lengths)}
-        scale = record.new_tensor([[nbeta], [self.target.localization], [0.25 * nbeta]])
+        scale = record.new_tensor([[nbeta], [self.target.localization]])
         for t in range(count):
             check_interruption()
             self.made += 1
@@ -280,23 +290,32 @@ class StackedChains:
                     recorder.keep(s, self.loss.select(rows_of).sample_losses(weights[rows_of], seen))
             if drawn is not None and (due := drawn.due(t)):
                 drawn.keep(due, self._sample_losses(due, weights))
-            products = []
+            products, others = [], []
             if t in changes:
                 draws = [before <= t < before + some for before, some in lengths]
                 counted = weights.new_tensor(draws).repeat_interleave(chains)[:, None] if any(draws) else None
             for block, anchors, positions, slopes, sums in blocks:
-                products.append(inner_products(block.displacement, slopes, chains))
+                products.append(inner_products(block.displacement, slopes))
                 if counted is not None and sums:
                     for total, values in zip(sums, (block.displacement, slopes), strict=True):
                         total.addcmul_(values, counted)
+                    others.append(products_with_others(sums[0], slopes, chains))
                 self.dynamics.step(block, slopes)
                 torch.add(anchors, block.displacement, out=positions)
-            torch.mul(sum(products[1:], products[0]), scale, out=record[t, 1:4])
+            torch.mul(sum(products[1:], products[0]), scale, out=record[t, 1:3])
+            if others:
+                record[t, 3] = sum(others[1:], others[0])
             if t % check == check - 1:
                 gone |= (t < own) & ~(record[t, 1] + record[t, 2] <= most)
                 if ((t >= own) | gone).view(-1, chains).any(1).all():
                     break
             done += [(s, *self._saved(s)) for s in ends.get(t + 1, ())]
+        if self.sums:
+            # From sums over the draws so far to what they mean for λ_c.
+            begins = torch.tensor([before - self.drawn[s] for s, (before, _) in zip(self.active, lengths, strict=True)])
+            so_far = (torch.arange(1, count + 1)[:, None] - begins).clamp(min=1).to(record.device)
+            means = record[:, 3] / ((chains - 1) * so_far.repeat_interleave(chains, 1))
+            record[:, 3] = 0.5 * (record[:, 1] - nbeta * means)
         for s, saved, batches in done:
             self._restore(s, saved, batches)
         for s, (_, some) in zip(self.active, lengths, strict=True):
@@ -368,11 +387,12 @@ class StackedChains:
         return self.dynamics.noise_gain * self.target.nbeta**2 * noise
 
     def _traces(self, record: Tensor, s: int, burn_in: int, drawn: DrawnSampleLosses | None) -> Traces:
-        delta_loss, virial, restraint, paired = record[:, :4].cpu().unbind(1)
-        paired = paired[:, : pairs(self.settings.chains)]
+        delta_loss, virial, restraint, centred = record[:, :4].cpu().unbind(1)
+        centred = centred if self.sums else centred[:, :0]
         losses = None if drawn is None else drawn.of(self.active.index(s))
-        chains = delta_loss, virial, restraint, paired
-        return Traces(*chains, self.epsilons[s], burn_in, sample_losses=losses, means=self._means(s))
+        chains = delta_loss, virial, restraint, centred
+        kept = Traces(*chains, self.epsilons[s], burn_in, sample_losses=losses)
+        return replace(kept, means=self._means(s), slow=self.slow[s])
 
     def _means(self, s: int) -> Tensor | None:
         """`Traces.means` of a snapshot in the stack."""

@@ -3,9 +3,10 @@ import math
 import pytest
 
 from groktrace.errors import SettingsError
-from groktrace.sampling.calibration import Scale, more_draws, posterior_scale, resolve, run_length, step_size
+from groktrace.sampling.calibration import Scale, more_draws, posterior_scale, resolve, run_length, slowdown, step_size
 from groktrace.sampling.kernels import KERNELS
 from groktrace.sampling.settings import PAPER, ResolvedSettings, SamplingSettings
+from groktrace.sampling.tuning import SUBSAMPLED
 
 
 def test_dials_give_locality_and_resolution():
@@ -41,6 +42,19 @@ def test_a_scale_that_follows_the_curvature_is_finer_and_keeps_where_it_belongs(
 def test_undefined_dials_are_refused(settings, n, norm, curvature, message):
     with pytest.raises(SettingsError, match=message):
         posterior_scale(SamplingSettings(**settings), n, 10, norm, curvature)
+
+
+def test_smaller_steps_take_longer_to_forget_and_draws_of_large_sets_are_as_many_more():
+    baoab, fitting = KERNELS["baoab"], step_size(100.0, 1.0, 1.0)
+    assert slowdown(baoab, fitting, fitting) == slowdown(baoab, 2 * fitting, fitting) == 1
+    # Overdamped, as far below the fitting step as here: in proportion.
+    far, farther = slowdown(baoab, fitting / 100, fitting), slowdown(baoab, fitting / 400, fitting)
+    assert farther == pytest.approx(4 * far)
+    assert far > 10
+    assert slowdown(KERNELS["leimkuhler_matthews"], fitting / 8, fitting) == pytest.approx(8)
+    settings = ResolvedSettings(method="baoab", chains=2)
+    assert run_length(settings, 1.0, fitting, effort=SUBSAMPLED)[1] == 16
+    assert run_length(settings, 1.0, fitting, effort=SUBSAMPLED, slow=2.5)[1] == 40
 
 
 @pytest.mark.parametrize("method", ["baoab", "leimkuhler_matthews"])

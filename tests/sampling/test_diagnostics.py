@@ -44,6 +44,16 @@ def test_standard_error_covers_the_mean():
     assert 180 <= covered <= 200
 
 
+def test_draws_that_hardly_move_are_worth_few_whatever_they_look_like():
+    trace = autoregressive(16, 2, 0.0, 0)
+    assert diagnostics.effective_sample_size(trace) > 16
+    assert diagnostics.effective_sample_size(trace, slow=4.0) == 8
+    assert diagnostics.effective_sample_size(torch.ones(16, 2), slow=4.0) == 8
+    assert diagnostics.effective_sample_size(trace, slow=100.0) == 1
+    wider = diagnostics.student(7) * float(trace.var(correction=0) / 7) ** 0.5
+    assert diagnostics.standard_error(trace, slow=4.0) == pytest.approx(wider)
+
+
 def test_constant_traces_are_worth_all_their_draws():
     assert diagnostics.effective_sample_size(torch.ones(10, 3)) == 30
     assert diagnostics.standard_error(torch.ones(10, 3)) == 0

@@ -41,7 +41,7 @@ def test_large_networks_take_the_same_steps_as_stacked_ones(batch_size):
     expected = stacked(loss, weights, settings, 30.0, 5.0, 1e-3, step=700)
     for name in ("delta_loss", "virial", "restraint"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-9, atol=1e-9)
-    assert found.paired.shape == expected.paired.shape
+    assert found.centred_draws.shape == expected.centred_draws.shape
 
 
 @pytest.mark.parametrize("method", ["baoab", "leimkuhler_matthews"])
@@ -61,9 +61,11 @@ def test_chains_of_a_large_network_find_the_posterior_of_a_bowl(bowl, method, ch
     assert error < 0.07 * soft_rank
     assert float((traces.virial + traces.restraint).mean()) == pytest.approx(60, rel=0.03)
     if chains == 1:
-        assert traces.paired.shape[1] == 0
+        assert traces.centred_draws.shape[1] == 0
     else:  # that of the centre, wherever w* lies
-        assert float(traces.paired.mean()) == pytest.approx(soft_rank, abs=5 * standard_error(traces.paired))
+        assert float(traces.centred_draws.mean()) == pytest.approx(
+            soft_rank, abs=5 * standard_error(traces.centred_draws)
+        )
 
 
 def regression(n=200, d=8):

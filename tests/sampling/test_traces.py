@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.kernels import KERNELS
-from groktrace.sampling.traces import Traces, inner_products, reduced_step_size
+from groktrace.sampling.traces import Traces, inner_products, products_with_others, reduced_step_size
 from groktrace.sampling.tuning import MINIBATCH_NOISE
 
 
@@ -89,28 +88,27 @@ def test_hot_chains_get_the_step_at_which_noise_heats_as_little_as_is_wanted(met
 
 
 @pytest.mark.parametrize("chains", [2, 3])
-@pytest.mark.parametrize("left", [0.0, 0.5, 1.0, 3.0])
-def test_the_error_of_the_centred_estimate_grows_with_what_the_chains_means_have_not_averaged_out(chains, left):
-    draws, pairs = 20_000, 1 if chains == 2 else 3
-    generator = torch.Generator().manual_seed(0)
-    paired = 10 + torch.randn(draws, pairs, generator=generator, dtype=torch.float64)
+@pytest.mark.parametrize("apart", [0.0, 5.0])
+def test_the_error_of_the_centred_estimate_is_that_of_the_chains_own_products(chains, apart):
+    """Whatever the chains' means differ by: it cancels."""
+    draws, generator = 20_000, torch.Generator().manual_seed(0)
+    own = 10 + torch.randn(draws, chains, generator=generator, dtype=torch.float64)
+    own += apart * torch.linspace(-1, 1, chains)
     virial = torch.full((draws, chains), 20.0, dtype=torch.float64)
-    # Of two different chains 0, so that λ_c is 10; of one the rest of λ_c, twice.
-    means = 20 * left * torch.eye(chains, dtype=torch.float64)
-    traces = Traces(virial / 2, virial, virial, paired, 0.1, 0, means=means)
+    traces = Traces(virial / 2, virial, virial, own, 0.1, 0, means=torch.zeros(chains, chains))
     assert traces.centred == pytest.approx(10)
-    share = min(left, 1.0)
-    expected = (pairs * ((1 - share) / chains + share / (chains - 1))) ** 0.5 * standard_error(paired)
-    assert traces.centred_error == pytest.approx(expected, rel=0.01)
+    assert traces.centred_error == pytest.approx(1 / (chains * draws) ** 0.5, rel=0.05)
+    assert replace(traces, slow=4.0).centred_error == pytest.approx(2 / (chains * draws) ** 0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("chains", [1, 2, 3])
-def test_inner_products_are_those_of_each_row_and_of_neighbouring_chains(chains):
+def test_inner_products_are_those_of_each_row_and_of_the_other_chains(chains):
     w, g = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    pull, spread, paired = inner_products(w, g, chains)
+    pull, spread = inner_products(w, g)
     for row in range(6):
-        first = row - row % chains
-        after = first + (row - first + 1) % chains
+        others = [other for other in range(row - row % chains, row - row % chains + chains) if other != row]
         assert float(pull[row]) == pytest.approx(float(w[row] @ g[row]))
         assert float(spread[row]) == pytest.approx(float(w[row] @ w[row]))
-        assert float(paired[row]) == pytest.approx(float((w[row] - w[after]) @ (g[row] - g[after])))
+        if others:
+            expected = sum(float(w[other] @ g[row]) for other in others)
+            assert float(products_with_others(w, g, chains)[row]) == pytest.approx(expected)

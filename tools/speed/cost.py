@@ -150,7 +150,7 @@ def time_steps(loss: StackedLoss, anchors: Tensor, settings: ResolvedSettings) -
     target = Target(settings, 1.0, 1e6, anchors.shape[1], loss.sample_bytes is not None)
 
     def begin() -> StackedChains:
-        return StackedChains(loss, anchors, range(count), target, [1e-12] * count, [0] * count)
+        return StackedChains(loss, anchors, range(count), target, [1e-12] * count, [0] * count, [1e-12] * count)
 
     begin().advance([(0, 1)] * count)  # records the gradient
     start = time.process_time()
