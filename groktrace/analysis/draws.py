@@ -45,8 +45,8 @@ class Draws:
         loss: L(w*), the training loss at the snapshot.
         delta_loss: L(w) − L(w*), [C, T]; nβ times its mean is λ̂.
         distance: ‖w − w*‖, [C, T].
-        centred: what λ_c is the mean of, [pairs of chains, T]: ¼nβ(w_a − w_b)·(∇L(w_a) − ∇L(w_b)) of neighbouring
-            chains a, b, all moved by what their mean is off λ_c; of a single chain there are none.
+        centred: what λ_c is the mean of, [C, T]; of large networks, [pairs of chains, T]: see `Traces.centred_draws`,
+            all moved by what their mean is off λ_c; of a single chain there are none.
         sample_losses: ℓ_i(w), the loss of sample i alone, [C, T, N]; None where these were not kept.
         sample_losses_at_snapshot: ℓ_i(w*), [N].
         samples: which of the stored training samples they are, [N].

@@ -177,7 +177,7 @@ def summarise(
     value, error = llc, stderr
     if by_centred and centred is not None and stderr_centred is not None:
         value, error = centred, stderr_centred
-    if len(traces.delta_loss) < RELIABILITY.passes * traces.slow:
+    if traces.slow > 1 and len(traces.delta_loss) < RELIABILITY.passes * traces.slow:
         reasons.append(
             f"too few draws: at a step of {traces.step_size:.3g} the stiffest directions take {traces.slow:.0f} to "
             "forget one; use more draws or a larger step_size"

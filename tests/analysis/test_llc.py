@@ -92,6 +92,21 @@ def test_energy_that_the_step_fed_in_is_named_even_where_it_is_little_beside_all
     assert reason.startswith("heated by the sampler's step (virial ratio 1.018, expected 1)")
 
 
+def test_draws_at_a_step_too_small_to_forget_are_too_few_whatever_their_scatter():
+    def reasons(slow, draws=16):
+        noise = torch.randn(2, draws, 2, generator=torch.Generator().manual_seed(0)).double()
+        excess, pull = 100 + 0.1 * noise
+        traces = Traces(excess, 2 * pull, 4000 - 2 * pull, pull, 1e-6, 0, means=torch.zeros(2, 2), slow=slow)
+        settings = ResolvedSettings(method="baoab", chains=2, draws=draws)
+        scale = {"nbeta": 100.0, "localization": 1.0, "dimension": 4000}
+        return summarise(traces, settings, n=10, loss=1.0, norm=1e3, **scale).reasons
+
+    assert reasons(1.0) == reasons(3.9) == ()
+    (reason,) = reasons(40.0)
+    assert reason.startswith("too few draws: at a step of 1e-06 the stiffest directions take 40 to forget one")
+    assert reasons(40.0, draws=400) == ()
+
+
 def climbed(excess, half_pull, seed=0, chains=2, **more):
     """What is said of chains with these means, each draw off by a tenth, at nβ = 100 and a snapshot's loss of 1."""
     generator = torch.Generator().manual_seed(seed)
