@@ -376,7 +376,8 @@ def _needed_of_large_sets(traces: Traces, needed: Callable[[Traces], float]) -> 
     times = needed(traces)
     if times <= 1 or not off_minimum(traces):
         return times
-    return min(times, MEASUREMENT.draws_off_minimum * traces.slow / len(traces.delta_loss))
+    most = MEASUREMENT.steps_off_minimum * traces.slow - traces.burn_in
+    return min(times, most / len(traces.delta_loss))
 
 
 def _needed(traces: Traces, rtol: float) -> float:

@@ -21,7 +21,8 @@ class Measurement:
             decide the curvature.
         products: with the Hessian, for its largest eigenvalue, where data are used whole.
         large_set_products: the same of a large set.
-        draws_off_minimum: of a chain on a large set, at most: what is off a minimum cannot become reliable.
+        steps_off_minimum: of a chain on a large set, burn-in and draws, beyond which there are no more of these: what is
+            off a minimum cannot become reliable.
         chance_samples: what a network loses that knows nothing is the same on so many, spread evenly, as on all.
     """
 
@@ -34,7 +35,7 @@ class Measurement:
     heavy_share: int = 4
     products: int = 8
     large_set_products: int = 6
-    draws_off_minimum: int = 32
+    steps_off_minimum: int = 40
     chance_samples: int = 256
 
 

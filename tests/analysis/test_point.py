@@ -1,6 +1,7 @@
 """λ̂ of whole models against closed forms and exact spectra."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -318,6 +319,16 @@ def test_where_nbeta_follows_draws_grow_until_the_centred_estimate_is_precise():
     assert 1 < measure._needed_centred(traces(100.0, 2.7 * error), 0.02) <= 2.7**2
     assert measure._needed_centred(traces(100.0, 12.0 * error), 0.02) == 1  # sixteen times as many would not do
     assert measure._needed_centred(traces(-100.0, 2.7 * error), 0.02) == 1
+
+
+@pytest.mark.parametrize(("burn_in", "slow", "most"), [(8, 1.0, 2.0), (8, 2.0, 4.5), (24, 1.0, 1.0), (60, 1.0, -1.25)])
+def test_off_a_minimum_snapshots_of_large_sets_get_few_steps_in_all(burn_in, slow, most):
+    excess = torch.full((16, 2), -50.0).double()  # the loss falls, as on a slope
+    slope = Traces(excess, excess, excess, 100 + excess, 0.1, burn_in, slow=slow)
+    assert measure._needed_of_large_sets(slope, lambda traces: 9.0) == most
+    assert measure._needed_of_large_sets(slope, lambda traces: 0.5) == 0.5
+    basin = replace(slope, delta_loss=-excess, virial=-2 * excess)
+    assert measure._needed_of_large_sets(basin, lambda traces: 9.0) == 9
 
 
 class Autoencoder(nn.Module):
