@@ -21,7 +21,7 @@ class Measurement:
             decide the curvature.
         products: with the Hessian, for its largest eigenvalue, where data are used whole.
         large_set_products: the same of a large set.
-        steps_off_minimum: of a chain on a large set, burn-in and draws, beyond which there are no more of these: what is
+        steps_off_minimum: of a chain on a large set, burn-in and draws, after which there are no more of these: what is
             off a minimum cannot become reliable.
         chance_samples: what a network loses that knows nothing is the same on so many, spread evenly, as on all.
     """

@@ -69,18 +69,21 @@ def sample(
     target = Target(settings, nbeta, localization, anchors.shape[1], subsampled, sample_losses)
 
     def begin(
-        some: Sequence[int], epsilons: Sequence[float], halvings: Sequence[int], in_batches: bool
+        some: Sequence[int],
+        epsilons: Sequence[float],
+        halvings: Sequence[int],
+        suited: Sequence[float],
+        in_batches: bool,
     ) -> StackedChains:
         rows = torch.tensor(some, device=anchors.device)
         chosen = loss if in_batches or whole is None else whole
         own = settings if in_batches else replace(settings, batch_size=None)
         keys = [steps[s] for s in some]
-        scales = epsilons, halvings, [suited[s] for s in some]
+        scales = epsilons, halvings, suited
         return StackedChains(chosen.select(rows), anchors[rows], keys, replace(target, settings=own), *scales)
 
-    suited = step_sizes if fitting is None else fitting
     dearer = None if whole is None or settings.batch_size is None else len(whole.tensors[0]) / settings.batch_size
-    return sample_with_restarts(begin, step_sizes, target, needed, dearer, suited)
+    return sample_with_restarts(begin, step_sizes, target, needed, dearer, fitting)
 
 
 def profile_noise(

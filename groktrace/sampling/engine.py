@@ -124,7 +124,7 @@ class Target:
 
 
 def sample_with_restarts(
-    begin: Callable[[Sequence[int], Sequence[float], Sequence[int], bool], Chains],
+    begin: Callable[[Sequence[int], Sequence[float], Sequence[int], Sequence[float], bool], Chains],
     step_sizes: Sequence[float],
     target: Target,
     needed: Callable[[Traces], float],
@@ -134,8 +134,8 @@ def sample_with_restarts(
     """Run all chains of S snapshots, again with a smaller step where that was too large.
 
     Args:
-        begin: gives the chains of some snapshots, by these, their ε, how often each was halved, and whether gradients
-            may be of minibatches.
+        begin: gives the chains of some snapshots, by these, their ε, how often each was halved, the ε that would suit
+            their curvature, and whether gradients may be of minibatches.
         step_sizes: ε of each snapshot; halved where chains diverge, reduced where they find a larger curvature than at
             w* or where minibatch noise heats them: 16 times at most, or three where they fall far at once, and within
             the first three where the step heats them.
@@ -150,7 +150,7 @@ def sample_with_restarts(
         Traces of each snapshot, those of the last attempt where its chains diverged at every step size tried.
     """
     count = len(step_sizes)
-    suited = step_sizes if fitting is None else fitting
+    suited = list(step_sizes if fitting is None else fitting)
     results: dict[int, Traces] = {}
     pending = list(range(count))
     epsilon, halvings, falls, lost = list(step_sizes), [0] * count, [0] * count, [0] * count
@@ -161,7 +161,8 @@ def sample_with_restarts(
         for in_batches, some in groups.items():
             if not some:
                 continue
-            chains = begin(some, [epsilon[s] for s in some], [halvings[s] for s in some], in_batches)
+            sizes, suits = ([values[s] for s in some] for values in (epsilon, suited))
+            chains = begin(some, sizes, [halvings[s] for s in some], suits, in_batches)
             for s, found, length in zip(some, target.draw(chains, needed), chains.lengths, strict=True):
                 traces = results[s] = replace(found, halvings=halvings[s], lost=lost[s])
                 lost[s] += min(chains.made, sum(length))
@@ -175,11 +176,14 @@ def sample_with_restarts(
                         again.append(s)
                         continue
                     epsilon[s] /= 2
+                    suited[s] = min(suited[s], epsilon[s])
                     halvings[s] += 1
                 else:
                     epsilon[s] = target.fitting_step(traces)
+                    if target.curved_step(traces) is not None:
+                        suited[s] = min(suited[s], epsilon[s])
                     slow = slowdown(target.settings.kernel, epsilon[s], suited[s], halvings[s])
-                    if in_batches and fallback is not None and slow > fallback * max(1.0, traces.slow):
+                    if in_batches and fallback is not None and slow > fallback * traces.slow:
                         epsilon[s], batched[s] = traces.step_size, False
                         again.append(s)
                         continue

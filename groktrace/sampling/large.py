@@ -64,10 +64,16 @@ def sample_large(
     network = Network(loss, weights)
     target = Target(settings, nbeta, localization, network.layout.size, False, sample_losses)
 
-    def begin(some: Sequence[int], epsilons: Sequence[float], halvings: Sequence[int], in_batches: bool) -> LargeChains:
-        return LargeChains(network, step, target, epsilons[0], halvings[0], fitting or step_size)
+    def begin(
+        some: Sequence[int],
+        epsilons: Sequence[float],
+        halvings: Sequence[int],
+        suited: Sequence[float],
+        in_batches: bool,
+    ) -> LargeChains:
+        return LargeChains(network, step, target, epsilons[0], halvings[0], suited[0])
 
-    return sample_with_restarts(begin, [step_size], target, needed)[0]
+    return sample_with_restarts(begin, [step_size], target, needed, fitting=[fitting or step_size])[0]
 
 
 @dataclass

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from groktrace.sampling import chains, engine, posterior, stack
-from groktrace.sampling.calibration import resolve, run_length, step_size
+from groktrace.sampling.calibration import resolve, run_length, slowdown, step_size
 from groktrace.sampling.chains import rows_per_stack, sample
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.kernels import KERNELS, base
@@ -157,6 +157,20 @@ def test_the_estimate_does_not_depend_on_the_step_size(bowl):
         assert float(traces.delta_loss.mean()) == pytest.approx(
             soft_rank(100.0, 1.0), abs=3.5 * standard_error(traces.delta_loss)
         )
+
+
+def test_chains_of_large_sets_burn_in_and_draw_for_longer_at_a_small_step(bowl):
+    loss, settings = replace(bowl(SPECTRUM), sample_bytes=8), resolve(SamplingSettings(chains=2), 60, stacked=True)
+    fitting = step_size(100.0, 1.0, 1.0)
+    anchors = torch.zeros(2, 60).double()
+    steps = [fitting, fitting / 128]
+    usual, slow = sample(loss, anchors, [0, 1], settings, 100.0, 1.0, steps, lambda t: 1.0, fitting=[fitting] * 2)
+    assert usual.slow == 1
+    assert len(usual.delta_loss) == 16
+    assert slow.slow == pytest.approx(slowdown(settings.kernel, fitting / 128, fitting))
+    assert slow.slow > 10
+    assert len(slow.delta_loss) == math.ceil(16 * slow.slow)
+    assert slow.burn_in >= math.ceil(8 * slow.slow)
 
 
 def test_virial_identity_holds_for_a_quartic_loss():

@@ -58,13 +58,14 @@ def test_heated_chains_change_what_heats_them(heating, left, attempts):
     target = Target(SETTINGS, 1.0, 1.0, DIMENSION, True)
     made = []
 
-    def begin(some, epsilons, halvings, in_batches):
-        made.append((epsilons[0], in_batches))
+    def begin(some, epsilons, halvings, suited, in_batches):
+        made.append((epsilons[0], in_batches, suited[0]))
         spoilt = len(made) == 1
         return Prepared(drawn(epsilons[0], heating=heating if spoilt else 0.0, spike=spoilt, left=spoilt and left))
 
     sample_with_restarts(begin, [FULL], target, lambda traces: 1.0, fallback=8.0)
-    assert made == attempts
+    assert [attempt[:2] for attempt in made] == attempts
+    assert made[1][2] == made[1][0]  # a step halved for the energy that it feeds suits a larger curvature
 
 
 @pytest.mark.parametrize(("dearer", "attempt"), [(1.5, (FULL, False)), (50.0, (None, True))])
@@ -72,21 +73,22 @@ def test_noise_that_calls_for_a_much_smaller_step_is_left_out_where_that_is_chea
     target = Target(SETTINGS, 1.0, 1.0, DIMENSION, True)
     made = []
 
-    def begin(some, epsilons, halvings, in_batches):
-        made.append((epsilons[0], in_batches))
+    def begin(some, epsilons, halvings, suited, in_batches):
+        made.append((epsilons[0], in_batches, suited[0]))
         return Prepared(drawn(epsilons[0], heating=0.4 if len(made) == 1 else 0.0, spike=False))
 
     sample_with_restarts(begin, [FULL], target, lambda traces: 1.0, fallback=dearer)
     (_, second), (size, in_batches) = made, attempt
     assert second[1] is in_batches
     assert second[0] == size if size else second[0] < FULL / 10
+    assert second[2] == FULL  # one reduced for noise does not
 
 
 def test_chains_still_heated_at_half_the_step_are_given_all_samples():
     target = Target(SETTINGS, 1.0, 1.0, DIMENSION, True)
     made = []
 
-    def begin(some, epsilons, halvings, in_batches):
+    def begin(some, epsilons, halvings, suited, in_batches):
         made.append((epsilons[0], in_batches))
         return Prepared(drawn(epsilons[0], heating=0.0, spike=len(made) < 3))
 
