@@ -27,7 +27,7 @@ from groktrace.sampling.noise import generator_for, normal_like
 from groktrace.sampling.posterior import FACTOR, PART_BYTES, StackedLoss
 from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
 from groktrace.sampling.traces import Traces
-from groktrace.sampling.tuning import WHOLE_DATA
+from groktrace.sampling.tuning import SUBSAMPLED, WHOLE_DATA
 from groktrace.sampling.weights import WeightLayout
 
 Accuracy = Annotated[float, between(0, 1)]
@@ -388,9 +388,12 @@ def _needed(traces: Traces, rtol: float) -> float:
 
 
 def _needed_centred(traces: Traces, rtol: float) -> float:
-    """How many times as many draws give λ_c to `rtol`; 1 where so many would be needed that none are spent."""
-    times = _times(traces.centred_error, traces.centred, rtol)
-    return times if times <= WHOLE_DATA.growth else 1.0
+    """How many times as many draws give λ_c to `rtol`; 1 where so many would be needed that none are spent.
+
+    Sixteen draws, the first ones of large sets, do not tell that for certain: their error scatters.
+    """
+    times, first = _times(traces.centred_error, traces.centred, rtol), SUBSAMPLED.draws or 0
+    return times if times <= WHOLE_DATA.growth or len(traces.delta_loss) <= first * traces.slow else 1.0
 
 
 def _times(error: float, value: float, rtol: float) -> float:

@@ -169,12 +169,21 @@ class StackedChains:
         return traces.diverged(self.target.dimension)
 
     def _has_settled(self, record: Tensor) -> bool:
-        """Whether virial and restraint add up to what they come to in equilibrium, in the second half of some steps."""
-        dimension = self.target.dimension
-        late = record[len(record) // 2 :]
+        """Whether virial and restraint add up to what they come to in equilibrium, and the virial falls no more.
+
+        The first is looked at in the second half of some steps, the second between the halves: of many weights a virial
+        of three times its mean, that of starts where the loss is steeper than its curvature tells, is little.
+        """
+        dimension, half = self.target.dimension, len(record) // 2
+        late, before = record[half:], float(record[:half, 1].mean())
         off = abs(float((late[:, 1] + late[:, 2]).mean()) - dimension)
         error = math.sqrt(2 * dimension / late.shape[2])
-        return off <= EQUILIBRIUM.settled * dimension + EQUILIBRIUM.settled_errors * error
+        if not off <= EQUILIBRIUM.settled * dimension + EQUILIBRIUM.settled_errors * error:
+            return False
+        virial = float(late[:, 1].mean())
+        # A virial of independent directions has at most twice its mean as variance.
+        error = math.sqrt(2 * abs(virial) * (1 / half + 1 / len(late)) / late.shape[2])
+        return before - virial <= EQUILIBRIUM.settled_fall * abs(virial) + EQUILIBRIUM.settled_errors * error
 
     def _is_leaving(self, record: Tensor) -> bool:
         """Whether a chain is on its way out, or the loss fell so far at once that there is no basin where it began."""

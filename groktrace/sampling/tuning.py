@@ -94,7 +94,8 @@ class Equilibrium:
         fall_for_good: the same where data are sampled, at the first time: no smaller step would help.
         least_burn_in: where data are sampled, burn-in ends after so many steps in equilibrium,
         settled: within this fraction of D,
-        settled_errors: and so many errors; both conventions.
+        settled_fall: and with a virial that falls by no more than this share of it,
+        settled_errors: and so many errors; all conventions.
     """
 
     max_total_virial: float = 10.0
@@ -111,6 +112,7 @@ class Equilibrium:
     fall_for_good: float = 1.0
     least_burn_in: int = 8
     settled: float = 0.03
+    settled_fall: float = 0.1
     settled_errors: float = 3.0
 
 

@@ -308,10 +308,10 @@ def test_where_nbeta_follows_draws_grow_off_a_minimum_too():
 
 
 def test_where_nbeta_follows_draws_grow_until_the_centred_estimate_is_precise():
-    def traces(mean, spread):
-        noise = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0)).double()
+    def traces(mean, spread, draws=4000):
+        noise = torch.randn(draws, 1, generator=torch.Generator().manual_seed(0)).double()
         paired = mean + spread * (noise - noise.mean()) / noise.std()
-        excess = torch.zeros(4000, 2).double()  # says nothing, off a minimum
+        excess = torch.zeros(draws, 2).double()  # says nothing, off a minimum
         return Traces(excess, excess, excess, paired, 0.1, 0)
 
     error = 4000**0.5  # of the mean, times this
@@ -319,6 +319,9 @@ def test_where_nbeta_follows_draws_grow_until_the_centred_estimate_is_precise():
     assert 1 < measure._needed_centred(traces(100.0, 2.7 * error), 0.02) <= 2.7**2
     assert measure._needed_centred(traces(100.0, 12.0 * error), 0.02) == 1  # sixteen times as many would not do
     assert measure._needed_centred(traces(-100.0, 2.7 * error), 0.02) == 1
+    # Few draws do not tell.
+    assert measure._needed_centred(traces(100.0, 60.0, 16), 0.02) > 16
+    assert measure._needed_centred(traces(100.0, 90.0, 32), 0.02) == 1
 
 
 @pytest.mark.parametrize(("burn_in", "slow", "most"), [(8, 1.0, 2.0), (8, 2.0, 4.5), (24, 1.0, 1.0), (60, 1.0, -1.25)])

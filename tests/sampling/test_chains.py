@@ -13,7 +13,7 @@ from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.kernels import KERNELS, base
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
-from groktrace.sampling.tuning import EQUILIBRIUM
+from groktrace.sampling.tuning import EQUILIBRIUM, SUBSAMPLED
 from groktrace.sampling.weights import WeightLayout
 
 SPECTRUM = torch.cat([torch.zeros(20), torch.logspace(-3, 0, 40)]).double()
@@ -171,6 +171,25 @@ def test_chains_of_large_sets_burn_in_and_draw_for_longer_at_a_small_step(bowl):
     assert slow.slow > 10
     assert len(slow.delta_loss) == math.ceil(16 * slow.slow)
     assert slow.burn_in >= math.ceil(8 * slow.slow)
+
+
+def test_burn_in_of_large_sets_is_cut_short_in_equilibrium_alone(bowl, monkeypatch):
+    """Also where the virial that a start is off by is little beside the dimension."""
+    spectrum = torch.cat([torch.zeros(3000), torch.ones(20)]).double()
+    loss, settings = replace(bowl(spectrum), sample_bytes=8), resolve(SamplingSettings(chains=2), 3020, stacked=True)
+    scale, size = (100.0, 1.0), step_size(100.0, 1.0, 1.0)
+
+    def burn_in():
+        anchors = torch.zeros(1, 3020).double()
+        (traces,) = sample(loss, anchors, [0], settings, *scale, [size / 16], lambda t: 1.0, fitting=[size / 16])
+        return traces.burn_in
+
+    full = run_length(settings, 1.0, size / 16, effort=SUBSAMPLED)[0]
+    assert burn_in() == EQUILIBRIUM.least_burn_in < full
+    start = stack.gaussian_start
+    hot = torch.where(spectrum > 0, 3**0.5, 1.0)
+    monkeypatch.setattr(stack, "gaussian_start", lambda *args: start(*args) * hot)
+    assert burn_in() == full
 
 
 def test_virial_identity_holds_for_a_quartic_loss():
