@@ -116,7 +116,7 @@ def test_what_is_sampled_is_what_a_full_replay_gives(small_run, tmp_path, monkey
     full = groktrace.analyze(other, draws=20, burn_in=20)
     monkeypatch.setattr(passes, "PASSES", Passes(adaptive_coarse=3))
     some = groktrace.analyze(small_run, draws=20, burn_in=20, adaptive=True, curvature=True)
-    assert [point.step for point in some.points] == [0, 20, 50]
+    assert [point.step for point in some.points] == [0, 10, 20, 50]
     assert (some.nbeta, some.localization) == (full.nbeta, full.localization)
     known = {point.step: json.loads(json.dumps(point.to_dict())) for point in full.points}
     for point in some.points:
@@ -209,7 +209,7 @@ def test_the_passes_date_what_the_detector_finds():
 def test_an_analysis_samples_next_what_its_detector_dates(small_run, monkeypatch):
     monkeypatch.setattr(passes, "PASSES", Passes(adaptive_coarse=3))
     quick = {"draws": 20, "burn_in": 20, "adaptive": True}
-    assert [point.step for point in groktrace.analyze(small_run, **quick)] == [0, 20, 50]
+    assert [point.step for point in groktrace.analyze(small_run, **quick)] == [0, 10, 20, 50]
     assert {30, 40} <= {point.step for point in groktrace.analyze(small_run, **quick, detector=Sudden(40))}
 
 
