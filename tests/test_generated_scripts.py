@@ -76,7 +76,7 @@ def test_a_wrong_count_of_weights_shows_in_llc(monkeypatch):
     monkeypatch.setattr("groktrace.recording.capture.Capture.look", lambda self, step: None)
     result = judged(monkeypatch, watch)
     assert result.outcome == "SILENT WRONG"
-    assert any(line.startswith("llc_centred =") for line in result.wrong)
+    assert any(line.startswith("llc =") for line in result.wrong)
 
 
 def test_words_are_held_against_the_matter(monkeypatch):

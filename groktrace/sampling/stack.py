@@ -265,7 +265,6 @@ class StackedChains:
         counts = [sum(length) for length in lengths]
         count, check = max(counts), self.target.effort.check_every
         record = torch.full((count, 5, rows), torch.nan, dtype=torch.float64, device=self.anchors.device)
-        between = torch.zeros_like(record[:, 0])
         state: ChainState = self.state
         weights, gradients = self.anchors + state.displacement, torch.empty_like(self.anchors)
         evaluate = self._evaluator(weights, gradients)
@@ -309,23 +308,23 @@ class StackedChains:
                 if counted is not None and sums:
                     for total, values in zip(sums, (block.displacement, slopes), strict=True):
                         total.addcmul_(values, counted)
-                    others.append(products_with_others(block.displacement, slopes, sums, chains))
+                    others.append(products_with_others(sums[0], slopes, chains))
                 self.dynamics.step(block, slopes)
                 torch.add(anchors, block.displacement, out=positions)
             torch.mul(sum(products[1:], products[0]), scale, out=record[t, 1:3])
             if others:
-                record[t, 3], between[t] = sum(others[1:], others[0])
+                record[t, 3] = sum(others[1:], others[0])
             if t % check == check - 1:
                 gone |= (t < own) & ~(record[t, 1] + record[t, 2] <= most)
                 if ((t >= own) | gone).view(-1, chains).any(1).all():
                     break
             done += [(s, *self._saved(s)) for s in ends.get(t + 1, ())]
         if self.sums:
-            # From sums to (w − w̄)·(g − ḡ), which the means of n draws make 1 + 1/n times as large.
+            # From sums over the draws so far to what they mean for λ_c.
             begins = torch.tensor([before - self.drawn[s] for s, (before, _) in zip(self.active, lengths, strict=True)])
             so_far = (torch.arange(1, count + 1)[:, None] - begins).clamp(min=1).to(record.device)
-            n = (chains - 1) * so_far.repeat_interleave(chains, 1)
-            record[:, 3] = 0.5 * (n / (n + 1)) * (record[:, 1] - nbeta * (record[:, 3] / n - between / n**2))
+            means = record[:, 3] / ((chains - 1) * so_far.repeat_interleave(chains, 1))
+            record[:, 3] = 0.5 * (record[:, 1] - nbeta * means)
         for s, saved, batches in done:
             self._restore(s, saved, batches)
         for s, (_, some) in zip(self.active, lengths, strict=True):

@@ -25,10 +25,10 @@ class Traces:
         delta_loss: nβ(L(w) − L(w*)), [draws, chains].
         virial: (w − w*)·nβ∇L(w), [draws, chains].
         restraint: γ‖w − w*‖², [draws, chains].
-        centred_draws: ½nβ·n/(n + 1)·(w − w̄)·(∇L(w) − ∇L̄), where means are those of the other chains' draws so far, n in
-            all, [draws, chains]; of large networks, which have no room for means, ¼nβ(w_a − w_b)·(∇L(w_a) − ∇L(w_b))
-            for neighbouring chains a, b, [draws, pairs]. As chains are independent, either has the expectation λ_c
-            wherever the mean is, if draws are independent. Of a single chain there are none.
+        centred_draws: ½nβ(w − w̄)·∇L(w), where w̄ is the mean of the other chains' draws so far, [draws, chains]; of
+            large networks, which have no room for means, ¼nβ(w_a − w_b)·(∇L(w_a) − ∇L(w_b)) for neighbouring chains
+            a, b, [draws, pairs]. As chains are independent, either has the expectation λ_c wherever the mean is. Of a
+            single chain there are none.
         step_size: ε in the end.
         burn_in: steps discarded.
         lost: steps of each chain at step sizes that were given up.
@@ -82,8 +82,8 @@ class Traces:
     def centred(self) -> float:
         """λ_c = ½nβE[(w − w̄)·∇L]: each draw's own product, less what the means of two chains give.
 
-        It has the expectation of pairs of draws and up to half their variance: they tell of their difference only. NaN
-        of a single chain.
+        It has the expectation of `centred_draws`, and up to half the variance of pairs: a pair of draws tells of their
+        difference only. NaN of a single chain.
         """
         if self.means is None:
             return float(self.centred_draws.double().mean())
@@ -93,9 +93,9 @@ class Traces:
     def centred_error(self) -> float:
         """Standard error of `centred`.
 
-        Of C chains with means it is that of the chains' own products, each about its own mean: what these differ by
-        cancels. (Of 16 to 64 draws of two chains on two networks it was 0.9 to 1.2 times the scatter over seeds, in the
-        root mean square.) The mean over neighbouring
+        Of C chains with means it is that of the chains' own products, each about its own mean: what these differ by is
+        the product of one chain's mean and another's gradient, and cancels. (Of 16 to 64 draws of two chains on two
+        networks it was 0.9 to 1.2 times the scatter over seeds, in the root mean square.) The mean over neighbouring
         pairs has 1.5 over C times the variance of one: each shares a chain with two others, and (a − b)² and (b − c)²
         have correlation ¼.
         """
@@ -226,20 +226,19 @@ def inner_products(displacements: Tensor, gradients: Tensor) -> Tensor:
     return torch.stack([dot(displacements, gradients), dot(displacements, displacements)])
 
 
-def products_with_others(displacements: Tensor, gradients: Tensor, totals: Sequence[Tensor], chains: int) -> Tensor:
-    """Of each row W·g + w·G and W·G, where W and G are sums over the snapshot's other chains, [2, R].
+def products_with_others(totals: Tensor, gradients: Tensor, chains: int) -> Tensor:
+    """Of each row g times the sum of what the snapshot's other chains have, [R].
 
     Args:
-        displacements: w, [R, columns].
+        totals: a vector of each row, [R, columns].
         gradients: g, [R, columns].
-        totals: what of each row is summed to W, and to G, [R, columns] each.
         chains: rows of one snapshot, at least two.
     """
-    stacks = [torch.unflatten(rows, 0, (-1, chains)) for rows in totals]
-    others = (own.flip(1) if chains == 2 else own.sum(1, keepdim=True) - own for own in stacks)
-    w, g = (rows.flatten(0, 1) for rows in others)
     dot = torch.linalg.vecdot
-    return torch.stack([dot(w, gradients) + dot(displacements, g), dot(w, g)])
+    own, g = (torch.unflatten(rows, 0, (-1, chains)) for rows in (totals, gradients))
+    if chains == 2:
+        return torch.stack([dot(own[:, 1], g[:, 0]), dot(own[:, 0], g[:, 1])], 1).flatten()
+    return (dot(own.sum(1, keepdim=True), g) - dot(own, g)).flatten()
 
 
 def pairs(chains: int) -> int:
