@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from groktrace.analysis.llc import LLCEstimate, off_minimum, summarise, unusable
+from groktrace.analysis.enough import needed_centred, needed_of_large_sets, needed_plain
+from groktrace.analysis.llc import LLCEstimate, summarise, unusable
 from groktrace.analysis.predictions import measure_losses
 from groktrace.analysis.tuning import MEASUREMENT
 from groktrace.records import Record, between, read_record
@@ -27,7 +28,6 @@ from groktrace.sampling.noise import generator_for, normal_like
 from groktrace.sampling.posterior import FACTOR, PART_BYTES, StackedLoss
 from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
 from groktrace.sampling.traces import Traces
-from groktrace.sampling.tuning import SUBSAMPLED, WHOLE_DATA
 from groktrace.sampling.weights import WeightLayout
 
 Accuracy = Annotated[float, between(0, 1)]
@@ -254,9 +254,9 @@ class Objective:
 
         # Off a minimum, where snapshots of large sets trained on minibatches nearly always are, λ_c is the measure too.
         centred = scale.curvature is not None or self.large_set
-        needed = partial(_needed_centred if centred and settings.chains > 1 else _needed, rtol=settings.rtol)
+        needed = partial(needed_centred if centred and settings.chains > 1 else needed_plain, rtol=settings.rtol)
         if self.large_set:
-            needed = partial(_needed_of_large_sets, needed=needed)
+            needed = partial(needed_of_large_sets, needed=needed)
         if loss.micro_batch is None:
             stacked, anchors = stack_weights(loss, weights)
             if whole is not None:
@@ -369,35 +369,3 @@ def chance_losses(
                 losses.append(float(task.forward(tensors, batch.to(device).tensors)[0]))
                 break
     return tuple(loss for loss in losses if math.isfinite(loss))
-
-
-def _needed_of_large_sets(traces: Traces, needed: Callable[[Traces], float]) -> float:
-    """The same where draws are expensive: what is off a minimum cannot become reliable."""
-    times = needed(traces)
-    if times <= 1 or not off_minimum(traces):
-        return times
-    most = MEASUREMENT.steps_off_minimum * traces.slow - traces.burn_in
-    return min(times, most / len(traces.delta_loss))
-
-
-def _needed(traces: Traces, rtol: float) -> float:
-    """How many times as many draws give λ̂ to `rtol`; 1 off a minimum, where it is no measure of the basin."""
-    if off_minimum(traces):
-        return 1.0
-    return _times(traces.error(traces.delta_loss), abs(float(traces.delta_loss.mean())), rtol)
-
-
-def _needed_centred(traces: Traces, rtol: float) -> float:
-    """How many times as many draws give λ_c to `rtol`; 1 where so many would be needed that none are spent.
-
-    Sixteen draws, the first ones of large sets, do not tell that for certain: their error scatters.
-    """
-    times, first = _times(traces.centred_error, traces.centred, rtol), SUBSAMPLED.draws or 0
-    return times if times <= WHOLE_DATA.growth or len(traces.delta_loss) <= first * traces.slow else 1.0
-
-
-def _times(error: float, value: float, rtol: float) -> float:
-    """The factor on the number of draws that brings a standard error down to `rtol` of a value."""
-    if not value > 0:
-        return math.inf if error > 0 else 1.0
-    return (error / (rtol * value)) ** 2

@@ -117,11 +117,10 @@ def run_length(
     relaxation, most = settings.kernel.relaxation(epsilon, localization, halvings), CALIBRATION.max_steps // 2
     burn_in = min(math.ceil(relaxations * relaxation), most)
     share = max(1.0, CALIBRATION.draw_relaxations / settings.chains)
-    draws = (
-        math.ceil(slow * effort.draws)
-        if effort.draws
-        else min(max(CALIBRATION.min_draws, math.ceil(share * relaxation)), most)
-    )
+    if effort.draws is None:
+        draws = min(max(CALIBRATION.min_draws, math.ceil(share * relaxation)), most)
+    else:
+        draws = math.ceil(slow * effort.draws)
     return (
         burn_in if settings.burn_in is None else settings.burn_in,
         draws if settings.draws is None else settings.draws,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from groktrace.sampling.batches import NoiseProfile
 from groktrace.sampling.curvature import difference_product
-from groktrace.sampling.engine import Target, sample_with_restarts
+from groktrace.sampling.engine import Attempt, Target, sample_with_restarts
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.stack import StackedChains
@@ -68,18 +68,12 @@ def sample(
     subsampled = loss.sample_bytes is not None
     target = Target(settings, nbeta, localization, anchors.shape[1], subsampled, sample_losses)
 
-    def begin(
-        some: Sequence[int],
-        epsilons: Sequence[float],
-        halvings: Sequence[int],
-        suited: Sequence[float],
-        in_batches: bool,
-    ) -> StackedChains:
-        rows = torch.tensor(some, device=anchors.device)
-        chosen = loss if in_batches or whole is None else whole
-        own = settings if in_batches else replace(settings, batch_size=None)
-        keys = [steps[s] for s in some]
-        scales = epsilons, halvings, suited
+    def begin(attempt: Attempt) -> StackedChains:
+        rows = torch.tensor(attempt.snapshots, device=anchors.device)
+        chosen = loss if attempt.in_batches or whole is None else whole
+        own = settings if attempt.in_batches else replace(settings, batch_size=None)
+        keys = [steps[s] for s in attempt.snapshots]
+        scales = attempt.step_sizes, attempt.halvings, attempt.fitting
         return StackedChains(chosen.select(rows), anchors[rows], keys, replace(target, settings=own), *scales)
 
     dearer = None if whole is None or settings.batch_size is None else len(whole.tensors[0]) / settings.batch_size

@@ -1,5 +1,6 @@
 """Control variates: what the gradients of minibatches are at w*, and where their noise goes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -55,6 +56,29 @@ class ControlVariates:
     def select(self, rows: Tensor) -> "ControlVariates":
         """That of some of the rows."""
         return replace(self, snapshot=self.snapshot[rows])
+
+
+def with_kept_control(
+    here: Callable[[], Tensor], gradients: Tensor, batches: Minibatches, control: ControlVariates
+) -> Callable[[], Tensor]:
+    """L(w) − L(w*) of each row, [R], on its next batch, as a function of what tensors hold when it is called.
+
+    Args:
+        here: gives L(w) on the current batches, [R], and leaves ∇L(w) in `gradients`.
+        gradients: [R, D]; those of the batches, to which what all samples have more at w* is added.
+        batches: of parts; one is drawn at each call.
+        control: of the same rows.
+    """
+    rows = list(zip(gradients, control.snapshot.tolist(), strict=True))
+
+    def evaluate() -> Tensor:
+        batches.draw()
+        delta_loss = here() - control.losses[control.snapshot, batches.number]
+        for (row, s), number in zip(rows, batches.number.tolist(), strict=True):
+            row.add_(control.shifts[s, number])
+        return delta_loss
+
+    return evaluate
 
 
 def stiff_share(

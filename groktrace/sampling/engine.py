@@ -123,8 +123,27 @@ class Target:
         return traces
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """Which snapshots are sampled next, and how.
+
+    Attributes:
+        snapshots: S of them, by number.
+        step_sizes: ε of each.
+        halvings: how often that was halved.
+        fitting: the ε that would suit the curvature of each.
+        in_batches: whether gradients may be of minibatches.
+    """
+
+    snapshots: Sequence[int]
+    step_sizes: Sequence[float]
+    halvings: Sequence[int]
+    fitting: Sequence[float]
+    in_batches: bool
+
+
 def sample_with_restarts(
-    begin: Callable[[Sequence[int], Sequence[float], Sequence[int], Sequence[float], bool], Chains],
+    begin: Callable[[Attempt], Chains],
     step_sizes: Sequence[float],
     target: Target,
     needed: Callable[[Traces], float],
@@ -134,8 +153,7 @@ def sample_with_restarts(
     """Run all chains of S snapshots, again with a smaller step where that was too large.
 
     Args:
-        begin: gives the chains of some snapshots, by these, their ε, how often each was halved, the ε that would suit
-            their curvature, and whether gradients may be of minibatches.
+        begin: gives the chains of an attempt, before their first step.
         step_sizes: ε of each snapshot; halved where chains diverge, reduced where they find a larger curvature than at
             w* or where minibatch noise heats them: 16 times at most, or three where they fall far at once, and within
             the first three where the step heats them.
@@ -162,7 +180,7 @@ def sample_with_restarts(
             if not some:
                 continue
             sizes, suits = ([values[s] for s in some] for values in (epsilon, suited))
-            chains = begin(some, sizes, [halvings[s] for s in some], suits, in_batches)
+            chains = begin(Attempt(some, sizes, [halvings[s] for s in some], suits, in_batches))
             for s, found, length in zip(some, target.draw(chains, needed), chains.lengths, strict=True):
                 traces = results[s] = replace(found, halvings=halvings[s], lost=lost[s])
                 lost[s] += min(chains.made, sum(length))

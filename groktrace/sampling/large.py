@@ -16,7 +16,7 @@ from torch import Tensor
 
 from groktrace.sampling.calibration import run_length, slowdown
 from groktrace.sampling.curvature import FAR_AGREEMENT, FAR_STEP, FLAT
-from groktrace.sampling.engine import Target, sample_with_restarts
+from groktrace.sampling.engine import Attempt, Target, sample_with_restarts
 from groktrace.sampling.interruption import check_interruption
 from groktrace.sampling.kernels.base import Dynamics
 from groktrace.sampling.network import Network
@@ -64,14 +64,8 @@ def sample_large(
     network = Network(loss, weights)
     target = Target(settings, nbeta, localization, network.layout.size, False, sample_losses)
 
-    def begin(
-        some: Sequence[int],
-        epsilons: Sequence[float],
-        halvings: Sequence[int],
-        suited: Sequence[float],
-        in_batches: bool,
-    ) -> LargeChains:
-        return LargeChains(network, step, target, epsilons[0], halvings[0], suited[0])
+    def begin(attempt: Attempt) -> LargeChains:
+        return LargeChains(network, step, target, attempt.step_sizes[0], attempt.halvings[0], attempt.fitting[0])
 
     return sample_with_restarts(begin, [step_size], target, needed, fitting=[fitting or step_size])[0]
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from groktrace.sampling.batches import Minibatches
+from groktrace.sampling.burn_in import has_settled, is_leaving
 from groktrace.sampling.calibration import run_length, slowdown
-from groktrace.sampling.control import ControlVariates, stiff_share
+from groktrace.sampling.control import ControlVariates, stiff_share, with_kept_control
 from groktrace.sampling.curvature import gaussian_start, top_eigenvalue
 from groktrace.sampling.engine import Target
 from groktrace.sampling.interruption import check_interruption
@@ -129,13 +130,14 @@ class StackedChains:
         early, burn_in = [self.anchors.new_empty(0, 5, chains).double()] * count, [length for length, _ in self.lengths]
         if self.target.subsampled and self.settings.burn_in is None:
             # Chains start near equilibrium: where they are in it, what is left of the burn-in would be for nothing.
+            dimension = self.target.dimension
             least = [math.ceil(slow * EQUILIBRIUM.least_burn_in) for slow in self.slow]
             early = list(self._pieces([(steps, 0) for steps in least], first=True).values())
             burn_in = [
-                steps if self._has_settled(piece) else max(length, steps)
+                steps if has_settled(piece, dimension) else max(length, steps)
                 for piece, steps, length in zip(early, least, burn_in, strict=True)
             ]
-            self._keep([s for s in self.active if not self._is_leaving(early[s])])
+            self._keep([s for s in self.active if not is_leaving(early[s], self.target)])
         rest = [(burn_in[s] - len(early[s]), self.lengths[s][1]) for s in self.active]
         recorder = SampleLossRecorder(rest) if rest and self.loss.is_sample_mean else None
         drawn = DrawnSampleLosses(rest) if keeps else None
@@ -167,30 +169,6 @@ class StackedChains:
     def has_left(self, traces: Traces) -> bool:
         """Whether a chain is or was on its way out."""
         return traces.diverged(self.target.dimension)
-
-    def _has_settled(self, record: Tensor) -> bool:
-        """Whether virial and restraint add up to what they come to in equilibrium, and the virial falls no more.
-
-        The first is looked at in the second half of some steps, the second between the halves: of many weights a virial
-        of three times its mean, that of starts where the loss is steeper than its curvature tells, is little.
-        """
-        dimension, half = self.target.dimension, len(record) // 2
-        late, before = record[half:], float(record[:half, 1].mean())
-        off = abs(float((late[:, 1] + late[:, 2]).mean()) - dimension)
-        error = math.sqrt(2 * dimension / late.shape[2])
-        if not off <= EQUILIBRIUM.settled * dimension + EQUILIBRIUM.settled_errors * error:
-            return False
-        virial = float(late[:, 1].mean())
-        # A virial of independent directions has at most twice its mean as variance.
-        error = math.sqrt(2 * abs(virial) * (1 / half + 1 / len(late)) / late.shape[2])
-        return before - virial <= EQUILIBRIUM.settled_fall * abs(virial) + EQUILIBRIUM.settled_errors * error
-
-    def _is_leaving(self, record: Tensor) -> bool:
-        """Whether a chain is on its way out, or the loss fell so far at once that there is no basin where it began."""
-        fell = self.target.has_fallen(-float(record[:, 0].amin()), EQUILIBRIUM.fall_for_good)
-        if fell:
-            record[:, 1] = torch.nan
-        return fell or not bool(torch.isfinite(record[:, 1]).all())
 
     def _is_odd(self, s: int, traces: Traces) -> bool:
         """Whether a snapshot's loss is perhaps not the bowl, where its chains are, that it is at w*."""
@@ -360,7 +338,7 @@ class StackedChains:
         """L(w) − L(w*) of each row, [R], of what `weights` holds; ∇L(w) goes into `gradients`, [R, D]."""
         here = self.loss.bound(weights, gradients, self.index)
         if self.batches is not None and self.control is not None:
-            return _with_kept_control(here, gradients, self.batches, self.control)
+            return with_kept_control(here, gradients, self.batches, self.control)
         at_anchors: Callable[[], Tensor] | None = None
         blocks: list[list[Tensor]] = []
         if self._corrected:
@@ -410,19 +388,3 @@ class StackedChains:
         rows = self._rows([self.active.index(s)])
         displacement, gradient = (total[rows].double() / self.drawn[s] for total in self.sums)
         return (self.target.nbeta * displacement @ gradient.T).cpu()
-
-
-def _with_kept_control(
-    here: Callable[[], Tensor], gradients: Tensor, batches: Minibatches, control: ControlVariates
-) -> Callable[[], Tensor]:
-    """What `_evaluator` gives where the batches' gradients at w* are kept."""
-    rows = list(zip(gradients, control.snapshot.tolist(), strict=True))
-
-    def evaluate() -> Tensor:
-        batches.draw()
-        delta_loss = here() - control.losses[control.snapshot, batches.number]
-        for (row, s), number in zip(rows, batches.number.tolist(), strict=True):
-            row.add_(control.shifts[s, number])
-        return delta_loss
-
-    return evaluate

@@ -1,18 +1,16 @@
 """λ̂ of whole models against closed forms and exact spectra."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from groktrace import theory
-from groktrace.analysis import measure, point
+from groktrace.analysis import point
 from groktrace.analysis.llc import OFF_MINIMUM
 from groktrace.analysis.point import estimate_llc
 from groktrace.errors import SettingsError, TaskError
-from groktrace.sampling.traces import Traces
 
 
 def half_square(outputs, targets):
@@ -305,33 +303,6 @@ def test_where_nbeta_follows_draws_grow_off_a_minimum_too():
     assert OFF_MINIMUM in fixed.reasons
     assert following.draws > fixed.draws
     assert following.stderr_centred <= 0.01 * following.llc_centred < fixed.stderr_centred
-
-
-def test_where_nbeta_follows_draws_grow_until_the_centred_estimate_is_precise():
-    def traces(mean, spread, draws=4000):
-        noise = torch.randn(draws, 1, generator=torch.Generator().manual_seed(0)).double()
-        paired = mean + spread * (noise - noise.mean()) / noise.std()
-        excess = torch.zeros(draws, 2).double()  # says nothing, off a minimum
-        return Traces(excess, excess, excess, paired, 0.1, 0)
-
-    error = 4000**0.5  # of the mean, times this
-    assert measure._needed_centred(traces(100.0, 1.5 * error), 0.02) < 1
-    assert 1 < measure._needed_centred(traces(100.0, 2.7 * error), 0.02) <= 2.7**2
-    assert measure._needed_centred(traces(100.0, 12.0 * error), 0.02) == 1  # sixteen times as many would not do
-    assert measure._needed_centred(traces(-100.0, 2.7 * error), 0.02) == 1
-    # Few draws do not tell.
-    assert measure._needed_centred(traces(100.0, 60.0, 16), 0.02) > 16
-    assert measure._needed_centred(traces(100.0, 90.0, 32), 0.02) == 1
-
-
-@pytest.mark.parametrize(("burn_in", "slow", "most"), [(8, 1.0, 2.0), (8, 2.0, 4.5), (24, 1.0, 1.0), (60, 1.0, -1.25)])
-def test_off_a_minimum_snapshots_of_large_sets_get_few_steps_in_all(burn_in, slow, most):
-    excess = torch.full((16, 2), -50.0).double()  # the loss falls, as on a slope
-    slope = Traces(excess, excess, excess, 100 + excess, 0.1, burn_in, slow=slow)
-    assert measure._needed_of_large_sets(slope, lambda traces: 9.0) == most
-    assert measure._needed_of_large_sets(slope, lambda traces: 0.5) == 0.5
-    basin = replace(slope, delta_loss=-excess, virial=-2 * excess)
-    assert measure._needed_of_large_sets(basin, lambda traces: 9.0) == 9
 
 
 class Autoencoder(nn.Module):

@@ -58,10 +58,12 @@ def test_heated_chains_change_what_heats_them(heating, left, attempts):
     target = Target(SETTINGS, 1.0, 1.0, DIMENSION, True)
     made = []
 
-    def begin(some, epsilons, halvings, suited, in_batches):
-        made.append((epsilons[0], in_batches, suited[0]))
+    def begin(attempt):
+        made.append((attempt.step_sizes[0], attempt.in_batches, attempt.fitting[0]))
         spoilt = len(made) == 1
-        return Prepared(drawn(epsilons[0], heating=heating if spoilt else 0.0, spike=spoilt, left=spoilt and left))
+        return Prepared(
+            drawn(attempt.step_sizes[0], heating=heating if spoilt else 0.0, spike=spoilt, left=spoilt and left)
+        )
 
     sample_with_restarts(begin, [FULL], target, lambda traces: 1.0, fallback=8.0)
     assert [attempt[:2] for attempt in made] == attempts
@@ -73,9 +75,9 @@ def test_noise_that_calls_for_a_much_smaller_step_is_left_out_where_that_is_chea
     target = Target(SETTINGS, 1.0, 1.0, DIMENSION, True)
     made = []
 
-    def begin(some, epsilons, halvings, suited, in_batches):
-        made.append((epsilons[0], in_batches, suited[0]))
-        return Prepared(drawn(epsilons[0], heating=0.4 if len(made) == 1 else 0.0, spike=False))
+    def begin(attempt):
+        made.append((attempt.step_sizes[0], attempt.in_batches, attempt.fitting[0]))
+        return Prepared(drawn(attempt.step_sizes[0], heating=0.4 if len(made) == 1 else 0.0, spike=False))
 
     sample_with_restarts(begin, [FULL], target, lambda traces: 1.0, fallback=dearer)
     (_, second), (size, in_batches) = made, attempt
@@ -88,9 +90,9 @@ def test_chains_still_heated_at_half_the_step_are_given_all_samples():
     target = Target(SETTINGS, 1.0, 1.0, DIMENSION, True)
     made = []
 
-    def begin(some, epsilons, halvings, suited, in_batches):
-        made.append((epsilons[0], in_batches))
-        return Prepared(drawn(epsilons[0], heating=0.0, spike=len(made) < 3))
+    def begin(attempt):
+        made.append((attempt.step_sizes[0], attempt.in_batches))
+        return Prepared(drawn(attempt.step_sizes[0], heating=0.0, spike=len(made) < 3))
 
     sample_with_restarts(begin, [FULL], target, lambda traces: 1.0, fallback=8.0)
     assert made == [(FULL, True), (HALF, True), (HALF, False)]

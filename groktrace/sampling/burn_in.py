@@ -1,0 +1,44 @@
+"""What the first steps of chains on large sets tell: that burn-in may end, or that there is nothing to measure."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from groktrace.sampling.engine import Target
+from groktrace.sampling.tuning import EQUILIBRIUM
+
+
+def has_settled(record: Tensor, dimension: int) -> bool:
+    """Whether virial and restraint add up to what they come to in equilibrium, and the virial falls no more.
+
+    The first is looked at in the second half of the steps, the second between the halves: of many weights a virial of
+    three times its mean, that of starts where the loss is steeper than its curvature tells, is little.
+
+    Args:
+        record: of one snapshot, [steps, 5, chains], see `StackedChains.advance`; two steps at least.
+        dimension: D.
+    """
+    half = len(record) // 2
+    late, before = record[half:], float(record[:half, 1].mean())
+    off = abs(float((late[:, 1] + late[:, 2]).mean()) - dimension)
+    error = math.sqrt(2 * dimension / late.shape[2])
+    if not off <= EQUILIBRIUM.settled * dimension + EQUILIBRIUM.settled_errors * error:
+        return False
+    virial = float(late[:, 1].mean())
+    # A virial of independent directions has at most twice its mean as variance.
+    error = math.sqrt(2 * abs(virial) * (1 / half + 1 / len(late)) / late.shape[2])
+    return before - virial <= EQUILIBRIUM.settled_fall * abs(virial) + EQUILIBRIUM.settled_errors * error
+
+
+def is_leaving(record: Tensor, target: Target) -> bool:
+    """Whether a chain is on its way out, or the loss fell so far at once that there is no basin where it began.
+
+    Args:
+        record: the same; where the loss fell so far, virials become NaN, by which it is known from then on.
+        target: what is sampled.
+    """
+    fell = target.has_fallen(-float(record[:, 0].amin()), EQUILIBRIUM.fall_for_good)
+    if fell:
+        record[:, 1] = torch.nan
+    return fell or not bool(torch.isfinite(record[:, 1]).all())
