@@ -245,17 +245,18 @@ def _stay(particles: Particles, rtol: float) -> tuple[float, float]:
     end, and of what they differ by each time, as if they forgot so much in between as they should.
     """
     rounds: list[tuple[float, ...]] = []
-    spent = particles.gradients
+    spent, spent_all = particles.gradients, False
     forgotten = (1 - LIMIT.kept) / (1 + LIMIT.kept)
     wanted = LIMIT.least_rounds
     while True:
-        rounds += [particles.move().llc for _ in range(wanted - len(rounds))]
+        while len(rounds) < wanted and not spent_all:
+            rounds.append(particles.move().llc)
+            spent_all = particles.gradients - spent >= LIMIT.most_gradients
         found = torch.tensor(rounds[len(rounds) // 4 :], dtype=torch.float64)
         mean, populations = float(found.mean()), found.shape[1]
         each = float(found.var(1).mean()) / (found.numel() * forgotten)
         between = float(found.mean(0).var()) / populations
         error = student(2 * (populations - 1)) * math.sqrt((between + each) / 2)
-        spent_all = particles.gradients - spent >= LIMIT.most_gradients
         if 1.96 * error <= rtol * mean or wanted >= LIMIT.most_rounds or spent_all:
             return mean, error
         wanted *= 2

@@ -122,9 +122,11 @@ def choose_sampling(
             break
     if not large_set:
         return scale
-    if nearer and profiles is not None:  # nearer to w* there is less noise
-        profiles = trial.profiles(scale, snapshots, at_once)
-    return trial.in_batches(trial.enlarged(scale, found), profiles)
+    enlarged = trial.enlarged(scale, found)
+    # Nearer to w* there is less noise; of more samples less goes into stiff directions.
+    if profiles is not None and (nearer or (enlarged.samples or stored) >= 2 * (scale.samples or stored)):
+        profiles = trial.profiles(enlarged, snapshots, at_once)
+    return trial.in_batches(enlarged, profiles)
 
 
 class _Trial:
@@ -158,7 +160,7 @@ class _Trial:
     def in_batches(self, scale: Scale, profiles: Sequence[NoiseProfile] | None) -> Scale:
         """The scale with batches so large that their noise does no harm."""
         if profiles is None:
-            return scale
+            return _in_batches(scale, scale.samples, scale.batch_size)
         sizes = [profile.batch(scale.samples, PILOT.aimed * MINIBATCH_NOISE.wanted) for profile in profiles]
         return _in_batches(scale, scale.samples, None if None in sizes else max(sizes))
 
@@ -171,8 +173,10 @@ class _Trial:
         loss = self._objective.fork().loss.subset(scale.samples, MINIBATCH_NOISE.profile_batch)
         factor = 1.0 if scale.curvature is None else scale.curvature / known.top_curvature
         stacked, anchor = stack_weights(loss, [{**weights, FACTOR: torch.tensor(factor)}])
+        most = max(MINIBATCH_NOISE.curvature_samples, MINIBATCH_NOISE.curvature_bytes // loss.sample_bytes)
+        whole = replace(loss.subset(min(most, len(loss.tensors[0]))), fixed=stacked.fixed)
         key, size = self._key(known.step), self._step_size(known, scale)
-        return profile_noise(stacked, anchor, key, self._settings, scale.nbeta, scale.localization, size)
+        return profile_noise(stacked, whole, anchor, key, self._settings, scale.nbeta, scale.localization, size)
 
     def run(self, known: SnapshotMetrics, weights: Mapping[str, Tensor], scale: Scale) -> LLCEstimate:
         """A short estimate."""
@@ -193,15 +197,15 @@ class _Trial:
         self, scale: Scale, found: Sequence[tuple[SnapshotMetrics, Mapping[str, Tensor], LLCEstimate]]
     ) -> Scale:
         """The scale with so many samples that the posterior of all would hardly be another one."""
-        if self._settings.samples is not None:
-            return scale
         stored = len(self._loss.tensors[0])
+        if self._settings.samples is not None:
+            return scale._replace(samples=min(self._settings.samples, stored))
         value = max((estimate.llc_centred or estimate.llc or 0.0 for _, _, estimate in found), default=0.0)
         wanted = value / (PILOT.most_missed * self._targets(found[0][1]))
         samples = PILOT.least_samples
         while samples < min(wanted, stored):
             samples *= 2
-        return _in_batches(scale, min(samples, stored), scale.batch_size)
+        return scale._replace(samples=min(samples, stored))
 
     def _targets(self, weights: Mapping[str, Tensor]) -> float:
         """Predictions that the loss compares with targets, a sample."""

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from groktrace.sampling.batches import NoiseProfile
+from groktrace.sampling.control import share_of_stiff
 from groktrace.sampling.curvature import difference_product
 from groktrace.sampling.engine import Attempt, Target, sample_with_restarts
 from groktrace.sampling.posterior import StackedLoss
@@ -82,6 +84,7 @@ def sample(
 
 def profile_noise(
     loss: StackedLoss,
+    whole: StackedLoss,
     anchor: Tensor,
     key: int,
     settings: ResolvedSettings,
@@ -93,6 +96,8 @@ def profile_noise(
 
     Args:
         loss: of one row.
+        whole: the same of all samples that will be used, or of many: along its own noise the curvature of a sample is
+            larger, and among few samples it counts for too much.
         anchor: w*, [1, D].
         key: of the snapshot's noise.
         settings: of the sampling.
@@ -109,14 +114,16 @@ def profile_noise(
     target = Target(settings, nbeta, localization, anchor.shape[1], loss.sample_bytes is not None)
     chains = StackedChains(loss, anchor, [key], target, [epsilon], [0], [epsilon])
     displacement = chains.state.displacement
-    total, change, squares = torch.zeros_like(anchor), torch.zeros_like(anchor), 0.0
-    for samples in groups:
-        there = loss.gradients(anchor + displacement, samples)[1]
-        total += there
+    position = anchor + displacement
+    change, noise, squares = torch.zeros_like(anchor), torch.zeros_like(anchor), 0.0
+    for number, samples in enumerate(groups):
+        there = loss.gradients(position, samples)[1]
         there -= loss.gradients(anchor, samples)[1]
         change += there
+        # With alternating signs, of an even number, the sum has the directions of a group's noise.
+        noise.add_(there, alpha=(-1.0) ** number)
         squares += float(there.double().square().sum())
-    total, change = total / len(groups), change / len(groups)
+    change /= len(groups)
     variance = group * (squares / len(groups) - float(change.double().square().sum()))
     stiff = change / change.norm().clamp(min=torch.finfo(change.dtype).tiny)  # H(w − w*)
     products = [
@@ -124,6 +131,8 @@ def profile_noise(
     ]
     curvatures = torch.stack([torch.linalg.vecdot(product, stiff)[0] for product in products]).double()
     bending = group * float(curvatures.var(correction=0) / curvatures.mean().square())
-    virial = nbeta * abs(float((displacement * total).sum()))
-    gain = float(chains.dynamics.noise_gain[0]) * nbeta**2 * float(chains.noise_share[0])
+    virial = nbeta * abs(float((displacement * change).sum()))  # about the mean, as λ_c: twice that in a bowl
+    curvature = partial(difference_product, whole, position, whole.gradients(position)[1])
+    share = float(share_of_stiff(curvature, noise, chains.dynamics))
+    gain = float(chains.dynamics.noise_gain[0]) * nbeta**2 * share
     return NoiseProfile(gain * variance / max(virial, 1e-300), bending)

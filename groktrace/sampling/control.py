@@ -9,10 +9,13 @@ from torch import Tensor
 
 from groktrace.sampling.batches import Minibatches
 from groktrace.sampling.curvature import difference_product, lanczos
+from groktrace.sampling.kernels.base import Dynamics
 from groktrace.sampling.posterior import StackedLoss
 
 # Products from which the share of minibatch noise is taken that goes into stiff directions.
 _SHARE_ITERATIONS = 3
+# 1 − εa/4 is at most so small: at 0 a direction is unstable, which is seen elsewhere.
+_LEAST_STABLE = 0.25
 
 
 @dataclass(frozen=True)
@@ -88,40 +91,62 @@ def stiff_share(
     control: ControlVariates,
     displacement: Tensor,
     rows: Tensor,
-    nbeta: float,
-    localization: float,
+    dynamics: Dynamics,
 ) -> Tensor:
-    """By how much less the noise of minibatches adds to λ̂ than if it all went into the stiffest directions.
-
-    In a direction of curvature h it adds nβh/(nβh + γ) of what it does there; the quadratic form of that function of
-    the Hessian in a sample of the noise comes from the noise's Krylov space (Golub & Meurant 2010).
+    """What the noise of minibatches adds to λ̂, over what it would if all directions were stiff; see `share_of_stiff`.
 
     Args:
         loss: of R rows.
         weights: where the chains are, [R, D].
-        batches: theirs, of parts; two are drawn.
+        batches: theirs, of parts; three are drawn.
         control: of the same rows.
         displacement: w − w*, [R, D]; its direction is taken where there is no noise.
         rows: those that are looked at, [S].
-        nbeta: nβ.
-        localization: γ.
+        dynamics: of the chains.
 
     Returns:
         [S].
     """
     loss, weights, snapshots = loss.select(rows), weights[rows], control.snapshot[rows]
-    noise, sign = torch.zeros_like(weights), 1.0
-    for _ in range(2):
+    noise, products = torch.zeros_like(weights), []
+    for sign in (1.0, -1.0, 0.0):
         batches.draw()
         index = batches.index[rows]
         gradients = loss.gradients(weights, index)[1]
-        noise.add_(gradients, alpha=sign).add_(control.shifts[snapshots, batches.number[rows]], alpha=sign)
-        sign = -1.0
+        if sign:
+            noise.add_(gradients, alpha=sign).add_(control.shifts[snapshots, batches.number[rows]], alpha=sign)
+        if sign <= 0:
+            products.append(partial(difference_product, loss, weights, gradients, index=index))
     silent = noise.norm(dim=1) == 0  # twice the same batch, or a loss without any
     noise[silent] = displacement[rows][silent]
-    product = partial(difference_product, loss, weights, gradients, index=index)
+
+    def product(direction: Tensor) -> Tensor:
+        # A batch is steeper along its own noise than all samples are, and other batches see less of it.
+        own, other = (of_batch(direction) for of_batch in products)
+        return own.add_(other).mul_(0.5)
+
+    return share_of_stiff(product, noise, dynamics.select(rows))
+
+
+def share_of_stiff(product: Callable[[Tensor], Tensor], noise: Tensor, dynamics: Dynamics) -> Tensor:
+    """What noise in the gradients adds to λ̂, over what `Kernel.noise_gain` tells of stiff directions and small steps.
+
+    In a direction where U has the curvature a = nβh + γ it adds nβh/a of that, and 1/(1 − εa/4) times as much where a
+    step ε is not small (of all three kernels, from their stationary variance in a bowl). The quadratic form of that
+    function of the Hessian in a sample of the noise comes from the noise's Krylov space (Golub & Meurant 2010).
+
+    Args:
+        product: v → ∇²L·v, [R, D] each.
+        noise: a sample of it, [R, D].
+        dynamics: of the rows.
+
+    Returns:
+        [R]; 1 where it is not finite.
+    """
     tridiagonal, _ = lanczos(product, noise, _SHARE_ITERATIONS)
     values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num())
-    stiff = nbeta * values.clamp(min=0)
-    share = (vectors[:, 0].square() * stiff / (stiff + localization)).sum(1)
-    return torch.where(torch.isfinite(tridiagonal).all(dim=(1, 2)), share, 1.0).to(weights.dtype)
+    stiff = dynamics.nbeta * values.clamp(min=0)
+    total = stiff + dynamics.localization
+    large = 1 - 0.25 * dynamics.step_size[:, None] * total
+    share = (vectors[:, 0].square() * stiff / (total * large.clamp(min=_LEAST_STABLE))).sum(1)
+    return torch.where(torch.isfinite(tridiagonal).all(dim=(1, 2)), share, 1.0).to(noise.dtype)

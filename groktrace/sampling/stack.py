@@ -106,9 +106,7 @@ class StackedChains:
         self.noise_share = anchors.new_ones(len(anchors))
         if self.batches is not None and self.control is not None and target.subsampled:
             rows, weights = torch.arange(0, len(start), chains, device=device), self.anchors + start
-            self.noise_share = stiff_share(
-                self.loss, weights, self.batches, self.control, start, rows, nbeta, localization
-            )
+            self.noise_share = stiff_share(self.loss, weights, self.batches, self.control, start, rows, self.dynamics)
         noise = [generator_for(settings.seed, *key, "noise", device) for key in keys]
         self.state = ChainState.begin(self.dynamics, start, noise)
         # Sums of displacements and gradients over all draws, which centre λ_c.
@@ -150,7 +148,9 @@ class StackedChains:
             noise = own[:, 4].nanmean()  # NaN where a snapshot has too few draws for a single measurement, too
             heating, fluctuation = 0.0, None
             if torch.isfinite(noise):
-                heating = float(self.noise_share[s] * noise) / abs(float(found.virial.mean()))
+                # Of large sets, which are hardly ever at a minimum, λ_c is the measure.
+                twice = 2 * found.centred if self.target.subsampled and chains > 1 else float(found.virial.mean())
+                heating = float(self.noise_share[s] * noise) / abs(twice)
             if recorder is not None and s in late and (variance := recorder.variance(self.active.index(s))) is not None:
                 fluctuation = 0.5 * self.target.nbeta * variance
             if at_anchors is not None:

@@ -51,7 +51,9 @@ class Effort:
     Attributes:
         restarts: attempts after the first, each with a smaller step.
         growth: draws at most, times the first ones.
-        draws: of each chain at first; None for relaxation times, see `Calibration`.
+        draws: of each chain at first, or a relaxation time of the flat directions where that is more (of a transformer
+            at κ = 100, where 31 are, the error of λ_c from 16 draws was 0.4 times its scatter); None for several such
+            times, see `Calibration`.
         heating: what minibatches may add to λ̂, relative to it, before chains begin again with a smaller step.
         curvature_products: products with the Hessian where chains have gone.
         check_every: steps between two checks that chains have not left.
@@ -127,6 +129,7 @@ class MinibatchNoise:
         every_large: the same in large networks, four gradients each.
         profiled: samples that tell how noisy gradients are at a snapshot.
         profile_batch: they are a multiple of so many; of fewer, all are used.
+        curvature_samples, curvature_bytes: for the curvature that tells where their noise goes, at most the larger.
         group: batches are chosen in multiples of so many samples.
         least: samples a batch.
         bending: the curvature of a batch scatters by so much of its mean at most, or single batches would throw chains
@@ -140,6 +143,8 @@ class MinibatchNoise:
     every_large: int = 32
     profiled: int = 512
     profile_batch: int = 64
+    curvature_samples: int = 512
+    curvature_bytes: int = 2**24
     group: int = 16
     least: int = 32
     bending: float = 0.3

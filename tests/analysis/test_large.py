@@ -35,7 +35,7 @@ def test_a_large_run_is_measured_like_a_small_one(small_run, monkeypatch):
     for a, b in zip(found.points, expected.points, strict=True):
         for name in ("train_loss", "val_loss", "train_accuracy", "val_accuracy"):
             assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-5)
-        assert a.diagnostics["top_curvature"] == pytest.approx(b.diagnostics["top_curvature"], rel=0.1)
+        assert a.diagnostics["top_curvature"] == pytest.approx(b.diagnostics["top_curvature"], rel=0.15)
         assert a.hessian_trace == pytest.approx(
             b.hessian_trace, abs=4 * (a.hessian_trace_stderr + b.hessian_trace_stderr)
         )

@@ -159,7 +159,7 @@ def test_the_stay_at_the_end_is_bounded(monkeypatch):
     monkeypatch.setattr(limit, "LIMIT", dataclasses.replace(limit.LIMIT, least_rounds=1, most_rounds=10**6))
     known = normal_crossing((1, 2), 1, 1)
     found = find(known, rtol=1e-6)
-    assert found.gradients < 4 * limit.LIMIT.most_gradients
+    assert found.gradients < 2.3 * limit.LIMIT.most_gradients  # a round takes 4 trajectories of 512 steps at most
 
 
 def limit_of(llc, half):

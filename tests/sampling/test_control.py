@@ -1,0 +1,75 @@
+"""What the noise of minibatches does to chains, beside what is said of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from groktrace.sampling.calibration import resolve, step_size
+from groktrace.sampling.chains import profile_noise, sample
+from groktrace.sampling.control import share_of_stiff
+from groktrace.sampling.kernels import KERNELS
+from groktrace.sampling.kernels.base import Dynamics
+from groktrace.sampling.posterior import StackedLoss
+from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.weights import WeightLayout
+
+NBETA, GAMMA = 100.0, 1.0
+
+
+def linear_model(samples=4096, size=200):
+    """½(x·w)² of Gaussian x with decaying variances: each sample has a curvature of its own; and the Hessian."""
+    x = torch.randn(samples, size, generator=torch.Generator().manual_seed(0)) * torch.arange(1, size + 1) ** -0.25
+    layout = WeightLayout(("w",), ((size,),))
+
+    def forward(weights, tensors):
+        return 0.5 * (tensors[0] @ weights["w"]).square().mean(), None
+
+    loss = StackedLoss(forward, layout, (x,), {}, row_bytes=1000 * samples, sample_bytes=1000, is_sample_mean=True)
+    return loss, (x.T @ x / samples).double()
+
+
+def test_the_heat_that_a_profile_foresees_is_what_chains_in_batches_get():
+    (loss, hessian), batch = linear_model(), 512
+    h = torch.linalg.eigvalsh(hessian)
+    exact = float(0.5 * (NBETA * h / (NBETA * h + GAMMA)).sum())
+    epsilon, anchor = step_size(NBETA, GAMMA, float(h.max())), torch.zeros(1, len(h))
+    settings = resolve(SamplingSettings(chains=2, draws=2000, batch_size=batch, step_size=epsilon), len(h), True)
+    profile = profile_noise(loss, loss, anchor, 0, settings, NBETA, GAMMA, epsilon)
+    foreseen = profile.heating * (1 / batch - 1 / len(loss.tensors[0]))
+    (traces,) = sample(loss, anchor, [0], settings, NBETA, GAMMA, [epsilon], lambda traces: 1.0)
+    excess = traces.centred / exact - 1
+    assert traces.centred_error / exact < 0.1 * excess
+    assert foreseen == pytest.approx(excess, rel=0.25)
+    assert traces.heating == pytest.approx(excess, rel=0.4)  # from its own batches, and one sample of their noise
+
+
+def test_the_curvature_that_a_profile_goes_by_is_that_of_all_samples():
+    """Where samples have directions of their own, among few each has more of the curvature than among all."""
+    loss, _ = linear_model()
+    size = loss.layout.size
+    kinds = torch.randint(size, (4096,), generator=torch.Generator().manual_seed(1))
+    loss = replace(loss, tensors=(torch.eye(size)[kinds],))
+    few = replace(loss, tensors=tuple(tensor[:64] for tensor in loss.tensors))
+    settings, anchor = resolve(SamplingSettings(chains=2), size, True), torch.zeros(1, size)
+    of_all, of_few = (
+        profile_noise(few, whole, anchor, 0, settings, NBETA, GAMMA, 0.01).heating for whole in (loss, few)
+    )
+    assert of_few > 1.5 * of_all
+
+
+@pytest.mark.parametrize("name", sorted(KERNELS))
+@pytest.mark.parametrize("curvature", [0.02, 0.5, 1.0])
+def test_the_share_is_the_stationary_variance_that_noisy_gradients_add_to_a_bowl(name, curvature):
+    """Of one direction, without any other noise: Var[w] over many chains, in place of the Lyapunov equation."""
+    nbeta, gamma, epsilon, rows = 50.0, 1.0, 0.04, 20_000
+    dynamics = Dynamics(KERNELS[name], nbeta, gamma, torch.full((1,), epsilon))
+    share = float(share_of_stiff(lambda direction: curvature * direction, torch.ones(1, 1), dynamics))
+    every = Dynamics(KERNELS[name], nbeta, gamma, torch.full((rows,), epsilon))
+    w, momentum, none = torch.zeros(rows, 1), torch.zeros(rows, 1), torch.zeros(rows, 1)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        noisy = curvature * w + torch.randn(rows, 1, generator=generator)
+        every.kernel.step(w, momentum, noisy, none, every.coefficients)
+    added = 0.5 * nbeta * curvature * float(w.square().mean())
+    assert added == pytest.approx(0.5 * float(dynamics.noise_gain) * nbeta**2 * share, rel=0.04)
