@@ -256,7 +256,8 @@ class Objective:
         centred = scale.curvature is not None or self.large_set
         needed = partial(needed_centred if centred and settings.chains > 1 else needed_plain, rtol=settings.rtol)
         if self.large_set:
-            needed = partial(needed_of_large_sets, needed=needed)
+            relaxation = partial(settings.kernel.relaxation, localization=localization)
+            needed = partial(needed_of_large_sets, needed=needed, relaxation=relaxation)
         if loss.micro_batch is None:
             stacked, anchors = stack_weights(loss, weights)
             if whole is not None:

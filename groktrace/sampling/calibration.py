@@ -120,7 +120,7 @@ def run_length(
     if effort.draws is None:
         draws = min(max(CALIBRATION.min_draws, math.ceil(share * relaxation)), most)
     else:
-        draws = min(math.ceil(max(slow * effort.draws, relaxation)), most)
+        draws = math.ceil(slow * effort.draws)
     return (
         burn_in if settings.burn_in is None else settings.burn_in,
         draws if settings.draws is None else settings.draws,

@@ -109,7 +109,7 @@ class LargeChains:
         settings, nbeta, localization = target.settings, target.nbeta, target.localization
         cold = CALIBRATION.burn_in_relaxations_cold
         self.lengths = [run_length(settings, localization, step_size, cold, halvings)]
-        self.slow = slowdown(settings.kernel, step_size, fitting, halvings)
+        self.slow, self.halvings = slowdown(settings.kernel, step_size, fitting, halvings), halvings
         self.kernel = settings.kernel
         row = torch.tensor([step_size], dtype=network.dtype, device=network.device), torch.tensor([halvings])
         dynamics = Dynamics(self.kernel, nbeta, localization, *row)
@@ -176,7 +176,7 @@ class LargeChains:
         paired = paired[:, : pairs(self.settings.chains)]
         losses = None if drawn is None else drawn.of(0)
         chains = delta_loss, virial, restraint, paired
-        return Traces(*chains, self.step_size, burn_in, sample_losses=losses, slow=self.slow)
+        return Traces(*chains, self.step_size, burn_in, self.halvings, sample_losses=losses, slow=self.slow)
 
     def _advance(self, count: int, measured: bool = False, drawn: DrawnSampleLosses | None = None) -> Tensor:
         """Make `count` steps of every chain; [count, 4, C]: delta_loss, virial, restraint, paired.

@@ -378,7 +378,7 @@ class StackedChains:
         centred = centred if self.sums else centred[:, :0]
         losses = None if drawn is None else drawn.of(self.active.index(s))
         chains = delta_loss, virial, restraint, centred
-        kept = Traces(*chains, self.epsilons[s], burn_in, sample_losses=losses)
+        kept = Traces(*chains, self.epsilons[s], burn_in, self.halvings[s], sample_losses=losses)
         return replace(kept, means=self._means(s), slow=self.slow[s])
 
     def _means(self, s: int) -> Tensor | None:

@@ -51,9 +51,7 @@ class Effort:
     Attributes:
         restarts: attempts after the first, each with a smaller step.
         growth: draws at most, times the first ones.
-        draws: of each chain at first, or a relaxation time of the flat directions where that is more (of a transformer
-            at κ = 100, where 31 are, the error of λ_c from 16 draws was 0.4 times its scatter); None for several such
-            times, see `Calibration`.
+        draws: of each chain at first; None for relaxation times, see `Calibration`.
         heating: what minibatches may add to λ̂, relative to it, before chains begin again with a smaller step.
         curvature_products: products with the Hessian where chains have gone.
         check_every: steps between two checks that chains have not left.

@@ -1,11 +1,14 @@
 """How many draws are needed, by draws that are known beforehand."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from groktrace.analysis.enough import needed_centred, needed_of_large_sets
+from groktrace.sampling.kernels.baoab import BAOAB
+from groktrace.sampling.kernels.sgld import SGLD
 from groktrace.sampling.traces import Traces
 
 
@@ -30,7 +33,21 @@ def test_where_nbeta_follows_draws_grow_until_the_centred_estimate_is_precise():
 def test_off_a_minimum_snapshots_of_large_sets_get_few_steps_in_all(burn_in, slow, most):
     excess = torch.full((16, 2), -50.0).double()  # the loss falls, as on a slope
     slope = Traces(excess, excess, excess, 100 + excess, 0.1, burn_in, slow=slow)
-    assert needed_of_large_sets(slope, lambda traces: 9.0) == most
-    assert needed_of_large_sets(slope, lambda traces: 0.5) == 0.5
+    quick = partial(SGLD().relaxation, localization=100.0)
+    assert needed_of_large_sets(slope, lambda traces: 9.0, quick) == most
+    assert needed_of_large_sets(slope, lambda traces: 0.5, quick) == 0.5
     basin = replace(slope, delta_loss=-excess, virial=-2 * excess)
-    assert needed_of_large_sets(basin, lambda traces: 9.0) == 9
+    assert needed_of_large_sets(basin, lambda traces: 9.0, quick) == 9
+
+
+def test_draws_of_large_sets_take_a_relaxation_time_at_least_but_not_off_a_minimum():
+    excess = torch.full((16, 2), 50.0).double()
+    basin = Traces(excess, 2 * excess, excess, excess, 0.01, 8)
+    for halvings in (0, 2):
+        steps = BAOAB().relaxation(0.01, 1.0, halvings)
+        found = replace(basin, halvings=halvings)
+        slow = partial(BAOAB().relaxation, localization=1.0)
+        assert needed_of_large_sets(found, lambda traces: 0.5, slow) == pytest.approx(steps / 16)
+    assert needed_of_large_sets(basin, lambda traces: 9.0, slow) == 9
+    slope = replace(basin, delta_loss=-excess, virial=-excess, centred_draws=100 + excess)
+    assert needed_of_large_sets(slope, lambda traces: 0.5, slow) == 2

@@ -166,11 +166,10 @@ def test_chains_of_large_sets_burn_in_and_draw_for_longer_at_a_small_step(bowl):
     steps = [fitting, fitting / 128]
     usual, slow = sample(loss, anchors, [0, 1], settings, 100.0, 1.0, steps, lambda t: 1.0, fitting=[fitting] * 2)
     assert usual.slow == 1
-    relaxations = [settings.kernel.relaxation(epsilon, 1.0) for epsilon in steps]
-    assert len(usual.delta_loss) == math.ceil(max(16, relaxations[0]))
+    assert len(usual.delta_loss) == 16
     assert slow.slow == pytest.approx(slowdown(settings.kernel, fitting / 128, fitting))
     assert slow.slow > 10
-    assert len(slow.delta_loss) == math.ceil(max(16 * slow.slow, relaxations[1]))
+    assert len(slow.delta_loss) == math.ceil(16 * slow.slow)
     assert slow.burn_in >= math.ceil(8 * slow.slow)
 
 
