@@ -40,7 +40,7 @@ class LLCEstimate(Record):
         diagnostics: `virial` (1 in equilibrium); `anharmonicity` (1 in a quadratic bowl, k for a loss of degree 2k,
             where λ_c is k times λ̂); `rhat`, `ess`, `drift`; `distance` (E‖w − w*‖ relative to ‖w*‖); `halvings` of
             the step size; `lost_steps` of each chain, at step sizes that were given up; `heating` (what minibatch noise
-            adds to λ̂ at most, relative to it); `singular_fluctuation` ν = ½·β·Σ_i Var[ℓ_i], β = nβ/n, over the samples'
+            adds to λ̂, relative to it); `singular_fluctuation` ν = ½·β·Σ_i Var[ℓ_i], β = nβ/n, over the samples'
             losses ℓ_i (Watanabe 2009; of 1024 spread evenly at most, of two minibatches at most where there are; None
             where the loss is no mean over samples); `wbic` n·E[L_n] (Watanabe 2013; None unless nβ = n/log n).
     """
@@ -168,7 +168,7 @@ def summarise(
         reasons.append(f"heated by the sampler's step (virial ratio {virial:.3f}, expected 1); use a smaller step_size")
     if traces.heating > RELIABILITY.heating:
         reasons.append(
-            f"heated by minibatch noise, by up to {100 * traces.heating:.0f} %; use a larger batch_size or a smaller "
+            f"heated by minibatch noise, by about {100 * traces.heating:.0f} %; use a larger batch_size or a smaller "
             "step_size"
         )
     # Half-chains of m effective draws differ by chance: R-hat is then about √(1 + 1/m).
