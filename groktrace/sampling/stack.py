@@ -148,9 +148,7 @@ class StackedChains:
             noise = own[:, 4].nanmean()  # NaN where a snapshot has too few draws for a single measurement, too
             heating, fluctuation = 0.0, None
             if torch.isfinite(noise):
-                # Of large sets, which are hardly ever at a minimum, λ_c is the measure.
-                twice = 2 * found.centred if self.target.subsampled and chains > 1 else float(found.virial.mean())
-                heating = float(self.noise_share[s] * noise) / abs(twice)
+                heating = float(self.noise_share[s] * noise) / abs(float(found.virial.mean()))
             if recorder is not None and s in late and (variance := recorder.variance(self.active.index(s))) is not None:
                 fluctuation = 0.5 * self.target.nbeta * variance
             if at_anchors is not None:

@@ -35,9 +35,9 @@ class Traces:
         halvings: times that ε was halved because the chains diverged, or were kicked far up.
         fluctuation: ½nβ times the mean over samples of the variance of a sample's loss over some of the draws, a
             number a chain, [chains]; None where the loss is no mean over samples, or there are fewer than nine draws.
-        heating: what the noise of minibatch gradients adds to λ̂ (to λ_c, where data are sampled), relative to it: it
-            widens the posterior along a direction by nβ²·Var[g] times `Kernel.noise_gain`, so that 2λ̂ grows by that of
-            tr Cov[g] times `control.share_of_stiff`, or at most by that where batches are drawn anew.
+        heating: what the noise of minibatch gradients adds to λ̂, relative to half the virial, which is nearly λ_c off a
+            minimum, too: it widens the posterior along a direction by nβ²·Var[g] times `Kernel.noise_gain`, so that 2λ̂
+            grows by that of tr Cov[g] times `control.share_of_stiff`, or at most by that where batches are drawn anew.
         curvature: h_max where the chains went; None where there was no reason to look.
         fall: largest −nβ(L(w) − L(w*)) within the first 64 steps, burn-in or not.
         sample_losses: loss of each sample, [draws, chains, N]; where it was asked for.

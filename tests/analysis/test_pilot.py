@@ -144,10 +144,22 @@ def test_samples_grow_with_what_they_would_miss(large_set, monkeypatch):
     model, data, _ = line()
     objective, weights, metrics = prepared(model, "mse", data, localization=300.0)
     monkeypatch.setattr(pilot, "PILOT", Pilot(least_samples=64))
+    profiled, profile = [], pilot.profile_noise
+    monkeypatch.setattr(
+        pilot,
+        "profile_noise",
+        lambda loss, whole, *rest: profiled.append(len(whole.tensors[0])) or profile(loss, whole, *rest),
+    )
     few = choose(objective, weights, metrics)
     monkeypatch.setattr(pilot, "PILOT", Pilot(least_samples=64, most_missed=0.005))
     more = choose(objective, weights, metrics)
     assert few.samples < more.samples <= TALL
+    # Their noise is found anew.
+    assert profiled[0] == profiled[2] == 128
+    assert profiled[1] == pytest.approx(few.samples, abs=few.batch_size)
+    assert profiled[3] == pytest.approx(more.samples, abs=more.batch_size)
+    given = choose(objective, weights, metrics, batch_size=48)
+    assert (given.samples % 48, given.batch_size) == (0, 48)
     assert math.isclose(few.nbeta, more.nbeta)
 
 
@@ -229,6 +241,7 @@ def test_noise_that_goes_into_flat_directions_is_no_heat(large_set):
     exact = 0.5 * 20 * 1000 / 1100
     assert 0 < found.diagnostics["heating"] < 0.02
     assert found.diagnostics["lost_steps"] == 0  # as heat, the noise would call for a smaller step
+    assert choose(objective, weights, metrics, draws=None).batch_size == 32  # the least
     assert found.llc_centred == pytest.approx(exact, abs=4 * found.stderr_centred + 0.02 * exact)
 
 

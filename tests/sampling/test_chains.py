@@ -259,7 +259,12 @@ def test_diverging_chains_are_halved_until_they_hold_and_counted(bowl):
     # Those that left are given up at the next look at them, but for the first, which goes on with its neighbour.
     assert 2200 <= bad.lost <= 2200 + 64 * (bad.halvings - 1) + 2200
     # Nor do steps count that only the other one makes, as its draws grow.
-    growing = SamplingSettings(chains=2)
+    growing, asked = SamplingSettings(chains=2), []
+
+    def needed(traces):
+        asked.append(traces.halvings)
+        return 901 / len(traces.delta_loss)
+
     good, bad = draw(
         bowl(SPECTRUM),
         anchors,
@@ -267,8 +272,9 @@ def test_diverging_chains_are_halved_until_they_hold_and_counted(bowl):
         10.0,
         1.0,
         epsilons=[stable, 16 * stable],
-        needed=lambda traces: 901 / len(traces.delta_loss),
+        needed=needed,
     )
+    assert set(asked) == {0, bad.halvings}  # while it is drawn, too
     assert len(good.delta_loss) > 900
     assert bad.lost <= (bad.halvings + 1) * 80
     assert bad.step_size <= stable * 1.5  # the chains met the curvature that the first step was too large for
