@@ -14,7 +14,7 @@ from groktrace.sampling.posterior import StackedLoss
 
 # Products from which the share of minibatch noise is taken that goes into stiff directions.
 _SHARE_ITERATIONS = 3
-# 1 − εa/4 is at most so small: at 0 a direction is unstable, which is seen elsewhere.
+# 1 − εa/4 counts as no less than this: at 0 a direction is unstable, which is seen elsewhere.
 _LEAST_STABLE = 0.25
 
 

@@ -1,5 +1,6 @@
 """Draws and restarts of chains, whatever advances them: a stack of small networks, or one large one."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -112,7 +113,8 @@ class Target:
             counts = {}
             for s, drawn in enumerate(traces):
                 first = chains.lengths[s][1]
-                limit = min(self.effort.growth * first, CALIBRATION.max_steps)
+                relaxation = self.settings.kernel.relaxation(drawn.step_size, self.localization, drawn.halvings)
+                limit = min(max(self.effort.growth * first, math.ceil(relaxation)), CALIBRATION.max_steps)
                 grows = not chains.has_left(drawn) and len(drawn.delta_loss) < limit and not self.is_heated(drawn)
                 if grows and self.curved_step(drawn) is None and (times := needed(drawn)) > 1:
                     counts[s] = more_draws(len(drawn.delta_loss), times)

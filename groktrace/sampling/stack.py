@@ -103,10 +103,6 @@ class StackedChains:
                 self.batches.draw()
                 at_anchors = self.loss.gradients(self.anchors, self.index)
             start = gaussian_start(self.loss, self.anchors, at_anchors, start, nbeta, localization, self.index)
-        self.noise_share = anchors.new_ones(len(anchors))
-        if self.batches is not None and self.control is not None and target.subsampled:
-            rows, weights = torch.arange(0, len(start), chains, device=device), self.anchors + start
-            self.noise_share = stiff_share(self.loss, weights, self.batches, self.control, start, rows, self.dynamics)
         noise = [generator_for(settings.seed, *key, "noise", device) for key in keys]
         self.state = ChainState.begin(self.dynamics, start, noise)
         # Sums of displacements and gradients over all draws, which centre λ_c.
@@ -123,6 +119,7 @@ class StackedChains:
         """Burn in, and make the first draws."""
         chains, count = self.settings.chains, len(self.epsilons)
         keeps, at_anchors = self.target.sample_losses, None
+        noise_share = self._noise_share()
         if keeps:
             at_anchors = self._sample_losses(range(count), self.anchors)[::chains].cpu()
         early, burn_in = [self.anchors.new_empty(0, 5, chains).double()] * count, [length for length, _ in self.lengths]
@@ -148,7 +145,7 @@ class StackedChains:
             noise = own[:, 4].nanmean()  # NaN where a snapshot has too few draws for a single measurement, too
             heating, fluctuation = 0.0, None
             if torch.isfinite(noise):
-                heating = float(self.noise_share[s] * noise) / abs(float(found.virial.mean()))
+                heating = float(noise_share[s] * noise) / abs(float(found.virial.mean()))
             if recorder is not None and s in late and (variance := recorder.variance(self.active.index(s))) is not None:
                 fluctuation = 0.5 * self.target.nbeta * variance
             if at_anchors is not None:
@@ -167,6 +164,15 @@ class StackedChains:
     def has_left(self, traces: Traces) -> bool:
         """Whether a chain is or was on its way out."""
         return traces.diverged(self.target.dimension)
+
+    def _noise_share(self) -> Tensor:
+        """Of each snapshot, see `control.share_of_stiff`; 1, the most at small steps, where it is not measured."""
+        if self.batches is None or self.control is None or not self.target.subsampled:
+            return self.anchors.new_ones(len(self.epsilons))
+        displacement = self.state.displacement
+        rows = torch.arange(0, len(displacement), self.settings.chains, device=displacement.device)
+        weights = self.anchors + displacement
+        return stiff_share(self.loss, weights, self.batches, self.control, displacement, rows, self.dynamics)
 
     def _is_odd(self, s: int, traces: Traces) -> bool:
         """Whether a snapshot's loss is perhaps not the bowl, where its chains are, that it is at w*."""

@@ -1,6 +1,6 @@
 """Restarts of chains, by chains whose traces are known beforehand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -96,3 +96,23 @@ def test_chains_still_heated_at_half_the_step_are_given_all_samples():
 
     sample_with_restarts(begin, [FULL], target, lambda traces: 1.0, fallback=8.0)
     assert made == [(FULL, True), (HALF, True), (HALF, False)]
+
+
+@dataclass
+class Growing(Prepared):
+    """The same, and as many more as are asked for."""
+
+    def extend(self, counts):
+        """More of the same."""
+        ((s, count),) = counts.items()
+        some = [values[:1].expand(count, -1) for values in (self.found.virial, self.found.centred_draws)]
+        return {s: Traces(some[0] / 2, some[0], self.found.restraint[:1].expand(count, -1), some[1], FULL, 8)}
+
+
+def test_draws_of_large_sets_may_grow_to_a_relaxation_time_where_four_times_the_first_are_fewer():
+    found = drawn(FULL, heating=0.0, spike=False)
+    relaxation = SETTINGS.kernel.relaxation(FULL, 1.0)
+    assert relaxation > 4 * 16
+    target = Target(replace(SETTINGS, draws=None), 1.0, 1.0, DIMENSION, True)
+    (traces,) = target.draw(Growing(found), lambda traces: 1.01 * relaxation / len(traces.delta_loss))
+    assert relaxation <= len(traces.delta_loss) < 2 * relaxation
