@@ -7,6 +7,7 @@ import struct
 import sys
 import time
 import types
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -44,7 +45,10 @@ def folder(client):
 
 
 def records_of(path):
-    """The records of a .wandb file: LevelDB's log, of blocks of 32 KiB, after a header of seven bytes."""
+    """The records of a .wandb file so far: LevelDB's log, of blocks of 32 KiB, after a header of seven bytes.
+
+    What another process is still writing ends where a part's checksum fails.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, parts = path.read_bytes(), 7, []
@@ -52,10 +56,13 @@ def records_of(path):
         if 32768 - at % 32768 < 7:
             at += 32768 - at % 32768
             continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
-        if not kind:
+        if len(data) < at + 7:
             break
-        parts.append(data[at + 7 : at + 7 + length])
+        checksum, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        part = data[at + 7 : at + 7 + length]
+        if not kind or zlib.crc32(data[at + 6 : at + 7] + part) != checksum:
+            break
+        parts.append(part)
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
             record = Record()
