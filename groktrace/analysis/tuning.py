@@ -66,7 +66,7 @@ class Pilot:
     burn_in: int = 20
     draws: int = 12
     few_draws: int = 32
-    aimed: float = 0.8
+    aimed: float = 0.6
     most_missed: float = 0.03
     least_samples: int = 512
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -125,7 +126,8 @@ class NoiseProfile:
         """
         tuned = MINIBATCH_NOISE
         # Drawn without replacement, a batch has the variance of single samples times 1/B − 1/N.
-        needed = max(self.heating / wanted, self.bending / tuned.bending**2)
+        # NaN where a chain was thrown out.
+        needed = float(np.max([self.heating / wanted, self.bending / tuned.bending**2]))
         least = needed / (1 + needed / samples) if math.isfinite(needed) else samples
         size = tuned.group * math.ceil(max(least, tuned.least) / tuned.group)
         return size if tuned.least_batches * size <= samples else None

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.stack import StackedChains
 from groktrace.sampling.traces import Traces
-from groktrace.sampling.tuning import MINIBATCH_NOISE
+from groktrace.sampling.tuning import EQUILIBRIUM, MINIBATCH_NOISE
 
 # Stacks beyond the processor's cache gain nothing (measured); a GPU wants more at once.
 WORKING_SET_BYTES = {"cpu": 12 * 2**20}
@@ -92,7 +93,10 @@ def profile_noise(
     localization: float,
     epsilon: float,
 ) -> NoiseProfile:
-    """How noisy gradients of samples are where a chain begins; of 512 of them at most.
+    """How noisy gradients of samples are where a chain is; of 512 of them at most.
+
+    It starts too far along stiff directions, which it forgets in a few steps. What counts is the place after these; the
+    start tells of losses that are far from quadratic, where chains come by such places now and then.
 
     Args:
         loss: of one row.
@@ -105,34 +109,41 @@ def profile_noise(
         localization: γ.
         epsilon: ε.
     """
-    group = MINIBATCH_NOISE.group
-    batch = MINIBATCH_NOISE.profile_batch
-    count = min(len(loss.tensors[0]), MINIBATCH_NOISE.profiled) // batch * batch
-    loss = replace(loss, tensors=tuple(tensor[:count] for tensor in loss.tensors))
-    groups = torch.arange(count, device=anchor.device).view(-1, 1, group)
+    group, batch = MINIBATCH_NOISE.group, MINIBATCH_NOISE.profile_batch
+    stored = len(loss.tensors[0]) // batch * batch
+    loss = replace(loss, tensors=tuple(tensor[:stored] for tensor in loss.tensors))
     settings = replace(settings, chains=1, batch_size=batch)
     target = Target(settings, nbeta, localization, anchor.shape[1], loss.sample_bytes is not None)
     chains = StackedChains(loss, anchor, [key], target, [epsilon], [0], [epsilon])
-    displacement = chains.state.displacement
-    position = anchor + displacement
-    change, noise, squares = torch.zeros_like(anchor), torch.zeros_like(anchor), 0.0
+    start = chains.state.displacement.clone()
+    chains.advance([(EQUILIBRIUM.least_burn_in, 0)])
+    displacements = torch.cat([start, chains.state.displacement])
+    positions = anchor + displacements
+    groups = torch.arange(min(stored, MINIBATCH_NOISE.profiled), device=anchor.device).view(-1, 1, group)
+    change, noise, squares = torch.zeros_like(positions), torch.zeros_like(positions), torch.zeros(2).double()
     for number, samples in enumerate(groups):
-        there = loss.gradients(position, samples)[1]
-        there -= loss.gradients(anchor, samples)[1]
-        change += there
-        # With alternating signs, of an even number, the sum has the directions of a group's noise.
-        noise.add_(there, alpha=(-1.0) ** number)
-        squares += float(there.double().square().sum())
+        there = loss.gradients(anchor, samples)[1]
+        for place, position in enumerate(positions):
+            own = loss.gradients(position[None], samples)[1].sub_(there)[0]
+            change[place] += own
+            # With alternating signs, of an even number, the sum has the directions of a group's noise.
+            noise[place].add_(own, alpha=(-1.0) ** number)
+            squares[place] += own.double().square().sum().cpu()
     change /= len(groups)
-    variance = group * (squares / len(groups) - float(change.double().square().sum()))
-    stiff = change / change.norm().clamp(min=torch.finfo(change.dtype).tiny)  # H(w − w*)
+    heatings = []
+    for place, position in enumerate(positions.unbind()):
+        variance = group * float(squares[place] / len(groups) - change[place].double().square().sum().cpu())
+        virial = nbeta * abs(
+            float(displacements[place] @ change[place])
+        )  # about the mean, as λ_c: twice that in a bowl
+        curvature = partial(difference_product, whole, position[None], whole.gradients(position[None])[1])
+        share = float(share_of_stiff(curvature, noise[place : place + 1], chains.dynamics))
+        heatings.append(float(chains.dynamics.noise_gain[0]) * nbeta**2 * share * variance / max(virial, 1e-300))
+    stiff = change[1:] / change[1:].norm().clamp(min=torch.finfo(change.dtype).tiny)  # H(w − w*)
     products = [
         difference_product(loss, anchor, loss.gradients(anchor, samples)[1], stiff, samples) for samples in groups
     ]
     curvatures = torch.stack([torch.linalg.vecdot(product, stiff)[0] for product in products]).double()
     bending = group * float(curvatures.var(correction=0) / curvatures.mean().square())
-    virial = nbeta * abs(float((displacement * change).sum()))  # about the mean, as λ_c: twice that in a bowl
-    curvature = partial(difference_product, whole, position, whole.gradients(position)[1])
-    share = float(share_of_stiff(curvature, noise, chains.dynamics))
-    gain = float(chains.dynamics.noise_gain[0]) * nbeta**2 * share
-    return NoiseProfile(gain * variance / max(virial, 1e-300), bending)
+    at_start, settled = heatings
+    return NoiseProfile(float(np.maximum(settled, at_start / MINIBATCH_NOISE.far)), bending)

@@ -1,5 +1,6 @@
 """Control variates: what the gradients of minibatches are at w*, and where their noise goes."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,8 @@ from groktrace.sampling.posterior import StackedLoss
 
 # Products from which the share of minibatch noise is taken that goes into stiff directions.
 _SHARE_ITERATIONS = 3
+# And of so many samples, at least.
+_SHARE_SAMPLES = 64
 # 1 − εa/4 counts as no less than this: at 0 a direction is unstable, which is seen elsewhere.
 _LEAST_STABLE = 0.25
 
@@ -98,7 +101,7 @@ def stiff_share(
     Args:
         loss: of R rows.
         weights: where the chains are, [R, D].
-        batches: theirs, of parts; three are drawn.
+        batches: theirs, of parts; some are drawn.
         control: of the same rows.
         displacement: w − w*, [R, D]; its direction is taken where there is no noise.
         rows: those that are looked at, [S].
@@ -108,23 +111,21 @@ def stiff_share(
         [S].
     """
     loss, weights, snapshots = loss.select(rows), weights[rows], control.snapshot[rows]
-    noise, products = torch.zeros_like(weights), []
-    for sign in (1.0, -1.0, 0.0):
+    noise = torch.zeros_like(weights)
+    for sign in (1.0, -1.0):
         batches.draw()
-        index = batches.index[rows]
-        gradients = loss.gradients(weights, index)[1]
-        if sign:
-            noise.add_(gradients, alpha=sign).add_(control.shifts[snapshots, batches.number[rows]], alpha=sign)
-        if sign <= 0:
-            products.append(partial(difference_product, loss, weights, gradients, index=index))
+        gradients = loss.gradients(weights, batches.index[rows])[1]
+        noise.add_(gradients, alpha=sign).add_(control.shifts[snapshots, batches.number[rows]], alpha=sign)
     silent = noise.norm(dim=1) == 0  # twice the same batch, or a loss without any
     noise[silent] = displacement[rows][silent]
 
-    def product(direction: Tensor) -> Tensor:
-        # A batch is steeper along its own noise than all samples are, and other batches see less of it.
-        own, other = (of_batch(direction) for of_batch in products)
-        return own.add_(other).mul_(0.5)
-
+    # A batch is steeper along its own noise than all samples are: of others, and of enough that they stand for all.
+    some = []
+    for _ in range(math.ceil(_SHARE_SAMPLES / batches.index.shape[1])):
+        batches.draw()
+        some.append(batches.index[rows])
+    index = torch.cat(some, 1)
+    product = partial(difference_product, loss, weights, loss.gradients(weights, index)[1], index=index)
     return share_of_stiff(product, noise, dynamics.select(rows))
 
 

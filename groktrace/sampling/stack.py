@@ -119,7 +119,6 @@ class StackedChains:
         """Burn in, and make the first draws."""
         chains, count = self.settings.chains, len(self.epsilons)
         keeps, at_anchors = self.target.sample_losses, None
-        noise_share = self._noise_share()
         if keeps:
             at_anchors = self._sample_losses(range(count), self.anchors)[::chains].cpu()
         early, burn_in = [self.anchors.new_empty(0, 5, chains).double()] * count, [length for length, _ in self.lengths]
@@ -127,12 +126,13 @@ class StackedChains:
             # Chains start near equilibrium: where they are in it, what is left of the burn-in would be for nothing.
             dimension = self.target.dimension
             least = [math.ceil(slow * EQUILIBRIUM.least_burn_in) for slow in self.slow]
-            early = list(self._pieces([(steps, 0) for steps in least], first=True).values())
+            early = list(self._pieces([(steps, 0) for steps in least]).values())
             burn_in = [
                 steps if has_settled(piece, dimension) else max(length, steps)
                 for piece, steps, length in zip(early, least, burn_in, strict=True)
             ]
             self._keep([s for s in self.active if not is_leaving(early[s], self.target)])
+        noise_share = self._noise_share()
         rest = [(burn_in[s] - len(early[s]), self.lengths[s][1]) for s in self.active]
         recorder = SampleLossRecorder(rest) if rest and self.loss.is_sample_mean else None
         drawn = DrawnSampleLosses(rest) if keeps else None
@@ -145,7 +145,7 @@ class StackedChains:
             noise = own[:, 4].nanmean()  # NaN where a snapshot has too few draws for a single measurement, too
             heating, fluctuation = 0.0, None
             if torch.isfinite(noise):
-                heating = float(noise_share[s] * noise) / abs(float(found.virial.mean()))
+                heating = noise_share[s] * float(noise) / abs(float(found.virial.mean()))
             if recorder is not None and s in late and (variance := recorder.variance(self.active.index(s))) is not None:
                 fluctuation = 0.5 * self.target.nbeta * variance
             if at_anchors is not None:
@@ -165,14 +165,15 @@ class StackedChains:
         """Whether a chain is or was on its way out."""
         return traces.diverged(self.target.dimension)
 
-    def _noise_share(self) -> Tensor:
-        """Of each snapshot, see `control.share_of_stiff`; 1, the most at small steps, where it is not measured."""
-        if self.batches is None or self.control is None or not self.target.subsampled:
-            return self.anchors.new_ones(len(self.epsilons))
+    def _noise_share(self) -> dict[int, float]:
+        """Of each snapshot in the stack, see `control.share_of_stiff`; 1, the most at small steps, if not measured."""
+        if not self.active or self.batches is None or self.control is None or not self.target.subsampled:
+            return dict.fromkeys(self.active, 1.0)
         displacement = self.state.displacement
         rows = torch.arange(0, len(displacement), self.settings.chains, device=displacement.device)
         weights = self.anchors + displacement
-        return stiff_share(self.loss, weights, self.batches, self.control, displacement, rows, self.dynamics)
+        of_rows = self.loss, weights, self.batches, self.control, displacement, rows, self.dynamics
+        return dict(zip(self.active, stiff_share(*of_rows).tolist(), strict=True))
 
     def _is_odd(self, s: int, traces: Traces) -> bool:
         """Whether a snapshot's loss is perhaps not the bowl, where its chains are, that it is at w*."""

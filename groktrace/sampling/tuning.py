@@ -128,6 +128,8 @@ class MinibatchNoise:
         profiled: samples that tell how noisy gradients are at a snapshot.
         profile_batch: they are a multiple of so many; of fewer, all are used.
         curvature_samples, curvature_bytes: for the curvature that tells where their noise goes, at most the larger.
+        far: where chains start, noise may heat by so many times as much as where they settle: by 2 to 4 in an LSTM that
+            batches do no harm, by 5 to 10 in a transformer whose chains they throw out.
         group: batches are chosen in multiples of so many samples.
         least: samples a batch.
         bending: the curvature of a batch scatters by so much of its mean at most, or single batches would throw chains
@@ -141,12 +143,13 @@ class MinibatchNoise:
     every_large: int = 32
     profiled: int = 512
     profile_batch: int = 64
-    curvature_samples: int = 512
+    curvature_samples: int = 128
     curvature_bytes: int = 2**24
+    far: float = 5.0
     group: int = 16
-    least: int = 32
+    least: int = 16
     bending: float = 0.3
-    least_batches: int = 2
+    least_batches: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,12 +102,12 @@ def test_few_large_samples_are_all_used(large_set, count):
 def test_noise_calls_for_larger_batches(large_set):
     """Where a few samples carry all of the curvature, small batches would heat the chains."""
     model, (x, y), _ = line(inputs=2)
-    even = choose(*prepared(model, "mse", (x, y), localization=300.0))
+    even = choose(*prepared(model, "mse", (x, y), localization=300.0, samples=TALL))
     heavy = x.clone()
     heavy[::64] *= 30
     with torch.no_grad():
         model.weight.copy_(torch.linalg.lstsq(heavy, y).solution.T)
-    uneven = choose(*prepared(model, "mse", (heavy, y), localization=300.0))
+    uneven = choose(*prepared(model, "mse", (heavy, y), localization=300.0, samples=TALL))
     assert even.batch_size is not None
     assert uneven.batch_size is None or uneven.batch_size > even.batch_size
 
@@ -241,7 +241,7 @@ def test_noise_that_goes_into_flat_directions_is_no_heat(large_set):
     exact = 0.5 * 20 * 1000 / 1100
     assert 0 < found.diagnostics["heating"] < 0.02
     assert found.diagnostics["lost_steps"] == 0  # as heat, the noise would call for a smaller step
-    assert choose(objective, weights, metrics, draws=None).batch_size == 32  # the least
+    assert choose(objective, weights, metrics, draws=None).batch_size == 32  # of heat none would do
     assert found.llc_centred == pytest.approx(exact, abs=4 * found.stderr_centred + 0.02 * exact)
 
 

@@ -67,12 +67,19 @@ def test_batches_are_the_smallest_multiple_of_16_whose_noise_is_wanted(heating, 
 
     assert size % 16 == 0
     assert suits(size)
-    assert size == 32 or not suits(size - 16)
+    assert size == 16 or not suits(size - 16)
 
 
 def test_all_samples_are_used_where_few_have_most_of_the_curvature():
     assert NoiseProfile(0.01, 500.0).batch(2000, 0.02) is None
     assert NoiseProfile(math.inf, 0.1).batch(2000, 0.02) is None
+    assert NoiseProfile(0.1, math.nan).batch(2000, 0.02) is None
+    assert NoiseProfile(math.nan, 0.1).batch(2000, 0.02) is None
+
+
+def test_all_samples_are_used_where_there_would_be_less_than_four_batches():
+    assert NoiseProfile(10.0, 0.1).batch(4 * 384, 0.02) == 384
+    assert NoiseProfile(10.0, 0.1).batch(4 * 384 - 16, 0.02) is None
 
 
 def test_ranks_are_spread_over_what_is_not_wanted_anyway():

@@ -1,10 +1,12 @@
 """What the noise of minibatches does to chains, beside what is said of it."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from groktrace.sampling import chains
 from groktrace.sampling.calibration import resolve, step_size
 from groktrace.sampling.chains import profile_noise, sample
 from groktrace.sampling.control import share_of_stiff
@@ -12,6 +14,7 @@ from groktrace.sampling.kernels import KERNELS
 from groktrace.sampling.kernels.base import Dynamics
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.tuning import MINIBATCH_NOISE
 from groktrace.sampling.weights import WeightLayout
 
 NBETA, GAMMA = 100.0, 1.0
@@ -27,6 +30,12 @@ def linear_model(samples=4096, size=200):
 
     loss = StackedLoss(forward, layout, (x,), {}, row_bytes=1000 * samples, sample_bytes=1000, is_sample_mean=True)
     return loss, (x.T @ x / samples).double()
+
+
+def one_kind_a_sample(samples=4096, size=200):
+    """The same of unit vectors: each sample has one of 200 directions."""
+    kinds = torch.randint(size, (samples,), generator=torch.Generator().manual_seed(1))
+    return replace(linear_model()[0], tensors=(torch.eye(size)[kinds],))
 
 
 def test_the_heat_that_a_profile_foresees_is_what_chains_in_batches_get():
@@ -46,16 +55,55 @@ def test_the_heat_that_a_profile_foresees_is_what_chains_in_batches_get():
 
 def test_the_curvature_that_a_profile_goes_by_is_that_of_all_samples():
     """Where samples have directions of their own, among few each has more of the curvature than among all."""
-    loss, _ = linear_model()
+    loss = one_kind_a_sample()
     size = loss.layout.size
-    kinds = torch.randint(size, (4096,), generator=torch.Generator().manual_seed(1))
-    loss = replace(loss, tensors=(torch.eye(size)[kinds],))
     few = replace(loss, tensors=tuple(tensor[:64] for tensor in loss.tensors))
     settings, anchor = resolve(SamplingSettings(chains=2), size, True), torch.zeros(1, size)
     of_all, of_few = (
         profile_noise(few, whole, anchor, 0, settings, NBETA, GAMMA, 0.01).heating for whole in (loss, few)
     )
     assert of_few > 1.5 * of_all
+
+
+def test_of_small_batches_it_is_that_of_others():
+    """Along its own noise a batch of 16 is twelve times as steep here as all samples, and six with one other batch."""
+    loss = one_kind_a_sample()
+    size, batch, epsilon = loss.layout.size, 16, 0.5
+    h = torch.diagonal(loss.tensors[0].T @ loss.tensors[0]) / len(loss.tensors[0])
+    exact = float(0.5 * (NBETA * h / (NBETA * h + GAMMA)).sum())
+    settings = resolve(SamplingSettings(chains=2, draws=2000, batch_size=batch, step_size=epsilon), size, True)
+    (traces,) = sample(loss, torch.zeros(1, size), [0], settings, NBETA, GAMMA, [epsilon], lambda traces: 1.0)
+    excess = traces.centred / exact - 1
+    assert traces.centred_error / exact < 0.1 * excess
+    assert 0.4 * excess < traces.heating < 1.4 * excess
+
+
+def test_noise_counts_where_chains_settle_and_a_fifth_of_that_where_they_start(monkeypatch):
+    """Chains of many weights start too far along stiff directions; here noise grows with the fifth power of that."""
+    stiffness = torch.cat([torch.logspace(0, 3, 40), torch.zeros(3960)])
+    sign = torch.randn(2048, 1, generator=torch.Generator().manual_seed(0))
+    layout = WeightLayout(("w",), ((len(stiffness),),))
+    nbeta = 30.0
+
+    def forward(weights, tensors):
+        energy = nbeta * stiffness * weights["w"].square()
+        return (0.5 * energy.sum() + 0.003 * tensors[0].mean() * energy.square().sum()) / nbeta, None
+
+    sizes = {"row_bytes": 2_048_000, "sample_bytes": 1000, "is_sample_mean": True}
+    loss, anchor = StackedLoss(forward, layout, (sign - sign.mean(),), {}, **sizes), torch.zeros(1, len(stiffness))
+    epsilon = step_size(nbeta, GAMMA, 1000.0)
+    settings = resolve(SamplingSettings(chains=2, draws=16, batch_size=64), len(stiffness), True)
+
+    def heating(far):
+        monkeypatch.setattr(chains, "MINIBATCH_NOISE", replace(MINIBATCH_NOISE, far=far))
+        return profile_noise(loss, loss, anchor, 0, settings, nbeta, GAMMA, epsilon).heating
+
+    settled, at_start = heating(math.inf), 1e-6 * heating(1e-6)
+    assert settled < 0.02 * at_start
+    assert heating(MINIBATCH_NOISE.far) == pytest.approx(0.2 * at_start)
+    (traces,) = sample(loss, anchor, [0], settings, nbeta, GAMMA, [epsilon], lambda traces: 1.0)
+    assert 0 < traces.heating < 0.02 * at_start / 64
+    assert traces.lost == 0
 
 
 @pytest.mark.parametrize("name", sorted(KERNELS))

@@ -50,7 +50,7 @@ from tools.common.peers import has_devinterp
 CHAINS, BURN_IN, DRAWS, BATCH = 4, 100, 200, 32
 LR = 1e-4
 MEASURED = (1.0, 0.75, 0.5)  # which snapshots, as shares of the run
-LONG_DRAWS = 150
+LONG_DRAWS = 600
 SEEDS = 6
 
 
