@@ -132,11 +132,11 @@ class StackedChains:
                 for piece, steps, length in zip(early, least, burn_in, strict=True)
             ]
             self._keep([s for s in self.active if not is_leaving(early[s], self.target)])
-        noise_share = self._noise_share()
         rest = [(burn_in[s] - len(early[s]), self.lengths[s][1]) for s in self.active]
         recorder = SampleLossRecorder(rest) if rest and self.loss.is_sample_mean else None
         drawn = DrawnSampleLosses(rest) if keeps else None
         late = self._pieces(rest, True, recorder, drawn)
+        noise_share = self._noise_share()
         traces = []
         for s, soon in enumerate(early):
             own = torch.cat([soon, late[s]]) if s in late else soon
@@ -267,13 +267,17 @@ class StackedChains:
         seen = self.samples if self.index is None else 2 * self.index.shape[1]
         seen = self.target.effort.sample_losses or seen
         counted: Tensor | None = None
+        # The first steps of chains that start anew tell of where they start. However long others in the stack go on.
+        half = MINIBATCH_NOISE.every // 2
+        few = self.settings.draws is not None and self.settings.draws + (self.settings.burn_in or 0) <= half
+        looked_at = 0 if few else half
         changes = {0, *counts, *(before for before, _ in lengths)}
         scale = record.new_tensor([[nbeta], [self.target.localization]])
         for t in range(count):
             check_interruption()
             self.made += 1
             delta_loss = evaluate()
-            if first and t % MINIBATCH_NOISE.every == 0 and self._corrected:
+            if first and self._corrected and t % MINIBATCH_NOISE.every == looked_at:
                 record[t, 4] = self._gradient_noise(evaluate, gradients)
             record[t, 0] = nbeta * delta_loss
             if recorder is not None:
