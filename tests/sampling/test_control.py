@@ -76,6 +76,10 @@ def test_of_small_batches_it_is_that_of_others():
     excess = traces.centred / exact - 1
     assert traces.centred_error / exact < 0.1 * excess
     assert 0.25 * excess < traces.heating < 1.4 * excess
+    # Of few draws, too, as there may be no time for a second look.
+    few = replace(settings, burn_in=0, draws=4)
+    (traces,) = sample(loss, torch.zeros(1, size), [0], few, NBETA, GAMMA, [epsilon], lambda traces: 1.0)
+    assert traces.heating > 0.1 * excess
 
 
 def test_noise_counts_where_chains_settle_and_a_fifth_of_that_where_they_start(monkeypatch):
