@@ -130,15 +130,16 @@ def profile_noise(
             noise[place].add_(own, alpha=(-1.0) ** number)
             squares[place] += own.double().square().sum().cpu()
     change /= len(groups)
-    heatings = []
-    for place, position in enumerate(positions.unbind()):
-        variance = group * float(squares[place] / len(groups) - change[place].double().square().sum().cpu())
-        virial = nbeta * abs(
-            float(displacements[place] @ change[place])
-        )  # about the mean, as λ_c: twice that in a bowl
-        curvature = partial(difference_product, whole, position[None], whole.gradients(position[None])[1])
+    squares /= len(groups)
+    gain, heatings = float(chains.dynamics.noise_gain[0]) * nbeta**2, []
+    for place in range(2):
+        variance = group * float(squares[place] - change[place].double().square().sum().cpu())
+        # About the mean, as λ_c: twice that in a bowl.
+        virial = nbeta * abs(float(displacements[place] @ change[place]))
+        position = positions[place : place + 1]
+        curvature = partial(difference_product, whole, position, whole.gradients(position)[1])
         share = float(share_of_stiff(curvature, noise[place : place + 1], chains.dynamics))
-        heatings.append(float(chains.dynamics.noise_gain[0]) * nbeta**2 * share * variance / max(virial, 1e-300))
+        heatings.append(gain * share * variance / max(virial, 1e-300))
     stiff = change[1:] / change[1:].norm().clamp(min=torch.finfo(change.dtype).tiny)  # H(w − w*)
     products = [
         difference_product(loss, anchor, loss.gradients(anchor, samples)[1], stiff, samples) for samples in groups
