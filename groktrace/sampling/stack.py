@@ -267,7 +267,7 @@ class StackedChains:
         seen = self.samples if self.index is None else 2 * self.index.shape[1]
         seen = self.target.effort.sample_losses or seen
         counted: Tensor | None = None
-        # The first steps of chains that start anew tell of where they start. However long others in the stack go on.
+        # Not at the first steps, which tell of where chains start. (The settings decide, not how long others go on.)
         half = MINIBATCH_NOISE.every // 2
         few = self.settings.draws is not None and self.settings.draws + (self.settings.burn_in or 0) <= half
         looked_at = 0 if few else half

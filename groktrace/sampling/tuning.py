@@ -129,7 +129,7 @@ class MinibatchNoise:
         profile_batch: they are a multiple of so many; of fewer, all are used.
         curvature_samples, curvature_bytes: for the curvature that tells where their noise goes, at most the larger.
         far: where chains start, noise may heat by so many times as much as where they settle: by 2 to 4 in an LSTM that
-            batches do no harm, by 5 to 10 in a transformer whose chains they throw out.
+            batches do no harm, by 4 to 10 in a transformer whose chains they throw out.
         group: batches are chosen in multiples of so many samples.
         least: samples a batch.
         bending: the curvature of a batch scatters by so much of its mean at most, or single batches would throw chains
