@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Snapshots whose losses and curvature are measured, half as many as the analysis begins with; seconds that trying some
 # of them may take, and how many are tried at least.
 _METRICS = PASSES.coarse // 2
-_SECONDS = 5.0
+_SECONDS = 8.0
 _LEAST_TRIED = 2
 
 
@@ -100,11 +100,12 @@ def forecast(
         order = [step for step in _from_all_parts(list(metrics)) if step in session.snapshots.fingerprints]
         at_once = objective.llc_stack(scale) * session.backend.threads
         points: dict[int, Point] = {}
-        start = time.perf_counter()
-        while order and (len(points) < _LEAST_TRIED or time.perf_counter() - start < _SECONDS):
+        start, spent, rounds = time.perf_counter(), 0.0, 0
+        # Another round may take as long as those before.
+        while order and (len(points) < _LEAST_TRIED or spent * (rounds + 1) / rounds < _SECONDS):
             points |= session.points(metrics, scale, order[:at_once])
-            order = order[at_once:]
-        seconds += (time.perf_counter() - start) / max(len(points), 1)
+            order, rounds, spent = order[at_once:], rounds + 1, time.perf_counter() - start
+        seconds += spent / max(len(points), 1)
     lengths = [sum(point.diagnostics.get(name) or 0 for name in ("lost_steps", "steps")) for point in points.values()]
     mean_length = round(statistics.mean(lengths)) if lengths else 0
     return Forecast(*of_run, mean_length, _memory(place), prepared + seconds * len(wanted), len(points))

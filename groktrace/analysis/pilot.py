@@ -100,16 +100,13 @@ def choose_sampling(
     trial = _Trial(objective, key)
     at_once = threads if large_set else 1  # of small sets a trial takes a moment
     if large_set:
-        scale = trial.sized(scale)
+        scale = trial.sized(scale, snapshots[0][1])
         if not free and settings.samples is not None and settings.batch_size is not None:
             return scale  # nothing is left to be found out
-    for nearer, locality in enumerate(PILOT.localities if free else (scale.locality,)):
+    for locality in PILOT.localities if free else (scale.locality,):
         if free:
             wider = choose_scale(objective, metrics, locality=locality)
             scale = wider._replace(samples=scale.samples, batch_size=scale.batch_size)
-        if nearer == 0:
-            profiles = trial.profiles(scale, snapshots, at_once)
-            scale = trial.in_batches(scale, profiles)
         found = []
         for some in _batched(snapshots, at_once):
             estimates = _run_threads(partial(trial.run, scale=scale), some)
@@ -122,11 +119,8 @@ def choose_sampling(
             break
     if not large_set:
         return scale
-    enlarged = trial.enlarged(scale, found)
-    # Nearer to w* there is less noise; of more samples less goes into stiff directions.
-    if profiles is not None and (nearer or (enlarged.samples or stored) >= 2 * (scale.samples or stored)):
-        profiles = trial.profiles(enlarged, snapshots, at_once)
-    return trial.in_batches(enlarged, profiles)
+    scale = trial.enlarged(scale, found)
+    return trial.in_batches(scale, trial.profiles(scale, snapshots, at_once))
 
 
 class _Trial:
@@ -136,11 +130,12 @@ class _Trial:
         self._objective, self._loss, self._settings = objective, objective.loss, objective.settings
         self._key = key
 
-    def sized(self, scale: Scale) -> Scale:
-        """The scale with samples to begin with, and the batches that were asked for."""
-        stored = len(self._loss.tensors[0])
-        samples = min(self._settings.samples or 2 * PILOT.least_samples, stored)
-        return _in_batches(scale, samples, self._settings.batch_size)
+    def sized(self, scale: Scale, weights: Mapping[str, Tensor]) -> Scale:
+        """The scale with samples and batches to begin with."""
+        # With one target each, λ_c of the fewest that are ever used would be far too small.
+        samples = PILOT.least_samples if self._targets(weights) >= 2 else 2 * PILOT.least_samples
+        samples = min(self._settings.samples or samples, len(self._loss.tensors[0]))
+        return _in_batches(scale, samples, self._settings.batch_size or PILOT.batch_size)
 
     def profiles(
         self, scale: Scale, snapshots: Sequence[tuple[SnapshotMetrics, dict[str, Tensor]]], threads: int
@@ -149,7 +144,7 @@ class _Trial:
         # Of large networks the batches' gradients are not kept.
         if not self._objective.large_set or self._settings.batch_size or self._loss.micro_batch is not None:
             return None
-        if scale.samples is not None and scale.samples < MINIBATCH_NOISE.profile_batch:
+        if scale.samples is not None and scale.samples < MINIBATCH_NOISE.least_profiled:
             return None
         return [
             profile
@@ -160,7 +155,7 @@ class _Trial:
     def in_batches(self, scale: Scale, profiles: Sequence[NoiseProfile] | None) -> Scale:
         """The scale with batches so large that their noise does no harm."""
         if profiles is None:
-            return _in_batches(scale, scale.samples, scale.batch_size)
+            return _in_batches(scale, scale.samples, self._settings.batch_size)
         sizes = [profile.batch(scale.samples, PILOT.aimed * MINIBATCH_NOISE.wanted) for profile in profiles]
         return _in_batches(scale, scale.samples, None if None in sizes else max(sizes))
 
@@ -173,18 +168,22 @@ class _Trial:
         loss = self._objective.fork().loss.subset(scale.samples, MINIBATCH_NOISE.profile_batch)
         factor = 1.0 if scale.curvature is None else scale.curvature / known.top_curvature
         stacked, anchor = stack_weights(loss, [{**weights, FACTOR: torch.tensor(factor)}])
-        most = max(MINIBATCH_NOISE.curvature_samples, MINIBATCH_NOISE.curvature_bytes // loss.sample_bytes)
-        whole = replace(loss.subset(min(most, len(loss.tensors[0]))), fixed=stacked.fixed)
         key, size = self._key(known.step), self._step_size(known, scale)
-        return profile_noise(stacked, whole, anchor, key, self._settings, scale.nbeta, scale.localization, size)
+        return profile_noise(stacked, anchor, key, self._settings, scale.nbeta, scale.localization, size)
 
     def run(self, known: SnapshotMetrics, weights: Mapping[str, Tensor], scale: Scale) -> LLCEstimate:
         """A short estimate."""
         short = replace(self._settings, draws=self._settings.draws or PILOT.few_draws)
         if self._objective.large_set:
-            short = replace(short, step_size=self._step_size(known, scale), burn_in=PILOT.burn_in, draws=PILOT.draws)
+            size = self._step_size(known, scale)
+            short = replace(short, step_size=size, burn_in=PILOT.burn_in, draws=PILOT.draws)
         objective = replace(self._objective.fork(), settings=short)
-        return objective.estimate([weights], [known], scale, [self._key(known.step)])[0]
+        for batch_size in dict.fromkeys((scale.batch_size, self._settings.batch_size)):
+            of_batch = _in_batches(scale, scale.samples, batch_size) if self._objective.large_set else scale
+            estimate = objective.estimate([weights], [known], of_batch, [self._key(known.step)])[0]
+            if estimate.llc is not None:
+                break  # else small batches have perhaps thrown the chains out
+        return estimate
 
     def left(self, known: SnapshotMetrics, estimate: LLCEstimate) -> bool:
         """Whether the chains have gone so far up that they are hardly in the snapshot's basin any more."""

@@ -118,7 +118,7 @@ class NoiseProfile:
     bending: float
 
     def batch(self, samples: int, wanted: float) -> int | None:
-        """The smallest batches whose noise does no harm, a multiple of 16; None where all samples are as cheap.
+        """The smallest batches whose noise does no harm, a multiple of 8; None where all samples are as cheap.
 
         Args:
             samples: N, how many there are.
@@ -129,5 +129,5 @@ class NoiseProfile:
         # NaN where a chain was thrown out.
         needed = float(np.max([self.heating / wanted, self.bending / tuned.bending**2]))
         least = needed / (1 + needed / samples) if math.isfinite(needed) else samples
-        size = tuned.group * math.ceil(max(least, tuned.least) / tuned.group)
+        size = tuned.multiple * math.ceil(max(least, tuned.least) / tuned.multiple)
         return size if tuned.least_batches * size <= samples else None

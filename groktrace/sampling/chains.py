@@ -85,7 +85,6 @@ def sample(
 
 def profile_noise(
     loss: StackedLoss,
-    whole: StackedLoss,
     anchor: Tensor,
     key: int,
     settings: ResolvedSettings,
@@ -93,15 +92,14 @@ def profile_noise(
     localization: float,
     epsilon: float,
 ) -> NoiseProfile:
-    """How noisy gradients of samples are where a chain is; of 512 of them at most.
+    """How noisy gradients of samples are where two chains are, each with samples of its own.
 
-    It starts too far along stiff directions, which it forgets in a few steps. What counts is the place after these; the
-    start tells of losses that are far from quadratic, where chains come by such places now and then.
+    They start too far along stiff directions, which they forget in a few steps. What counts is the place after these;
+    the start tells of losses that are far from quadratic, where chains come by such places now and then. Of the two
+    starts it is the calmer one: one in six is ten times as noisy as others in a network whose batches do no harm.
 
     Args:
-        loss: of one row.
-        whole: the same of all samples that will be used, or of many: along its own noise the curvature of a sample is
-            larger, and among few samples it counts for too much.
+        loss: of one row, and of 64 samples or more.
         anchor: w*, [1, D].
         key: of the snapshot's noise.
         settings: of the sampling.
@@ -110,41 +108,62 @@ def profile_noise(
         epsilon: ε.
     """
     group, batch = MINIBATCH_NOISE.group, MINIBATCH_NOISE.profile_batch
-    stored = len(loss.tensors[0]) // batch * batch
+    stored = len(loss.tensors[0]) // MINIBATCH_NOISE.least_profiled * MINIBATCH_NOISE.least_profiled
     loss = replace(loss, tensors=tuple(tensor[:stored] for tensor in loss.tensors))
-    settings = replace(settings, chains=1, batch_size=batch)
+    settings = replace(settings, chains=2, batch_size=batch)
     target = Target(settings, nbeta, localization, anchor.shape[1], loss.sample_bytes is not None)
     chains = StackedChains(loss, anchor, [key], target, [epsilon], [0], [epsilon])
     start = chains.state.displacement.clone()
     chains.advance([(EQUILIBRIUM.least_burn_in, 0)])
-    displacements = torch.cat([start, chains.state.displacement])
-    positions = anchor + displacements
-    groups = torch.arange(min(stored, MINIBATCH_NOISE.profiled), device=anchor.device).view(-1, 1, group)
-    change, noise, squares = torch.zeros_like(positions), torch.zeros_like(positions), torch.zeros(2).double()
-    for number, samples in enumerate(groups):
-        there = loss.gradients(anchor, samples)[1]
-        for place, position in enumerate(positions):
-            own = loss.gradients(position[None], samples)[1].sub_(there)[0]
-            change[place] += own
+    settled, dynamics = chains.state.displacement, chains.dynamics
+
+    rows = torch.zeros(2, dtype=torch.long, device=anchor.device)
+    loss, anchors = loss.select(rows), anchor[rows]
+    profiled = MINIBATCH_NOISE.profiled
+    if loss.sample_bytes is not None:
+        profiled = max(profiled, MINIBATCH_NOISE.profiled_bytes // loss.sample_bytes)
+    profiled = min(stored, profiled // MINIBATCH_NOISE.least_profiled * MINIBATCH_NOISE.least_profiled)
+    groups = torch.arange(profiled, device=anchor.device).view(-1, 2, group)  # [G, chains, samples]
+    at_anchor = [loss.gradients(anchors, samples)[1].clone() for samples in groups]
+
+    def share(displacement: Tensor, noise: Tensor, row: int) -> float:
+        # Along its own noise the curvature of a sample is larger: the other's.
+        of_row, position = loss.select(rows[:1]), anchor + displacement[row]
+        samples = groups[::2, 1 - row].reshape(1, -1)  # half of these will do
+        gradient = of_row.gradients(position, samples)[1]
+        curvature = partial(difference_product, of_row, position, gradient, index=samples)
+        return float(share_of_stiff(curvature, noise[row : row + 1], dynamics.select(rows[:1] + row)))
+
+    def noise_at(displacement: Tensor) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
+        """∇L − ∇L(w*), a sample of its noise, its variance of single samples, and (w − w*)·nβ∇L, each by chain."""
+        change, noise, squares = torch.zeros_like(anchors), torch.zeros_like(anchors), torch.zeros(2).double()
+        for number, (samples, there) in enumerate(zip(groups, at_anchor, strict=True)):
+            own = loss.gradients(anchors + displacement, samples)[1].sub_(there)
+            change += own
             # With alternating signs, of an even number, the sum has the directions of a group's noise.
-            noise[place].add_(own, alpha=(-1.0) ** number)
-            squares[place] += own.double().square().sum().cpu()
-    change /= len(groups)
-    squares /= len(groups)
-    gain, heatings = float(chains.dynamics.noise_gain[0]) * nbeta**2, []
-    for place in range(2):
-        variance = group * float(squares[place] - change[place].double().square().sum().cpu())
+            noise.add_(own, alpha=(-1.0) ** number)
+            squares += own.double().square().sum(1).cpu()
+        change /= len(groups)
+        variance = group * (squares - len(groups) * change.double().square().sum(1).cpu()) / (len(groups) - 1)
         # About the mean, as λ_c: twice that in a bowl.
-        virial = nbeta * abs(float(displacements[place] @ change[place]))
-        position = positions[place : place + 1]
-        curvature = partial(difference_product, whole, position, whole.gradients(position)[1])
-        share = float(share_of_stiff(curvature, noise[place : place + 1], chains.dynamics))
-        heatings.append(gain * share * variance / max(virial, 1e-300))
-    stiff = change[1:] / change[1:].norm().clamp(min=torch.finfo(change.dtype).tiny)  # H(w − w*)
-    products = [
-        difference_product(loss, anchor, loss.gradients(anchor, samples)[1], stiff, samples) for samples in groups
-    ]
-    curvatures = torch.stack([torch.linalg.vecdot(product, stiff)[0] for product in products]).double()
-    bending = group * float(curvatures.var(correction=0) / curvatures.mean().square())
-    at_start, settled = heatings
-    return NoiseProfile(float(np.maximum(settled, at_start / MINIBATCH_NOISE.far)), bending)
+        virial = nbeta * torch.linalg.vecdot(displacement, change).abs().double().cpu()
+        return change, noise, variance.numpy(), virial.clamp(min=1e-300).numpy()
+
+    gain = float(dynamics.noise_gain[0]) * nbeta**2
+    _, noise, variance, virial = noise_at(start)
+    calm = int(np.argmin(variance / virial))
+    at_start = gain * share(start, noise, calm) * variance[calm] / virial[calm]
+    change, noise, variance, virial = noise_at(settled)
+    stiff_variance = sum(share(settled, noise, row) * variance[row] for row in range(2))
+    heating = np.maximum(gain * stiff_variance / virial.sum(), at_start / MINIBATCH_NOISE.far)
+
+    # H(w − w*) of one chain, and the curvature of the other's samples along it.
+    stiff = (change / change.norm(dim=1, keepdim=True).clamp(min=torch.finfo(change.dtype).tiny)).flip(0)
+    curvatures = torch.stack(
+        [
+            torch.linalg.vecdot(difference_product(loss, anchors, there, stiff, samples), stiff)
+            for samples, there in zip(groups, at_anchor, strict=True)
+        ]
+    ).double()
+    bending = group * (curvatures.var(0) / curvatures.mean(0).square()).mean()
+    return NoiseProfile(float(heating), float(bending))

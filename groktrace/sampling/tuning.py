@@ -125,12 +125,14 @@ class MinibatchNoise:
         reduction: to so much of the step at least, to get there.
         every: steps between two measurements, a gradient each.
         every_large: the same in large networks, four gradients each.
-        profiled: samples that tell how noisy gradients are at a snapshot.
-        profile_batch: they are a multiple of so many; of fewer, all are used.
-        curvature_samples, curvature_bytes: for the curvature that tells where their noise goes, at most the larger.
+        profiled: samples that tell how noisy gradients are at a snapshot, or
+        profiled_bytes: as many as take so much, if these are more.
+        least_profiled: they are a multiple of so many; of fewer, all are used.
+        profile_batch: samples a gradient of the chains that they are looked at along.
         far: where chains start, noise may heat by so many times as much as where they settle: by 2 to 4 in an LSTM that
             batches do no harm, by 4 to 10 in a transformer whose chains they throw out.
-        group: batches are chosen in multiples of so many samples.
+        group: samples of each of the gradients whose scatter tells the noise.
+        multiple: batches are chosen in multiples of so many samples.
         least: samples a batch.
         bending: the curvature of a batch scatters by so much of its mean at most, or single batches would throw chains
             out: where few samples have most of it, as in classifiers with large margins, all are used.
@@ -142,11 +144,12 @@ class MinibatchNoise:
     every: int = 16
     every_large: int = 32
     profiled: int = 512
-    profile_batch: int = 64
-    curvature_samples: int = 128
-    curvature_bytes: int = 2**24
+    profiled_bytes: int = 2**22
+    least_profiled: int = 64
+    profile_batch: int = 32
     far: float = 5.0
     group: int = 16
+    multiple: int = 8
     least: int = 16
     bending: float = 0.3
     least_batches: int = 4

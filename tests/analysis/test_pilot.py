@@ -55,7 +55,7 @@ def line(noise=0.1, inputs=20):
     return model, (x, y), torch.linalg.eigvalsh(2 * x.double().T @ x.double() / TALL)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_lambda_of_a_sampled_set_is_the_soft_rank_of_all_of_it(large_set, noise):
     model, data, spectrum = line(noise)
     found = groktrace.estimate_llc(model, "mse", data, nbeta=3000.0, localization=300.0, draws=600, seed=1)
@@ -143,21 +143,19 @@ def test_samples_grow_with_what_they_would_miss(large_set, monkeypatch):
     """λ of few samples is too small by about λ over how many targets they have."""
     model, data, _ = line()
     objective, weights, metrics = prepared(model, "mse", data, localization=300.0)
-    monkeypatch.setattr(pilot, "PILOT", Pilot(least_samples=64))
+    monkeypatch.setattr(pilot, "PILOT", Pilot(least_samples=64, most_missed=0.04))
     profiled, profile = [], pilot.profile_noise
     monkeypatch.setattr(
         pilot,
         "profile_noise",
-        lambda loss, whole, *rest: profiled.append(len(whole.tensors[0])) or profile(loss, whole, *rest),
+        lambda loss, *rest: profiled.append(len(loss.tensors[0])) or profile(loss, *rest),
     )
     few = choose(objective, weights, metrics)
     monkeypatch.setattr(pilot, "PILOT", Pilot(least_samples=64, most_missed=0.005))
     more = choose(objective, weights, metrics)
     assert few.samples < more.samples <= TALL
-    # Their noise is found anew.
-    assert profiled[0] == profiled[2] == 128
-    assert profiled[1] == pytest.approx(few.samples, abs=few.batch_size)
-    assert profiled[3] == pytest.approx(more.samples, abs=more.batch_size)
+    # Their noise is that of as many, but for what does not fill a batch; of these there are four or more.
+    assert profiled == pytest.approx([few.samples, more.samples], rel=0.25)
     given = choose(objective, weights, metrics, batch_size=48)
     assert (given.samples % 48, given.batch_size) == (0, 48)
     assert math.isclose(few.nbeta, more.nbeta)
@@ -241,7 +239,7 @@ def test_noise_that_goes_into_flat_directions_is_no_heat(large_set):
     exact = 0.5 * 20 * 1000 / 1100
     assert 0 < found.diagnostics["heating"] < 0.02
     assert found.diagnostics["lost_steps"] == 0  # as heat, the noise would call for a smaller step
-    assert choose(objective, weights, metrics, draws=None).batch_size == 32  # of heat none would do
+    assert choose(objective, weights, metrics, draws=None).batch_size <= 48  # of heat none would do
     assert found.llc_centred == pytest.approx(exact, abs=4 * found.stderr_centred + 0.02 * exact)
 
 
