@@ -51,7 +51,7 @@ class Pilot:
         most_climb: a basin is left where the loss climbs by this share of the way to that of chance; a convention.
         tried: snapshots on which short chains are tried.
         burn_in, draws: of such chains where data are sampled; minibatch noise is measured every 16 steps.
-        batch_size: of such chains: it moved what they tell by a third of it at most where it matters (on five networks).
+        batch_size: of such chains: on five networks it moved what they tell by a third of that at most.
         few_draws: of such chains where data are used whole.
         aimed: batches are so large that few of the other snapshots are heated by more than is wanted.
         most_missed: a posterior of S samples with m targets each has λ_c lower by about λ_c/(S·m) of it (measured on
