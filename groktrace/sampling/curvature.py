@@ -19,6 +19,8 @@ FAR_STEP = 8e-3
 FAR_AGREEMENT = 0.7
 _START_ITERATIONS = 3
 _START_HALVINGS = 8
+_STEEPER = 1.5
+_LOSS_ROUNDING = 1e-6
 
 
 def difference_product(
@@ -148,7 +150,8 @@ def gaussian_start(
 
     (nβH + γ)^{−½}·z has the covariance (nβH + γ)⁻¹; it is approximated in the Krylov space of z and H (Chow & Saad
     2014, SIAM J. Sci. Comput. 36, A588). A chain that starts there has little left to forget. Where the loss climbs
-    more than its curvature at w* tells, the start is drawn nearer to w*.
+    more than its curvature at w* tells, the start is drawn nearer to w*: chains come down from there by few steps at a
+    time, and meet curvatures on the way that throw them out.
 
     Args:
         loss: of R rows.
@@ -170,14 +173,18 @@ def gaussian_start(
     coefficients = torch.einsum("rij,rj,rj->ri", vectors, shrunk, vectors[:, 0]).to(weights.dtype)
     coefficients *= torch.where(finite, normal.norm(dim=1), 0)[:, None]
     displacement = torch.where(finite[:, None], _combined(basis, coefficients), 0)
-    # In the quadratic loss, U is ½‖z‖² here.
-    allowed = 1.25 * 0.5 * normal.square().sum(1)
+    # What the loss climbs by its curvature alone; of one that is steeper further off, chains would come down slowly.
+    bowl = torch.einsum("ri,rij,rj->r", coefficients.double(), tridiagonal.nan_to_num(), coefficients.double())
+    bowl = 0.5 * nbeta * bowl.clamp(min=0)
+    rounding = nbeta * _LOSS_ROUNDING * losses.abs()
     for _ in range(_START_HALVINGS):
-        excess = loss.gradients(weights + displacement, index)[0] - losses
-        steep = ~(nbeta * excess + 0.5 * localization * displacement.square().sum(1) <= allowed)
+        straight = losses + torch.linalg.vecdot(gradients, displacement)
+        climb = nbeta * (loss.gradients(weights + displacement, index)[0] - straight)
+        steep = ~(climb <= _STEEPER * bowl + 3 * (bowl.sqrt() + 1) + rounding)
         if not steep.any():
             break
         displacement[steep] *= 0.5
+        bowl[steep] *= 0.25
     return displacement
 
 

@@ -189,6 +189,24 @@ def test_starts_stay_where_the_loss_climbs_more_than_its_curvature_tells():
     assert (found.norm(dim=1) > 0).all()
 
 
+@pytest.mark.parametrize("quartic", [0.0, 100.0])
+def test_of_many_weights_the_stiff_ones_alone_tell_how_far_a_start_may_climb(quartic):
+    stiff, nbeta = torch.cat([torch.full((40,), 10.0), torch.zeros(3960)]), 100.0
+
+    def forward(weights, tensors):
+        squares = stiff * weights["w"].square()
+        return 0.5 * squares.sum() + quartic * squares.square().sum() + 0 * tensors[0].sum(), None
+
+    loss = StackedLoss(forward, WeightLayout(("w",), ((4000,),)), (torch.zeros(1),), {})
+    normal = torch.randn(8, 4000, generator=torch.Generator().manual_seed(5))
+    found = start(loss, torch.zeros(8, 4000), normal, nbeta, 1.0)
+    bowl = 0.5 * nbeta * (stiff * found.square()).sum(1)
+    climb = bowl + nbeta * quartic * (stiff * found.square()).square().sum(1)
+    assert (climb < 1.6 * bowl + 3 * (bowl.sqrt() + 1)).all()
+    full = 0.5 * found.square().sum(1) > 0.9 * 0.5 * 3960
+    assert full.all() if quartic == 0 else not full.any()
+
+
 @pytest.mark.parametrize("twice", [True, False])
 def test_starts_around_a_confident_classifier_follow_the_curvature_at_it(confident_classifier, monkeypatch, twice):
     loss, flat, top = confident_classifier
