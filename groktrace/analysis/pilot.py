@@ -117,6 +117,10 @@ def choose_sampling(
                 break
         else:
             break
+    else:  # batches may have kept the chains up there, and λ_c would be far too large
+        if large_set:
+            whole = trial.in_batches(scale, None)
+            found = [(*snapshot, trial.run(*snapshot, scale=whole)) for *snapshot, _ in found]
     if not large_set:
         return scale
     scale = trial.enlarged(scale, found)

@@ -139,6 +139,32 @@ def test_a_basin_that_the_chains_would_leave_gets_a_smaller_locality(reach, wide
     assert given.locality == 0.22
 
 
+def test_a_trial_whose_chains_small_batches_throw_out_is_made_on_all_samples(large_set, monkeypatch):
+    estimate = Objective.estimate
+
+    def thrown_out(own, weights, metrics, scale, *rest):
+        found = estimate(own, weights, metrics, scale, *rest)
+        return found if scale.batch_size is None else [replace(one, llc=None) for one in found]
+
+    monkeypatch.setattr(Objective, "estimate", thrown_out)
+    model, data, _ = line()
+    assert choose(*prepared(model, "mse", data)).locality == 0.22
+
+
+def test_chains_that_batches_keep_up_do_not_say_how_many_samples_are_used(large_set, monkeypatch):
+    estimate = Objective.estimate
+
+    def heated(own, weights, metrics, scale, *rest):
+        found = estimate(own, weights, metrics, scale, *rest)
+        return found if scale.batch_size is None else [replace(one, llc=1e20, llc_centred=1e20) for one in found]
+
+    monkeypatch.setattr(Objective, "estimate", heated)
+    model, data, _ = line()
+    found = choose(*prepared(model, "mse", data))
+    assert found.locality == 0.01
+    assert found.samples == pytest.approx(512, rel=0.25)  # of 2048
+
+
 def test_samples_grow_with_what_they_would_miss(large_set, monkeypatch):
     """λ of few samples is too small by about λ over how many targets they have."""
     model, data, _ = line()
