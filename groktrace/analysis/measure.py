@@ -173,7 +173,8 @@ class Objective:
                 index = torch.stack([spread_ranks(order, loss.heavy, self._curvature_samples()) for order in orders])
             generators = [generator_for(self.settings.seed, key, 0, "curvature", loss.device) for key in keys]
             products = MEASUREMENT.large_set_products if self.large_set else MEASUREMENT.products
-            tops = top_eigenvalue(loss, anchors, normal_like(anchors, generators), products, index).tolist()
+            more = (MEASUREMENT.settled, MEASUREMENT.most_products) if self.large_set else ()
+            tops = top_eigenvalue(loss, anchors, normal_like(anchors, generators), products, index, *more).tolist()
             sizes = list(zip(anchors.square().sum(1).tolist(), tops, strict=True))
         unknown = dict.fromkeys(("val_loss", "val_accuracy"))
         return [

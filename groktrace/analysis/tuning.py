@@ -20,7 +20,9 @@ class Measurement:
         heavy_share: one in so many of these is among the samples of the largest losses: of a well-fitted set they
             decide the curvature.
         products: with the Hessian, for its largest eigenvalue, where data are used whole.
-        large_set_products: the same of a large set.
+        large_set_products: the same of a large set,
+        settled: and more while the last two add more than this share: after six a transformer's is 30 % too small,
+        most_products: up to so many.
         steps_off_minimum: of a chain on a large set, burn-in and draws, after which there are no more of these: what is
             off a minimum cannot become reliable.
         chance_samples: what a network loses that knows nothing is the same on so many, spread evenly, as on all.
@@ -35,6 +37,8 @@ class Measurement:
     heavy_share: int = 4
     products: int = 8
     large_set_products: int = 6
+    settled: float = 0.01
+    most_products: int = 24
     steps_off_minimum: int = 40
     chance_samples: int = 256
 

@@ -70,7 +70,13 @@ def hessian_operator(loss: StackedLoss, weights: Tensor) -> Callable[[Tensor], T
 
 
 def top_eigenvalue(
-    loss: StackedLoss, weights: Tensor, start: Tensor, iterations: int = 8, index: Tensor | None = None
+    loss: StackedLoss,
+    weights: Tensor,
+    start: Tensor,
+    iterations: int = 8,
+    index: Tensor | None = None,
+    settled: float = 0.0,
+    most: int | None = None,
 ) -> Tensor:
     """Largest |eigenvalue| of the Hessian of each row, from below; zero where it is no more than rounding.
 
@@ -80,14 +86,28 @@ def top_eigenvalue(
         start: [R, D] random directions.
         iterations: products; eight come within 6 % on networks (1 % in the median), ten power iterations within 11 %.
         index: [R, B] samples for each row; None for all of them.
+        settled: more products are made while the last two add more than this share: one alone can miss an eigenvalue,
+        most: so many at most; None for no more than `iterations`.
 
     Returns:
         [R]; NaN where the loss is not finite.
     """
     losses, gradients = loss.gradients(weights, index)
-    tridiagonal, basis = _checked_lanczos(loss, weights, gradients, start, iterations, index)
+    kept: dict[int, float] = {}  # of rows that have settled, so that no row depends on the others
+
+    def goes_on(tridiagonal: Tensor) -> bool:
+        now, before = _largest(tridiagonal), _largest(tridiagonal[:, :-2, :-2])
+        for row, (one, other) in enumerate(zip(now.tolist(), before.tolist(), strict=True)):
+            if row not in kept and (one - other <= settled * one or tridiagonal.shape[1] >= most):
+                kept[row] = one
+        return len(kept) < len(now)
+
+    goes_on_to = None if most is None else goes_on
+    tridiagonal, basis = _checked_lanczos(loss, weights, gradients, start, iterations, index, goes_on_to)
     finite = torch.isfinite(tridiagonal).all(dim=(1, 2))
-    sizes = torch.linalg.eigvalsh(tridiagonal.nan_to_num()).abs().amax(1).to(weights.dtype)
+    sizes = _largest(tridiagonal).to(weights.dtype)
+    if kept:
+        sizes = sizes.new_tensor([kept[row] for row in range(len(sizes))])
     flat = (sizes > 0) & (sizes * weights.square().sum(1) < FLAT * losses.abs())
     if flat.any():
         stiffest, value = _stiffest(tridiagonal, basis)
@@ -95,6 +115,11 @@ def top_eigenvalue(
         off = far.addcmul(value[:, None].to(far.dtype), stiffest, value=-1).norm(dim=1)
         sizes = torch.where(flat & ~(off <= FAR_AGREEMENT * sizes), 0, sizes)
     return torch.where(finite, sizes, torch.nan)
+
+
+def _largest(tridiagonal: Tensor) -> Tensor:
+    """Of each row the largest |eigenvalue|, [R]."""
+    return torch.linalg.eigvalsh(tridiagonal.nan_to_num()).abs().amax(1)
 
 
 def _stiffest(tridiagonal: Tensor, basis: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -113,11 +138,12 @@ def _checked_lanczos(
     start: Tensor,
     iterations: int,
     index: Tensor | None = None,
+    goes_on: Callable[[Tensor], bool] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """See `lanczos`: by differences, and by exact products in those rows where a smaller difference disagrees."""
     by_difference = partial(difference_product, loss, weights, gradients, index=index)
     if loss.sample_bytes is not None:  # where gradients take long, a difference that is short enough for all has to do
-        return lanczos(partial(by_difference, relative_step=_SHORT_STEP), start, iterations)
+        return lanczos(partial(by_difference, relative_step=_SHORT_STEP), start, iterations, goes_on)
     tridiagonal, basis = lanczos(by_difference, start, iterations)
     stiffest, value = _stiffest(tridiagonal, basis)
     closer = torch.linalg.vecdot(by_difference(stiffest, relative_step=_RELATIVE_STEP / 8), stiffest)
@@ -188,13 +214,19 @@ def gaussian_start(
     return displacement
 
 
-def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> tuple[Tensor, list[Tensor]]:
+def lanczos(
+    product: Callable[[Tensor], Tensor],
+    start: Tensor,
+    iterations: int,
+    goes_on: Callable[[Tensor], bool] | None = None,
+) -> tuple[Tensor, list[Tensor]]:
     """The Hessian of each row in the Krylov space of a vector (Golub & Van Loan, ch. 10): H ≈ V·T·Vᵀ.
 
     Args:
         product: v → ∇²L·v, [R, D] each; its result may be written to.
         start: [R, D].
         iterations: m, products.
+        goes_on: whether another one is made, from T so far; None for no more.
 
     Returns:
         T, [R, m, m] in float64, and the m columns of V, [R, D] each.
@@ -203,7 +235,7 @@ def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, iterations: int)
     before = torch.zeros_like(direction)
     overlap = start.new_zeros(len(start))
     diagonal, off_diagonal, basis = [], [], []
-    for _ in range(iterations):
+    while True:
         basis.append(direction)
         image = product(direction)
         diagonal.append(torch.linalg.vecdot(image, direction))
@@ -212,7 +244,9 @@ def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, iterations: int)
         off_diagonal.append(overlap)
         # Where the space is exhausted, or the loss flat, nothing remains: keep the direction, at weight zero.
         before, direction = direction, torch.where(overlap[:, None] > 0, image / overlap[:, None], direction)
-    tridiagonal = torch.diag_embed(torch.stack(diagonal, 1).double())
-    for offset in (1, -1):
-        tridiagonal += torch.diag_embed(torch.stack(off_diagonal[:-1], 1).double(), offset=offset)
-    return tridiagonal, basis
+        if len(basis) >= iterations:
+            tridiagonal = torch.diag_embed(torch.stack(diagonal, 1).double())
+            for offset in (1, -1):
+                tridiagonal += torch.diag_embed(torch.stack(off_diagonal[:-1], 1).double(), offset=offset)
+            if goes_on is None or not goes_on(tridiagonal):
+                return tridiagonal, basis

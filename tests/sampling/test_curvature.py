@@ -154,6 +154,21 @@ def test_curvature_at_the_origin_of_weight_space(bowl):
     torch.testing.assert_close(found, torch.tensor([7.0]).double(), rtol=1e-3, atol=0)
 
 
+def test_products_go_on_until_the_largest_eigenvalue_has_settled_in_each_row(bowl):
+    """Of many dimensions a random start has little of the stiffest direction; six products do not find it."""
+    curvatures = torch.cat([torch.linspace(0, 1, 3999), torch.tensor([1.4])]).double()
+    loss = replace(bowl(curvatures.tolist()), sample_bytes=1)
+    weights = torch.full((4, 4000), 0.01).double()
+    starts = torch.randn(4, 4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert (top_eigenvalue(loss, weights, starts, 6) < 0.9 * 1.4).any()
+    found = top_eigenvalue(loss, weights, starts, 6, settled=0.01, most=24)
+    torch.testing.assert_close(found, torch.full((4,), 1.4).double(), rtol=0.02, atol=0)
+    for row in range(4):
+        alone = top_eigenvalue(loss, weights[row : row + 1], starts[row : row + 1], 6, settled=0.01, most=24)
+        torch.testing.assert_close(alone, found[row : row + 1], rtol=1e-9, atol=0)
+    assert (top_eigenvalue(loss, weights, starts, 6, settled=0.01, most=7) < 0.9 * 1.4).any()
+
+
 def start(loss, weights, *more):
     return gaussian_start(loss, weights, loss.gradients(weights), *more)
 
