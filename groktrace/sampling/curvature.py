@@ -206,7 +206,7 @@ def gaussian_start(
     for _ in range(_START_HALVINGS):
         straight = losses + torch.linalg.vecdot(gradients, displacement)
         climb = nbeta * (loss.gradients(weights + displacement, index)[0] - straight)
-        steep = ~(climb <= _STEEPER * bowl + 3 * (bowl.sqrt() + 1) + rounding)
+        steep = ~(climb <= _STEEPER * bowl + 3 * bowl.sqrt() + 1 + rounding)
         if not steep.any():
             break
         displacement[steep] *= 0.5

@@ -217,7 +217,7 @@ def test_of_many_weights_the_stiff_ones_alone_tell_how_far_a_start_may_climb(qua
     found = start(loss, torch.zeros(8, 4000), normal, nbeta, 1.0)
     bowl = 0.5 * nbeta * (stiff * found.square()).sum(1)
     climb = bowl + nbeta * quartic * (stiff * found.square()).square().sum(1)
-    assert (climb < 1.6 * bowl + 3 * (bowl.sqrt() + 1)).all()
+    assert (climb < 1.6 * bowl + 3 * bowl.sqrt() + 2).all()  # its bowl is of three products
     full = 0.5 * found.square().sum(1) > 0.9 * 0.5 * 3960
     assert full.all() if quartic == 0 else not full.any()
 
