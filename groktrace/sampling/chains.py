@@ -94,9 +94,9 @@ def profile_noise(
 ) -> NoiseProfile:
     """How noisy gradients of samples are where two chains are, each with samples of its own.
 
-    They start too far along stiff directions, which they forget in a few steps. What counts is the place after these;
-    the start tells of losses that are far from quadratic, where chains come by such places now and then. Of the two
-    starts it is the calmer one: one in six is ten times as noisy as others in a network whose batches do no harm.
+    They may start too far along stiff directions, which they forget in a few steps. What counts is the place after
+    these; the start tells of losses that are far from quadratic, where chains come by such places now and then. Of the
+    two starts it is the calmer one: one in six is ten times as noisy as others in a network whose batches do no harm.
 
     Args:
         loss: of one row, and of 64 samples or more.

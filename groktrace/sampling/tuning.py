@@ -129,8 +129,8 @@ class MinibatchNoise:
         profiled_bytes: as many as take so much, if these are more.
         least_profiled: they are a multiple of so many; of fewer, all are used.
         profile_batch: samples a gradient of the chains that they are looked at along.
-        far: where chains start, noise may heat by so many times as much as where they settle: by 2 to 4 in an LSTM that
-            batches do no harm, by 4 to 10 in a transformer whose chains they throw out.
+        far: where chains start, noise may heat by so many times as much as where they settle, as it does in networks
+            whose chains batches do no harm.
         group: samples of each of the gradients whose scatter tells the noise.
         multiple: batches are chosen in multiples of so many samples.
         least: samples a batch.
