@@ -177,16 +177,16 @@ class _Trial:
 
     def run(self, known: SnapshotMetrics, weights: Mapping[str, Tensor], scale: Scale) -> LLCEstimate:
         """A short estimate."""
-        short = replace(self._settings, draws=self._settings.draws or PILOT.few_draws)
+        short, scales = replace(self._settings, draws=self._settings.draws or PILOT.few_draws), [scale]
         if self._objective.large_set:
             size = self._step_size(known, scale)
             short = replace(short, step_size=size, burn_in=PILOT.burn_in, draws=PILOT.draws)
+            scales.append(self.in_batches(scale, None))  # where small batches throw the chains out
         objective = replace(self._objective.fork(), settings=short)
-        for batch_size in dict.fromkeys((scale.batch_size, self._settings.batch_size)):
-            of_batch = _in_batches(scale, scale.samples, batch_size) if self._objective.large_set else scale
-            estimate = objective.estimate([weights], [known], of_batch, [self._key(known.step)])[0]
+        for tried in dict.fromkeys(scales):
+            estimate = objective.estimate([weights], [known], tried, [self._key(known.step)])[0]
             if estimate.llc is not None:
-                break  # else small batches have perhaps thrown the chains out
+                break
         return estimate
 
     def left(self, known: SnapshotMetrics, estimate: LLCEstimate) -> bool:

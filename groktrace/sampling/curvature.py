@@ -19,6 +19,7 @@ FAR_STEP = 8e-3
 FAR_AGREEMENT = 0.7
 _START_ITERATIONS = 3
 _START_HALVINGS = 8
+# A start may climb by so many times what the curvature at w* tells; what float32 leaves of a loss is no climb.
 _STEEPER = 1.5
 _LOSS_ROUNDING = 1e-6
 

@@ -180,8 +180,10 @@ def test_samples_grow_with_what_they_would_miss(large_set, monkeypatch):
     monkeypatch.setattr(pilot, "PILOT", Pilot(least_samples=64, most_missed=0.005))
     more = choose(objective, weights, metrics)
     assert few.samples < more.samples <= TALL
-    # Their noise is that of as many, but for what does not fill a batch; of these there are four or more.
-    assert profiled == pytest.approx([few.samples, more.samples], rel=0.25)
+    # Their noise is that of as many, but for what does not fill a batch.
+    assert len(profiled) == 2
+    for scale, samples in zip((few, more), profiled, strict=True):
+        assert 0 <= samples - scale.samples < (scale.batch_size or 1)
     given = choose(objective, weights, metrics, batch_size=48)
     assert (given.samples % 48, given.batch_size) == (0, 48)
     assert math.isclose(few.nbeta, more.nbeta)
