@@ -208,7 +208,8 @@ class _Trial:
         samples = PILOT.least_samples
         while samples < min(wanted, stored):
             samples *= 2
-        return scale._replace(samples=min(samples, stored))
+        # Where few are left, they cost little, and nothing is missed with them.
+        return scale._replace(samples=stored if stored <= PILOT.nearly_all * samples else samples)
 
     def _targets(self, weights: Mapping[str, Tensor]) -> float:
         """Predictions that the loss compares with targets, a sample."""

@@ -189,6 +189,14 @@ def test_samples_grow_with_what_they_would_miss(large_set, monkeypatch):
     assert math.isclose(few.nbeta, more.nbeta)
 
 
+@pytest.mark.parametrize(("least", "expected"), [(1700, TALL), (1500, 1500)])
+def test_all_samples_are_used_where_few_would_be_left(large_set, monkeypatch, least, expected):
+    monkeypatch.setattr(pilot, "PILOT", Pilot(least_samples=least, most_missed=1.0))
+    model, data, _ = line()
+    found = choose(*prepared(model, "mse", data, localization=300.0))
+    assert 0 <= expected - found.samples < (found.batch_size or 1)
+
+
 def test_snapshots_around_which_the_loss_is_flat_have_no_part_in_the_scale(large_set):
     objective, weights, metrics = prepared(*line()[:1], "mse", line()[1])
     flat = [replace(metrics, step=step, top_curvature=0.0) for step in (1, 2, 3)]
