@@ -128,8 +128,9 @@ def train(out: Path, steps: int) -> None:
     for weight in model.parameters():
         nn.init.normal_(weight, std=(10**-1.5) ** 0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    every = max(steps // 100, 20)
     # The one line:
-    groktrace.watch(model, optimizer, train=(x, y), loss="mse", out=out, every=max(steps // 100, 20), exist="replace")
+    groktrace.watch(model, optimizer, train=(x, y), loss="mse", out=out, every=every, if_exists="replace")
 
     for _ in range(steps):
         batch = torch.randint(len(x), (128,))

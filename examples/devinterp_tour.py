@@ -117,7 +117,7 @@ def digits(
     optimizer = getattr(torch.optim, optimizer)(layers.parameters(), **options)
     recorder, data = None, {"train": (x[:1500], y[:1500]), "val": (x[1500:], y[1500:]), "loss": "cross_entropy"}
     if out is not None:
-        recorder = groktrace.watch(layers, optimizer, **data, out=out, every=60, exist="replace")
+        recorder = groktrace.watch(layers, optimizer, **data, out=out, every=60, if_exists="replace")
     for _ in range(20 if SMALL else 600):
         batch = torch.randint(1500, (64,))
         optimizer.zero_grad()

@@ -30,7 +30,7 @@ def training(out: Path, options: argparse.Namespace, random_labels: bool) -> Ite
     train, val = modular_pairs(options.p, options.fraction, random_labels)
     model = QuadraticNetwork(2 * options.p, options.width, options.p)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.decay)
-    data = {"train": train, "loss": centred_loss, "val": val, "exist": "replace"}
+    data = {"train": train, "loss": centred_loss, "val": val, "if_exists": "replace"}
     with groktrace.watch(model, optimizer, **data, out=out, every=options.every):  # the one line
         for step in range(options.steps):
             loss = centred_loss(model(train[0]), train[1])
@@ -63,7 +63,7 @@ def follow(out: Path, options: argparse.Namespace, random_labels: bool) -> tuple
                 if name not in told:
                     told[name] = now
                     print(f"step {now}: {name} as {event.transition.name}")
-        elif isinstance(event, groktrace.Ended):
+        elif isinstance(event, groktrace.RecordingEnded):
             return event.trajectory, told
     raise RuntimeError("the recording has no end")
 

@@ -39,9 +39,9 @@ class Judgement:
         now = so_far.points[-1].step
         if isinstance(news, groktrace.EarlyWarning):
             self.falls = True
-        elif news.news != "withdrawn" and news.transition.label == "memorisation":
+        elif news.kind != "withdrawn" and news.transition.label == "memorisation":
             self.memorised = self.memorised or now
-        elif news.news != "withdrawn" and news.transition.label == "generalisation":
+        elif news.kind != "withdrawn" and news.transition.label == "generalisation":
             self.generalised = self.generalised or now
 
 
@@ -55,7 +55,7 @@ def train(seed: int, decay: float, options: argparse.Namespace, act: bool, out: 
     if act:  # the one line
         recorder = groktrace.watch(
             *(model, optimizer),
-            **{"train": data, "loss": centred_loss, "out": out, "every": options.every, "exist": "replace"},
+            **{"train": data, "loss": centred_loss, "out": out, "every": options.every, "if_exists": "replace"},
             on_transition=judgement,
         )
     for step in range(1, options.steps + 1):

@@ -134,7 +134,7 @@ def train(out: Path, seed: int, epochs: int) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     # The one line:
     groktrace.watch(
-        model, optimizer, train=(x, x), loss=loss_fn, out=out, every=max(epochs * 13 // 150, 26), exist="replace"
+        model, optimizer, train=(x, x), loss=loss_fn, out=out, every=max(epochs * 13 // 150, 26), if_exists="replace"
     )
 
     for _ in range(epochs):

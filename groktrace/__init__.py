@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from groktrace.analysis.detection import find_transitions as find_transitions
     from groktrace.analysis.draws import Draws as Draws
     from groktrace.analysis.follow import Announcement as Announcement
-    from groktrace.analysis.follow import Ended as Ended
-    from groktrace.analysis.follow import Scaled as Scaled
+    from groktrace.analysis.follow import RecordingEnded as RecordingEnded
+    from groktrace.analysis.follow import ScaleChanged as ScaleChanged
     from groktrace.analysis.follow import follow as follow
     from groktrace.analysis.forecast import Forecast as Forecast
     from groktrace.analysis.forecast import forecast as forecast
@@ -67,7 +67,7 @@ _NAMES = {
         "find_transitions",
     ),
     "analysis.draws": ("Draws",),
-    "analysis.follow": ("Announcement", "Ended", "Scaled", "follow"),
+    "analysis.follow": ("Announcement", "RecordingEnded", "ScaleChanged", "follow"),
     "analysis.forecast": ("Forecast", "forecast"),
     "analysis.grokking": ("Grokking", "measure_grokking"),
     "analysis.limit": ("LearningCoefficient",),

@@ -193,7 +193,7 @@ def sharded_and_failing(rank, folder):
         with pytest.raises(KeyError), recorder:
             raise KeyError
         if rank == 1:
-            groktrace.recording.warning.warn_user("nothing: this process has nothing to say")
+            groktrace.recording.warn.warn_user("nothing: this process has nothing to say")
     if rank == 0:
         messages = [str(warning.message) for warning in caught]
         assert ["ZeroDivisionError" in messages[0], "every process calls close()" in messages[1]] == [True, True]

@@ -52,8 +52,8 @@ class Euler:
     """A sampler: a drift and fresh noise."""
 
     name = "euler"
-    plain = False
-    forgetful = True
+    vanilla = False
+    momentum_is_noise = True
 
     def coefficients(self, step_size, nbeta, localization, halvings=0):
         return -0.5 * step_size * nbeta, 1 - 0.5 * step_size * localization, math.sqrt(step_size)

@@ -39,7 +39,10 @@ ON_CALL = {
     ("analysis/replay.py", "reporting"),
     ("analysis/progress.py", "reporting"),  # how far it is, on standard error
     ("run/store.py", "analysis"),  # Run.trajectory
-    ("recording/reaction.py", "analysis"),  # what on_transition is told, read as the process that finds it wrote it
+    (
+        "recording/on_transition.py",
+        "analysis",
+    ),  # what on_transition is told, read as the process that finds it wrote it
     ("run/checkpoints.py", "importing"),  # what to do with a folder of checkpoints
 }
 

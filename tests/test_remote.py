@@ -83,7 +83,7 @@ def test_recording_resuming_and_analysing(url):
     weights = {f"weights/{step:012d}.safetensors" for step in (0, 2, 4)}
     assert names(url) == weights | {"run.json", "program.json", "data.safetensors", "frozen.safetensors"}
     with pytest.raises(groktrace.GroktraceError, match=rf"'{url}' holds a recording up to step 4\. To continue"):
-        Training().record(url, 1, exist="error")
+        Training().record(url, 1, if_exists="error")
     training.record(url + "/", 3)
     run = groktrace.open_run(url)
     assert [snapshot.step for snapshot in run.snapshots] == [0, 2, 4, 6, 7]
@@ -123,7 +123,7 @@ def test_a_second_run_goes_beside_the_first_or_replaces_it(url, capsys):
     assert [snapshot.step for snapshot in groktrace.open_run(url).snapshots] == [0, 2, 4]
     analysed = CliRunner().invoke(main, ["analyze", url, "--chains", "1", "--burn-in", "4", "--draws", "8"])
     assert analysed.exit_code in (0, 3)
-    Training().record(url, 1, exist="replace")
+    Training().record(url, 1, if_exists="replace")
     assert names(url) == (before - {f"weights/{2:012d}.safetensors"}) | {f"weights/{1:012d}.safetensors"}
     files, root = fsspec.core.url_to_fs(url)
     for beside in ("-2", "-3"):

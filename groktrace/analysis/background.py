@@ -21,13 +21,13 @@ class Message(Record):
     """What the process that follows tells the one that trains, a line of JSON.
 
     Attributes:
-        news: what is announced.
+        announcements: what is announced.
         trajectory: in which it was found.
         answered: the bytes read by the time that all snapshots then there are analysed.
         ended: why nothing more will come.
     """
 
-    news: tuple[Announcement | EarlyWarning, ...] = ()
+    announcements: tuple[Announcement | EarlyWarning, ...] = ()
     trajectory: Trajectory | None = None
     answered: int = 0
     ended: str | None = None

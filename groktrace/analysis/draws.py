@@ -172,7 +172,7 @@ class KeptDraws:
     what: Keep
 
     @classmethod
-    def asked(cls, run: Run, folder: Path, what: Keep | None, objective: Objective) -> "KeptDraws | None":
+    def for_request(cls, run: Run, folder: Path, what: Keep | None, objective: Objective) -> "KeptDraws | None":
         """What was asked for; None for nothing.
 
         Raises:

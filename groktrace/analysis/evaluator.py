@@ -244,6 +244,7 @@ def _rebuild(spec: EvaluatorSpec) -> tuple[Evaluator, dict[int, Snapshot]]:
 
 
 def _point(snapshot: Snapshot, metrics: SnapshotMetrics, estimate: LLCEstimate) -> Point:
+    errors = {"train_loss_stderr": metrics.train_loss_stderr, "val_loss_stderr": metrics.val_loss_stderr}
     return Point(
         snapshot.step,
         estimate.llc,
@@ -262,5 +263,6 @@ def _point(snapshot: Snapshot, metrics: SnapshotMetrics, estimate: LLCEstimate) 
             "top_curvature": metrics.top_curvature,
             "norm": metrics.norm_squared**0.5,
             "nbeta": estimate.nbeta,
+            **{name: error for name, error in errors.items() if error is not None},
         },
     )

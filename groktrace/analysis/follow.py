@@ -42,7 +42,7 @@ POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Scaled:
+class ScaleChanged:
     """All points from here on are at this nβ and γ; those before are measured anew."""
 
     nbeta: float
@@ -55,31 +55,31 @@ class Announcement(Record):
     """What there is to say of a transition.
 
     Attributes:
-        news: "transition" once for each; "revised" where its date or label changed, or it came back; "withdrawn" where
+        kind: "transition" once for each; "revised" where its date or label changed, or it came back; "withdrawn" where
             the curve no longer shows it.
         number: of the transition, from 1.
         transition: as it is seen now; as it was seen last, where it is withdrawn.
     """
 
-    news: Literal["transition", "revised", "withdrawn"]
+    kind: Literal["transition", "revised", "withdrawn"]
     number: int
     transition: Transition
 
 
 @dataclass(frozen=True)
-class Ended:
+class RecordingEnded:
     """No more snapshots will be waited for, and the trajectory is final.
 
     Attributes:
-        why: "closed" by the recording, or "timeout".
+        reason: "closed" by the recording, or "timeout".
         trajectory: what `analyze` gives.
     """
 
-    why: Literal["closed", "timeout"]
+    reason: Literal["closed", "timeout"]
     trajectory: Trajectory
 
 
-Event = Scaled | Point | Trajectory | Announcement | EarlyWarning | Ended
+Event = ScaleChanged | Point | Trajectory | Announcement | EarlyWarning | RecordingEnded
 
 
 def rest() -> None:
@@ -116,7 +116,7 @@ def follow(
     task_name: str | None = None,
     device: str | torch.device | None = None,
     reference: float | Literal["jacobian"] | None = None,
-    curvature: bool = False,
+    hessian: bool = False,
     jobs: int = 1,
     executor: Executor | None = None,
     keep: Keep | None = None,
@@ -141,7 +141,7 @@ def follow(
         task_name: the same.
         device: where to compute; a GPU where there is one.
         reference: shown beside the final trajectory.
-        curvature: whether to measure the Hessian at the end.
+        hessian: whether to measure the Hessian at the end.
         jobs: processes on this machine.
         executor: instead of `jobs`.
         keep: what of the draws behind the final trajectory is kept; see `analyze`.
@@ -181,7 +181,7 @@ def follow(
                 n=n,
                 draws=keep,
             ) as session:
-                following = _follow_session(session, timeout, reference, curvature, detector, idle or rest)
+                following = _follow_session(session, timeout, reference, hessian, detector, idle or rest)
                 source = yield from _reported(following, session.snapshots.run, reporters, detector)
 
     return events()
@@ -200,8 +200,8 @@ def _reported(
             event = next(events)
         except StopIteration as stopped:
             return stopped.value
-        trajectory = event.trajectory if isinstance(event, Ended) else event
-        due = isinstance(event, Ended) or time.monotonic() - shown > PASSES.partial_seconds
+        trajectory = event.trajectory if isinstance(event, RecordingEnded) else event
+        due = isinstance(event, RecordingEnded) or time.monotonic() - shown > PASSES.partial_seconds
         if reporters and due and isinstance(trajectory, Trajectory):
             show_by(run, reporters, detector, trajectory)
             shown = time.monotonic()
@@ -212,7 +212,7 @@ def _follow_session(
     session: Session,
     timeout: float | None,
     reference: float | str | None,
-    curvature: bool,
+    hessian: bool,
     detector: Detector | None,
     idle: Callable[[], object],
 ) -> Generator[Event, None, Run | None]:
@@ -236,7 +236,7 @@ def _follow_session(
                 if scale != announced.scale:
                     announced.rescale(scale, scales.step)
                     points = {}
-                    yield Scaled(*scale[:3])
+                    yield ScaleChanged(*scale[:3])
                 if not points:  # those of before an interruption
                     points = session.known_points(journal)
                 missing = [step for step in metrics if step not in points and step in session.snapshots.fingerprints]
@@ -254,11 +254,11 @@ def _follow_session(
             break
         else:
             idle()
-    trajectory = replay(session, reference, curvature, detector=detector)
+    trajectory = replay(session, reference, hessian, detector=detector)
     yield from announced.compare(find_transitions(trajectory, detector))
     for path in session.folder.glob("live-*.jsonl"):
         path.unlink()
-    yield Ended("closed" if run.closed else "timeout", trajectory)
+    yield RecordingEnded("closed" if run.closed else "timeout", trajectory)
     return None
 
 
@@ -332,7 +332,7 @@ class _Announced:
         """
         if fall is None:
             return []
-        if self._state.warned is None and fall.clear:
+        if self._state.warned is None and fall.is_significant:
             self._save(replace(self._state, warned=fall.step))
             return [fall]
         if self._state.warned is not None and fall.rate <= 0:
@@ -341,7 +341,7 @@ class _Announced:
 
     def compare(self, found: list[Transition]) -> list[Announcement]:
         """What is new about these transitions, which then counts as announced."""
-        news: list[Announcement] = []
+        announcements: list[Announcement] = []
         unmatched, entries = list(found), list(self._state.said)
         for number, entry in enumerate(entries, 1):
             before = entry.transition
@@ -354,17 +354,17 @@ class _Announced:
                 unmatched.remove(match)
                 moved = not before.step_low <= match.step <= before.step_high
                 if moved or match.label != before.label or not entry.stands:
-                    news.append(Announcement("revised", number, match))
+                    announcements.append(Announcement("revised", number, match))
             elif entry.stands:
-                news.append(Announcement("withdrawn", number, before))
+                announcements.append(Announcement("withdrawn", number, before))
         first = len(entries) + 1
-        news += [Announcement("transition", number, transition) for number, transition in enumerate(unmatched, first)]
-        for announcement in news:
-            entry = _Entry(announcement.transition, announcement.news != "withdrawn")
+        announcements += [Announcement("transition", number, new) for number, new in enumerate(unmatched, first)]
+        for announcement in announcements:
+            entry = _Entry(announcement.transition, announcement.kind != "withdrawn")
             entries[announcement.number - 1 : announcement.number] = [entry]
-        if news:
+        if announcements:
             self._save(replace(self._state, said=tuple(entries)))
-        return news
+        return announcements
 
     def _save(self, state: _State) -> None:
         self._state = state

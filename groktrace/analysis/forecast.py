@@ -83,7 +83,7 @@ def forecast(
     """
     place, chosen = choose_device(device), make_settings(settings, options)
     start = time.perf_counter()
-    with open_session(run, chosen, task=task, device=place, keep=False, train=train, n=n) as session:
+    with open_session(run, chosen, task=task, device=place, persist=False, train=train, n=n) as session:
         prepared = time.perf_counter() - start
         done, steps = session.known_points(), session.steps
         wanted = [step for step in steps if step not in done]

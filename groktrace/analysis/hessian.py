@@ -12,7 +12,7 @@ from groktrace.run.layout import Step
 from groktrace.sampling.curvature import top_eigenvalue
 from groktrace.sampling.hutchinson import hessian_trace
 from groktrace.sampling.large import hessian_trace_large, top_eigenvalue_large
-from groktrace.sampling.network import Network
+from groktrace.sampling.network import LargeNetwork
 from groktrace.sampling.noise import generator_for, normal_like
 
 # As many as arXiv 2603.01192.
@@ -62,7 +62,7 @@ def measure_hessian(
         found = list(zip(traces.tolist(), errors.tolist(), tops, strict=True))
     else:
         for tensors, generator in zip(weights, generators, strict=True):
-            network = Network(loss, tensors)
+            network = LargeNetwork(loss, tensors)
             traces = hessian_trace_large(network, generator, VECTORS)
             found.append((*traces, top_eigenvalue_large(network, generator)))
     return [HessianMetrics(step, *plain(values)) for step, values in zip(steps, found, strict=True)]

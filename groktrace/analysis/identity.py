@@ -28,7 +28,7 @@ _BATCHES, _BATCHES_LARGE = (8, 128), (2, 8)
 # Digits that stand above the rounding of double precision, and of single.
 _DIGITS, _DIGITS_SINGLE = 8, 4
 _LEAST = 1e-250
-# A loss smaller than this, of that near by, is rounding, by which nothing is told apart.
+# A loss below this fraction of the loss at nearby weights is rounding, and counts as zero.
 _ROUNDING = 1e-6
 # The gradient is taken by the smallest sampled tensors, of so many elements together.
 _GRADIENT_ELEMENTS = 2**20
@@ -39,7 +39,7 @@ class Behaviour:
     """What a loss gives on a few samples, at the weights of a snapshot and at others far from it.
 
     Attributes:
-        numbers: what each is, its value, and the size against which a difference counts.
+        numbers: (name, value, size against which a difference counts) of each.
         digits: how many digits of that size stand above rounding.
     """
 

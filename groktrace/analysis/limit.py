@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from groktrace.analysis.measure import Objective, stack_weights
-from groktrace.analysis.progress import Progress, silent
+from groktrace.analysis.progress import ProgressCallback, silent
 from groktrace.analysis.tuning import LIMIT
 from groktrace.errors import SettingsError
 from groktrace.records import Record
@@ -78,7 +78,7 @@ def learning_coefficient(
     weights: Mapping[str, Tensor],
     norm_squared: float,
     key: int = 0,
-    progress: Progress = silent,
+    progress: ProgressCallback = silent,
 ) -> LearningCoefficient:
     """λ of the basin of a snapshot, from particles annealed to ever larger nβ.
 
@@ -134,12 +134,12 @@ def _find_limit(
 ) -> LearningCoefficient:
     """The limit at one γ."""
     generator = generator_for(settings.seed, key, 0, "anneal", anchor.device)
-    count = min(max(LIMIT.particle_weights // len(anchor), LIMIT.least_particles), LIMIT.most_particles)
+    count = min(max(LIMIT.particle_weights // len(anchor), LIMIT.min_particles), LIMIT.max_particles)
     particles = Particles(loss, anchor, localization, (LIMIT.populations, count), generator)
     first, rounding = particles.mode.loss, _rounding(loss, anchor)
-    most = min(LIMIT.most_nbeta, LIMIT.resolved / rounding if rounding else math.inf)
+    most = min(LIMIT.max_nbeta, LIMIT.resolved / rounding if rounding else math.inf)
     levels: list[Level] = []
-    fit: Fit | None = None
+    fit: AsymptoticFit | None = None
     norm = float(anchor.norm())
     size = norm or math.sqrt(len(anchor) / localization)
     decades = 0
@@ -147,8 +147,8 @@ def _find_limit(
         decades = max(1, math.ceil(math.log10(most / levels[0].nbeta)))
         progress(min(int(math.log10(levels[-1].nbeta / levels[0].nbeta)), decades - 1), decades)
         fit = fit_limit(levels)
-        long = fit is not None and levels[-1].nbeta >= LIMIT.enough * fit.start
-        if long and fit.stderr <= LIMIT.extrapolated * settings.rtol * fit.level:
+        long = fit is not None and levels[-1].nbeta >= LIMIT.sufficient_growth * fit.start
+        if long and fit.stderr <= LIMIT.extrapolation_rtol * settings.rtol * fit.level:
             break
     least = particles.least_loss()
     counted = _counted(levels, least)
@@ -165,9 +165,9 @@ def _find_limit(
     value = low = high = None
     if fit is not None and not reasons:
         mean, error = _stay(particles, settings.rtol) if stays else (fit.level, fit.error)
-        value = mean + fit.beyond
+        value = mean + fit.extrapolation
         # What is left of the way is extrapolated from a ladder that has errors of its own at its end.
-        half = 1.96 * math.hypot(error, fit.stderr, LIMIT.doubted * fit.beyond)
+        half = 1.96 * math.hypot(error, fit.stderr, LIMIT.extrapolation_error * fit.extrapolation)
         low, high = value - half, value + half
     progress(decades, decades)  # it may well end early
     return LearningCoefficient(
@@ -208,7 +208,7 @@ def _anneal(particles: Particles, most: float, size: float) -> Iterator[list[Lev
     """The levels so far, twice a decade, until nβ is `most` or the budget is spent."""
     levels: list[Level] = []
     shown = 0.0
-    while particles.nbeta < most and particles.gradients < LIMIT.most_gradients:
+    while particles.nbeta < most and particles.gradients < LIMIT.max_gradients:
         level = particles.cool(most)
         if levels and _has_left(particles, size):  # what comes now is another basin's
             break
@@ -220,7 +220,7 @@ def _anneal(particles: Particles, most: float, size: float) -> Iterator[list[Lev
 
 
 def _counted(levels: Sequence[Level], least: float) -> list[Level]:
-    """The levels up to the last whose λ̂ would hardly be another one if it counted from the least loss there is.
+    """Drop the last levels, where measuring λ̂ from the lowest loss found would change it by more than `LIMIT.offset`.
 
     Where the data hold a solution to their own precision only, losses below that of the mode lie all around.
     """
@@ -235,29 +235,32 @@ def _has_left(particles: Particles, size: float) -> bool:
         particles: with their mode.
         size: ‖w*‖, or the width of the Gaussian where that is 0.
     """
-    return particles.jump > LIMIT.jump * size or float(particles.mode.displacement.norm()) > LIMIT.near * size
+    return (
+        particles.jump > LIMIT.max_mode_jump * size
+        or float(particles.mode.displacement.norm()) > LIMIT.max_mode_distance * size
+    )
 
 
 def _stay(particles: Particles, rtol: float) -> tuple[float, float]:
     """λ̂ at the particles' nβ, and its standard error.
 
-    Its variance is the mean of two, as if each had as many degrees of freedom: of what the populations differ by in the
-    end, and of what they differ by each time, as if they forgot so much in between as they should.
+    The variance is the mean of two estimates, taken to have equal degrees of freedom: from the populations' means over
+    all rounds, and from their scatter within each round, as if rounds were correlated by `LIMIT.round_correlation`.
     """
     rounds: list[tuple[float, ...]] = []
     spent, spent_all = particles.gradients, False
-    forgotten = (1 - LIMIT.kept) / (1 + LIMIT.kept)
-    wanted = LIMIT.least_rounds
+    forgotten = (1 - LIMIT.round_correlation) / (1 + LIMIT.round_correlation)
+    wanted = LIMIT.min_rounds
     while True:
         while len(rounds) < wanted and not spent_all:
             rounds.append(particles.move().llc)
-            spent_all = particles.gradients - spent >= LIMIT.most_gradients
+            spent_all = particles.gradients - spent >= LIMIT.max_gradients
         found = torch.tensor(rounds[len(rounds) // 4 :], dtype=torch.float64)
         mean, populations = float(found.mean()), found.shape[1]
-        each = float(found.var(1).mean()) / (found.numel() * forgotten)
+        within = float(found.var(1).mean()) / (found.numel() * forgotten)
         between = float(found.mean(0).var()) / populations
-        error = student(2 * (populations - 1)) * math.sqrt((between + each) / 2)
-        if 1.96 * error <= rtol * mean or wanted >= LIMIT.most_rounds or spent_all:
+        error = student(2 * (populations - 1)) * math.sqrt((between + within) / 2)
+        if 1.96 * error <= rtol * mean or wanted >= LIMIT.max_rounds or spent_all:
             return mean, error
         wanted *= 2
 
@@ -267,27 +270,27 @@ def _population_error(values: Sequence[float]) -> float:
     return student(len(values) - 1) * float(torch.tensor(values, dtype=torch.float64).var() / len(values)) ** 0.5
 
 
-class Fit(NamedTuple):
+class AsymptoticFit(NamedTuple):
     """λ̂ along a ladder, as far as it has its asymptotic form; see `fit_limit`.
 
     Attributes:
         start: nβ from which on it is.
         level: λ̂ at the end.
         error: its standard error.
-        beyond: λ less that, as the fit has it.
-        stderr: the standard error of `beyond`.
+        extrapolation: λ minus `level`, by the fit.
+        stderr: the standard error of `extrapolation`.
         multiplicity: the probability of m = 1, 2, ...
     """
 
     start: float
     level: float
     error: float
-    beyond: float
+    extrapolation: float
     stderr: float
     multiplicity: tuple[float, ...]
 
 
-def fit_limit(levels: Sequence[Level]) -> Fit | None:
+def fit_limit(levels: Sequence[Level]) -> AsymptoticFit | None:
     """The longest end of a ladder along which λ̂ has its asymptotic form; None where there is none of some decades.
 
     Z(nβ) = C·(nβ)^(−λ)·(log nβ)^(m − 1) at large nβ, with the multiplicity m (Watanabe 2009, Main Theorem 6.2), so that
@@ -299,10 +302,10 @@ def fit_limit(levels: Sequence[Level]) -> Fit | None:
     places = torch.tensor([math.log(level.nbeta) for level in levels], dtype=torch.float64)
     llc = torch.tensor([level.llc for level in levels], dtype=torch.float64)
     means = llc.mean(1)
-    end = float(means[places > places[-1] - LIMIT.end].mean())
-    latest = int((places <= places[-1] - LIMIT.least_length).sum())
+    end = float(means[places > places[-1] - LIMIT.end_length].mean())
+    latest = int((places <= places[-1] - LIMIT.min_log_length).sum())
     for start in range(latest):
-        if means[start] < LIMIT.least_share * end:
+        if means[start] < LIMIT.min_share * end:
             continue
         fit = _fit(places[start:], llc[start:])
         if fit is not None:
@@ -310,13 +313,13 @@ def fit_limit(levels: Sequence[Level]) -> Fit | None:
     return None
 
 
-def _fit(places: Tensor, llc: Tensor) -> Fit | None:
+def _fit(places: Tensor, llc: Tensor) -> AsymptoticFit | None:
     """The asymptotic form along all of these levels, [J] and [J, P]; None where it does not describe them."""
     count, populations = llc.shape
     means = llc.mean(1)
     scatter = (llc - means[:, None]) / means[:, None]
     following = float((scatter[1:] * scatter[:-1]).sum() / scatter.square().sum().clamp_min(1e-300))
-    following = min(max(following, 0.0), LIMIT.most_following)
+    following = min(max(following, 0.0), LIMIT.max_residual_correlation)
     independent = (1 - following) / (1 + following)
     variance = float(scatter.square().sum()) / (count * (populations - 1)) / populations
     weights = independent / (variance * means.square())  # of the levels, as if they were independent
@@ -343,11 +346,11 @@ def _fit(places: Tensor, llc: Tensor) -> Fit | None:
     missing, fading = (chance * beyond).sum((1, 2, 3))
     # What fades is as uncertain as it is large: the ladder itself is off by something like it.
     variance = (chance * (beyond[0] - missing).square()).sum() + (chance * beyond[1].square()).sum()
-    return Fit(
+    return AsymptoticFit(
         start=math.exp(places[0]),
         level=float((chance * level).sum()),
         error=_population_error(((llc * weights[:, None]).sum(0) / weights.sum()).tolist()),
-        beyond=float(missing + fading),
+        extrapolation=float(missing + fading),
         stderr=float(variance.sqrt()),
         multiplicity=tuple(chance.sum((1, 2)).tolist()),
     )
@@ -364,10 +367,10 @@ def _line(early: Tensor, values: Tensor, weights: Tensor) -> tuple[Tensor, Tenso
 
 
 def _reasons(
-    fit: Fit | None, levels: Sequence[Level], particles: Particles, most: float, size: float
+    fit: AsymptoticFit | None, levels: Sequence[Level], particles: Particles, most: float, size: float
 ) -> tuple[str, ...]:
     """Why there is no limit."""
-    if fit is not None and fit.stderr <= LIMIT.tolerated * fit.level:
+    if fit is not None and fit.stderr <= LIMIT.max_extrapolation * fit.level:
         if statistics.fmean(at.disagreement for at in levels if at.nbeta >= fit.start) <= LIMIT.disagreement:
             return ()
         return ("not equilibrated: populations of particles find another λ̂ each",)
@@ -379,8 +382,8 @@ def _reasons(
         return (f"left the basin: the loss is lower {where}; a smaller locality keeps nearer",)
     last = levels[-1]
     if particles.nbeta < most:
-        end = f"the budget of {LIMIT.most_gradients} gradients is spent"
-    elif most < LIMIT.most_nbeta:
+        end = f"the budget of {LIMIT.max_gradients} gradients is spent"
+    elif most < LIMIT.max_nbeta:
         end = "double precision tells losses no longer apart"
     else:
         end = "the ladder ends"

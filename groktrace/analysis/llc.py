@@ -135,7 +135,7 @@ def summarise(
     bent = abs(anharmonicity - 1) > RELIABILITY.anharmonicity + 3 * ratio_error
     guess = next((level for level in chance if level > loss), math.inf)
     climb = llc / nbeta / (guess - loss)
-    bowl = float((0.5 * traces.virial - traces.delta_loss).abs().mean()) <= RELIABILITY.bending * llc
+    bowl = float((0.5 * traces.virial - traces.delta_loss).abs().mean()) <= RELIABILITY.quadratic_tolerance * llc
     # Neither of `far` and `bent` alone does harm: in a quadratic bowl the estimate is exact however wide it is, and a
     # singular loss is of higher degree however close one looks.
     if climb > RELIABILITY.climb and not bowl and guess - loss <= RELIABILITY.chance * abs(guess):
@@ -160,7 +160,7 @@ def summarise(
         )
     elif off:
         reasons.append(OFF_MINIMUM)
-    elif centred is None and anharmonicity > 1 + RELIABILITY.untold + 3 * ratio_error:
+    elif centred is None and anharmonicity > 1 + RELIABILITY.single_chain_gap + 3 * ratio_error:
         reasons.append(PERHAPS_OFF)
     if abs(virial - 1) > RELIABILITY.virial_gap + 3 * virial_error:
         reasons.append(f"not equilibrated (virial ratio {virial:.3f}, expected 1); needs a longer burn-in")
@@ -182,7 +182,7 @@ def summarise(
             f"too few draws: at a step of {traces.step_size:.3g} the stiffest directions take {traces.slow:.0f} to "
             "forget one; use more draws or a larger step_size"
         )
-    elif error > 2 * settings.rtol * max(abs(value), RELIABILITY.least) and not reasons:
+    elif error > 2 * settings.rtol * max(abs(value), RELIABILITY.min_llc) and not reasons:
         reasons.append(f"too few draws (standard error {100 * error / max(abs(value), 1e-300):.1f} %)")
     return LLCEstimate(
         llc,

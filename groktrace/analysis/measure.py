@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from groktrace.analysis.enough import needed_centred, needed_of_large_sets, needed_plain
 from groktrace.analysis.llc import LLCEstimate, summarise, unusable
 from groktrace.analysis.predictions import measure_losses
+from groktrace.analysis.stopping import needed_centred, needed_of_large_sets, needed_plain
 from groktrace.analysis.tuning import MEASUREMENT
 from groktrace.records import Record, between, read_record
 from groktrace.run.batch import Batch
@@ -23,7 +23,7 @@ from groktrace.sampling.calibration import Scale, resolve, step_size
 from groktrace.sampling.chains import rows_per_stack, sample
 from groktrace.sampling.curvature import top_eigenvalue
 from groktrace.sampling.large import sample_large, top_eigenvalue_large
-from groktrace.sampling.network import Network, as_float, shuffled, with_micro_batch
+from groktrace.sampling.network import LargeNetwork, as_float, shuffled, with_micro_batch
 from groktrace.sampling.noise import generator_for, normal_like
 from groktrace.sampling.posterior import FACTOR, PART_BYTES, StackedLoss
 from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
@@ -173,7 +173,7 @@ class Objective:
                 index = torch.stack([spread_ranks(order, loss.heavy, self._curvature_samples()) for order in orders])
             generators = [generator_for(self.settings.seed, key, 0, "curvature", loss.device) for key in keys]
             products = MEASUREMENT.large_set_products if self.large_set else MEASUREMENT.products
-            more = (MEASUREMENT.settled, MEASUREMENT.most_products) if self.large_set else ()
+            more = (MEASUREMENT.eigenvalue_rtol, MEASUREMENT.max_products) if self.large_set else ()
             tops = top_eigenvalue(loss, anchors, normal_like(anchors, generators), products, index, *more).tolist()
             sizes = list(zip(anchors.square().sum(1).tolist(), tops, strict=True))
         unknown = dict.fromkeys(("val_loss", "val_accuracy"))
@@ -304,7 +304,7 @@ class Objective:
     def _large_size(self, weights: Mapping[str, Tensor], key: int) -> tuple[float, float]:
         """‖w*‖² and top curvature of one large network."""
         loss = self.loss.subset(self._curvature_samples()) if self.large_set else self.loss
-        network = Network(loss, weights)
+        network = LargeNetwork(loss, weights)
         generator = generator_for(self.settings.seed, key, 0, "curvature", loss.device)
         return network.norm_squared(), top_eigenvalue_large(network, generator)
 
@@ -321,7 +321,7 @@ class Objective:
         """How many samples of a large set the curvature is measured on."""
         return min(
             max(MEASUREMENT.curvature_samples, MEASUREMENT.curvature_bytes // self.loss.sample_bytes),
-            MEASUREMENT.most_curvature_samples,
+            MEASUREMENT.max_curvature_samples,
         )
 
     def _evaluated_samples(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.measure import Objective, SnapshotMetrics, stack_weights
-from groktrace.analysis.predictions import evaluate
+from groktrace.analysis.predictions import loss_and_hits
 from groktrace.analysis.tuning import PILOT
 from groktrace.errors import SettingsError
 from groktrace.sampling.batches import NoiseProfile
@@ -89,7 +89,7 @@ def choose_sampling(
             "all is cheap, or the loss is no mean over samples."
         )
     scale = choose_scale(objective, metrics)
-    if settings.kernel.plain and large_set:  # as published: batches of all samples
+    if settings.kernel.vanilla and large_set:  # as published: batches of all samples
         return scale._replace(samples=settings.samples, batch_size=settings.batch_size)
     among = [known for known in fitted(metrics) if scale.curvature is None or known.top_curvature > 0]
     tried = [among[round(i * (len(among) - 1) / PILOT.tried)] for i in range(PILOT.tried, 0, -1)]
@@ -137,7 +137,7 @@ class _Trial:
     def sized(self, scale: Scale, weights: Mapping[str, Tensor]) -> Scale:
         """The scale with samples and batches to begin with."""
         # With one target each, λ_c of the fewest that are ever used would be far too small.
-        samples = PILOT.least_samples if self._targets(weights) >= 2 else 2 * PILOT.least_samples
+        samples = PILOT.min_samples if self._targets(weights) >= 2 else 2 * PILOT.min_samples
         samples = min(self._settings.samples or samples, len(self._loss.tensors[0]))
         return _in_batches(scale, samples, self._settings.batch_size or PILOT.batch_size)
 
@@ -148,7 +148,7 @@ class _Trial:
         # Of large networks the batches' gradients are not kept.
         if not self._objective.large_set or self._settings.batch_size or self._loss.micro_batch is not None:
             return None
-        if scale.samples is not None and scale.samples < MINIBATCH_NOISE.least_profiled:
+        if scale.samples is not None and scale.samples < MINIBATCH_NOISE.profiled_multiple:
             return None
         return [
             profile
@@ -160,7 +160,7 @@ class _Trial:
         """The scale with batches so large that their noise does no harm."""
         if profiles is None:
             return _in_batches(scale, scale.samples, self._settings.batch_size)
-        sizes = [profile.batch(scale.samples, PILOT.aimed * MINIBATCH_NOISE.wanted) for profile in profiles]
+        sizes = [profile.batch(scale.samples, PILOT.aimed * MINIBATCH_NOISE.heating) for profile in profiles]
         return _in_batches(scale, scale.samples, None if None in sizes else max(sizes))
 
     def _step_size(self, known: SnapshotMetrics, scale: Scale) -> float:
@@ -194,7 +194,7 @@ class _Trial:
         if estimate.llc is None:
             return True
         chance = min((loss for loss in self._objective.chance if loss > known.train_loss), default=math.inf)
-        return estimate.llc / estimate.nbeta > PILOT.most_climb * (chance - known.train_loss)
+        return estimate.llc / estimate.nbeta > PILOT.max_climb * (chance - known.train_loss)
 
     def enlarged(
         self, scale: Scale, found: Sequence[tuple[SnapshotMetrics, Mapping[str, Tensor], LLCEstimate]]
@@ -204,8 +204,8 @@ class _Trial:
         if self._settings.samples is not None:
             return scale._replace(samples=min(self._settings.samples, stored))
         value = max((estimate.llc_centred or estimate.llc or 0.0 for _, _, estimate in found), default=0.0)
-        wanted = value / (PILOT.most_missed * self._targets(found[0][1]))
-        samples = PILOT.least_samples
+        wanted = value / (PILOT.max_bias * self._targets(found[0][1]))
+        samples = PILOT.min_samples
         while samples < min(wanted, stored):
             samples *= 2
         # Where few are left, they cost little, and nothing is missed with them.
@@ -216,7 +216,7 @@ class _Trial:
         count = min(8, len(self._loss.tensors[0]))
         few = [tensor[:count] for tensor in self._loss.tensors]
         named = {name: as_float(tensor).to(self._loss.device) for name, tensor in weights.items()}
-        _, outputs, hits = evaluate(self._objective.task.forward, named, few)
+        _, outputs, hits = loss_and_hits(self._objective.task.forward, named, few)
         if hits is not None:
             return max(1.0, len(hits) / count)
         return 1.0 if outputs is None or outputs.ndim < 2 else max(1.0, outputs.numel() / count)

@@ -14,7 +14,7 @@ from groktrace.analysis.limit import LearningCoefficient, learning_coefficient
 from groktrace.analysis.llc import LLCEstimate
 from groktrace.analysis.measure import Objective, SnapshotMetrics
 from groktrace.analysis.pilot import choose_sampling
-from groktrace.analysis.progress import Progress, shown
+from groktrace.analysis.progress import ProgressCallback, shown
 from groktrace.analysis.setup import choose_device, make_settings, weight_layout
 from groktrace.errors import TaskError
 from groktrace.run.task import Task
@@ -36,7 +36,7 @@ def estimate_llc(
     n: int | None = None,
     noise: str | None = None,
     device: str | torch.device | None = None,
-    progress: Progress | bool | None = None,
+    progress: ProgressCallback | bool | None = None,
     settings: SamplingSettings | None = None,
     **options: "Unpack[SamplingOptions]",
 ) -> LLCEstimate: ...
@@ -53,7 +53,7 @@ def estimate_llc(
     n: int | None = None,
     noise: str | None = None,
     device: str | torch.device | None = None,
-    progress: Progress | bool | None = None,
+    progress: ProgressCallback | bool | None = None,
     settings: SamplingSettings | None = None,
     **options: "Unpack[SamplingOptions]",
 ) -> LearningCoefficient: ...
@@ -69,7 +69,7 @@ def estimate_llc(
     n: int | None = None,
     noise: str | None = None,
     device: str | torch.device | None = None,
-    progress: Progress | bool | None = None,
+    progress: ProgressCallback | bool | None = None,
     settings: SamplingSettings | None = None,
     **options: "Unpack[SamplingOptions]",
 ) -> LLCEstimate | LearningCoefficient:

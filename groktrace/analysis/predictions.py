@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from groktrace.run.batch import Batch
-from groktrace.run.noise import without_noise
+from groktrace.run.loss_noise import without_noise
 from groktrace.run.task import ForwardFunction, Task, failures_in_words
 from groktrace.sampling.network import as_float
 
@@ -83,7 +83,7 @@ class _Watching(TorchFunctionMode):
         return result
 
 
-def evaluate(
+def loss_and_hits(
     forward: ForwardFunction, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]
 ) -> tuple[float, Tensor | None, Tensor | None]:
     """Loss and outputs on one batch, and whether each prediction that the loss's cross-entropy counts is right.
@@ -161,7 +161,7 @@ def measure_losses(
         losses: list[float] = []
         for start in range(0, len(batch), count):
             part = (batch if count >= len(batch) else batch.take(slice(start, start + count))).to(device)
-            loss, outputs, seen = evaluate(task.forward, weights, part.tensors)
+            loss, outputs, seen = loss_and_hits(task.forward, weights, part.tensors)
             total += loss * (len(part) / len(batch))
             losses.append(loss)
             hits.append(correct(part, outputs, batch is task.train) if seen is None else seen)

@@ -1,9 +1,9 @@
-"""Who is told how far an analysis is."""
+"""Progress callbacks: called with (phase, done, total)."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 
-Progress = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]
 # Work that is done sooner shows nothing.
 QUIET_SECONDS = 2.0
 
@@ -13,7 +13,7 @@ def silent(phase: str, done: int, total: int) -> None:
 
 
 @contextlib.contextmanager
-def shown(progress: Progress | bool | None) -> Iterator[Progress]:
+def shown(progress: ProgressCallback | bool | None) -> Iterator[ProgressCallback]:
     """What to call with (phase, done, total); without a function of the user's, it shows them on standard error.
 
     Args:

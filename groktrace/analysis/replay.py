@@ -16,7 +16,7 @@ from groktrace.analysis.draws import Keep
 from groktrace.analysis.journal import exclusive
 from groktrace.analysis.measure import SnapshotMetrics
 from groktrace.analysis.passes import sample_adaptively, sample_in_passes, spread
-from groktrace.analysis.progress import Progress, shown
+from groktrace.analysis.progress import ProgressCallback, shown
 from groktrace.analysis.reference import Reference, check_reference
 from groktrace.analysis.results import TRAJECTORY_FILE, files_place, note_latest
 from groktrace.analysis.session import Session, open_session
@@ -46,9 +46,9 @@ def analyze(
     task: Task | None = None,
     task_name: str | None = None,
     device: str | torch.device | None = None,
-    progress: Progress | bool | None = None,
+    progress: ProgressCallback | bool | None = None,
     reference: float | Literal["jacobian"] | None = None,
-    curvature: bool = False,
+    hessian: bool = False,
     adaptive: bool = False,
     jobs: int = 1,
     executor: Executor | None = None,
@@ -80,7 +80,7 @@ def analyze(
             False shows nothing.
         reference: a value of λ to show beside the trajectory; "jacobian" for half the rank of the Jacobian of the
             outputs on the training samples, at the last snapshot.
-        curvature: whether to measure trace and top eigenvalue of the training loss's Hessian at each snapshot.
+        hessian: whether to measure trace and top eigenvalue of the training loss's Hessian at each snapshot.
         adaptive: whether to sample only a coarse subset of the snapshots, and those that date its transitions: a tenth
             of all at most, or 128. Losses and curvature are still measured at all, since they fix nβ and γ.
         jobs: processes on this machine, which share this one's threads. A script that asks for more than one needs
@@ -141,7 +141,7 @@ def analyze(
                 partial(trajectory)
 
         so_far = show_partial if reporters else partial
-        trajectory = replay(session, reference, curvature, adaptive, deadline, so_far, detector)
+        trajectory = replay(session, reference, hessian, adaptive, deadline, so_far, detector)
         if reporters:
             show_by(source, reporters, detector, trajectory)
         return trajectory
@@ -174,7 +174,7 @@ def show_by(run: Run, reporters: Sequence["Reporter"], detector: "Detector | Non
 def replay(
     session: Session,
     reference: float | str | None = None,
-    curvature: bool = False,
+    hessian: bool = False,
     adaptive: bool = False,
     deadline: float = math.inf,
     partial: Callable[[Trajectory], None] | None = None,
@@ -185,7 +185,7 @@ def replay(
     Args:
         session: the analysis.
         reference: see `analyze`, and so the arguments that are not described here.
-        curvature: the same.
+        hessian: the same.
         adaptive: the same.
         deadline: until when to begin any snapshot, of `time.monotonic`.
         partial: the same.
@@ -218,7 +218,7 @@ def replay(
         wanted = session.steps
         points = _sample_all(session, scale, beside, deadline, partial, detector)
     unsampled = sum(step not in points and step in session.snapshots.fingerprints for step in wanted)
-    if curvature:
+    if hessian:
         found = session.hessian(sorted(points), deadline)
         points |= {step: replace(points[step], **hessian.to_dict()) for step, hessian in found.items()}
     if session.given_up:

@@ -20,7 +20,7 @@ from groktrace.sampling.settings import ResolvedSettings
 
 SETTINGS_FILE = "settings.json"
 POINTS_FILE = "points.jsonl"
-HESSIAN_FILE = "sharpness.jsonl"
+HESSIAN_FILE = "hessian.jsonl"
 REFERENCE_FILE = "reference.jsonl"
 TRAJECTORY_FILE = "trajectory.json"
 LATEST_FILE = "latest.json"
@@ -49,7 +49,7 @@ def metrics_file(seed: int, identity: Identity) -> str:
         seed: of the sampling.
         identity: of what is analysed.
     """
-    return f"survey-{_digest([layout.FORMAT_VERSION, _ESTIMATOR, seed, identity.key])}.jsonl"
+    return f"metrics-{_digest([layout.FORMAT_VERSION, _ESTIMATOR, seed, identity.key])}.jsonl"
 
 
 def take_metrics(path: Path) -> None:
@@ -79,11 +79,11 @@ class KeptSettings:
     """What settings.json keeps.
 
     Attributes:
-        asked: the settings, but for a method and a number of chains that were chosen already.
+        requested: the settings, but for a method and a number of chains that were chosen already.
         chosen: nβ, γ, samples and batches of all snapshots.
     """
 
-    asked: dict[str, Any]
+    requested: dict[str, Any]
     chosen: Annotated[Scale, check_positive]
 
     def save(self, folder: Path) -> Path:
@@ -92,7 +92,7 @@ class KeptSettings:
         Args:
             folder: of the results.
         """
-        write_json(folder / SETTINGS_FILE, {"asked": self.asked, "chosen": self.chosen._asdict()})
+        write_json(folder / SETTINGS_FILE, {"requested": self.requested, "chosen": self.chosen._asdict()})
         return folder / SETTINGS_FILE
 
 
@@ -210,7 +210,7 @@ def files_place(run: Run, trajectory: Trajectory) -> Path:
 
 
 def all_results(run: Run) -> list[tuple[Path, Trajectory, dict[str, Any]]]:
-    """All results of a run whose snapshots are still there: folder, trajectory, and the settings that were asked for.
+    """All results of a run whose snapshots are still there: folder, trajectory, and the settings that were requested.
 
     Args:
         run: opened.
@@ -227,8 +227,8 @@ def all_results(run: Run) -> list[tuple[Path, Trajectory, dict[str, Any]]]:
         with contextlib.suppress(SnapshotError):
             if all(run.remote is not None or snapshot.fingerprint() in known for snapshot in shown):
                 settings = read_json(path.parent / SETTINGS_FILE)
-                asked = settings.get("asked") if isinstance(settings, dict) else None
-                found.append((path.parent, trajectory, asked if isinstance(asked, dict) else {}))
+                requested = settings.get("requested") if isinstance(settings, dict) else None
+                found.append((path.parent, trajectory, requested if isinstance(requested, dict) else {}))
     if not found:
         raise RunError(f"{run.name}: not analysed yet; run 'groktrace analyze {run.name}' first.")
     return found

@@ -22,11 +22,11 @@ from groktrace.analysis.identity import data_digest, identify
 from groktrace.analysis.journal import append_lines, exclusive, read_journal
 from groktrace.analysis.measure import Objective, SnapshotMetrics
 from groktrace.analysis.pilot import choose_sampling
-from groktrace.analysis.progress import Progress, silent
+from groktrace.analysis.progress import ProgressCallback, silent
 from groktrace.analysis.reference import Reference, jacobian_reference
-from groktrace.analysis.reminders import reminders
 from groktrace.analysis.setup import OtherData, choose_device, choose_task, run_layout
 from groktrace.analysis.snapshots import Snapshots
+from groktrace.analysis.task_differences import reminders
 from groktrace.analysis.trajectory import OtherSamples, Point, with_logged
 from groktrace.errors import RunError, SettingsError, SnapshotError, TaskError
 from groktrace.run.data import write_data
@@ -47,11 +47,11 @@ def open_session(
     task: Task | None = None,
     task_name: str | None = None,
     device: str | torch.device | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     jobs: int = 1,
     executor: Executor | None = None,
     threads: int | None = None,
-    keep: bool = True,
+    persist: bool = True,
     train: Any = None,
     n: int | None = None,
     draws: Keep | None = None,
@@ -70,8 +70,8 @@ def open_session(
         jobs: the same.
         executor: the same.
         threads: of this process that evaluate; None for one a core, or for one where a task is given.
-        keep: whether results are read from the run directory and written there.
-        train: see `groktrace.analyze`; with other processes only with `keep`, as they read it there.
+        persist: whether results are read from the run directory and written there.
+        train: see `groktrace.analyze`; with other processes only with `persist`, as they read it there.
         n: the same.
         draws: what is kept of them; see `keep` of `groktrace.analyze`.
 
@@ -114,15 +114,15 @@ def open_session(
             spec = EvaluatorSpec(where, name, resolved, str(place), step, evaluator.identity, held_in)
             pool = (executor, None) if executor is not None else held.enter_context(process_pool(jobs))
             backend = ExecutorBackend(spec, *pool)
-        kept = KeptDraws.asked(run, folder, draws, evaluator.objective)
-        session = Session(evaluator, snapshots, backend, folder, progress or silent, keep, kept)
-        if keep:
+        kept = KeptDraws.for_request(run, folder, draws, evaluator.objective)
+        session = Session(evaluator, snapshots, backend, folder, progress or silent, persist, kept)
+        if persist:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(exclusive(folder))
             results.take_metrics(folder / results.metrics_file(resolved.seed, evaluator.identity))
         if other is not None:
             session.other, session.own_folder = other, _own_folder(run, task, evaluator, first)
-            if keep:
+            if persist:
                 write_data(folder / DATA_FILE, other.train, other.n)
                 run.publish(folder / DATA_FILE)
         yield session
@@ -150,7 +150,7 @@ class Session:
         backend: where they are evaluated.
         folder: where the results are kept.
         report: called with (phase, snapshots done, snapshots in all).
-        keep: whether they are.
+        persist: whether they are.
         draws: what is kept of the draws behind final points; None for nothing.
         other: samples in place of the run's own; None for these.
         own_folder: where the results of the same settings on the run's own samples lie, or would, beside those.
@@ -161,8 +161,8 @@ class Session:
     snapshots: Snapshots
     backend: Backend
     folder: Path
-    report: Progress = silent
-    keep: bool = True
+    report: ProgressCallback = silent
+    persist: bool = True
     draws: KeptDraws | None = None
     other: OtherData | None = None
     own_folder: Path | None = None
@@ -248,7 +248,7 @@ class Session:
         Stacks are cut out of `among` whatever is known already, so that a result does not depend on what was.
         """
         path, parse = self.folder / journal, _RECORDS[phase].from_dict
-        known = kept = read_journal(path, parse) if self.keep else {}
+        known = kept = read_journal(path, parse) if self.persist else {}
         fingerprints, draws = self.snapshots.fingerprints, self.draws if journal == results.POINTS_FILE else None
         for step, fingerprint in fingerprints.items():
             if fingerprint in known and known[fingerprint].step != step:
@@ -281,7 +281,7 @@ class Session:
                     if again != kept.get(fingerprints[step]):  # which it is where its draws alone were lacking
                         lines.append({"snapshot": fingerprints[step], **plain})
                     known[fingerprints[step]] = again
-            if self.keep:
+            if self.persist:
                 append_lines(path, lines)
                 self.snapshots.run.publish(path)
             done += len(missing[number])
@@ -319,8 +319,8 @@ class Session:
             metrics: of all snapshots.
         """
         if (scale := self.kept_scale()) is None:
-            scale, asked = self.scale_of(metrics), self.objective.settings.to_dict()
-            self.snapshots.run.publish(results.KeptSettings(asked, scale).save(self.folder))
+            scale, requested = self.scale_of(metrics), self.objective.settings.to_dict()
+            self.snapshots.run.publish(results.KeptSettings(requested, scale).save(self.folder))
         return scale
 
     def scale_of(self, metrics: dict[int, SnapshotMetrics]) -> Scale:

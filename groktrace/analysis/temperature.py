@@ -16,7 +16,7 @@ from groktrace.analysis.measure import Objective, SnapshotMetrics
 from groktrace.analysis.passes import spread
 from groktrace.analysis.pilot import choose_sampling, choose_scale
 from groktrace.analysis.point import prepare_point
-from groktrace.analysis.progress import Progress, shown
+from groktrace.analysis.progress import ProgressCallback, shown
 from groktrace.analysis.session import Session, open_session
 from groktrace.analysis.setup import choose_device, make_settings
 from groktrace.analysis.tuning import LIMIT
@@ -61,7 +61,7 @@ def temperature_curve(
     n: int | None = None,
     noise: str | None = None,
     device: str | torch.device | None = None,
-    progress: Progress | bool | None = None,
+    progress: ProgressCallback | bool | None = None,
     settings: SamplingSettings | None = None,
     **options: "Unpack[SamplingOptions]",
 ) -> TemperatureCurve:
@@ -103,7 +103,7 @@ def temperature_curve_at(
     n: int | None = None,
     task: Task | None = None,
     device: str | torch.device | None = None,
-    progress: Progress | bool | None = None,
+    progress: ProgressCallback | bool | None = None,
     settings: SamplingSettings | None = None,
     **options: "Unpack[SamplingOptions]",
 ) -> TemperatureCurve:
@@ -139,7 +139,7 @@ def temperature_curve_at(
         nearest = min((snapshot.step for snapshot in run.snapshots), key=lambda other: abs(other - step))
         raise SettingsError(f"step: there is no snapshot of step {step}; the nearest is of step {nearest}.")
     weights = found[0].load(with_loss=True)
-    with open_session(run, chosen, task=task, device=device, threads=1, keep=False, train=train, n=n) as session:
+    with open_session(run, chosen, task=task, device=device, threads=1, persist=False, train=train, n=n) as session:
         metrics = session.metrics([step])[step]
         objective = replace(session.objective, settings=_with_localization(session, metrics))
         own = objective.layout.split(weights)
@@ -172,7 +172,7 @@ def _measure_curve(
     metrics: SnapshotMetrics,
     nbetas: Sequence[float] | None,
     chosen: SamplingSettings,
-    progress: Progress | bool | None,
+    progress: ProgressCallback | bool | None,
     key: int = 0,
 ) -> TemperatureCurve:
     for nbeta in nbetas or ():
@@ -181,7 +181,7 @@ def _measure_curve(
     small = objective.loss.device.type == "cpu" and objective.layout.size < LARGE_WEIGHTS
     with shown(progress) as report, one_thread() if small else contextlib.nullcontext():
         limit = None
-        if nbetas is None and objective.layout.size <= LIMIT.most_weights:
+        if nbetas is None and objective.layout.size <= LIMIT.max_weights:
             asked = replace(objective.settings, localization=chosen.localization, resolution=None, step_size=None)
             limited = replace(objective, settings=asked)
             limit = learning_coefficient(limited, weights, metrics.norm_squared, key, report)

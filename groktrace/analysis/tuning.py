@@ -16,16 +16,17 @@ class Measurement:
         parts: of these, or more, whose scatter gives the standard error.
         curvature_samples, curvature_bytes: for the curvature, at least; on six networks it then differs from that of
             all samples by 5 % (in the median).
-        most_curvature_samples: for the curvature, at most.
+        max_curvature_samples: for the curvature, at most.
         heavy_share: one in so many of these is among the samples of the largest losses: of a well-fitted set they
             decide the curvature.
-        products: with the Hessian, for its largest eigenvalue, where data are used whole.
-        large_set_products: the same of a large set,
-        settled: and more while the last two add more than this share: after six a transformer's is 30 % too small,
-        most_products: up to so many.
-        steps_off_minimum: of a chain on a large set, burn-in and draws, after which there are no more of these: what is
-            off a minimum cannot become reliable.
-        chance_samples: what a network loses that knows nothing is the same on so many, spread evenly, as on all.
+        products: products with the Hessian that give its largest eigenvalue, where data are used whole.
+        large_set_products: smallest number of products on a large set.
+        eigenvalue_rtol: products on a large set go on while the last two add more than this share to the eigenvalue:
+            after six a transformer's is 30 % too small.
+        max_products: largest number of products on a large set.
+        steps_off_minimum: largest burn-in plus draws of a chain on a large set at a snapshot off its minimum, which
+            cannot become reliable.
+        chance_samples: samples, spread evenly, that give the loss of chance; it is the same on all.
     """
 
     evaluated_samples: int = 256
@@ -33,12 +34,12 @@ class Measurement:
     parts: int = 8
     curvature_samples: int = 128
     curvature_bytes: int = 2**25
-    most_curvature_samples: int = 512
+    max_curvature_samples: int = 512
     heavy_share: int = 4
     products: int = 8
     large_set_products: int = 6
-    settled: float = 0.01
-    most_products: int = 24
+    eigenvalue_rtol: float = 0.01
+    max_products: int = 24
     steps_off_minimum: int = 40
     chance_samples: int = 256
 
@@ -52,15 +53,15 @@ class Pilot:
         fallen: nβ follows the curvature where that of fitted snapshots ranges over more than this factor: under
             cross-entropy it goes on falling as margins grow, and so would λ̂ in every run.
         localities: ρ, the widest first.
-        most_climb: a basin is left where the loss climbs by this share of the way to that of chance; a convention.
+        max_climb: a basin is left where the loss climbs by this share of the way to that of chance; a convention.
         tried: snapshots on which short chains are tried.
         burn_in, draws: of such chains where data are sampled; minibatch noise is measured every 16 steps.
         batch_size: of such chains: on five networks it moved what they tell by a third of that at most.
         few_draws: of such chains where data are used whole.
         aimed: batches are so large that few of the other snapshots are heated by more than is wanted.
-        most_missed: a posterior of S samples with m targets each has λ_c lower by about λ_c/(S·m) of it (measured on
+        max_bias: a posterior of S samples with m targets each has λ_c lower by about λ_c/(S·m) of it (measured on
             four networks); S is such that this is the most.
-        least_samples: S, at least.
+        min_samples: S, at least.
         nearly_all: all stored samples are used where there are no more than so many times S: of an LSTM's 620, 480 gave
             λ_c 3 % above that of all at one of three snapshots.
     """
@@ -68,15 +69,15 @@ class Pilot:
     fitted: float = 0.05
     fallen: float = 10.0
     localities: tuple[float, ...] = (CALIBRATION.locality, 0.1, 0.05, 0.022, 0.01)
-    most_climb: float = 0.2
+    max_climb: float = 0.2
     tried: int = 2
     burn_in: int = 20
     draws: int = 12
     batch_size: int = 32
     few_draws: int = 32
     aimed: float = 0.6
-    most_missed: float = 0.03
-    least_samples: int = 512
+    max_bias: float = 0.03
+    min_samples: int = 512
     nearly_all: float = 1.25
 
 
@@ -124,14 +125,15 @@ class Reliability:
         heating: by minibatches, relative to λ̂.
         climb: of the loss, as a share of the way to that of chance.
         chance: a loss that is below that of chance by no more than this share of it has no basin to climb out of.
-        bending: a loss that is quadratic to within so much at each draw, as that of a linear model, is a bowl all the
-            way up.
-        flattening: below 1 by so much, anharmonicity tells of a loss that flattens out: no basin does, while a singular
-            loss, of higher degree, is above 1.
-        least: a λ below this needs no smaller error than this one does, 0.05 at the default `rtol`: a direction counts
+        quadratic_tolerance: a loss that is quadratic to within this share at each draw, as that of a linear model, is a
+            bowl all the way up, and is not said to have been left.
+        flattening: an anharmonicity below 1 by this much tells of a loss that flattens out. No basin does; a singular
+            loss, of higher degree, has more than 1.
+        min_llc: smaller λ are held to the error that this one may have, 0.05 at the default `rtol`: a direction counts
             for a half, and what is nearly zero has no relative error.
         passes: draws over those to an independent one; the scatter of fewer tells nothing of their error.
-        untold: with a single chain, λ̂ below ½E[(w − w*)·nβ∇L] by so much may be a slope's.
+        single_chain_gap: a single chain is flagged where λ̂ is below ½E[(w − w*)·nβ∇L] by this share: it may be a
+            slope's.
     """
 
     virial_gap: float = 0.02
@@ -141,10 +143,10 @@ class Reliability:
     heating: float = 0.03
     climb: float = 0.5
     chance: float = 0.05
-    bending: float = 0.02
+    quadratic_tolerance: float = 0.02
     flattening: float = 0.2
-    least: float = 1.25
-    untold: float = 0.1
+    min_llc: float = 1.25
+    single_chain_gap: float = 0.1
     passes: float = 4.0
 
 
@@ -153,69 +155,70 @@ class Limit:
     """How the learning coefficient is found along a ladder of nβ; see `analysis.limit`.
 
     Attributes:
-        localities: widths of the Gaussian that particles come from, relative to ‖w*‖.
-        near: so far the posterior's mode may go from w* downhill, relative to ‖w*‖; a convention.
-        jump: so far it may be from another place with less loss; else that is in another basin.
-        populations: of particles, whose scatter is the error.
-        particle_weights: particles of a population times D, but for
-        least_particles, most_particles: in any case; λ̂ of N particles is known to 1/√(λN).
-        most_nbeta: where a ladder ends; double precision tells losses apart that far where w* is an exact solution.
-        resolved: nβ times the rounding of a loss, at most.
-        most_gradients: of all particles at once, along the ladder, and as many at its end: minutes of a small network.
-        most_weights: of networks whose limit is looked for unasked, within a minute or two; 2085 weights took five
+        localities: widths of the Gaussians that particles come from, relative to ‖w*‖.
+        max_mode_distance: largest distance of the posterior's mode from w*, relative to ‖w*‖; a convention.
+        max_mode_jump: largest step of the mode to a place of lower loss, relative to ‖w*‖; a larger one leads to
+            another basin.
+        populations: number of populations of particles, whose scatter is the error.
+        particle_weights: a population has this many particles, divided by D.
+        min_particles, max_particles: bounds of that number; λ̂ of N particles is known to 1/√(λN).
+        max_nbeta: end of a ladder; double precision tells losses apart that far where w* is an exact solution.
+        resolved: largest nβ times the rounding of a loss.
+        max_gradients: gradients of all particles along the ladder, and as many at its end: minutes of a small network.
+        max_weights: largest network whose limit is looked for unasked, within a minute or two; 2085 weights took five
             minutes and did not reach it.
-        offset: what the least loss is known to, times nβ and relative to λ̂, at most: a quarter of the default `rtol`.
-        disagreement: between populations, in the mean along a limit, at most: it was 0.9 to 5.2 on 42 models, and 17 or
-            more of particles that did not move enough.
-        check_ratio: of the nβ at which the ladder is looked at, to that before.
-        least_length: in log nβ, of the end of a ladder that tells a limit: three decades.
-        end: in log nβ, of what λ̂ is at the end.
-        least_share: a limit begins where λ̂ is so much of that.
-        enough: by so much nβ must have grown along the limit for a ladder to end early: deep linear networks have a
-            false one of seven decades, along which only weights of the true rank count.
-        extrapolated: and to this share of `rtol` the rest of the way must be known.
-        doubted: share of the rest of the way that is its own standard error: at normal crossings it came out at twice
-            what it is.
-        tolerated: the same, relative to λ, for a limit at all.
-        multiplicities: m, at most; each is half as probable as that before.
+        offset: largest uncertainty of the lowest loss, times nβ and relative to λ̂: a quarter of the default `rtol`.
+        disagreement: largest disagreement of populations, in the mean along a limit: it was 0.9 to 5.2 on 42 models,
+            and 17 or more where particles did not move enough.
+        check_ratio: growth of nβ between two looks at the ladder.
+        min_log_length: shortest end of a ladder that tells a limit, in log nβ: three decades.
+        end_length: length of the end that gives the level, in log nβ.
+        min_share: a limit begins where λ̂ is this share of the level.
+        sufficient_growth: growth of nβ along the limit after which a ladder may end early: deep linear networks have a
+            false limit of seven decades, along which only weights of the true rank count.
+        extrapolation_rtol: largest error of the extrapolation where a ladder ends early, as a share of `rtol`.
+        extrapolation_error: standard error of the extrapolation, as a share of it: at normal crossings it came out at
+            twice what it is.
+        max_extrapolation: largest error of the extrapolation for a limit at all, relative to λ.
+        multiplicities: largest m; each is half as probable as that before.
         shifts: log10 of the least and the largest log nβ + c at the beginning, and how many are tried.
         transients: powers of 1/nβ that are tried.
         misfit: standard deviations by which residuals may be too large.
-        most_following: correlation of neighbouring levels, at most.
-        kept: correlation between rounds at one nβ.
-        least_rounds, most_rounds: such rounds.
+        max_residual_correlation: largest correlation of neighbouring levels.
+        round_correlation: assumed correlation between rounds of moves at one nβ.
+        min_rounds, max_rounds: bounds of the number of such rounds.
         roundings: points that tell how much of a loss is rounding.
     """
 
     localities: tuple[float, ...] = (CALIBRATION.locality, 1.0)
-    near: float = 0.5
-    jump: float = 0.05
+    max_mode_distance: float = 0.5
+    max_mode_jump: float = 0.05
     populations: int = 4
     particle_weights: int = 1024
-    least_particles: int = 32
-    most_particles: int = 256
-    most_nbeta: float = 1e20
+    min_particles: int = 32
+    max_particles: int = 256
+    max_nbeta: float = 1e20
     resolved: float = 0.01
-    most_gradients: int = 20_000
-    most_weights: int = 500
+    max_gradients: int = 20_000
+    max_weights: int = 500
     offset: float = 0.005
     disagreement: float = 8.0
     check_ratio: float = 10**0.5
-    least_length: float = 3 * math.log(10)
-    end: float = 1.0
-    least_share: float = 0.3
-    enough: float = 1e9
-    extrapolated: float = 0.25
-    doubted: float = 0.5
-    tolerated: float = 0.1
+    min_log_length: float = 3 * math.log(10)
+    end_length: float = 1.0
+    min_share: float = 0.3
+    sufficient_growth: float = 1e9
+    extrapolation_rtol: float = 0.25
+    extrapolation_error: float = 0.5
+    max_extrapolation: float = 0.1
     multiplicities: int = 4
     shifts: tuple[float, float, int] = (0.0, 2.5, 101)
     transients: tuple[float, ...] = (0.5, 1.0)
     misfit: float = 2.0
-    most_following: float = 0.9
-    kept: float = 0.3
-    least_rounds: int = 8
-    most_rounds: int = 64
+    max_residual_correlation: float = 0.9
+    round_correlation: float = 0.3
+    min_rounds: int = 8
+    max_rounds: int = 64
     roundings: int = 8
 
 

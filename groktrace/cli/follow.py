@@ -27,7 +27,7 @@ def command(
 ) -> None:
     """Analyse the snapshots of RUN as they appear, until its recording is closed."""
     from groktrace.analysis.follow import follow, wait_for_run
-    from groktrace.reporting.live import show_events
+    from groktrace.reporting.events import show_events
     from groktrace.run.store import open_run
 
     with as_keywords(given) as keywords:

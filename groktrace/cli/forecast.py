@@ -23,13 +23,13 @@ def command(run: Path | str, as_json: bool, **given: Any) -> None:
     started = time.perf_counter()
     from groktrace.analysis.forecast import forecast
     from groktrace.reporting.console import forecast_text
-    from groktrace.reporting.progress import Progress
+    from groktrace.reporting.progress import ProgressBar
     from groktrace.run.store import open_run
 
     fixed = _START_AND_RESULTS * (time.perf_counter() - started)
     with as_keywords(given) as keywords:
         opened = open_run(run)
-        with Progress(1, "trying a few snapshots") as progress:
+        with ProgressBar(1, "trying a few snapshots") as progress:
             found = forecast(opened, **keywords)
             found = replace(found, seconds=found.seconds + fixed)
             progress.advance()

@@ -141,7 +141,7 @@ BESIDE = (
         metavar="F|jacobian",
         help="Draw a line at this λ, or at half the rank of the Jacobian of the outputs at the last snapshot.",
     ),
-    _expert("--curvature", is_flag=True, help="Also measure trace and top eigenvalue of the loss's Hessian."),
+    _expert("--hessian", is_flag=True, help="Also measure trace and top eigenvalue of the loss's Hessian."),
     _expert(
         "--keep",
         type=click.Choice(["draws", "losses"]),
@@ -166,7 +166,7 @@ ANALYSIS = (*DATA, PRESET, *COMPUTING, *WORKERS, *BESIDE, NBETA, *SAMPLING)
 
 
 # Options that are keywords as they are.
-_KEYWORDS = ("device", "jobs", "reference", "curvature", "keep", "train", "n")
+_KEYWORDS = ("device", "jobs", "reference", "hessian", "keep", "train", "n")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch
 
 from groktrace.importing.contents import CheckpointError, Contents, StoredTensor
 from groktrace.run.info import WeightSpec
-from groktrace.run.live import listed
+from groktrace.run.live_model import listed
 
 # What wrappers put into names: torch.compile, FSDP, activation checkpoints; and, with less certainty, data parallelism.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")

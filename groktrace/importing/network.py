@@ -11,10 +11,10 @@ from groktrace.importing.contents import CheckpointError
 from groktrace.importing.names import Match, Wanted
 from groktrace.recording.capture import describe_weights, find_aliases, parameters_of, views_of
 from groktrace.recording.guard import restored_attributes
-from groktrace.recording.prepare import Evaluation, describe_data, trace_evaluation
+from groktrace.recording.prepare import RecordedTask, describe_data, trace_task
 from groktrace.run.info import WeightSpec
 from groktrace.run.isolation import without_side_effects
-from groktrace.run.live import named_tensors, plain_model
+from groktrace.run.live_model import named_tensors, plain_model
 from groktrace.run.model_with_loss import evaluation_mode
 from groktrace.run.task import Task, make_forward
 
@@ -32,7 +32,7 @@ class Network:
     """
 
     model: nn.Module
-    evaluation: Evaluation
+    evaluation: RecordedTask
     specs: Mapping[str, WeightSpec]
     wanted: Wanted
     frozen: frozenset[str]
@@ -82,7 +82,7 @@ def prepare_network(task: Task) -> Network:
     with without_side_effects(model), restored_attributes(model, module.loss, module.batch_loss):
         forward = make_forward(model, module.loss, module.batch_loss, task.train, task.val, module.noise)
         with evaluation_mode(forward):
-            evaluation = trace_evaluation(forward, task.train, *describe_data(task.train, task.n, task.val, task.n_val))
+            evaluation = trace_task(forward, task.train, *describe_data(task.train, task.n, task.val, task.n_val))
     own = evaluation.own
     specs = describe_weights(model, None, own)
     optional = {

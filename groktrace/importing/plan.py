@@ -18,7 +18,7 @@ from groktrace.importing.write import Imported, RunWriter
 from groktrace.run.store import Run
 from groktrace.run.task import Task
 
-Progress = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]
 _GROUP = re.compile(r"(?P<of>(?:.*\.)?param_groups)\.(?P<index>[0-9]{1,4})\.(?P<setting>\w+)")
 MAX_NAMED = 5
 MAX_SETTINGS = 10_000
@@ -52,7 +52,7 @@ class ImportPlan:
         ]
 
     def write(
-        self, out: str | os.PathLike[str], task_name: str | None = None, progress: Progress | None = None
+        self, out: str | os.PathLike[str], task_name: str | None = None, progress: ProgressCallback | None = None
     ) -> Imported:
         """Write the run; snapshots that are there already are kept.
 
@@ -79,7 +79,7 @@ def plan_import(
     *,
     key: str | None = None,
     step_from: str | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> ImportPlan:
     """Look into every checkpoint, without reading its weights: see `import_checkpoints`."""
     given = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
@@ -139,7 +139,7 @@ def import_checkpoints(
     key: str | None = None,
     step_from: str | None = None,
     task_name: str | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Run:
     """Make a run of checkpoints that a training without the hook has left.
 

@@ -16,11 +16,11 @@ from groktrace.importing.network import Network
 from groktrace.importing.steps import Step
 from groktrace.recording.prepare import describe_run, write_frozen, write_start
 from groktrace.recording.schedule import Schedule
-from groktrace.recording.warning import warn_user
+from groktrace.recording.warn import warn_user
 from groktrace.recording.writer import now, remove_leftovers, snapshot_metadata, write_snapshot
 from groktrace.run import files, layout
 from groktrace.run.info import WeightSpec, check_info
-from groktrace.run.live import listed
+from groktrace.run.live_model import listed
 from groktrace.run.remote import Remote, is_url
 from groktrace.run.store import Run, open_run
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from groktrace.errors import SettingsError, TaskError
 from groktrace.recording.frozen import FrozenTensors
-from groktrace.run.live import named_tensors
+from groktrace.run.live_model import named_tensors
 from groktrace.run.loss_tensors import NO_TENSORS, PREFIX, LossTensors
 from groktrace.run.store import WeightSpec
 from groktrace.run.views import View, find_views

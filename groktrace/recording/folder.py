@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from groktrace.errors import GroktraceError, SettingsError
-from groktrace.recording.hold import Hold
-from groktrace.recording.warning import say
+from groktrace.recording.lock import FolderLock
+from groktrace.recording.warn import say
 from groktrace.run import files, layout
 from groktrace.run.info import WeightSpec, check_info
 from groktrace.run.remote import Remote, is_url, names_beside
 
-Exist = Literal["error", "new", "replace"]
+IfExists = Literal["error", "new", "replace"]
 # What a recording that was killed while it began has left, before run.json.
 _BEGUN = {layout.DATA_FILE, layout.PROGRAM_FILE, layout.LOCK_FILE}
 
@@ -45,14 +45,14 @@ def check_out(out: Any) -> Path | str:
     return root
 
 
-def check_exist(exist: Any) -> None:
-    """Refuse what `exist` may not be.
+def check_if_exists(if_exists: Any) -> None:
+    """Refuse what `if_exists` may not be.
 
     Raises:
         SettingsError: it is that.
     """
-    if exist not in ("error", "new", "replace"):
-        raise SettingsError(f"exist: expected 'error', 'new' or 'replace', got {exist!r}.")
+    if if_exists not in ("error", "new", "replace"):
+        raise SettingsError(f"if_exists: expected 'error', 'new' or 'replace', got {if_exists!r}.")
 
 
 @dataclass
@@ -61,32 +61,32 @@ class Folder:
 
     Attributes:
         place: its path or URL.
-        asked: the place that `watch` was given: this one, or that beside which it lies.
+        requested: the place that `watch` was given: this one, or that beside which it lies.
         root: where its files are written.
         remote: where they go from there, if anywhere.
         hold: of the recording on it, once there is one.
     """
 
     place: Path | str
-    asked: Path | str
+    requested: Path | str
     root: Path
     remote: Remote | None = None
-    hold: Hold | None = None
+    hold: FolderLock | None = None
 
     @classmethod
-    def at(cls, place: Path | str, asked: Path | str) -> "Folder":
+    def at(cls, place: Path | str, requested: Path | str) -> "Folder":
         """The folder at a place, for the process that writes.
 
         Raises:
             SettingsError: it cannot be reached.
         """
         if not is_url(place):
-            return cls(place, asked, Path(place))
+            return cls(place, requested, Path(place))
         try:
             remote = Remote(place)
         except OSError as failure:
             raise SettingsError(f"out: cannot be reached ({failure}).") from failure
-        return cls(place, asked, remote.folder, remote)
+        return cls(place, requested, remote.folder, remote)
 
     def info(self) -> dict[str, Any] | None:
         """Its run.json, checked; None where no recording has begun.
@@ -145,7 +145,7 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FolderChoice:
     """What to do with a folder.
 
     Attributes:
@@ -160,7 +160,7 @@ class Plan:
     why: str = ""
     steps: tuple[int, ...] = ()
 
-    def take(self, exist: Exist) -> Folder:
+    def take(self, if_exists: IfExists) -> Folder:
         """Take the folder, or the next free one beside it.
 
         Raises:
@@ -170,7 +170,7 @@ class Plan:
         folder, why = self.folder, self.why
         if self.kind != "beside":
             folder.root.mkdir(parents=True, exist_ok=True)
-            hold = folder.hold = Hold(folder.root)
+            hold = folder.hold = FolderLock(folder.root)
             begun = self.kind == "begin" and layout.snapshot_steps(folder.root) != list(self.steps)  # in the meantime
             if self.kind == "continue" or (hold.alone and not begun):
                 hold.sign()
@@ -179,7 +179,7 @@ class Plan:
                 return folder
             hold.release()
             why = "is being recorded already"
-            if exist != "new":
+            if if_exists != "new":
                 raise SettingsError(f"out: '{folder.place}' {why}; choose another out=.")
         return _begin_beside(folder, why)
 
@@ -190,9 +190,9 @@ def choose(
     start: int,
     given: bool,
     earlier: Path | str | None,
-    exist: Exist,
+    if_exists: IfExists,
     parameters: Mapping[str, Tensor],
-) -> Plan:
+) -> FolderChoice:
     """Decide where a training is recorded; nothing is written yet.
 
     Args:
@@ -201,34 +201,34 @@ def choose(
         start: updates made before.
         given: whether the user said so.
         earlier: where an open recording of the same training writes.
-        exist: what to do with a run that this training does not continue.
+        if_exists: what to do with a run that this training does not continue.
         parameters: by name, to tell which run they are of; empty where that cannot be told by them.
 
     Raises:
-        SettingsError: the folder holds something else than a run, or `exist` refuses.
+        SettingsError: the folder holds something else than a run, or `if_exists` refuses.
         RunError: it holds a damaged run.
     """
     info = first.info()
     if earlier is not None:
-        return Plan(first if earlier == first.place else Folder.at(earlier, first.place), "continue")
+        return FolderChoice(first if earlier == first.place else Folder.at(earlier, first.place), "continue")
     steps = layout.snapshot_steps(first.root)
     if start and specs is None:
-        return Plan(first, "continue")
+        return FolderChoice(first, "continue")
     if start:
         found = _continued(first, info, specs, start, parameters)
         if found is not None:
-            return Plan(found, "continue")
+            return FolderChoice(found, "continue")
     if info is None:
-        return Plan(first, "begin")
+        return FolderChoice(first, "begin")
     fits = _fits(first, info, specs)
     if fits and (not steps or (given and start == 0 and steps == [0])):  # one killed right after its start
-        return Plan(first, "begin", steps=tuple(steps))
-    if exist == "replace":
-        return Plan(first, "replace")
+        return FolderChoice(first, "begin", steps=tuple(steps))
+    if if_exists == "replace":
+        return FolderChoice(first, "replace")
     why = f"holds a recording up to step {steps[-1]}" if fits and steps else "is the run of another network or loss"
-    if exist == "error":
+    if if_exists == "error":
         raise _refusal(first, why, fits)
-    return Plan(first, "beside", why)
+    return FolderChoice(first, "beside", why)
 
 
 def latest_beside(root: Path) -> Path | None:
@@ -319,7 +319,7 @@ def _begin_beside(first: Folder, why: str) -> Folder:
                 folder.root.mkdir(parents=True)  # of two processes, one succeeds
         except FileExistsError:
             continue
-        folder.hold = Hold(folder.root)
+        folder.hold = FolderLock(folder.root)
         folder.hold.sign()
         say(f"'{first.place}' {why} and stays as it is; this training is recorded in '{folder.place}'.")
         return folder
@@ -329,8 +329,8 @@ def _begin_beside(first: Folder, why: str) -> Folder:
 def _refusal(folder: Folder, why: str, fits: bool) -> SettingsError:
     how = "To continue it, load the optimizer's state before watch() or pass start_step=; to" if fits else "To"
     return SettingsError(
-        f"out: '{folder.place}' {why}. {how} start anew, choose another out=, or exist='new', which takes the next "
-        "free folder beside it, or exist='replace', which removes it."
+        f"out: '{folder.place}' {why}. {how} start anew, choose another out=, or if_exists='new', which takes the next "
+        "free folder beside it, or if_exists='replace', which removes it."
     )
 
 

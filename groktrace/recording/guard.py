@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from groktrace.recording.warning import warn_user
+from groktrace.recording.warn import warn_user
 from groktrace.run import files
 from groktrace.run.batch import Batch
 from groktrace.run.isolation import eager_and_unfused
@@ -82,7 +82,7 @@ class Guard:
         self._next = 2 * self._count
         return True
 
-    def tell(
+    def report_differences(
         self, step: int, tensors: Mapping[str, Tensor], mark: Callable[[int, str], None], gradient: bool = False
     ) -> None:
         """Warn of differences at a snapshot, and have them kept with the run; of a check that fails once.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from groktrace.recording.warning import WarnOnce
+from groktrace.recording.warn import WarnOnce
 
 
 def numbers_in(metrics: Mapping[str, Any], warn_once: WarnOnce) -> dict[str, float]:

@@ -37,7 +37,7 @@ from groktrace.run.task import (
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class RecordedTask:
     """What the analysis needs besides weights.
 
     Attributes:
@@ -63,7 +63,7 @@ class Evaluation:
     unreached: frozenset[str] = frozenset()
 
 
-def prepare_evaluation(
+def prepare_task(
     model: nn.Module,
     train: Any,
     val: Any,
@@ -73,7 +73,7 @@ def prepare_evaluation(
     idle: Iterable[str] = (),
     n: int | None = None,
     noise: str | None = None,
-) -> Evaluation:
+) -> RecordedTask:
     """Collect the data, try the loss on them, and trace model and loss.
 
     Args:
@@ -104,7 +104,7 @@ def prepare_evaluation(
             else:
                 probe = check_forward(forward, batch, held_out)
             notes = data_notes(probe, train, val, held_out)
-            return trace_evaluation(forward, probe.batch, data, tensors, notes, idle)
+            return trace_task(forward, probe.batch, data, tensors, notes, idle)
 
 
 def describe_data(batch: Batch, n: int, held_out: Batch | None, n_val: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -127,14 +127,14 @@ def describe_data(batch: Batch, n: int, held_out: Batch | None, n_val: int) -> t
     return data, tensors
 
 
-def trace_evaluation(
+def trace_task(
     forward: ModelWithLoss,
     batch: Batch,
     data: dict[str, Any],
     tensors: dict[str, Tensor],
     notes: tuple[str, ...] = (),
     idle: Iterable[str] = (),
-) -> Evaluation:
+) -> RecordedTask:
     """Trace model and loss.
 
     Args:
@@ -143,7 +143,7 @@ def trace_evaluation(
         data: see `describe_data`.
         tensors: see `describe_data`.
         notes: warnings about the data.
-        idle: see `prepare_evaluation`.
+        idle: see `prepare_task`.
     """
     n = data["train"]["samples"]
     shift_invariant = _shift_invariant(forward, batch)
@@ -153,10 +153,10 @@ def trace_evaluation(
         unreached = _unreached(forward, batch, {*idle, *forward.own.parameters()})
         program, constants, guard = _trace(forward, batch)
     except Exception as failure:  # whatever tracing trips over, the weights can still be recorded
-        return Evaluation(n, data, tensors, None, failure, notes, None, forward.own, unreached)
+        return RecordedTask(n, data, tensors, None, failure, notes, None, forward.own, unreached)
     tensors |= {f"constant.{name}": value.detach().cpu().contiguous().clone() for name, value in constants.items()}
     program = {**program, SHIFT_INVARIANT_KEY: shift_invariant}
-    return Evaluation(n, data, tensors, program, None, notes, guard, forward.own, unreached)
+    return RecordedTask(n, data, tensors, program, None, notes, guard, forward.own, unreached)
 
 
 def _unreached(forward: ModelWithLoss, batch: Batch, names: set[str]) -> frozenset[str]:
@@ -207,7 +207,7 @@ def _name_tensors(what: str, batch: Batch) -> dict[str, Tensor]:
 def describe_run(
     model: nn.Module,
     specs: dict[str, WeightSpec],
-    evaluation: Evaluation,
+    evaluation: RecordedTask,
     optimizer: Any,
     schedule: Schedule,
     task: str | None,
@@ -281,7 +281,7 @@ def _plain(value: Any) -> Any:
     return None
 
 
-def write_start(root: Path, info: dict[str, Any], evaluation: Evaluation) -> bool:
+def write_start(root: Path, info: dict[str, Any], evaluation: RecordedTask) -> bool:
     """Write data, program and, last, run.json; an existing recording is updated.
 
     Args:

@@ -15,11 +15,11 @@ from groktrace.recording.folder import Folder
 from groktrace.recording.guard import Guard
 from groktrace.recording.hooks import Streak, UpdateHooks, counted_optimizer
 from groktrace.recording.metrics import numbers_in
-from groktrace.recording.others import OtherOptimizers
+from groktrace.recording.on_transition import TransitionCallback
+from groktrace.recording.optimizer_switch import OtherOptimizers
 from groktrace.recording.probe import HOW_TO_COUNT, BetweenUpdates, Reading, Watchdog, WeightProbe, moved_after, trained
-from groktrace.recording.reaction import Reaction
 from groktrace.recording.termination import catch_termination, open_recorders, restore_termination
-from groktrace.recording.warning import WarnOnce
+from groktrace.recording.warn import WarnOnce
 from groktrace.recording.writer import Writer
 from groktrace.run import layout, pending
 
@@ -29,7 +29,7 @@ class Recorder:
 
     Attributes:
         out: the run directory, or its URL; where another process writes a whole model, what `watch` was given.
-        asked: what `watch` was given.
+        requested: what `watch` was given.
         reaction: tells `watch(on_transition=...)` what it finds; None without.
         deferred: whether to take a snapshot only when the next update begins, after the script has updated an average
             of the weights or logged metrics.
@@ -46,7 +46,7 @@ class Recorder:
         deferred: bool = False,
         guard: Guard | None = None,
     ) -> None:
-        self.out, self.asked, self._root = folder.place, folder.asked, folder.root
+        self.out, self.requested, self._root = folder.place, folder.requested, folder.root
         self.deferred = deferred
         self._pid = os.getpid()
         self._model: nn.Module | None = model
@@ -65,14 +65,14 @@ class Recorder:
         self._hooks: UpdateHooks | None = None
         self._others: OtherOptimizers | None = None
         self._streak: Streak | None = None  # of other optimizers, at the end
-        self.reaction: Reaction | None = None
+        self.reaction: TransitionCallback | None = None
         self._warn_once.on_failure(lambda: self._snapshot(start))
         self._count_by(model, optimizer)
         if self._writer is not None:
             if not capture.sharded:
                 probe = WeightProbe(trained(model, optimizer))
                 self._writer.idle = Watchdog(probe, self._moment, start, self._warn_once, optimizer is None).look
-            pending.register(self.out, self.flush, self.asked)
+            pending.register(self.out, self.flush, self.requested)
         open_recorders.append(self)
         catch_termination()
 
@@ -337,7 +337,7 @@ class Recorder:
                 writer.submit(step, tensors, metrics)
                 self._copied = step
                 if self._guard is not None and current and step != self._count.first and self._guard.due():
-                    self._guard.tell(step, tensors, writer.mark)
+                    self._guard.report_differences(step, tensors, writer.mark)
             elif capture.sharded:
                 capture.take_part()
         finally:
@@ -380,7 +380,7 @@ class Recorder:
             self._snapshot(steps)  # where the last write failed, this tries once more
             if self._guard is not None and writer is not None and steps != self._count.first:
                 writer.wait()
-                self._guard.tell(steps, capture.copy(), writer.mark, gradient=True)
+                self._guard.report_differences(steps, capture.copy(), writer.mark, gradient=True)
 
     def _finish_locally(self) -> None:
         """Finish without the other processes of the group, whose shards cannot be gathered."""

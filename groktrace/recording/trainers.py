@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from groktrace.errors import GroktraceError, TaskError
-from groktrace.recording.folder import Exist
-from groktrace.recording.reaction import Callback
+from groktrace.recording.folder import IfExists
+from groktrace.recording.on_transition import Callback
 from groktrace.recording.recorder import Recorder
-from groktrace.recording.warning import warn_user
+from groktrace.recording.warn import warn_user
 from groktrace.recording.watch import watch
 
 
@@ -29,7 +29,7 @@ class TrainerRecording:
         every: see `groktrace.watch`.
         schedule: see `groktrace.watch`.
         seed: see `groktrace.watch`.
-        exist: see `groktrace.watch`.
+        if_exists: see `groktrace.watch`.
         on_transition: see `groktrace.watch`.
 
     Attributes:
@@ -50,11 +50,18 @@ class TrainerRecording:
         every: int | None = None,
         schedule: str | Iterable[int] | Callable[[int], bool] | None = None,
         seed: int = 0,
-        exist: Exist = "new",
+        if_exists: IfExists = "new",
         on_transition: Callback | None = None,
     ) -> None:
         self._given = {"train": train, "val": val, "loss": loss, "batch_loss": batch_loss, "task": task, "out": out}
-        self._given |= {"n": n, "noise": noise, "every": every, "schedule": schedule, "seed": seed, "exist": exist}
+        self._given |= {
+            "n": n,
+            "noise": noise,
+            "every": every,
+            "schedule": schedule,
+            "seed": seed,
+            "if_exists": if_exists,
+        }
         self._given |= {"on_transition": on_transition}
         self.recorder: Recorder | None = None
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from groktrace.recording.trainers import TrainerRecording, watch_trainer
-from groktrace.recording.warning import warn_user
+from groktrace.recording.warn import warn_user
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments

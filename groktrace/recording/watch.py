@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from groktrace.errors import GroktraceError, SettingsError
 from groktrace.recording.capture import Capture, describe_weights, gathered, is_sharded, parameters_of, views_of
-from groktrace.recording.folder import Exist, Folder, check_exist, check_out, choose, name_of, with_earlier
+from groktrace.recording.folder import Folder, IfExists, check_if_exists, check_out, choose, name_of, with_earlier
 from groktrace.recording.hooks import counted_optimizer, updates_made
-from groktrace.recording.prepare import Evaluation, describe_run, prepare_evaluation, write_frozen, write_start
-from groktrace.recording.reaction import Callback, Reaction, check_callback
+from groktrace.recording.on_transition import Callback, TransitionCallback, check_callback
+from groktrace.recording.prepare import RecordedTask, describe_run, prepare_task, write_frozen, write_start
 from groktrace.recording.recorder import Recorder
 from groktrace.recording.schedule import check_count, make_schedule
 from groktrace.recording.termination import open_recorders
-from groktrace.recording.warning import warn_user
+from groktrace.recording.warn import warn_user
 from groktrace.recording.writer import remove_leftovers
 from groktrace.run import layout
 from groktrace.run.factory import refuse_while_loading
 from groktrace.run.info import WeightSpec
-from groktrace.run.live import named_tensors, plain_model
+from groktrace.run.live_model import named_tensors, plain_model
 from groktrace.run.loss_tensors import LossTensors
 
 _FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
@@ -47,7 +47,7 @@ def watch(
     schedule: str | Iterable[int] | Callable[[int], bool] | None = None,
     start_step: int | None = None,
     seed: int = 0,
-    exist: Exist = "new",
+    if_exists: IfExists = "new",
     on_transition: Callback | None = None,
 ) -> Recorder:
     """Record a training run: one line in the training script.
@@ -79,7 +79,7 @@ def watch(
         schedule: instead of `every`, "log", the steps to keep, or a function step -> bool.
         start_step: updates made before this call; by default what the optimizer's own state says.
         seed: chooses the subset of data sets of more than 8192 samples, and what `noise` draws.
-        exist: where `out` holds a run that this training does not continue: "new" records in the next free folder
+        if_exists: where `out` holds a run that this training does not continue: "new" records in the next free folder
             beside it, such as snapshots-2, and says so; "replace" removes the run; "error" refuses.
         on_transition: called between two updates with each `Announcement` or `EarlyWarning` of a process that follows
             the recording (one core, the lowest priority), and with the `Trajectory` of λ̂ so far. It may change the
@@ -102,7 +102,7 @@ def watch(
         n = check_count(n, "n", least=1)
     if task is not None and not (isinstance(task, str) and _FACTORY.fullmatch(task)):
         raise SettingsError(f"task: expected 'package.module:factory', got {task!r}.")
-    check_exist(exist)
+    check_if_exists(if_exists)
     place = check_out(out)
     if on_transition is not None:
         check_callback(on_transition, place)
@@ -127,19 +127,19 @@ def watch(
         )
 
     for recorder in open_recorders:
-        if place in (recorder.out, recorder.asked):
+        if place in (recorder.out, recorder.requested):
             recorder.flush()
     earlier = _earlier(model, optimizer, place)
     start = _first_step(start_step, optimizer, earlier)
     # An explicit start_step may contradict the open recording, which is then another one.
     going = earlier.out if earlier is not None and start == earlier.steps else None
     sharded = is_sharded(model)
-    folder, chosen = Folder(place, place, Path(place)), (start, start_step is not None, going, exist)
+    folder, chosen = Folder(place, place, Path(place)), (start, start_step is not None, going, if_exists)
     with _agreed(sharded):
         if _is_writer():
             folder = Folder.at(place, place)
             choose(folder, None, *chosen, {})  # what can be refused before the evaluation takes its time
-    evaluation = Evaluation()
+    evaluation = RecordedTask()
     if train is not None:
         with gathered(model):
             idle = [
@@ -147,7 +147,7 @@ def watch(
                 for name, parameter in model.named_parameters()
                 if parameter.requires_grad and not specs[name].trainable
             ]
-            evaluation = prepare_evaluation(model, train, val, loss, batch_loss, seed, idle, n, noise)
+            evaluation = prepare_task(model, train, val, loss, batch_loss, seed, idle, n, noise)
     own = evaluation.own
     specs = describe_weights(model, optimizer, own)
     with _agreed(sharded) as told:
@@ -158,17 +158,17 @@ def watch(
     for recorder in list(open_recorders):
         # A folder has one recording at a time; and a cell or a loop that runs again ends what it began before, but not
         # the recording of another network whose training has not begun.
-        if told[-1:] == [recorder.out] or (recorder.asked == place and (recorder.began or recorder is earlier)):
+        if told[-1:] == [recorder.out] or (recorder.requested == place and (recorder.began or recorder is earlier)):
             recorder.close_quietly()
     once: frozenset[str] = frozenset()
     with _agreed(sharded) as told:
         if _is_writer():
             try:
-                folder = where.take(exist)
+                folder = where.take(if_exists)
                 place, root = folder.place, folder.root
                 specs = with_earlier(folder, specs, start)
                 info = describe_run(model, specs, evaluation, optimizer, plan, task, seed)
-                if write_start(root, info | {"out": name_of(folder.asked)}, evaluation):
+                if write_start(root, info | {"out": name_of(folder.requested)}, evaluation):
                     warn_user(f"'{place}' held other data than these; the analysis will use the new ones throughout.")
                 if not sharded:
                     once = write_frozen(root, _frozen(specs, model, source, own))
@@ -200,7 +200,7 @@ def watch(
         folder.place = told[-1]  # the writing process knows
     recorder = Recorder(model, optimizer, plan.keep, capture, folder, start, weights is not None, guard)
     if on_transition is not None and folder.hold is not None:
-        recorder.reaction = Reaction(on_transition, recorder.out)
+        recorder.reaction = TransitionCallback(on_transition, recorder.out)
     return recorder
 
 
@@ -241,7 +241,7 @@ def _check_weights(weights: Any, specs: dict[str, WeightSpec]) -> nn.Module:
 def _earlier(model: nn.Module, optimizer: Any, place: Path | str) -> Recorder | None:
     """The open recording of the same training into the same folder."""
     for recorder in open_recorders:
-        if place in (recorder.out, recorder.asked) and recorder.records(model, optimizer):
+        if place in (recorder.out, recorder.requested) and recorder.records(model, optimizer):
             return recorder
     return None
 

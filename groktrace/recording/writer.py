@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from groktrace.recording.hold import Hold
+from groktrace.recording.lock import FolderLock
 from groktrace.run import files, layout
 from groktrace.run.info import MAX_DOUBT
 from groktrace.run.remote import Remote
@@ -97,7 +97,7 @@ class Writer:
         idle: called about once a second while nothing is to be written; it must not raise.
     """
 
-    def __init__(self, root: Path, hold: Hold, remote: Remote | None = None) -> None:
+    def __init__(self, root: Path, hold: FolderLock, remote: Remote | None = None) -> None:
         self._hold, self._remote = hold, remote
         self.written = 0
         self.bytes = 0

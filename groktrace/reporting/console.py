@@ -18,7 +18,7 @@ from groktrace.analysis.trajectory import SYMBOLS, Point, Trajectory
 from groktrace.records import plain
 from groktrace.reporting.numbers import duration, number
 from groktrace.reporting.series import Events, Series
-from groktrace.reporting.sketch import small_curve
+from groktrace.reporting.text_plot import small_curve
 from groktrace.run.store import Run
 
 MAX_ROWS = 25

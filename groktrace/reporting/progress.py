@@ -13,7 +13,7 @@ HEARTBEAT_SECONDS = 30.0
 TICK_SECONDS = 1.0
 
 
-class Progress:
+class ProgressBar:
     """Progress of long work: a bar on a terminal, elsewhere one line every 30 seconds; both go on while work stalls.
 
     A notebook counts as a terminal.
@@ -48,7 +48,7 @@ class Progress:
         # One step of the work may take minutes, and silence looks like a hang.
         self._ticker = threading.Thread(target=self._tick, name="groktrace-progress", daemon=True)
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         if self._terminal and not self._quiet:
             self._draw()
         self._ticker.start()
@@ -120,14 +120,14 @@ class Phases:
 
     Args:
         opening: a line that is shown before the first, if any.
-        quiet_seconds: see `Progress`.
+        quiet_seconds: see `ProgressBar`.
     """
 
     def __init__(self, opening: str | None = None, quiet_seconds: float = 0.0) -> None:
         self._opening, self._quiet_seconds = opening, quiet_seconds
         self._label: str | None = None
         self._done = 0
-        self._display: Progress | None = None
+        self._display: ProgressBar | None = None
 
     def __enter__(self) -> "Phases":
         return self
@@ -143,7 +143,7 @@ class Phases:
             if self._label is None and self._opening is not None:
                 print(self._opening, file=sys.stderr, flush=True)
             self._label, self._done = phase, 0
-            self._display = Progress(total, phase, quiet_seconds=self._quiet_seconds).__enter__()
+            self._display = ProgressBar(total, phase, quiet_seconds=self._quiet_seconds).__enter__()
         self._display.advance(done - self._done)
         self._done = done
 

@@ -129,7 +129,7 @@ def partial(trajectory: Trajectory) -> str:
 
 
 def single_chain(trajectory: Trajectory) -> str:
-    """What is lost without λ_c, where that decides; empty where nothing is.
+    """Warn where a single chain gives no λ_c although it is needed; empty where it is not.
 
     Args:
         trajectory: λ̂ along the run.

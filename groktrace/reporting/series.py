@@ -109,7 +109,7 @@ class Series:
             ),
             read(
                 "hessian_trace",
-                "sharpness/hessian_trace",
+                "hessian/trace",
                 "hessian_trace_stderr",
                 heading="tr H",
                 label="Hessian's trace",
@@ -117,7 +117,7 @@ class Series:
             ),
             read(
                 "hessian_top",
-                "sharpness/hessian_top",
+                "hessian/top_eigenvalue",
                 heading="h_max",
                 label="its largest eigenvalue",
                 axis="largest eigenvalue",

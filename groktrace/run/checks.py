@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from groktrace.errors import TaskError
 from groktrace.run.batch import Batch
 from groktrace.run.isolation import seeded_rng
+from groktrace.run.loss_noise import REMEDY, fix_noise, without_noise
 from groktrace.run.model_with_loss import ModelWithLoss, on_device_of
-from groktrace.run.noise import REMEDY, fix_noise, without_noise
 from groktrace.run.program import draws_random_numbers
 
 FEW = 2

@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from groktrace.errors import TaskError
 from groktrace.run.batch import Batch, Structure, unflatten
+from groktrace.run.loss_noise import FixedNoise
 from groktrace.run.loss_tensors import NO_TENSORS, PREFIX, LossTensors, UsedTensors, buffers_noted, find_loss_tensors
-from groktrace.run.noise import FixedNoise
 from groktrace.run.views import View, find_views
 
 _MODEL_PREFIX = "model."
@@ -26,7 +26,7 @@ class ModelWithLoss(nn.Module):
         batch_loss: batch_loss(model, batch), a mean over the batch; or None.
         structure: nesting of the batch, see `groktrace.run.batch`.
         noise: where each of the batch's last tensors, which stand for what the loss draws, has its samples in the
-            draw; see `groktrace.run.noise`.
+            draw; see `groktrace.run.loss_noise`.
 
     Attributes:
         own: the loss's own tensors, once `find_tensors` has found them.

@@ -13,19 +13,19 @@ _flushes: dict[str, "weakref.WeakMethod[Callable[[], None]]"] = {}
 _elsewhere: dict[str, str] = {}
 
 
-def register(place: Path | str, flush: Callable[[], None], asked: Path | str | None = None) -> None:
+def register(place: Path | str, flush: Callable[[], None], requested: Path | str | None = None) -> None:
     """Have `flush` called before the run is read.
 
     Args:
         place: the run directory or its URL.
         flush: a method; its object is not kept alive by this.
-        asked: the place that was asked for, where an earlier run is if it is another one.
+        requested: the place that was requested for, where an earlier run is if it is another one.
     """
     _flushes[_key(place)] = weakref.WeakMethod(flush)
-    if asked is not None:
-        _elsewhere.pop(_key(asked), None)
-        if asked != place:
-            _elsewhere[_key(asked)] = str(place)
+    if requested is not None:
+        _elsewhere.pop(_key(requested), None)
+        if requested != place:
+            _elsewhere[_key(requested)] = str(place)
 
 
 def forget(place: Path | str, flush: Callable[[], None]) -> None:

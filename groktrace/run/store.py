@@ -18,7 +18,7 @@ from groktrace.run.batch import Batch, check_lengths, unflatten
 from groktrace.run.checkpoints import NO_RUN, refuse_checkpoints
 from groktrace.run.files import beside, parse_json, read_json, read_metadata, read_tensors, read_unverified
 from groktrace.run.info import WeightSpec, check_format, check_info
-from groktrace.run.live import load_tensors
+from groktrace.run.live_model import load_tensors
 from groktrace.run.remote import Remote, is_url
 from groktrace.run.task import SHIFT_INVARIANT_KEY, Task
 

@@ -24,8 +24,8 @@ from groktrace.run.checks import (
 )
 from groktrace.run.collect import Fits, collect, random_samples_note
 from groktrace.run.isolation import without_side_effects
+from groktrace.run.loss_noise import without_noise
 from groktrace.run.model_with_loss import ModelWithLoss, evaluation_mode, on_device_of
-from groktrace.run.noise import without_noise
 
 MAX_SAMPLES = 8192
 # What program.json calls `Task.shift_invariant`; another name would change its digest, and so the random draws.

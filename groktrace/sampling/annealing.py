@@ -189,7 +189,7 @@ class Particles:
         """Trajectories until the particles' losses have hardly to do with what they were."""
         if self._wide > ANNEALING.wide_acceptance or self._levels % ANNEALING.wide_every == 0:
             widest = ANNEALING.first_step / math.sqrt(self._localization) / self._step_size
-            self._wide = self._trajectories(ANNEALING.least_steps, math.log(max(widest, 1.0)), 1.0)
+            self._wide = self._trajectories(ANNEALING.min_steps, math.log(max(widest, 1.0)), 1.0)
         self._levels += 1
         before, moves = self._losses, 0
         correlation = 1.0
@@ -199,9 +199,9 @@ class Particles:
             moves += 1
             correlation = self._correlation(before)
         if correlation > ANNEALING.correlation:
-            self._steps = min(math.ceil(self._steps * ANNEALING.lengthening), ANNEALING.most_steps)
+            self._steps = min(math.ceil(self._steps * ANNEALING.lengthening), ANNEALING.max_steps)
         elif moves == 1:
-            self._steps = max(math.floor(self._steps / ANNEALING.shortening), ANNEALING.least_steps)
+            self._steps = max(math.floor(self._steps / ANNEALING.shortening), ANNEALING.min_steps)
         evidence = tuple(self._log_evidence.tolist())
         return Level(self.nbeta, self._llc(), evidence, acceptance, self.mode.loss, self._disagreement())
 

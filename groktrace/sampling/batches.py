@@ -93,12 +93,12 @@ class Minibatches:
 
 
 def spread_ranks(order: Tensor, heavy: int, count: int) -> Tensor:
-    """So many of the samples: the first, and others of all ranks.
+    """Indices of some samples: the first of an order, then evenly spaced ones of the rest.
 
     Args:
-        order: [N] the samples, those first that are wanted.
-        heavy: how many of these.
-        count: how many in all.
+        order: [N] sample numbers, those of the largest losses first.
+        heavy: how many are taken from its beginning.
+        count: how many are taken in all.
     """
     rest = order[heavy:]
     places = (torch.arange(count - heavy, device=order.device) + 0.5) * (len(rest) / (count - heavy))
@@ -111,11 +111,12 @@ class NoiseProfile:
 
     Attributes:
         heating: what the noise of single samples adds to λ̂, relative to it: that of B is B times less.
-        bending: variance of the curvature of single samples in a stiff direction, relative to its mean squared.
+        curvature_variance: variance of the curvature of single samples along a stiff direction, relative to its
+            squared mean.
     """
 
     heating: float
-    bending: float
+    curvature_variance: float
 
     def batch(self, samples: int, wanted: float) -> int | None:
         """The smallest batches whose noise does no harm, a multiple of 8; None where all samples are as cheap.
@@ -127,7 +128,7 @@ class NoiseProfile:
         tuned = MINIBATCH_NOISE
         # Drawn without replacement, a batch has the variance of single samples times 1/B − 1/N.
         # NaN where a chain was thrown out.
-        needed = float(np.max([self.heating / wanted, self.bending / tuned.bending**2]))
+        needed = float(np.max([self.heating / wanted, self.curvature_variance / tuned.max_curvature_variation**2]))
         least = needed / (1 + needed / samples) if math.isfinite(needed) else samples
-        size = tuned.multiple * math.ceil(max(least, tuned.least) / tuned.multiple)
-        return size if tuned.least_batches * size <= samples else None
+        size = tuned.batch_multiple * math.ceil(max(least, tuned.min_batch) / tuned.batch_multiple)
+        return size if tuned.min_batches * size <= samples else None

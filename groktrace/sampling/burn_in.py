@@ -23,12 +23,12 @@ def has_settled(record: Tensor, dimension: int) -> bool:
     late, before = record[half:], float(record[:half, 1].mean())
     off = abs(float((late[:, 1] + late[:, 2]).mean()) - dimension)
     error = math.sqrt(2 * dimension / late.shape[2])
-    if not off <= EQUILIBRIUM.settled * dimension + EQUILIBRIUM.settled_errors * error:
+    if not off <= EQUILIBRIUM.virial_tolerance * dimension + EQUILIBRIUM.virial_errors * error:
         return False
     virial = float(late[:, 1].mean())
     # A virial of independent directions has at most twice its mean as variance.
     error = math.sqrt(2 * abs(virial) * (1 / half + 1 / len(late)) / late.shape[2])
-    return before - virial <= EQUILIBRIUM.settled_fall * abs(virial) + EQUILIBRIUM.settled_errors * error
+    return before - virial <= EQUILIBRIUM.max_virial_fall * abs(virial) + EQUILIBRIUM.virial_errors * error
 
 
 def is_leaving(record: Tensor, target: Target) -> bool:

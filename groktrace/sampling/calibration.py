@@ -149,7 +149,7 @@ def more_draws(draws: int, needed: float) -> int:
         draws: so far.
         needed: how many times as many.
     """
-    return math.ceil(draws * min(max(needed - 1, CALIBRATION.least_growth), 1.0))
+    return math.ceil(draws * min(max(needed - 1, CALIBRATION.min_growth), 1.0))
 
 
 def resolve(settings: SamplingSettings, dimension: int, stacked: bool) -> ResolvedSettings:

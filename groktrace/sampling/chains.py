@@ -107,14 +107,14 @@ def profile_noise(
         localization: γ.
         epsilon: ε.
     """
-    group, batch = MINIBATCH_NOISE.group, MINIBATCH_NOISE.profile_batch
-    stored = len(loss.tensors[0]) // MINIBATCH_NOISE.least_profiled * MINIBATCH_NOISE.least_profiled
+    group, batch = MINIBATCH_NOISE.group_samples, MINIBATCH_NOISE.profile_batch
+    stored = len(loss.tensors[0]) // MINIBATCH_NOISE.profiled_multiple * MINIBATCH_NOISE.profiled_multiple
     loss = replace(loss, tensors=tuple(tensor[:stored] for tensor in loss.tensors))
     settings = replace(settings, chains=2, batch_size=batch)
     target = Target(settings, nbeta, localization, anchor.shape[1], loss.sample_bytes is not None)
     chains = StackedChains(loss, anchor, [key], target, [epsilon], [0], [epsilon])
     start = chains.state.displacement.clone()
-    chains.advance([(EQUILIBRIUM.least_burn_in, 0)])
+    chains.advance([(EQUILIBRIUM.min_burn_in, 0)])
     settled, dynamics = chains.state.displacement, chains.dynamics
 
     rows = torch.zeros(2, dtype=torch.long, device=anchor.device)
@@ -122,7 +122,7 @@ def profile_noise(
     profiled = MINIBATCH_NOISE.profiled
     if loss.sample_bytes is not None:
         profiled = max(profiled, MINIBATCH_NOISE.profiled_bytes // loss.sample_bytes)
-    profiled = min(stored, profiled // MINIBATCH_NOISE.least_profiled * MINIBATCH_NOISE.least_profiled)
+    profiled = min(stored, profiled // MINIBATCH_NOISE.profiled_multiple * MINIBATCH_NOISE.profiled_multiple)
     groups = torch.arange(profiled, device=anchor.device).view(-1, 2, group)  # [G, chains, samples]
     at_anchor = [loss.gradients(anchors, samples)[1].clone() for samples in groups]
 
@@ -155,7 +155,7 @@ def profile_noise(
     at_start = gain * share(start, noise, calm) * variance[calm] / virial[calm]
     change, noise, variance, virial = noise_at(settled)
     stiff_variance = sum(share(settled, noise, row) * variance[row] for row in range(2))
-    heating = np.maximum(gain * stiff_variance / virial.sum(), at_start / MINIBATCH_NOISE.far)
+    heating = np.maximum(gain * stiff_variance / virial.sum(), at_start / MINIBATCH_NOISE.start_discount)
 
     # H(w − w*) of one chain, and the curvature of the other's samples along it.
     stiff = (change / change.norm(dim=1, keepdim=True).clamp(min=torch.finfo(change.dtype).tiny)).flip(0)
@@ -165,5 +165,5 @@ def profile_noise(
             for samples, there in zip(groups, at_anchor, strict=True)
         ]
     ).double()
-    bending = group * (curvatures.var(0) / curvatures.mean(0).square()).mean()
-    return NoiseProfile(float(heating), float(bending))
+    curvature_variance = group * (curvatures.var(0) / curvatures.mean(0).square()).mean()
+    return NoiseProfile(float(heating), float(curvature_variance))

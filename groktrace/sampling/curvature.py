@@ -12,8 +12,8 @@ _RELATIVE_STEP = 1e-3
 _SHORT_STEP = 1e-4
 # Differences of gradients are good where those over an eighth of the way agree with them this well.
 _AGREEMENT = 0.05
-# A curvature h may be rounding where h‖w‖² is below so many times the loss, far less than that of networks; and it is
-# where a difference of gradients over more of the norm, in which their rounding counts less, finds another one.
+# Where h‖w‖² is below FLAT times the loss, far less than that of networks, a curvature h may be rounding error: it is
+# computed again from a larger difference, FAR_STEP, and is zero where the two disagree by more than FAR_AGREEMENT.
 FLAT = 1.0
 FAR_STEP = 8e-3
 FAR_AGREEMENT = 0.7

@@ -190,7 +190,7 @@ def sample_with_restarts(
                 if target.is_hopeless(traces, falls[s]):
                     continue
                 if chains.has_left(traces) or (attempt < EQUILIBRIUM.tolerated_restarts and target.is_heated(traces)):
-                    heated_by_step = not chains.has_left(traces) and traces.heating <= MINIBATCH_NOISE.wanted
+                    heated_by_step = not chains.has_left(traces) and traces.heating <= MINIBATCH_NOISE.heating
                     if in_batches and fallback is not None and not (heated_by_step and halvings[s] == 0):
                         batched[s] = False
                         again.append(s)

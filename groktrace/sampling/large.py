@@ -19,7 +19,7 @@ from groktrace.sampling.curvature import FAR_AGREEMENT, FAR_STEP, FLAT
 from groktrace.sampling.engine import Attempt, Target, sample_with_restarts
 from groktrace.sampling.interruption import check_interruption
 from groktrace.sampling.kernels.base import Dynamics
-from groktrace.sampling.network import Network
+from groktrace.sampling.network import LargeNetwork
 from groktrace.sampling.noise import NormalNoise, generator_for
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.sample_losses import DrawnSampleLosses, network_sample_losses
@@ -61,7 +61,7 @@ def sample_large(
     Returns:
         Traces; not finite where the chains diverged at every step size tried.
     """
-    network = Network(loss, weights)
+    network = LargeNetwork(loss, weights)
     target = Target(settings, nbeta, localization, network.layout.size, False, sample_losses)
 
     def begin(attempt: Attempt) -> LargeChains:
@@ -102,7 +102,7 @@ class LargeChains:
     """
 
     def __init__(
-        self, network: Network, step: int, target: Target, step_size: float, halvings: int, fitting: float
+        self, network: LargeNetwork, step: int, target: Target, step_size: float, halvings: int, fitting: float
     ) -> None:
         self.network, self.settings, self.target = network, target.settings, target
         self.nbeta, self.localization, self.step_size = target.nbeta, target.localization, step_size
@@ -116,7 +116,7 @@ class LargeChains:
         self.coefficients = dynamics.coefficients
         self.heats = float(dynamics.noise_gain) * nbeta**2
         self.batched = settings.batch_size is not None and settings.batch_size < network.samples
-        self.corrected = self.batched and not self.kernel.plain
+        self.corrected = self.batched and not self.kernel.vanilla
         self.gradient = torch.zeros(network.layout.size, dtype=network.dtype, device=network.device)
         self.normal = NormalNoise((1, network.longest_piece), network.dtype, network.device)
         self.fresh = torch.empty(1, network.longest_piece, dtype=network.dtype, device=network.device)
@@ -137,11 +137,11 @@ class LargeChains:
             return generator_for(self.settings.seed, step, number, purpose, self.network.device)
 
         noise, before, momentum = generator("noise"), None, None
-        if not self.kernel.forgetful:
+        if not self.kernel.momentum_is_noise:
             momentum = torch.empty_like(self.gradient)
             for place, _ in self.network.pieces():
                 self.normal.fill(momentum[None, place], [noise])
-        elif not self.kernel.plain:
+        elif not self.kernel.vanilla:
             before = generator("noise")
             for _, anchor in self.network.pieces():
                 self.normal.fill(anchor[None], [noise])
@@ -268,7 +268,7 @@ class LargeChains:
         torch.add(anchor, displacement, out=chain.position[place])
 
 
-def top_eigenvalue_large(network: Network, generator: torch.Generator) -> float:
+def top_eigenvalue_large(network: LargeNetwork, generator: torch.Generator) -> float:
     """Largest |eigenvalue| of the Hessian at w*, from below; zero where it is no more than rounding.
 
     Power iteration with central differences, which needs one vector beside the gradient; the last two iterates span
@@ -316,7 +316,7 @@ def _from_plane(quotients: Sequence[float], norms: Sequence[float]) -> float:
     return max(best, float(torch.linalg.eigvalsh(plane).abs().max()))
 
 
-def hessian_trace_large(network: Network, generator: torch.Generator, vectors: int) -> tuple[float, float]:
+def hessian_trace_large(network: LargeNetwork, generator: torch.Generator, vectors: int) -> tuple[float, float]:
     """The Hessian's trace at w* and its standard error, see `hutchinson.hessian_trace`.
 
     Args:
@@ -336,7 +336,7 @@ def hessian_trace_large(network: Network, generator: torch.Generator, vectors: i
 
 
 def _hessian_product(
-    network: Network, direction: Tensor, out: Tensor, relative_step: float = _RELATIVE_STEP
+    network: LargeNetwork, direction: Tensor, out: Tensor, relative_step: float = _RELATIVE_STEP
 ) -> tuple[float, float]:
     """∇²L(w*)·v into `out`; returns v·∇²L(w*)·v and a loss nearby. The place of v becomes that of the positions."""
     check_interruption()

@@ -34,7 +34,7 @@ def as_float(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-class Network:
+class LargeNetwork:
     """The loss of one network around w*.
 
     Args:
@@ -162,7 +162,7 @@ def with_micro_batch(loss: StackedLoss, weights: Mapping[str, Tensor]) -> Stacke
     numbers = sum(tensor.numel() for tensor in weights.values())
     samples = len(loss.tensors[0])
     alone = replace(loss, vectorised=False, micro_batch=samples)
-    network = Network(alone, weights)
+    network = LargeNetwork(alone, weights)
     try:
         activations = _activation_bytes(network)
         if samples * activations > WHOLE_BYTES and _is_mean_over_samples(network, _ROUGHLY):
@@ -170,7 +170,7 @@ def with_micro_batch(loss: StackedLoss, weights: Mapping[str, Tensor]) -> Stacke
             tensors = tuple(tensor[order] for tensor in loss.tensors)
             loss = replace(loss, sample_bytes=activations, tensors=tensors)
             alone = replace(loss, vectorised=False, micro_batch=samples)
-            network = Network(alone, weights)
+            network = LargeNetwork(alone, weights)
         large = numbers >= LARGE_WEIGHTS or samples * activations >= LARGE_ACTIVATIONS
         divisible = large and _is_mean_over_samples(network)
     except Exception:  # the program takes one batch size only, or the loss fails on a single sample
@@ -187,7 +187,7 @@ def shuffled(count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
 
 
-def _activation_bytes(network: Network) -> int:
+def _activation_bytes(network: LargeNetwork) -> int:
     """What one sample's gradient keeps between forward and backward, beside weights and data."""
     known = {tensor.untyped_storage().data_ptr() for tensor in network.loss.tensors}
     named = {name: tensor.detach().requires_grad_() for name, tensor in network._named(None).items()}
@@ -209,7 +209,7 @@ def _activation_bytes(network: Network) -> int:
     return sum(storage.nbytes() for storage in seen.values())
 
 
-def _is_mean_over_samples(network: Network, tolerance: float = 1e-4) -> bool:
+def _is_mean_over_samples(network: LargeNetwork, tolerance: float = 1e-4) -> bool:
     """Whether a few samples' loss is the mean of their own losses, with so much of a relative difference."""
     few = tuple(tensor[:_FEW_SAMPLES] for tensor in network.loss.tensors)
     named = {**network._named(None), **network._fixed}

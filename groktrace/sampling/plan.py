@@ -15,8 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from groktrace.sampling.operations import (
+    Operation,
+    OperationTrace,
+    Ref,
+    TracedGraph,
+    kind,
+    storage_of,
+    tensors_in,
+    whole,
+)
 from groktrace.sampling.products import FixedProduct
-from groktrace.sampling.record import Operation, Record, Recorder, Ref, kind, storage_of, tensors_in, whole
 
 _aten = torch.ops.aten
 _COPIES = (_aten.clone.default, _aten._to_copy.default)
@@ -39,9 +48,9 @@ class Plan:
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], arguments: Sequence[Tensor]) -> None:
-        with torch.no_grad(), Recorder(arguments) as recorder:
+        with torch.no_grad(), OperationTrace(arguments) as recorder:
             results = function(*arguments)
-        record = Record(recorder, results)
+        record = TracedGraph(recorder, results)
         self._constants = {number: record.values[number] for number in record.constant}
         self._steps = _lay_out(record)
         self._numbers = record.results
@@ -94,7 +103,7 @@ class _Result:
     shape: tuple[int, ...]
 
 
-def _lay_out(record: Record) -> list[tuple[Operation, list[Tensor] | _Result | None]]:
+def _lay_out(record: TracedGraph) -> list[tuple[Operation, list[Tensor] | _Result | None]]:
     """The operations and where each puts its values; None for views."""
     steps: list[tuple[Operation, list[Tensor] | _Result | None]] = []
     owned: dict[int, Tensor] = {}  # by recorded storage, the buffer that takes its part

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from groktrace.attention import twice_differentiable
+from groktrace.sampling.operations import CannotPlanError
 from groktrace.sampling.plan import Plan, run
-from groktrace.sampling.record import CannotPlanError
 from groktrace.sampling.weights import Forward, WeightLayout
 
 # Of what a gradient keeps between forward and backward. Data that would take more than the first are sampled. Rows that
@@ -40,8 +40,8 @@ class StackedLoss:
         sample_bytes: what one sample's gradient keeps between forward and backward, where only some of the samples are
             used at a time; None where all are. They lie in a random order, and the first of them are a subset.
         is_sample_mean: whether it was found to be a mean over samples of losses of single samples.
-        heavy: of the samples that an index names for a row, so many come first that stand for themselves alone; the
-            others stand for all the rest.
+        heavy: the first so many samples that an index names for a row have large losses and stand for themselves alone;
+            the others are weighted to stand for all the rest.
         micro_batch: samples evaluated at once where networks are large and go alone, in place (`network`, `large`);
             None where they are stacked.
         plans: recorded gradients by samples and shapes, shared by all losses made of this one; of one thread.

@@ -1,4 +1,4 @@
-"""The losses of single samples along the draws, of all samples that a posterior is of."""
+"""Per-sample losses at every draw."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from groktrace.sampling.network import Network
+from groktrace.sampling.network import LargeNetwork
 from groktrace.sampling.posterior import FACTOR, MAX_SINGLE_SAMPLES, PART_BYTES, StackedLoss
 
 
@@ -49,7 +49,7 @@ def stacked_sample_losses(loss: StackedLoss, weights: Tensor) -> Tensor:
     return torch.cat([part.sample_losses(weights) for part in parts], 1)
 
 
-def network_sample_losses(network: Network, at: Tensor | None = None) -> Tensor:
+def network_sample_losses(network: LargeNetwork, at: Tensor | None = None) -> Tensor:
     """The same of one large network, [N].
 
     Args:

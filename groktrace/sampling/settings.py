@@ -88,7 +88,7 @@ class SamplingSettings:
             if not names or not all(isinstance(name, str) for name in names):
                 raise SettingsError(f"parameters: expected names or patterns of weights, got {self.parameters!r}.")
             object.__setattr__(self, "parameters", names)
-        if kernel is not None and kernel.plain and None in (self.step_size, self.draws, self.burn_in):
+        if kernel is not None and kernel.vanilla and None in (self.step_size, self.draws, self.burn_in):
             raise SettingsError(
                 f"method: '{kernel.name}' takes its settings as given; set step_size, draws and burn_in (and nbeta and "
                 "localization), or use method='baoab', which finds them."

@@ -84,7 +84,7 @@ class StackedChains:
             kept = len(anchors) * (self.samples // settings.batch_size) * anchors[0].nbytes
             # Else some samples would never be seen.
             whole = self.samples % settings.batch_size == 0
-            if whole and not settings.kernel.plain and kept <= CONTROL_BYTES:
+            if whole and not settings.kernel.vanilla and kept <= CONTROL_BYTES:
                 parts = shuffled(self.samples).to(device).view(-1, settings.batch_size)
                 self.batches = Minibatches.of_parts(parts, self.samples, generators)
                 self.control = ControlVariates.of(loss, anchors, parts, snapshot)
@@ -96,7 +96,7 @@ class StackedChains:
             self.base, self.base_gradients = self.control.mean()
         # The published method starts at w*.
         start = torch.zeros_like(self.anchors)
-        if not settings.kernel.plain:
+        if not settings.kernel.vanilla:
             start = normal_like(start, [generator_for(settings.seed, *key, "start", device) for key in keys])
             at_anchors = self.base, self.base_gradients
             if self.batches is not None:
@@ -125,7 +125,7 @@ class StackedChains:
         if self.target.subsampled and self.settings.burn_in is None:
             # Chains start near equilibrium: where they are in it, what is left of the burn-in would be for nothing.
             dimension = self.target.dimension
-            least = [math.ceil(slow * EQUILIBRIUM.least_burn_in) for slow in self.slow]
+            least = [math.ceil(slow * EQUILIBRIUM.min_burn_in) for slow in self.slow]
             early = list(self._pieces([(steps, 0) for steps in least]).values())
             burn_in = [
                 steps if has_settled(piece, dimension) else max(length, steps)
@@ -151,7 +151,7 @@ class StackedChains:
             if at_anchors is not None:
                 found = replace(found, anchor_sample_losses=at_anchors[s])
             traces.append(replace(found, fall=fall, heating=heating, fluctuation=fluctuation))
-        curvatures = self._curvatures([s for s in self.active if self._is_odd(s, traces[s])])
+        curvatures = self._curvatures([s for s in self.active if self._is_anharmonic(s, traces[s])])
         return [replace(drawn, curvature=curvatures.get(s)) for s, drawn in enumerate(traces)]
 
     def extend(self, counts: Mapping[int, int]) -> dict[int, Traces]:
@@ -175,7 +175,7 @@ class StackedChains:
         of_rows = self.loss, weights, self.batches, self.control, displacement, rows, self.dynamics
         return dict(zip(self.active, stiff_share(*of_rows).tolist(), strict=True))
 
-    def _is_odd(self, s: int, traces: Traces) -> bool:
+    def _is_anharmonic(self, s: int, traces: Traces) -> bool:
         """Whether a snapshot's loss is perhaps not the bowl, where its chains are, that it is at w*."""
         if self.has_left(traces):
             return False
@@ -370,7 +370,7 @@ class StackedChains:
     @property
     def _corrected(self) -> bool:
         """Whether gradients are of minibatches, with a control variate; the published method has none."""
-        return self.batches is not None and not self.settings.kernel.plain
+        return self.batches is not None and not self.settings.kernel.vanilla
 
     def _gradient_noise(self, evaluate: Callable[[], Tensor], gradients: Tensor) -> Tensor:
         """What the noise of minibatches adds to 2λ̂ at most, of each row, from a second batch, [R].

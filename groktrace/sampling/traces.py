@@ -261,7 +261,7 @@ def most_total_virial(dimension: int) -> float:
 
 
 def reduced_step_size(
-    traces: Traces, kernel: Kernel, localization: float, most: float = MINIBATCH_NOISE.wanted
+    traces: Traces, kernel: Kernel, localization: float, most: float = MINIBATCH_NOISE.heating
 ) -> float:
     """The step at which the noise of minibatches heats the chains no more than is wanted.
 
@@ -274,7 +274,7 @@ def reduced_step_size(
     smaller = traces.step_size
     if traces.heating > most:
         gain = partial(kernel.noise_gain, localization=localization, halvings=traces.halvings)
-        wanted = 0.8 * MINIBATCH_NOISE.wanted / traces.heating * gain(smaller)
+        wanted = 0.8 * MINIBATCH_NOISE.heating / traces.heating * gain(smaller)
         while smaller > MINIBATCH_NOISE.reduction * traces.step_size and gain(smaller) > wanted:
             smaller *= 0.95
     return smaller

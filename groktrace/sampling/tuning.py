@@ -22,7 +22,7 @@ class Calibration:
         draw_relaxations: draws of all chains together, at first; each chain takes one at least.
         min_draws: of a chain; fewer tell little of their own error.
         max_steps: of a chain; minutes for a small network.
-        least_growth: draws are added by this fraction at least: the error that calls for them is itself uncertain.
+        min_growth: draws are added by this fraction at least: the error that calls for them is itself uncertain.
         stacked_weights: below so many weights in a stack of chains, a step costs the same however many there are.
         min_chains: the centred estimate needs two.
         max_chains: a convention.
@@ -38,7 +38,7 @@ class Calibration:
     draw_relaxations: float = 10.0
     min_draws: int = 64
     max_steps: int = 400_000
-    least_growth: float = 0.25
+    min_growth: float = 0.25
     stacked_weights: int = 2**14
     min_chains: int = 2
     max_chains: int = 16
@@ -92,10 +92,11 @@ class Equilibrium:
             they would be followed through ever steeper walls for as long as all other snapshots take together.
         tolerated_restarts: attempts that they get, and at most so many are given to a step that heats.
         fall_for_good: the same where data are sampled, at the first time: no smaller step would help.
-        least_burn_in: where data are sampled, burn-in ends after so many steps in equilibrium,
-        settled: within this fraction of D,
-        settled_fall: and with a virial that falls by no more than this share of it,
-        settled_errors: and so many errors; all conventions.
+        min_burn_in: steps after which the burn-in of chains on a large set may end, if they are in equilibrium by then;
+            this and the next three are conventions.
+        virial_tolerance: equilibrium is where the total virial is off D by at most this fraction of D.
+        max_virial_fall: the virial may fall between the halves of these steps by this fraction of itself.
+        virial_errors: standard errors allowed beyond either bound.
     """
 
     max_total_virial: float = 10.0
@@ -110,10 +111,10 @@ class Equilibrium:
     fall: float = 0.1
     tolerated_restarts: int = 3
     fall_for_good: float = 1.0
-    least_burn_in: int = 8
-    settled: float = 0.03
-    settled_fall: float = 0.1
-    settled_errors: float = 3.0
+    min_burn_in: int = 8
+    virial_tolerance: float = 0.03
+    max_virial_fall: float = 0.1
+    virial_errors: float = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,38 +122,39 @@ class MinibatchNoise:
     """How large minibatches are, and how their noise is measured.
 
     Attributes:
-        wanted: what it may add to λ̂, relative to it; the default `rtol`.
-        reduction: to so much of the step at least, to get there.
-        every: steps between two measurements, a gradient each.
-        every_large: the same in large networks, four gradients each.
-        profiled: samples that tell how noisy gradients are at a snapshot, or
-        profiled_bytes: as many as take so much, if these are more.
-        least_profiled: they are a multiple of so many; of fewer, all are used.
-        profile_batch: samples a gradient of the chains that they are looked at along.
-        far: where chains start, noise may heat by so many times as much as where they settle, as it does in networks
-            whose chains batches do no harm.
-        group: samples of each of the gradients whose scatter tells the noise.
-        multiple: batches are chosen in multiples of so many samples.
-        least: samples a batch.
-        bending: the curvature of a batch scatters by so much of its mean at most, or single batches would throw chains
-            out: where few samples have most of it, as in classifiers with large margins, all are used.
-        least_batches: with fewer to a set, all samples are as cheap.
+        heating: largest share that noise may add to λ̂; the default `rtol`.
+        reduction: smallest factor by which the step is reduced to get there.
+        every: steps between two measurements, which cost a gradient.
+        every_large: the same in large networks, where they cost four.
+        profiled: samples on which noise is profiled at a snapshot.
+        profiled_bytes: the same in bytes of activations; the larger of the two counts.
+        profiled_multiple: the number of profiled samples is a multiple of this; sets smaller than this are used whole.
+        profile_batch: samples a gradient of the two chains along which noise is profiled.
+        start_discount: heating at a chain's start counts by this factor less than where the chain settles: networks to
+            which batches do no harm have that much at the start.
+        group_samples: noise is estimated from the scatter of gradients of so many samples.
+        batch_multiple: batches are a multiple of so many samples.
+        min_batch: smallest batch.
+        max_curvature_variation: largest standard deviation of a batch's curvature, relative to its mean. Beyond it
+            single batches throw chains out; where few samples have most of the curvature, as in classifiers with large
+            margins, all samples are used.
+        min_batches: with fewer batches to the set, all samples are used, as they are as cheap.
     """
 
-    wanted: float = 0.02
+    heating: float = 0.02
     reduction: float = 1 / 32
     every: int = 16
     every_large: int = 32
     profiled: int = 512
     profiled_bytes: int = 2**22
-    least_profiled: int = 64
+    profiled_multiple: int = 64
     profile_batch: int = 32
-    far: float = 5.0
-    group: int = 16
-    multiple: int = 8
-    least: int = 16
-    bending: float = 0.3
-    least_batches: int = 4
+    start_discount: float = 5.0
+    group_samples: int = 16
+    batch_multiple: int = 8
+    min_batch: int = 16
+    max_curvature_variation: float = 0.3
+    min_batches: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,15 +172,15 @@ class Annealing:
         jitter, longer: step sizes are spread log-uniformly over a factor of exp(jitter), this share of it above 1.
         moves: trajectories at one nβ, at most.
         correlation: between losses before and after them, at most.
-        first_steps, least_steps, most_steps: of a trajectory.
+        first_steps, min_steps, max_steps: of a trajectory.
         lengthening, shortening: factors of their number, where trajectories are too short, or one does at once.
         lost: log evidence of a population below that of the best, at most; they scatter by a few.
-        wide_acceptance: trajectories of all step sizes up to the first are made before the others while so many of them
-            are accepted: as on the arms of a crossing, where most of the posterior is far wider than the rest.
-        wide_every: and now and then, to see.
-        descent_steps: towards the mode, at a time,
-        descents: so many times at most,
-        descended: until it falls by less, in nats.
+        wide_acceptance: trajectories of all step sizes up to the first are made before the others while this share of
+            them is accepted: on the arms of a crossing most of the posterior is far wider than the rest.
+        wide_every: rungs between two trials of such trajectories where they are not accepted.
+        descent_steps: steps of one descent towards the mode.
+        descents: largest number of descents.
+        descended: descents end once U falls by less than this, in nats.
     """
 
     effective_share: float = 0.5
@@ -192,8 +194,8 @@ class Annealing:
     moves: int = 4
     correlation: float = 0.3
     first_steps: int = 16
-    least_steps: int = 8
-    most_steps: int = 512
+    min_steps: int = 8
+    max_steps: int = 512
     lengthening: float = 1.5
     shortening: float = 1.1
     lost: float = 12.0

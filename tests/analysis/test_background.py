@@ -6,7 +6,7 @@ import torch
 import groktrace
 from groktrace.analysis.follow import Announcement
 from groktrace.analysis.trajectory import Trajectory
-from groktrace.recording.reaction import Reaction
+from groktrace.recording.on_transition import TransitionCallback
 
 
 def test_a_training_is_told_of_its_own_transitions(tmp_path):
@@ -47,7 +47,7 @@ def test_a_run_that_cannot_be_followed_says_why(tmp_path):
 
 
 def test_the_process_does_not_outlive_the_one_that_trains(tmp_path):
-    reaction = Reaction(print, tmp_path / "nowhere")
+    reaction = TransitionCallback(print, tmp_path / "nowhere")
     reaction._process.stdin.close()
     assert reaction._process.wait(60) == 0
     reaction._process.stdout.close()

@@ -13,10 +13,10 @@ import groktrace
 from groktrace.analysis import follow as following
 from groktrace.analysis import measure
 from groktrace.analysis.detection import EarlyWarning, Transition
-from groktrace.analysis.follow import Announcement, Ended, Scaled, wait_for_run
+from groktrace.analysis.follow import Announcement, RecordingEnded, ScaleChanged, wait_for_run
 from groktrace.analysis.trajectory import Point
 from groktrace.errors import RunError, SettingsError
-from groktrace.reporting import live
+from groktrace.reporting.events import as_line, as_text
 from groktrace.run.files import write_json
 
 FAST = {"draws": 20, "burn_in": 20}
@@ -61,8 +61,8 @@ def steps_of(events):
 def test_a_recording_is_followed_to_its_end_and_gives_what_a_plain_analysis_gives(recording, tmp_path):
     events = events_of(recording)
     end = events[-1]
-    assert end.why == "closed"
-    scales = [event for event in events if isinstance(event, Scaled)]
+    assert end.reason == "closed"
+    scales = [event for event in events if isinstance(event, ScaleChanged)]
     assert len(scales) > 1  # the norm grows, so that all was measured anew now and then
     assert set(steps_of(events)) == set(range(13))
     assert len(steps_of(events)) > 13
@@ -87,8 +87,8 @@ def test_a_recording_that_was_killed_ends_by_the_timeout(recorded, tmp_path, mon
     info = json.loads((run / "run.json").read_text())
     write_json(run / "run.json", {**info, "closed": None})
     monkeypatch.setattr(following, "POLL_SECONDS", 0.01)
-    (end,) = [event for event in events_of(run, timeout=0.05) if isinstance(event, Ended)]
-    assert end.why == "timeout"
+    (end,) = [event for event in events_of(run, timeout=0.05) if isinstance(event, RecordingEnded)]
+    assert end.reason == "timeout"
     assert len(end.trajectory.points) == 6
 
 
@@ -120,7 +120,7 @@ def transition(step, kind="simplification", label=None, width=20):
 
 
 def said(announcements):
-    return [(announcement.news, announcement.number, announcement.transition.step) for announcement in announcements]
+    return [(announcement.kind, announcement.number, announcement.transition.step) for announcement in announcements]
 
 
 def test_a_transition_is_announced_once_and_what_becomes_of_it_is_said(tmp_path):
@@ -172,24 +172,23 @@ def test_what_to_do_while_there_is_nothing_new_is_the_callers(recording, monkeyp
     train = following.time.sleep
     monkeypatch.setattr(following.time, "sleep", None)
     events = list(groktrace.follow(recording, idle=lambda: train(0), **FAST, nbeta=100.0, localization=1.0))
-    assert events[-1].why == "closed"
+    assert events[-1].reason == "closed"
 
 
 def test_events_as_lines_and_in_words():
     news = Announcement("transition", 1, transition(100, label="generalisation"))
-    assert live.as_line(news) == {"event": "transition", "number": 1, **news.transition.to_dict()}
+    assert as_line(news) == {"event": "transition", "number": 1, **news.transition.to_dict()}
     endless = Announcement("revised", 1, replace(news.transition, stderr=math.inf))
-    assert live.as_line(endless)["stderr"] is None
-    assert live.as_text(news) == "transition 1: generalisation at step 100 [95, 105], λ 10 → 5"
-    assert "withdrawn" in live.as_text(Announcement("withdrawn", 1, transition(100)))
+    assert as_line(endless)["stderr"] is None
+    assert as_text(news) == "transition 1: generalisation at step 100 [95, 105], λ 10 → 5"
+    assert "withdrawn" in as_text(Announcement("withdrawn", 1, transition(100)))
     scale = {"nbeta": 1.0, "localization": 2.0, "curvature": None}
-    assert live.as_line(Scaled(1.0, 2.0, None)) == {"event": "scale", **scale}
-    assert live.as_line(Point(3, 1.0, 0.1))["event"] == "point"
+    assert as_line(ScaleChanged(1.0, 2.0, None)) == {"event": "scale", **scale}
+    assert as_line(Point(3, 1.0, 0.1))["event"] == "point"
     warning = EarlyWarning(300, 0.0812, 0.0123)
-    assert live.as_line(warning) == {"event": "warning", "step": 300, "rate": 0.0812, "stderr": 0.0123}
+    assert as_line(warning) == {"event": "warning", "step": 300, "rate": 0.0812, "stderr": 0.0123}
     assert (
-        live.as_text(warning)
-        == "warning: at step 300 λ falls, by 8.1 ± 1.2 % each time the training grows by a factor of e"
+        as_text(warning) == "warning: at step 300 λ falls, by 8.1 ± 1.2 % each time the training grows by a factor of e"
     )
 
 
@@ -234,7 +233,7 @@ def test_weights_that_begin_to_train_are_sampled_from_then_on(tmp_path, monkeypa
     monkeypatch.setattr(following.time, "sleep", train)
     settings = {"nbeta": 100.0, "localization": 1.0}
     events = events_of(tmp_path / "run", **settings)
-    assert events[-1].why == "closed"
+    assert events[-1].reason == "closed"
     first = [event for event in events if isinstance(event, Point) and event.step == 0]
     assert len(first) == 2
     assert first[1].diagnostics["norm"] > 1.2 * first[0].diagnostics["norm"]  # of nine more weights
@@ -256,8 +255,8 @@ def test_a_recording_may_begin_later_and_transitions_are_those_of_the_detector(r
     numbers = {"nbeta": 100.0, "localization": 1.0}
     events = list(groktrace.follow(str(tmp_path / "late"), detector=Halves(), **FAST, **numbers))
     (said,) = (event for event in events if isinstance(event, Announcement))
-    assert (said.news, said.transition.label) == ("transition", "half")
-    assert events[-1].why == "closed"
+    assert (said.kind, said.transition.label) == ("transition", "half")
+    assert events[-1].reason == "closed"
     assert groktrace.open_run(tmp_path / "late").trajectory() == events[-1].trajectory
 
 

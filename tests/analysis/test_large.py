@@ -18,18 +18,18 @@ def everything_is_large(monkeypatch):
 
 
 def test_a_large_run_is_measured_like_a_small_one(small_run, monkeypatch):
-    expected = groktrace.analyze(small_run, curvature=True, **SETTINGS)
+    expected = groktrace.analyze(small_run, hessian=True, **SETTINGS)
     monkeypatch.setattr(network, "LARGE_WEIGHTS", 1)
     monkeypatch.setattr(network, "_LEAST_ACTIVATIONS", 2000)
     monkeypatch.setattr(network, "_ACTIVATION_SHARE", 0)
     alone = []
-    plain = network.Network.add_gradient
+    plain = network.LargeNetwork.add_gradient
     monkeypatch.setattr(
-        network.Network,
+        network.LargeNetwork,
         "add_gradient",
         lambda self, *a, **k: alone.append(self.loss.micro_batch) or plain(self, *a, **k),
     )
-    found = groktrace.analyze(small_run, curvature=True, seed=1, **SETTINGS)  # another seed, another folder
+    found = groktrace.analyze(small_run, hessian=True, seed=1, **SETTINGS)  # another seed, another folder
     assert 1 <= max(alone) < 60
     assert found.nbeta == pytest.approx(expected.nbeta, rel=0.1)
     for a, b in zip(found.points, expected.points, strict=True):

@@ -59,7 +59,7 @@ def test_the_bottom_may_be_away_from_the_snapshot():
 
 
 def test_a_loss_that_falls_without_end_has_no_limit(monkeypatch):
-    monkeypatch.setattr(limit, "LIMIT", dataclasses.replace(limit.LIMIT, most_gradients=2000))
+    monkeypatch.setattr(limit, "LIMIT", dataclasses.replace(limit.LIMIT, max_gradients=2000))
     x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
     model = nn.Linear(2, 2)
     found = groktrace.estimate_llc(model, "cross_entropy", (x, (x[:, 0] > 0).long()), limit=True)
@@ -72,7 +72,7 @@ def test_a_loss_that_falls_without_end_has_no_limit(monkeypatch):
 
 
 def test_a_budget_that_ends_is_said(monkeypatch):
-    monkeypatch.setattr(limit, "LIMIT", dataclasses.replace(limit.LIMIT, most_gradients=200))
+    monkeypatch.setattr(limit, "LIMIT", dataclasses.replace(limit.LIMIT, max_gradients=200))
     found = find(reduced_rank(5, 3, 5, 1, 1, 1))
     assert found.llc is None
     assert found.reasons[0].startswith("not reached: λ̂ still depends on nβ, and is ")
@@ -125,14 +125,14 @@ def levels(function, decades=12, noise=0.02, seed=0):
 def test_a_plateau_is_its_own_limit_and_its_beginning_is_found():
     fit = fit_limit(levels(lambda t: 5 if t > 10 else 5 - 0.3 * (10 - t)))
     assert fit.level == pytest.approx(5, rel=0.01)
-    assert abs(fit.beyond) < 0.1
+    assert abs(fit.extrapolation) < 0.1
     assert math.log(fit.start) == pytest.approx(10, abs=3)
 
 
 def test_a_logarithmic_correction_is_made_up_for():
     for m in (2, 3):
         fit = fit_limit(levels(lambda t, m=m: 0.5 - (m - 1) / (t + 6), decades=20))
-        assert fit.level + fit.beyond == pytest.approx(0.5, abs=2.5 * fit.stderr + 0.002)
+        assert fit.level + fit.extrapolation == pytest.approx(0.5, abs=2.5 * fit.stderr + 0.002)
         assert fit.multiplicity[0] < 0.05
         assert sum(fit.multiplicity) == pytest.approx(1)
 
@@ -156,10 +156,10 @@ def test_weights_that_are_all_zero_have_a_limit_and_may_be_left(monkeypatch):
 
 
 def test_the_stay_at_the_end_is_bounded(monkeypatch):
-    monkeypatch.setattr(limit, "LIMIT", dataclasses.replace(limit.LIMIT, least_rounds=1, most_rounds=10**6))
+    monkeypatch.setattr(limit, "LIMIT", dataclasses.replace(limit.LIMIT, min_rounds=1, max_rounds=10**6))
     known = normal_crossing((1, 2), 1, 1)
     found = find(known, rtol=1e-6)
-    assert found.gradients < 2.3 * limit.LIMIT.most_gradients  # a round takes 4 trajectories of 512 steps at most
+    assert found.gradients < 2.3 * limit.LIMIT.max_gradients  # a round takes 4 trajectories of 512 steps at most
 
 
 def limit_of(llc, half):

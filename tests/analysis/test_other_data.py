@@ -212,7 +212,7 @@ def test_following_ends_with_what_analyze_finds(small_run, other):
     own = groktrace.analyze(small_run, **FAST)
     *events, end = groktrace.follow(small_run, train=other, n=500, **FAST)
     assert [event.step for event in events if isinstance(event, groktrace.Point)] == [0, 10, 20, 30, 40, 50]
-    (scaled,) = (event for event in events if isinstance(event, groktrace.Scaled))
+    (scaled,) = (event for event in events if isinstance(event, groktrace.ScaleChanged))
     assert (scaled.nbeta, scaled.localization) == (own.nbeta, own.localization)  # known, so that each is sampled once
     assert end.trajectory == groktrace.analyze(small_run, train=other, n=500, **FAST)
     assert (end.trajectory.n, end.trajectory.data.own_scale) == (500, True)

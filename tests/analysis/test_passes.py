@@ -115,7 +115,7 @@ def test_what_is_sampled_is_what_a_full_replay_gives(small_run, tmp_path, monkey
     other = shutil.copytree(small_run, tmp_path / "other" / "run")
     full = groktrace.analyze(other, draws=20, burn_in=20)
     monkeypatch.setattr(passes, "PASSES", Passes(adaptive_coarse=3))
-    some = groktrace.analyze(small_run, draws=20, burn_in=20, adaptive=True, curvature=True)
+    some = groktrace.analyze(small_run, draws=20, burn_in=20, adaptive=True, hessian=True)
     assert [point.step for point in some.points] == [0, 10, 20, 50]
     assert (some.nbeta, some.localization) == (full.nbeta, full.localization)
     known = {point.step: json.loads(json.dumps(point.to_dict())) for point in full.points}
@@ -293,9 +293,9 @@ def test_time_that_is_up_before_the_scale_is_known_is_an_error_that_says_what_is
 def test_curvature_stops_too(small_run, monkeypatch, clock):
     late_at(monkeypatch, clock, evaluator, "measure_hessian", 3)
     with pytest.warns(RuntimeWarning, match="steps 20 were measured"):
-        some = groktrace.analyze(small_run, curvature=True, time_limit=60, **QUICK)
+        some = groktrace.analyze(small_run, hessian=True, time_limit=60, **QUICK)
     assert [point.hessian_trace is None for point in some] == [False, False, True, True, True, True]
     monkeypatch.undo()
-    whole = groktrace.analyze(small_run, curvature=True, **QUICK).points
+    whole = groktrace.analyze(small_run, hessian=True, **QUICK).points
     assert whole[:2] == some.points[:2]
     assert [point.hessian_trace is None for point in whole] == [False] * 6

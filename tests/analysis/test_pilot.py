@@ -169,7 +169,7 @@ def test_samples_grow_with_what_they_would_miss(large_set, monkeypatch):
     """λ of few samples is too small by about λ over how many targets they have."""
     model, data, _ = line()
     objective, weights, metrics = prepared(model, "mse", data, localization=300.0)
-    monkeypatch.setattr(pilot, "PILOT", Pilot(least_samples=64, most_missed=0.04))
+    monkeypatch.setattr(pilot, "PILOT", Pilot(min_samples=64, max_bias=0.04))
     profiled, profile = [], pilot.profile_noise
     monkeypatch.setattr(
         pilot,
@@ -177,7 +177,7 @@ def test_samples_grow_with_what_they_would_miss(large_set, monkeypatch):
         lambda loss, *rest: profiled.append(len(loss.tensors[0])) or profile(loss, *rest),
     )
     few = choose(objective, weights, metrics)
-    monkeypatch.setattr(pilot, "PILOT", Pilot(least_samples=64, most_missed=0.005))
+    monkeypatch.setattr(pilot, "PILOT", Pilot(min_samples=64, max_bias=0.005))
     more = choose(objective, weights, metrics)
     assert few.samples < more.samples <= TALL
     # Their noise is that of as many, but for what does not fill a batch.
@@ -191,7 +191,7 @@ def test_samples_grow_with_what_they_would_miss(large_set, monkeypatch):
 
 @pytest.mark.parametrize(("least", "expected"), [(1700, TALL), (1500, 1500)])
 def test_all_samples_are_used_where_few_would_be_left(large_set, monkeypatch, least, expected):
-    monkeypatch.setattr(pilot, "PILOT", Pilot(least_samples=least, most_missed=1.0))
+    monkeypatch.setattr(pilot, "PILOT", Pilot(min_samples=least, max_bias=1.0))
     model, data, _ = line()
     found = choose(*prepared(model, "mse", data, localization=300.0))
     assert 0 <= expected - found.samples < (found.batch_size or 1)

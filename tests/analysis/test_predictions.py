@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 import groktrace
-from groktrace.analysis.predictions import evaluate, measure_losses
+from groktrace.analysis.predictions import loss_and_hits, measure_losses
 from groktrace.run.task import Task
 
 CPU = torch.device("cpu")
@@ -157,7 +157,7 @@ def test_what_is_no_cross_entropy_gives_no_hits():
     x = torch.randn(5, 4)
     task = Task.from_model(model, train=(x, torch.randn(5, 3)), loss="mse")
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    loss, outputs, hits = evaluate(task.forward, weights, task.train.tensors)
+    loss, outputs, hits = loss_and_hits(task.forward, weights, task.train.tensors)
     assert loss == functional.mse_loss(model(x), task.train.tensors[1]).item()
     assert torch.equal(outputs, model(x))
     assert not outputs.requires_grad

@@ -67,7 +67,7 @@ def record_odd(root, dtype, samples, loss="mse"):
 @pytest.mark.parametrize("samples", [1, 10])
 def test_odd_networks_get_numbers(tmp_path, dtype, samples):
     record_odd(tmp_path / "run", dtype, samples)
-    trajectory = groktrace.analyze(tmp_path / "run", curvature=True, **FAST)
+    trajectory = groktrace.analyze(tmp_path / "run", hessian=True, **FAST)
     assert trajectory.n == samples
     for name in ("llc", "stderr", "train_loss", "hessian_trace"):
         assert np.isfinite(trajectory.column(name)).all(), name
@@ -108,17 +108,17 @@ def seeds_of(monkeypatch, run, **settings):
 
 def test_runs_share_no_noise_and_copies_all_of_it(small_run, tmp_path, monkeypatch, record_like):
     copy = shutil.copytree(small_run, tmp_path / "copy" / "run")
-    seeds = seeds_of(monkeypatch, small_run, curvature=True, locality=0.22)
+    seeds = seeds_of(monkeypatch, small_run, hessian=True, locality=0.22)
     assert len(set(seeds)) == len(seeds) > 18
-    assert seeds_of(monkeypatch, copy, curvature=True, locality=0.22) == seeds
+    assert seeds_of(monkeypatch, copy, hessian=True, locality=0.22) == seeds
     # From the same start, at the same rate: the same training, whatever was logged.
     (first, *_), same = groktrace.analyze(copy, **FAST).points, record_like(small_run, tmp_path / "same", 0.1, seen=3.0)
     assert groktrace.analyze(same, **FAST).points[0].llc == first.llc
     # At another rate only the start is the same, on other data nothing.
-    other = seeds_of(monkeypatch, record_like(small_run, tmp_path / "faster", 0.2), curvature=True, locality=0.22)
+    other = seeds_of(monkeypatch, record_like(small_run, tmp_path / "faster", 0.2), hessian=True, locality=0.22)
     assert len(set(other) & set(seeds)) * 6 == len(seeds)
     assert not set(
-        seeds_of(monkeypatch, record_like(small_run, tmp_path / "data", 0.1, 1.5), curvature=True, locality=0.22)
+        seeds_of(monkeypatch, record_like(small_run, tmp_path / "data", 0.1, 1.5), hessian=True, locality=0.22)
     ) & set(seeds)
 
 
@@ -154,13 +154,13 @@ def test_a_reference_goes_with_the_trajectory_and_is_replaced(small_run):
 def test_curvature_is_measured_where_asked_for_and_kept(small_run, evaluated):
     plain = groktrace.analyze(small_run, **FAST)
     assert plain.points[0].hessian_trace is None
-    curved = groktrace.analyze(small_run, **FAST, curvature=True)
+    curved = groktrace.analyze(small_run, **FAST, hessian=True)
     assert len(evaluated["hessian"]) == 6
     for point in curved.points:
         assert 0 < point.hessian_top < point.hessian_trace
         assert 0 < point.hessian_trace_stderr < point.hessian_trace
         assert point.hessian_top == pytest.approx(point.diagnostics["top_curvature"], rel=0.07)
-    assert groktrace.analyze(small_run, **FAST, curvature=True) == curved
+    assert groktrace.analyze(small_run, **FAST, hessian=True) == curved
     assert groktrace.open_run(small_run).trajectory() == curved
     assert len(evaluated["hessian"]) == 6
 

@@ -41,7 +41,7 @@ def test_the_curve_is_the_soft_rank(two_scales):
 
 
 def test_default_temperatures_are_those_of_the_resolutions_and_a_limit_is_looked_for(two_scales, monkeypatch):
-    monkeypatch.setattr(limit, "LIMIT", dataclasses.replace(limit.LIMIT, most_gradients=400))
+    monkeypatch.setattr(limit, "LIMIT", dataclasses.replace(limit.LIMIT, max_gradients=400))
     model, train, spectrum = two_scales
     curve = groktrace.temperature_curve(model, half_square, train, draws=4, burn_in=4)
     ratios = [found.nbeta * float(spectrum.max()) / found.localization for found in curve.estimates]

@@ -301,7 +301,7 @@ def test_interrupting_keeps_what_is_finished(small_run):
 
 
 def test_reference_and_curvature_are_found_again_by_show_and_plot(small_run, tmp_path):
-    result = invoke("analyze", small_run, "--reference", "30", "--curvature", "--json", *FAST)
+    result = invoke("analyze", small_run, "--reference", "30", "--hessian", "--json", *FAST)
     found = json.loads(result.stdout)
     assert found["reference"]["llc"] == 30
     assert all(point["hessian_trace"] > 0 for point in found["trajectory"])

@@ -220,7 +220,7 @@ def test_validation_data_of_which_some_are_kept(folder):
 
 
 def test_a_loss_with_weights_of_its_own(folder):
-    class Scaled(nn.Module):
+    class ScaleChanged(nn.Module):
         def __init__(self):
             super().__init__()
             self.scale = nn.Parameter(torch.ones(1))
@@ -229,7 +229,7 @@ def test_a_loss_with_weights_of_its_own(folder):
             return (self.scale * (outputs - targets)).square().mean()
 
     x = torch.randn(8, 3)
-    loss = Scaled()
+    loss = ScaleChanged()
     own = groktrace.Task.from_model(network(), train=(x, x[:, :2]), loss=loss)
     with pytest.raises(groktrace.GroktraceError, match=r"it lacks 'loss.scale'"):
         groktrace.import_checkpoints(folder / "saved", task=own, out=folder / "run")

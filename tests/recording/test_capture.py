@@ -5,7 +5,7 @@ from torch import nn
 from groktrace.errors import SettingsError
 from groktrace.recording.capture import Capture, describe_weights, find_aliases
 from groktrace.run import files
-from groktrace.run.live import plain_model
+from groktrace.run.live_model import plain_model
 
 
 class Awkward(nn.Module):

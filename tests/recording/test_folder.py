@@ -14,7 +14,7 @@ from torch import nn
 import groktrace
 from groktrace.errors import RunError, SettingsError
 from groktrace.recording.folder import latest_beside
-from groktrace.recording.hold import Hold
+from groktrace.recording.lock import FolderLock
 from groktrace.recording.termination import open_recorders
 from groktrace.recording.watch import watch
 from groktrace.run import layout
@@ -69,19 +69,19 @@ def test_the_first_folder_is_the_relative_one_too(make_training, tmp_path, monke
     make_training().record("snapshots", 1)
     recorder = make_training().record(Path("snapshots"), 1)
     assert recorder.out == tmp_path / "snapshots-2"
-    assert recorder.asked == tmp_path / "snapshots"
+    assert recorder.requested == tmp_path / "snapshots"
 
 
-@pytest.mark.parametrize("exist", ["error", "new", "replace"])
+@pytest.mark.parametrize("if_exists", ["error", "new", "replace"])
 def test_what_is_no_run_is_refused_and_left_alone(make_training, root, exist):
     root.mkdir()
     (root / "thesis.tex").write_text("x")
     before = contents(root)
     with pytest.raises(SettingsError, match="holds files, but is not a groktrace run; choose another out="):
-        make_training().record(root, 1, exist=exist)
+        make_training().record(root, 1, if_exists=exist)
     (root / layout.RUN_FILE).write_text('{"epochs": 3}')
     with pytest.raises(RunError, match="not a groktrace run file"):
-        make_training().record(root, 1, exist=exist)
+        make_training().record(root, 1, if_exists=exist)
     (root / layout.RUN_FILE).unlink()
     assert contents(root) == before
     assert [path.name for path in root.parent.iterdir()] == ["run"]
@@ -91,17 +91,17 @@ def test_error_refuses(make_training, root):
     make_training().record(root, 5)
     before = contents(root)
     with pytest.raises(SettingsError, match=r"up to step 5\. To continue it, .*start_step=; to start anew"):
-        make_training().record(root, 1, exist="error")
+        make_training().record(root, 1, if_exists="error")
     other = make_training()
     other.model = nn.Linear(3, 2)
     other.optimizer = torch.optim.SGD(other.model.parameters(), lr=0.1)
     with pytest.raises(SettingsError, match=r"is the run of another network or loss\. To start anew"):
-        other.record(root, 1, exist="error", start_step=5)
+        other.record(root, 1, if_exists="error", start_step=5)
     assert contents(root) == before
-    make_training().record(root, 2, exist="error", start_step=5)
+    make_training().record(root, 2, if_exists="error", start_step=5)
     assert steps(root) == [[0, 2, 4, 5, 6, 7]]
     with pytest.raises(SettingsError, match="exist: expected 'error', 'new' or 'replace', got 'overwrite'"):
-        make_training().record(root, 1, exist="overwrite")
+        make_training().record(root, 1, if_exists="overwrite")
 
 
 def test_replace_removes_what_groktrace_wrote(make_training, root, capsys):
@@ -114,7 +114,7 @@ def test_replace_removes_what_groktrace_wrote(make_training, root, capsys):
     other = make_training()
     other.model = nn.Linear(3, 2)
     other.optimizer = torch.optim.SGD(other.model.parameters(), lr=0.1)
-    assert other.record(root, 3, exist="replace").out == root
+    assert other.record(root, 3, if_exists="replace").out == root
     assert steps(root) == [[0, 2, 3]]
     left = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     assert {"notes.txt", "tensorboard/events.mine"} < left
@@ -125,7 +125,7 @@ def test_replace_removes_what_groktrace_wrote(make_training, root, capsys):
 
 def test_replace_continues_what_it_can(make_training, root):
     make_training().record(root, 4)
-    make_training().record(root, 2, exist="replace", start_step=4)
+    make_training().record(root, 2, if_exists="replace", start_step=4)
     assert steps(root) == [[0, 2, 4, 6]]
 
 
@@ -135,7 +135,15 @@ def test_what_was_refused_before_the_start_removes_nothing(training, make_traini
     with pytest.raises(groktrace.GroktraceError):
         watch(training.model, training.optimizer, train=(training.x, training.y[:3]), loss="mse", out=root)
     with pytest.raises(groktrace.GroktraceError):
-        watch(training.model, training.optimizer, train=(training.x, 3), loss="mse", out=root, exist="replace", every=2)
+        watch(
+            training.model,
+            training.optimizer,
+            train=(training.x, 3),
+            loss="mse",
+            out=root,
+            if_exists="replace",
+            every=2,
+        )
     assert contents(root) == before
     assert [path.name for path in root.parent.iterdir()] == ["run"]
 
@@ -235,7 +243,7 @@ class TestInOneProcess:
         first, second = make_training(), make_training()
         old = watch(first.model, first.optimizer, out=root)
         old.flush()
-        with watch(second.model, second.optimizer, out=root, exist="replace", every=1):
+        with watch(second.model, second.optimizer, out=root, if_exists="replace", every=1):
             assert "closed" in repr(old)
             second.update(1)
         assert steps(root) == [[0, 1]]
@@ -251,7 +259,7 @@ def test_readers_are_told_of_the_later_run(make_training, root, monkeypatch):
     groktrace.open_run(root)  # told once
     make_training().record(root.with_name("run-3"), 1)  # of its own
     assert latest_beside(root) == second.out
-    make_training().record(root, 1, exist="replace")
+    make_training().record(root, 1, if_exists="replace")
     groktrace.open_run(root)
 
 
@@ -321,13 +329,13 @@ print(recorder.out)
 
 def test_a_folder_that_another_process_holds_is_left_to_it(make_training, root, capsys):
     root.mkdir()
-    hold = Hold(root)
+    hold = FolderLock(root)
     hold.sign()
     assert make_training().record(root, 1, start_step=0).out == root.with_name("run-2")
     assert f"'{root}' is being recorded already and stays as it is" in capsys.readouterr().err
     for exist in ("error", "replace"):
         with pytest.raises(SettingsError, match="is being recorded already; choose another out="):
-            make_training().record(root, 1, exist=exist)
+            make_training().record(root, 1, if_exists=exist)
     assert [path.name for path in root.iterdir()] == [layout.LOCK_FILE]
     assert not hold.lost()
     hold.release()

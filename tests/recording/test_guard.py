@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from groktrace.recording import guard as guard_module
-from groktrace.recording.prepare import prepare_evaluation
+from groktrace.recording.prepare import prepare_task
 from groktrace.recording.watch import watch
 from groktrace.run import program as program_module
 from groktrace.run.store import open_run
@@ -220,7 +220,7 @@ def test_a_loss_that_fails_later_is_told_as_that(tmp_path):
 def test_checks_become_rare_and_stay_within_their_share(monkeypatch):
     training = Training(F.mse_loss)
     training.model.eval()
-    guard = prepare_evaluation(training.model, (training.x, training.y), None, F.mse_loss, None, 0).guard
+    guard = prepare_task(training.model, (training.x, training.y), None, F.mse_loss, None, 0).guard
     now = [guard_module.time.perf_counter()]
     monkeypatch.setattr(guard_module.time, "perf_counter", lambda: now[0])
     guard._spent, guard._last, guard._began = 0.0, 1.0, now[0]

@@ -168,7 +168,7 @@ def test_a_training_that_is_resumed_goes_on_counting(tmp_path):
     trainer = fit(make(), GroktraceCallback(every=2, out=tmp_path / "run"), max_steps=4)
     trainer.save_checkpoint(tmp_path / "checkpoint")
     with pytest.raises(groktrace.GroktraceError, match=r"holds a recording up to step 4\. To continue"):
-        fit(make(), GroktraceCallback(every=2, exist="error", out=tmp_path / "run"))
+        fit(make(), GroktraceCallback(every=2, if_exists="error", out=tmp_path / "run"))
     fit(make(), GroktraceCallback(every=2, out=tmp_path / "run"), ckpt_path=tmp_path / "checkpoint")
     assert layout.snapshot_steps(tmp_path / "run") == [0, 2, 4, 6, 7]
 

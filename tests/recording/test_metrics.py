@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from groktrace.recording.metrics import numbers_in
-from groktrace.recording.warning import WarnOnce
+from groktrace.recording.warn import WarnOnce
 
 
 def test_what_is_no_number_is_left_out_and_told_once():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from groktrace.errors import TaskError
-from groktrace.recording.prepare import prepare_evaluation
+from groktrace.recording.prepare import prepare_task
 from groktrace.recording.watch import watch
 from groktrace.run import files, layout
 from groktrace.run.store import check_info
@@ -52,7 +52,7 @@ def test_weights_alone(training, tmp_path):
 
 def test_large_sets_are_represented_by_a_subset():
     x, model = torch.randn(10_000, 1), nn.Linear(1, 1)
-    evaluation = prepare_evaluation(model, (x, x), None, "mse", None, 0)
+    evaluation = prepare_task(model, (x, x), None, "mse", None, 0)
     assert evaluation.data["train"]["samples"] == evaluation.n == 10_000
     assert evaluation.data["train"]["stored"] == len(evaluation.tensors["train.0"]) < 10_000
 
@@ -60,7 +60,7 @@ def test_large_sets_are_represented_by_a_subset():
 def test_awkward_data_can_be_written(tmp_path):
     x = torch.randn(2, 5).t()
     assert not x.is_contiguous()
-    evaluation = prepare_evaluation(nn.Linear(2, 2), (x, x), None, "mse", None, 0)
+    evaluation = prepare_task(nn.Linear(2, 2), (x, x), None, "mse", None, 0)
     files.write_tensors(tmp_path / "d", evaluation.tensors, {})
     assert torch.equal(files.read_tensors(tmp_path / "d")[0]["train.1"], x)
 
@@ -73,8 +73,8 @@ def test_shift_invariant_losses_are_recognised_and_odd_ones_tolerated():
         assert outputs.dtype == torch.float32
         return nn.functional.cross_entropy(outputs, targets)
 
-    assert not prepare_evaluation(model, (x, y), None, singles_only, None, 0).program["offset_free"]
-    mse = prepare_evaluation(model, (x, x), None, "mse", None, 0)
+    assert not prepare_task(model, (x, y), None, singles_only, None, 0).program["offset_free"]
+    mse = prepare_task(model, (x, x), None, "mse", None, 0)
     assert not mse.program["offset_free"]
 
 
@@ -83,7 +83,7 @@ def test_models_with_their_own_loss():
         return (model(batch["x"]) - batch["y"]).square().mean()
 
     batch = {"x": torch.randn(4, 2), "y": torch.randn(4, 1)}
-    evaluation = prepare_evaluation(nn.Linear(2, 1), batch, None, None, batch_loss, 0)
+    evaluation = prepare_task(nn.Linear(2, 1), batch, None, None, batch_loss, 0)
     assert evaluation.data["train"]["structure"] == {"dict": {"x": 0, "y": 1}}
     assert evaluation.program["offset_free"] is False
 
@@ -98,7 +98,7 @@ def test_data_sets_that_draw_random_numbers_leave_the_generators_alone():
 
     model = nn.Linear(2, 1)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-    prepare_evaluation(model, Noisy(), None, "mse", None, 0)
+    prepare_task(model, Noisy(), None, "mse", None, 0)
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == random.getstate()
     assert (states[2] == np.random.get_state()[1]).all()
@@ -116,7 +116,7 @@ def test_buffers_that_a_model_changes_are_put_back():
             return x @ self.weight
 
     model, x = Counting(), torch.randn(3, 2)
-    prepare_evaluation(model, (x, x), None, "mse", None, 0)
+    prepare_task(model, (x, x), None, "mse", None, 0)
     assert model.calls == 0
 
 
@@ -153,18 +153,18 @@ def test_only_what_the_sampler_draws_is_recorded(tmp_path):
 def test_a_summed_loss_is_refused():
     x = torch.randn(6, 2)
     with pytest.raises(TaskError, match="loss: expected a mean over the samples"):
-        prepare_evaluation(nn.Linear(2, 2), (x, x), None, nn.MSELoss(reduction="sum"), None, 0)
+        prepare_task(nn.Linear(2, 2), (x, x), None, nn.MSELoss(reduction="sum"), None, 0)
 
 
 def test_validation_data_that_the_model_cannot_take_are_named():
     x = torch.randn(6, 2)
     with pytest.raises(TaskError, match="model and loss fail on the validation data"):
-        prepare_evaluation(nn.Linear(2, 2), (x, x), (x[:1, :1], x[:1]), "mse", None, 0)
+        prepare_task(nn.Linear(2, 2), (x, x), (x[:1, :1], x[:1]), "mse", None, 0)
 
 
 def test_views_are_recorded_as_any_other_data(tmp_path):
     wide = torch.randn(3, 8)
     views = wide[:2].T, wide[2:].expand(2, 8).T
-    evaluation = prepare_evaluation(nn.Linear(2, 2), views, views, "mse", None, 0)
+    evaluation = prepare_task(nn.Linear(2, 2), views, views, "mse", None, 0)
     assert all(tensor.is_contiguous() for tensor in evaluation.tensors.values())
     assert torch.equal(evaluation.tensors["train.1"], views[1])

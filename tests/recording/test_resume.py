@@ -38,7 +38,7 @@ def test_starting_over_is_refused(make_training, root):
     before = bytes_of(root)
     for settings in ({}, {"start_step": 0}):
         with pytest.raises(SettingsError, match=r"up to step 5. To continue.*start_step=; to start anew"):
-            record(make_training(), root, 5, exist="error", **settings)
+            record(make_training(), root, 5, if_exists="error", **settings)
     assert bytes_of(root) == before
 
 
@@ -95,7 +95,7 @@ def test_a_second_watch_may_not_count_from_zero_again(training, root):
     assert watch(training.model, training.optimizer, out=root, every=1, start_step=0).steps == 0  # no update between
     training.update(3)
     with pytest.raises(SettingsError, match=r"up to step 3\. To continue"):
-        watch(training.model, training.optimizer, out=root, every=1, start_step=0, exist="error")
+        watch(training.model, training.optimizer, out=root, every=1, start_step=0, if_exists="error")
     assert "closed" in repr(first)
     with watch(training.model, training.optimizer, out=root, every=1) as third:
         training.update(1)
@@ -191,7 +191,7 @@ def test_a_recording_that_was_killed_while_it_began_is_begun_anew(make_training,
 def test_a_recording_that_was_killed_after_its_first_snapshot_goes_on_where_told_to(make_training, root):
     assert record(make_training(), root, 0) == [0]
     with pytest.raises(SettingsError, match="or pass start_step="):
-        record(make_training(), root, 2, exist="error")
+        record(make_training(), root, 2, if_exists="error")
     assert record(make_training(), root, 2, start_step=0) == [0, 2]
 
 

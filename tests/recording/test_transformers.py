@@ -116,7 +116,7 @@ def test_a_training_that_is_resumed_goes_on_counting(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 4}
     train(tmp_path, GroktraceCallback(every=2), max_steps=4, **settings)
     with pytest.raises(groktrace.GroktraceError, match=r"holds a recording up to step 4\. To continue"):
-        train(tmp_path, GroktraceCallback(every=2, exist="error"), **settings)
+        train(tmp_path, GroktraceCallback(every=2, if_exists="error"), **settings)
     train(tmp_path, GroktraceCallback(every=2), resume=True, **settings)
     assert layout.snapshot_steps(tmp_path / "snapshots") == [0, 2, 4, 6, 7]
 

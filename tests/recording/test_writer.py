@@ -11,7 +11,7 @@ import torch
 
 import groktrace
 from groktrace.recording import writer as writer_module
-from groktrace.recording.hold import Hold
+from groktrace.recording.lock import FolderLock
 from groktrace.recording.writer import Writer, now, remove_leftovers
 from groktrace.run import files, layout
 
@@ -24,7 +24,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def writer(root):
-    hold = Hold(root)
+    hold = FolderLock(root)
     hold.sign()
     writer = Writer(root, hold)
     yield writer

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from groktrace.reporting import progress as module
-from groktrace.reporting.progress import Progress
+from groktrace.reporting.progress import ProgressBar
 
 
 class Terminal(io.StringIO):
@@ -30,7 +30,7 @@ def test_a_bar_on_a_terminal(columns):
     columns(60)
     now = [0.0]
     stream = Terminal()
-    with Progress(4, "sampling", stream, lambda: now[0]) as progress:
+    with ProgressBar(4, "sampling", stream, lambda: now[0]) as progress:
         for _ in range(4):
             now[0] += 10
             progress.advance()
@@ -45,7 +45,7 @@ def test_a_bar_on_a_terminal(columns):
 def test_narrow_terminals_get_no_wrapped_lines(columns):
     columns(20)
     stream = Terminal()
-    with Progress(4, "sampling", stream) as progress:
+    with ProgressBar(4, "sampling", stream) as progress:
         progress.advance(4)
     assert all(len(frame.rstrip("\n")) <= 19 for frame in stream.getvalue().split("\r"))
 
@@ -56,7 +56,7 @@ def test_terminals_of_unknown_width_are_taken_for_80_columns(monkeypatch):
 
     monkeypatch.setattr(os, "get_terminal_size", fail)
     stream = Terminal()
-    with Progress(0, "sampling", stream):
+    with ProgressBar(0, "sampling", stream):
         pass
     assert {len(frame.rstrip("\n")) for frame in stream.getvalue().split("\r")[1:]} == {79}
 
@@ -64,7 +64,7 @@ def test_terminals_of_unknown_width_are_taken_for_80_columns(monkeypatch):
 def test_elsewhere_one_line_in_thirty_seconds():
     now = [0.0]
     stream = io.StringIO()
-    with Progress(100, "sampling", stream, lambda: now[0]) as progress:
+    with ProgressBar(100, "sampling", stream, lambda: now[0]) as progress:
         for _ in range(100):
             now[0] += 1
             progress.advance()
@@ -84,7 +84,7 @@ def test_work_that_stalls_still_gives_signs_of_life(monkeypatch):
             written.set()
 
     stream = Stream()
-    with Progress(2, "sampling", stream, lambda: now[0]):
+    with ProgressBar(2, "sampling", stream, lambda: now[0]):
         now[0] = 31.0
         assert written.wait(10)
     assert stream.getvalue().splitlines() == ["sampling: 0 of 2 (0 %), 31 s", "sampling: 0 of 2 done in 31 s"]
@@ -96,7 +96,7 @@ def test_of_short_work_nothing_is_shown_where_that_is_asked_for(columns, seconds
     columns(60)
     for stream, expected in ((Terminal(), frames), (io.StringIO(), lines)):
         now = [0.0]
-        with Progress(2, "sampling", stream, lambda now=now: now[0], quiet_seconds=2.0) as progress:
+        with ProgressBar(2, "sampling", stream, lambda now=now: now[0], quiet_seconds=2.0) as progress:
             now[0] = seconds
             progress.advance()
         assert stream.getvalue().count("sampling") == expected
@@ -106,7 +106,7 @@ def test_a_notebook_has_a_bar(columns):
     columns(60)
     kernel = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream", "fileno": lambda self: 7})
     stream = kernel()
-    with Progress(2, "sampling", stream):
+    with ProgressBar(2, "sampling", stream):
         pass
     assert stream.getvalue().startswith("\r[")
 
@@ -114,7 +114,7 @@ def test_a_notebook_has_a_bar(columns):
 def test_interrupted_work_is_not_called_done():
     stream = io.StringIO()
     try:
-        with Progress(3, "sampling", stream) as progress:
+        with ProgressBar(3, "sampling", stream) as progress:
             progress.advance()
             raise KeyboardInterrupt
     except KeyboardInterrupt:

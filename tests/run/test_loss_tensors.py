@@ -12,7 +12,7 @@ from groktrace.run.task import make_forward
 X, Y = torch.randn(6, 3), torch.randn(6, 2)
 
 
-class Scaled(nn.Module):
+class ScaleChanged(nn.Module):
     """A loss with a weight, a buffer, and a part that it does not use."""
 
     def __init__(self):
@@ -29,27 +29,27 @@ class Trainer:
     """An object whose method is the loss."""
 
     def __init__(self, model):
-        self.model, self.criterion = model, Scaled()
+        self.model, self.criterion = model, ScaleChanged()
 
     def loss(self, outputs, targets):
         return self.criterion(outputs, targets)
 
 
 def of_closure(model):
-    criterion = Scaled()
+    criterion = ScaleChanged()
     return lambda outputs, targets: criterion(outputs, targets)
 
 
 def of_partial(model):
-    return functools.partial(lambda outputs, targets, by: by(outputs, targets), by=Scaled())
+    return functools.partial(lambda outputs, targets, by: by(outputs, targets), by=ScaleChanged())
 
 
 def of_default(model):
-    return lambda outputs, targets, by=Scaled(): by(outputs, targets)  # noqa: B008
+    return lambda outputs, targets, by=ScaleChanged(): by(outputs, targets)  # noqa: B008
 
 
 def of_helper(model):
-    criterion = Scaled()
+    criterion = ScaleChanged()
 
     def helper(outputs, targets):
         return criterion(outputs, targets)
@@ -59,14 +59,14 @@ def of_helper(model):
 
 def of_global(model):
     global everywhere
-    everywhere = Scaled()
+    everywhere = ScaleChanged()
     return lambda outputs, targets: everywhere(outputs, targets)
 
 
 def of_callable(model):
     class Callable:
         def __init__(self):
-            self.parts = {"first": Scaled()}
+            self.parts = {"first": ScaleChanged()}
 
         def __call__(self, outputs, targets):
             return self.parts["first"](outputs, targets)
@@ -84,9 +84,9 @@ def found(model, loss, batch_loss=None):
 @pytest.mark.parametrize(
     ("make", "names"),
     [
-        (lambda model: Scaled(), ["loss.scale", "loss.centre"]),
-        (lambda model: Scaled().forward, ["loss.scale", "loss.centre"]),
-        (lambda model: torch.compile(Scaled(), backend="eager"), ["loss.scale", "loss.centre"]),
+        (lambda model: ScaleChanged(), ["loss.scale", "loss.centre"]),
+        (lambda model: ScaleChanged().forward, ["loss.scale", "loss.centre"]),
+        (lambda model: torch.compile(ScaleChanged(), backend="eager"), ["loss.scale", "loss.centre"]),
         (of_closure, ["loss.criterion.scale", "loss.criterion.centre"]),
         (of_partial, ["loss.by.scale", "loss.by.centre"]),
         (of_default, ["loss.by.scale", "loss.by.centre"]),
@@ -139,7 +139,7 @@ def test_names_cannot_clash_with_the_models():
         def forward(self, x):
             return self.loss(x)
 
-    own = found(Model(), Scaled())
+    own = found(Model(), ScaleChanged())
     assert not own.parameters().keys() & dict(Model().named_parameters()).keys()
     assert len(own.parameters()) == 1
 
@@ -172,7 +172,7 @@ def test_a_function_that_holds_itself_is_read_once():
 
 
 def test_weights_in_the_place_of_the_losses_own_are_put_back():
-    model, criterion = nn.Linear(3, 2), Scaled()
+    model, criterion = nn.Linear(3, 2), ScaleChanged()
     batch = Batch((X, Y), {"tuple": [0, 1]})
     for loss in (criterion, lambda o, t: criterion(o, t)):
         forward = make_forward(model, loss, None, batch)

@@ -56,14 +56,14 @@ def test_rows_are_independent_and_can_be_put_back(parts):
     assert torch.equal(drawn(some, 9), whole[:, [2, 0]])
 
 
-@pytest.mark.parametrize(("heating", "bending"), [(3.0, 0.1), (0.01, 9.0), (0.01, 0.1)])
-def test_batches_are_the_smallest_multiple_of_16_whose_noise_is_wanted(heating, bending):
+@pytest.mark.parametrize(("heating", "curvature_variance"), [(3.0, 0.1), (0.01, 9.0), (0.01, 0.1)])
+def test_batches_are_the_smallest_multiple_of_16_whose_noise_is_wanted(heating, curvature_variance):
     samples, wanted = 2000, 0.02
-    size = NoiseProfile(heating, bending).batch(samples, wanted)
+    size = NoiseProfile(heating, curvature_variance).batch(samples, wanted)
 
     def suits(batch):
         left = 1 / batch - 1 / samples  # drawn without replacement
-        return heating * left <= wanted and bending * left <= 0.3**2
+        return heating * left <= wanted and curvature_variance * left <= 0.3**2
 
     assert size % 16 == 0
     assert suits(size)

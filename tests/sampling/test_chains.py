@@ -185,7 +185,7 @@ def test_burn_in_of_large_sets_is_cut_short_in_equilibrium_alone(bowl, monkeypat
         return traces.burn_in
 
     full = run_length(settings, 1.0, size / 16, effort=SUBSAMPLED)[0]
-    assert burn_in() == EQUILIBRIUM.least_burn_in < full
+    assert burn_in() == EQUILIBRIUM.min_burn_in < full
     start = stack.gaussian_start
     hot = torch.where(spectrum > 0, 3**0.5, 1.0)
     monkeypatch.setattr(stack, "gaussian_start", lambda *args: start(*args) * hot)

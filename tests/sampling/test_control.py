@@ -56,7 +56,7 @@ def test_the_heat_that_a_profile_foresees_is_what_chains_in_batches_get():
 def test_the_curvature_of_single_samples_scatters_by_twice_its_mean_squared_where_they_are_gaussian():
     loss = linear_model()[0]
     settings, anchor = resolve(SamplingSettings(chains=2), loss.layout.size, True), torch.zeros(1, loss.layout.size)
-    found = [profile_noise(loss, anchor, key, settings, NBETA, GAMMA, 0.01).bending for key in range(12)]
+    found = [profile_noise(loss, anchor, key, settings, NBETA, GAMMA, 0.01).curvature_variance for key in range(12)]
     assert sum(found) / len(found) == pytest.approx(2, rel=0.15)
 
 
@@ -67,7 +67,7 @@ def test_so_it_does_along_directions_that_owe_nothing_to_the_samples():
     # own, where kinds with large n come more often, it would be 3⟨n⁵⟩⟨n⟩/⟨n³⟩² − 1 = 5.1.)
     m = 256 / 200
     expected = 3 * (m**4 + 6 * m**3 + 7 * m**2 + m) / (m**2 + m) ** 2 - 1
-    found = [profile_noise(loss, anchor, key, settings, NBETA, GAMMA, 0.01).bending for key in range(24)]
+    found = [profile_noise(loss, anchor, key, settings, NBETA, GAMMA, 0.01).curvature_variance for key in range(24)]
     assert sum(found) / len(found) == pytest.approx(expected, rel=0.25)
 
 
@@ -120,12 +120,12 @@ def test_noise_counts_where_chains_settle_and_a_fifth_of_that_where_they_start(m
     settings = resolve(SamplingSettings(chains=2, draws=16, batch_size=64), len(stiffness), True)
 
     def heating(far):
-        monkeypatch.setattr(chains, "MINIBATCH_NOISE", replace(MINIBATCH_NOISE, far=far))
+        monkeypatch.setattr(chains, "MINIBATCH_NOISE", replace(MINIBATCH_NOISE, start_discount=far))
         return profile_noise(loss, anchor, 0, settings, nbeta, GAMMA, epsilon).heating
 
     settled, at_start = heating(math.inf), 1e-6 * heating(1e-6)
     assert settled < 0.02 * at_start
-    assert heating(MINIBATCH_NOISE.far) == pytest.approx(0.2 * at_start)
+    assert heating(MINIBATCH_NOISE.start_discount) == pytest.approx(0.2 * at_start)
     (traces,) = sample(loss, anchor, [0], settings, nbeta, GAMMA, [epsilon], lambda traces: 1.0)
     assert 0 < traces.heating < 0.02 * at_start / 64
     assert traces.lost == 0

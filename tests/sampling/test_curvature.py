@@ -7,7 +7,7 @@ from torch import nn
 from groktrace.run.task import Task
 from groktrace.sampling.curvature import difference_product, gaussian_start, hessian_operator, top_eigenvalue
 from groktrace.sampling.large import top_eigenvalue_large
-from groktrace.sampling.network import Network
+from groktrace.sampling.network import LargeNetwork
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.weights import WeightLayout
 
@@ -139,7 +139,7 @@ def test_rounding_is_no_curvature(name, evaluated, seed):
     layout = WeightLayout(("w",), ((4, 3),))
     loss = StackedLoss(forward, layout, (x,), {}, sample_bytes=64 if evaluated == "sampled" else None)
     if evaluated == "large":
-        network = Network(replace(loss, micro_batch=100, is_sample_mean=True), layout.unflatten(flat[0]))
+        network = LargeNetwork(replace(loss, micro_batch=100, is_sample_mean=True), layout.unflatten(flat[0]))
         found = top_eigenvalue_large(network, torch.Generator().manual_seed(0))
     else:
         found = float(top_eigenvalue(loss.probe(flat), flat, torch.randn(1, 12)))

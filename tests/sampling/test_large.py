@@ -9,7 +9,7 @@ from groktrace.sampling.calibration import resolve, step_size
 from groktrace.sampling.chains import sample
 from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.large import hessian_trace_large, sample_large, top_eigenvalue_large
-from groktrace.sampling.network import Network
+from groktrace.sampling.network import LargeNetwork
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
 from groktrace.sampling.weights import WeightLayout
@@ -141,7 +141,7 @@ def test_draws_of_a_large_network_grow_until_they_are_enough(bowl):
 
 def test_curvature_of_a_large_network(bowl):
     curvatures = torch.cat([torch.tensor([3.0, -2.0, 2.9]), torch.rand(57, generator=torch.Generator().manual_seed(0))])
-    network = Network(alone(bowl(curvatures)), {"w": torch.ones(60).double()})
+    network = LargeNetwork(alone(bowl(curvatures)), {"w": torch.ones(60).double()})
     top = top_eigenvalue_large(network, torch.Generator().manual_seed(1))
     assert 0.95 * 3 < top <= 3 * (1 + 1e-6)
     trace, error = hessian_trace_large(network, torch.Generator().manual_seed(1), 4)
@@ -150,12 +150,12 @@ def test_curvature_of_a_large_network(bowl):
 
 def test_curvature_of_a_confident_classifier_that_is_large(confident_classifier):
     loss, flat, exact = confident_classifier
-    network = Network(alone(loss, 2), loss.layout.unflatten(flat[0]))
+    network = LargeNetwork(alone(loss, 2), loss.layout.unflatten(flat[0]))
     assert top_eigenvalue_large(network, torch.Generator().manual_seed(1)) == pytest.approx(float(exact), rel=0.02)
 
 
 @pytest.mark.parametrize(("curvature", "expected"), [(0.0, 0.0), (math.nan, math.nan)])
 def test_curvature_where_there_is_none(bowl, curvature, expected):
-    network = Network(alone(bowl([curvature] * 20)), {"w": torch.ones(20).double()})
+    network = LargeNetwork(alone(bowl([curvature] * 20)), {"w": torch.ones(20).double()})
     found = top_eigenvalue_large(network, torch.Generator().manual_seed(1))
     assert found == expected or (math.isnan(found) and math.isnan(expected))

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from groktrace.run.task import Task
 from groktrace.sampling import network as module
-from groktrace.sampling.network import Network, with_micro_batch
+from groktrace.sampling.network import LargeNetwork, with_micro_batch
 from groktrace.sampling.noise import NormalNoise, normal_like
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.weights import WeightLayout
@@ -54,7 +54,7 @@ def test_micro_batches_give_the_loss_and_gradient_of_the_whole(micro_batch, inde
     loss, weights = tied_loss()
     flat = loss.layout.flatten(weights)
     moved = flat + 0.1
-    network = Network(module.replace(loss, micro_batch=micro_batch), weights)
+    network = LargeNetwork(module.replace(loss, micro_batch=micro_batch), weights)
     rows = None if index is None else index[None]
     for at in (None, moved):
         expected = stacked(loss, weights).gradients((flat if at is None else at)[None], rows)
@@ -93,7 +93,7 @@ def test_a_look_at_the_activations_keeps_none_of_them(monkeypatch):
 def test_half_precision_weights_are_not_copied_and_gradients_are_float32():
     loss, weights = tied_loss(torch.bfloat16)
     kept = {name: tensor.clone() for name, tensor in weights.items()}
-    network = Network(module.replace(loss, micro_batch=4), weights)
+    network = LargeNetwork(module.replace(loss, micro_batch=4), weights)
     vector = network.vector()
     assert vector.dtype == torch.float32
     assert {part.data_ptr() for part in network._anchor} == {weights[name].data_ptr() for name in loss.layout.names}
@@ -110,7 +110,7 @@ def test_pieces_make_up_the_flat_vector(sizes, monkeypatch):
     monkeypatch.setattr(module, "_PIECE", 32)
     layout = WeightLayout(tuple(map(str, range(len(sizes)))), tuple((size,) for size in sizes))
     weights = {str(i): torch.randn(size) for i, size in enumerate(sizes)}
-    network = Network(StackedLoss(None, layout, (torch.ones(1),), {}), weights)
+    network = LargeNetwork(StackedLoss(None, layout, (torch.ones(1),), {}), weights)
     assert torch.equal(network.vector(), layout.flatten(weights))
     # Noise drawn in pieces is the noise drawn at once, so that the last piece is not too short.
     noise = NormalNoise((1, network.longest_piece), torch.float32, torch.device("cpu"))
@@ -182,7 +182,7 @@ def test_what_a_sample_keeps_is_counted_the_same_each_time():
         return torch.func.functional_call(net, named, tensors[0]).square().mean(), None
 
     x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
-    network = Network(module.replace(StackedLoss(forward, layout, (x,), {}), micro_batch=4), weights)
+    network = LargeNetwork(module.replace(StackedLoss(forward, layout, (x,), {}), micro_batch=4), weights)
     counts = {module._activation_bytes(network) for _ in range(5)}
     assert len(counts) == 1
     assert counts.pop() >= 5 * 16 * 4
@@ -201,7 +201,7 @@ def test_gradients_of_complex_weights_are_added_as_pairs():
     layout = WeightLayout(("b", "w", "e"), ((3,), (5, 3), (7, 3)), ("w", "e"))
     loss = StackedLoss(forward, layout, (x, y), {}, vectorised=False)
     flat = layout.flatten(weights)
-    network = Network(module.replace(loss, micro_batch=3), weights)
+    network = LargeNetwork(module.replace(loss, micro_batch=3), weights)
     assert torch.equal(network.vector(), flat)
     for at in (None, 0.5 * flat):
         expected = loss.gradients((flat if at is None else at)[None])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from groktrace.errors import SettingsError
-from groktrace.sampling.network import Network, _activation_bytes
+from groktrace.sampling.network import LargeNetwork, _activation_bytes
 from groktrace.sampling.parts import Part, cut, parse_part, part_name, part_shape
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.weights import WeightLayout
@@ -134,7 +134,7 @@ def test_gradients_are_those_of_the_block_alone_stacked_or_large(kind):
     assert flat.shape == (layout.size,) == expected.shape
     assert torch.allclose(loss.gradients(flat[None])[1][0], expected)
 
-    network = Network(StackedLoss(layout.joined(forward), layout, (x, y), {}, micro_batch=7), split)
+    network = LargeNetwork(StackedLoss(layout.joined(forward), layout, (x, y), {}, micro_batch=7), split)
     gradient = torch.zeros_like(flat)
     network.add_gradient(gradient)
     assert torch.allclose(gradient, expected)
@@ -158,7 +158,7 @@ def test_a_whole_with_its_part_is_no_activation():
     ]
     found = [
         _activation_bytes(
-            Network(StackedLoss(layout.joined(forward), layout, (x,), {}, micro_batch=7), layout.split(weights))
+            LargeNetwork(StackedLoss(layout.joined(forward), layout, (x,), {}, micro_batch=7), layout.split(weights))
         )
         for layout in layouts
     ]

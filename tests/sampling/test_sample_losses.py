@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from groktrace.sampling import sample_losses
-from groktrace.sampling.network import Network
+from groktrace.sampling.network import LargeNetwork
 from groktrace.sampling.posterior import FACTOR, StackedLoss
 from groktrace.sampling.sample_losses import DrawnSampleLosses, network_sample_losses, stacked_sample_losses
 from groktrace.sampling.weights import WeightLayout
@@ -43,7 +43,7 @@ def test_stacked_ones_are_those_of_each_row(monkeypatch):
 def test_those_of_a_large_network_need_not_be_stacked(function):
     weights, bias = torch.randn(4, 3), torch.randn(4)
     loss = StackedLoss(function, LAYOUT, (X, Y), {}, vectorised=False, micro_batch=20)
-    network = Network(loss, {"weight": weights, "bias": bias, FACTOR: torch.tensor(3.0)})
+    network = LargeNetwork(loss, {"weight": weights, "bias": bias, FACTOR: torch.tensor(3.0)})
     torch.testing.assert_close(network_sample_losses(network), expected(weights, bias))
     at = torch.randn(12)
     torch.testing.assert_close(network_sample_losses(network, at), expected(at, bias))

@@ -83,8 +83,8 @@ def test_hot_chains_get_the_step_at_which_noise_heats_as_little_as_is_wanted(met
         * KERNELS[method].noise_gain(smaller, 2.0, halvings)
         / KERNELS[method].noise_gain(step_size, 2.0, halvings)
     )
-    assert 0.7 * MINIBATCH_NOISE.wanted < left <= 0.8 * MINIBATCH_NOISE.wanted or smaller <= step_size / 32
-    assert reduced_step_size(replace(hot, heating=MINIBATCH_NOISE.wanted), KERNELS[method], 2.0) == step_size
+    assert 0.7 * MINIBATCH_NOISE.heating < left <= 0.8 * MINIBATCH_NOISE.heating or smaller <= step_size / 32
+    assert reduced_step_size(replace(hot, heating=MINIBATCH_NOISE.heating), KERNELS[method], 2.0) == step_size
 
 
 @pytest.mark.parametrize("chains", [2, 3])

@@ -252,7 +252,7 @@ def test_what_centring_leaves_of_constant_derivatives_is_nothing():
 
 
 def test_a_tolerance_of_ones_own():
-    class Scaled(nn.Module):
+    class ScaleChanged(nn.Module):
         def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(torch.ones(3))
@@ -261,8 +261,8 @@ def test_a_tolerance_of_ones_own():
             return x * self.weight
 
     x = torch.diag(torch.tensor([1.0, 1e-3, 1e-6]))
-    assert jacobian_rank(Scaled(), x).rank == 3
-    found = jacobian_rank(Scaled(), x, tolerance=1e-4)
+    assert jacobian_rank(ScaleChanged(), x).rank == 3
+    found = jacobian_rank(ScaleChanged(), x, tolerance=1e-4)
     assert (found.rank, found.tolerance) == (2, 1e-4)
     assert found.smallest_kept == pytest.approx(1e-3)
     assert found.largest_dropped == pytest.approx(1e-6)

@@ -159,7 +159,7 @@ def _seed(known: KnownModel, cell: str, seed: int) -> Row:
 
 
 # Shares of 1: those above a half are halved and doubled by what they lack of 1.
-SHARES = {"acceptance", "effective_share", "correlation", "kept", "most_following", "longer"}
+SHARES = {"acceptance", "effective_share", "correlation", "kept", "max_residual_correlation", "longer"}
 
 
 def run_limit_constants(out: Path, fresh: bool) -> list[Verdict]:

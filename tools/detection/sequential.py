@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from groktrace.analysis.detection.warning import JITTER, last_slope
+from groktrace.analysis.detection.early_warning import JITTER, last_slope
 
 # Standard deviation of the logarithm where a line begins.
 LEVELS = 0.05

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from groktrace.analysis.detection.early_warning import ERRORS, RATE, RATE_FOLLOWING, WINDOW
 from groktrace.analysis.detection.settings import DEFAULTS
-from groktrace.analysis.detection.warning import ERRORS, RATE, RATE_FOLLOWING, WINDOW
 from groktrace.run.files import write_json
 from tools.common.measurements import Row, markdown, save_rows, say
 from tools.common.networks import load_example

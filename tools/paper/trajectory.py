@@ -55,7 +55,7 @@ def run_trajectory(out: Path, fresh: bool) -> Result:
         last = f"seed={seed} step={Training().steps}"
         if last not in table.rows:
             run = record(Training(seed=seed), out / "seeds" / str(seed), TRAJECTORY_EVERY)
-            for key, row in trajectory_rows(groktrace.analyze(run, curvature=True, **SCALE), seed).items():
+            for key, row in trajectory_rows(groktrace.analyze(run, hessian=True, **SCALE), seed).items():
                 table.measure(key, lambda row=row: row)
     said = judge_trajectories(list(table.rows.values()))
     steps = LARGE["Adam-0"][0].steps_an_epoch
@@ -81,7 +81,7 @@ def run_large(out: Path, fresh: bool) -> list[dict[str, str]]:
     for name, (training, epochs) in LARGE.items():
         place = out / "large" / name
         train_large(training, place, epochs, math.inf)
-        trajectory = groktrace.analyze(place / "run", curvature=True, **scale)
+        trajectory = groktrace.analyze(place / "run", hessian=True, **scale)
         scale = {"nbeta": trajectory.nbeta, "localization": trajectory.localization}
         for key, row in trajectory_rows(trajectory, name).items():
             table.measure(key, lambda row=row: row)

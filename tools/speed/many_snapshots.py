@@ -96,7 +96,7 @@ def measure_workers(folder: Path, settings: Settings) -> None:
     torch.set_num_threads(2)  # two processes then take one each
     store = Store(folder, "workers", vars(settings))
     run = record(folder, settings.snapshots - 1, 20)
-    with open_session(run, SamplingSettings(), device="cpu", keep=False) as session:
+    with open_session(run, SamplingSettings(), device="cpu", persist=False) as session:
         chosen, identity = session.objective.settings, session.evaluator.identity
         spec = EvaluatorSpec(str(run.absolute()), None, chosen, "cpu", session.steps[0], identity)
 

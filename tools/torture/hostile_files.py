@@ -71,7 +71,7 @@ def small_run(root: Path) -> None:
 
 def use(root: Path) -> dict[str, Any]:
     """Analyse a run as the command line does, and read the result again; what is finished is not computed anew."""
-    trajectory = analyze(root, reference="jacobian", curvature=True, **SETTINGS)
+    trajectory = analyze(root, reference="jacobian", hessian=True, **SETTINGS)
     shown = show(root)
     assert shown["trajectory"] == trajectory.to_dict()["points"], "what was written is not what is read"
     return shown

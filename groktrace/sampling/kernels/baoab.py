@@ -28,8 +28,8 @@ class BAOAB:
 
     min_friction: float = 0.4
     name = "baoab"
-    plain = False
-    forgetful = False
+    vanilla = False
+    momentum_is_noise = False
 
     def persistence(self, step_size: float, localization: float, halvings: int = 0) -> float:
         """c, what is left of a momentum after a step."""

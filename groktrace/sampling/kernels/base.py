@@ -30,7 +30,7 @@ class Kernel(Protocol):
         ...
 
     @property
-    def plain(self) -> bool:
+    def vanilla(self) -> bool:
         """Whether chains start at w* and take the gradients of minibatches as they are, as in published SGLD.
 
         Else they start near equilibrium, with a control variate.
@@ -38,7 +38,7 @@ class Kernel(Protocol):
         ...
 
     @property
-    def forgetful(self) -> bool:
+    def momentum_is_noise(self) -> bool:
         """Whether the momentum after a step is the noise that the step drew, and nothing else."""
         ...
 
@@ -78,7 +78,7 @@ class Kernel(Protocol):
         ...
 
     def noise_gain(self, step_size: float, localization: float, halvings: int = 0) -> float:
-        """What noise of variance V in the force nβ·∇L adds to a variance in equilibrium, over that and V.
+        """Increase of a stationary variance by gradient noise, divided by that variance and by the noise's, of nβ·∇L.
 
         Args:
             step_size: ε.
@@ -166,7 +166,7 @@ class ChainState:
             generators: one a row.
         """
         state = cls(start, torch.empty_like(start), *_noise(start), generators)
-        if not dynamics.kernel.plain:
+        if not dynamics.kernel.vanilla:
             for _, block in state.blocks():
                 block.momentum.copy_(block.draw())
         return state

@@ -16,7 +16,7 @@ class LeimkuhlerMatthews(BAOAB):
     """Langevin dynamics with averaged noise in place of momenta."""
 
     name = "leimkuhler_matthews"
-    forgetful = True
+    momentum_is_noise = True
 
     def persistence(self, step_size: float, localization: float, halvings: int = 0) -> float:
         """Nothing is left of a momentum."""

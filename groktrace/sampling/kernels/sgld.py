@@ -16,8 +16,8 @@ class SGLD:
     """Overdamped Langevin dynamics with fresh noise."""
 
     name = "sgld"
-    plain = True
-    forgetful = True
+    vanilla = True
+    momentum_is_noise = True
 
     def coefficients(self, step_size: float, nbeta: float, localization: float, halvings: int = 0) -> tuple[float, ...]:
         """1 − ½εγ, −½ε·nβ and √ε."""

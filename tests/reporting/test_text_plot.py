@@ -2,7 +2,7 @@ import numpy as np
 
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.reporting.series import Events, Series
-from groktrace.reporting.sketch import small_curve
+from groktrace.reporting.text_plot import small_curve
 
 
 def column(step, last=3000):

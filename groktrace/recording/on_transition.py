@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from groktrace.errors import SettingsError
-from groktrace.recording.warning import WarnOnce
+from groktrace.recording.warn import WarnOnce
 from groktrace.run.remote import is_url
 
 # With the modules of this process, whatever the folder holds that it runs in.
@@ -35,7 +35,7 @@ def check_callback(callback: Any, run: Path | str) -> None:
         raise SettingsError(f"on_transition: '{run}' is a URL; record into a folder, or use groktrace.follow instead.")
 
 
-class Reaction:
+class TransitionCallback:
     """The process that follows a recording, and the callback that is told what it finds, in the thread that trains.
 
     Args:
@@ -109,7 +109,7 @@ class Reaction:
             for line in process.stdout:
                 message = read_message(line)
                 with self._changed:
-                    self._news.extend((news, message.trajectory) for news in message.news)
+                    self._news.extend((announcement, message.trajectory) for announcement in message.announcements)
                     self._answered = max(self._answered, message.answered)
                     self._changed.notify_all()
                 why = message.ended or why

@@ -9,7 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import groktrace
 from groktrace.errors import TaskError
-from groktrace.run.noise import without_noise
+from groktrace.run.loss_noise import without_noise
 from groktrace.run.program import Program
 from groktrace.run.task import Task
 

@@ -8,7 +8,7 @@ import torch
 
 from groktrace import EarlyWarning, watch
 from groktrace.errors import SettingsError
-from groktrace.recording import reaction
+from groktrace.recording import on_transition
 
 STAND_IN = """
 import json, pathlib, sys
@@ -16,8 +16,8 @@ heard = 0
 while sys.stdin.buffer.read(1):
     heard += 1
     rate = float(pathlib.Path(sys.argv[-1]).name == "run")
-    news = {"news": "warning", "step": heard, "rate": rate, "stderr": 0.1}
-    print(json.dumps({"news": [news]}), json.dumps({"answered": heard}), sep="\\n", flush=True)
+    news = {"kind": "warning", "step": heard, "rate": rate, "stderr": 0.1}
+    print(json.dumps({"announcements": [news]}), json.dumps({"answered": heard}), sep="\\n", flush=True)
 """
 
 
@@ -28,7 +28,7 @@ def warning(step):
 @pytest.fixture
 def stand_in(monkeypatch):
     def use(code):
-        monkeypatch.setattr(reaction, "_START", code)
+        monkeypatch.setattr(on_transition, "_START", code)
 
     use(STAND_IN)
     return use
@@ -49,7 +49,7 @@ def test_the_callback_is_told_in_the_loop_and_the_process_ends_with_the_recordin
     training.optimizer.param_groups[0]["lr"] = 0.2
     recorder.catch_up()
     assert heard == [(0.1, warning(1), None), (0.2, warning(2), None)]
-    process = recorder.reaction._process
+    process = recorder.on_transition._process
     assert process.poll() is None
     recorder.close()
     assert process.returncode is not None
@@ -57,7 +57,7 @@ def test_the_callback_is_told_in_the_loop_and_the_process_ends_with_the_recordin
 
 
 def test_what_comes_between_is_told_at_the_next_update(training, tmp_path, stand_in):
-    line = json.dumps({"news": [warning(1).to_dict(), warning(2).to_dict()]})
+    line = json.dumps({"announcements": [warning(1).to_dict(), warning(2).to_dict()]})
     stand_in(f"import sys; print({line!r}, flush=True); sys.stdin.read()")
     heard = []
     recorder = watch(
@@ -66,7 +66,7 @@ def test_what_comes_between_is_told_at_the_next_update(training, tmp_path, stand
         out=tmp_path / "run",
         on_transition=lambda news, so_far: heard.append((recorder.steps, news)),
     )
-    while not recorder.reaction._news:
+    while not recorder.on_transition._news:
         time.sleep(0.01)
     training.update(2)
     recorder.close()
@@ -96,7 +96,7 @@ def test_a_callback_that_fails_is_one_warning_and_called_again(training, tmp_pat
         ("raise SystemExit(1)", "its process has ended"),
         ("""print('{"ended": "no program"}')""", "no program"),
         ("print('no message')", "JSONDecodeError: .*"),
-        ("""print('{"news": [{"step": "four"}]}')""", "ValueError: 'rate' is missing .*"),
+        ("""print('{"announcements": [{"step": "four"}]}')""", "ValueError: 'rate' is missing .*"),
         ("import pickle, sys; sys.stdout.buffer.write(pickle.dumps(print))", "UnicodeDecodeError: .*"),
     ],
 )
@@ -111,7 +111,7 @@ def test_a_process_that_ends_is_one_warning(training, tmp_path, stand_in, code, 
 
 
 def test_an_interpreter_that_does_not_start_is_one_warning(training, tmp_path, monkeypatch):
-    monkeypatch.setattr(reaction.sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(on_transition.sys, "executable", "/nowhere/python")
     recorder = watch(training.model, training.optimizer, out=tmp_path / "run", on_transition=print)
     with pytest.warns(RuntimeWarning, match=r"no more transitions will be told \(FileNotFoundError"):
         training.update(2)

@@ -39,7 +39,7 @@ class Operation:
     results: tuple[int, ...]
 
 
-class Recorder(TorchDispatchMode):
+class OperationTrace(TorchDispatchMode):
     """Writes down every operation that is carried out, below differentiation and vectorisation."""
 
     def __init__(self, arguments: Sequence[Tensor]) -> None:
@@ -89,10 +89,10 @@ class Recorder(TorchDispatchMode):
         return self._numbers[id(tensor)]
 
 
-class Record:
+class TracedGraph:
     """The operations that the results need, and how long the memory behind their values is in use."""
 
-    def __init__(self, recorder: Recorder, results: Sequence[Tensor]) -> None:
+    def __init__(self, recorder: OperationTrace, results: Sequence[Tensor]) -> None:
         self.values, self.constant = recorder.values, recorder.constant
         self.results = [recorder.number(tensor) for tensor in results]
         needed = set(self.results)

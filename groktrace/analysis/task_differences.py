@@ -1,4 +1,4 @@
-"""What there is to say where a task that is given differs from what the run holds."""
+"""Differences between a task that is given and the recorded one, in words."""
 
 import hashlib
 from collections import Counter

@@ -9,7 +9,7 @@ from pathlib import Path
 from groktrace.run import layout
 
 
-class Hold:
+class FolderLock:
     """Tells other processes that a folder is being recorded into, and this one when it is not any more.
 
     The lock ends with the process, however it ends; what is signed stays.

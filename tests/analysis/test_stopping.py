@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from groktrace.analysis.enough import needed_centred, needed_of_large_sets
+from groktrace.analysis.stopping import needed_centred, needed_of_large_sets
 from groktrace.sampling.kernels.baoab import BAOAB
 from groktrace.sampling.kernels.sgld import SGLD
 from groktrace.sampling.traces import Traces

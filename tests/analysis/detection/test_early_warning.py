@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from groktrace.analysis.detection import EarlyWarning, last_fall
-from groktrace.analysis.detection.warning import last_slope
+from groktrace.analysis.detection.early_warning import last_slope
 from groktrace.analysis.trajectory import OtherSamples, Trajectory
 
 STEPS = np.arange(0, 1001, 20)
@@ -25,7 +25,7 @@ def falling(rate, since=300):
 
 def test_a_fall_is_told_soon_after_it_begins_and_at_the_rate_at_which_it_falls():
     curve = falling(0.3)
-    warned = [step for step in STEPS if (fall := last_fall(trajectory(curve, upto=step))) and fall.clear]
+    warned = [step for step in STEPS if (fall := last_fall(trajectory(curve, upto=step))) and fall.is_significant]
     assert 320 < warned[0] <= 440
     fall = last_fall(trajectory(curve))
     assert fall == EarlyWarning(1000, pytest.approx(0.3, rel=1e-6), fall.stderr)
@@ -33,21 +33,21 @@ def test_a_fall_is_told_soon_after_it_begins_and_at_the_rate_at_which_it_falls()
         "step": 1000,
         "rate": fall.rate,
         "stderr": fall.stderr,
-        "beyond": 0.045,
-        "news": "warning",
+        "threshold": 0.045,
+        "kind": "warning",
     }
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.04, -0.5])
 def test_what_stays_drifts_or_rises_is_not_told(rate):
     falls = [last_fall(trajectory(falling(rate), upto=step)) for step in STEPS]
-    assert not any(fall.clear for fall in falls if fall is not None)
+    assert not any(fall.is_significant for fall in falls if fall is not None)
 
 
 def test_errors_and_doubts_count():
     known, noisy = (last_fall(trajectory(falling(0.15), stderr=error)) for error in (1.0, 60.0))
-    assert known.clear
-    assert not noisy.clear
+    assert known.is_significant
+    assert not noisy.is_significant
     assert noisy.stderr > known.stderr
     plain = trajectory(falling(0.15), stderr=8.0)
     doubted = replace(plain, points=tuple(replace(p, reliable=False, reasons=("heated",)) for p in plain.points))
@@ -80,14 +80,14 @@ def test_at_one_nbeta_a_curvature_that_halves_withholds_it(last, told):
     at_one = replace(plain, points=tuple(points))
     assert (last_fall(at_one) is not None) == told
     following = last_fall(replace(at_one, nbeta=None, resolution=100.0))
-    assert replace(following, beyond=0.045) == last_fall(plain)
+    assert replace(following, threshold=0.045) == last_fall(plain)
 
 
 @pytest.mark.parametrize(("rate", "at_one", "following"), [(0.1, True, False), (0.2, True, True)])
 def test_where_nbeta_follows_the_curvature_it_has_to_fall_faster(rate, at_one, following):
     plain = trajectory(falling(rate), stderr=1.0)
-    assert last_fall(replace(plain, nbeta=1.0)).clear == at_one
-    assert last_fall(replace(plain, nbeta=None, resolution=100.0)).clear == following
+    assert last_fall(replace(plain, nbeta=1.0)).is_significant == at_one
+    assert last_fall(replace(plain, nbeta=None, resolution=100.0)).is_significant == following
 
 
 def test_only_the_last_part_counts():

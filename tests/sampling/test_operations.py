@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from groktrace.sampling.record import CannotPlanError, Record, Recorder
+from groktrace.sampling.operations import CannotPlanError, OperationTrace, TracedGraph
 
 
 def record(function, *arguments):
-    with torch.no_grad(), Recorder(arguments) as recorder:
+    with torch.no_grad(), OperationTrace(arguments) as recorder:
         results = function(*arguments)
-    return Record(recorder, results)
+    return TracedGraph(recorder, results)
 
 
 @pytest.mark.parametrize(

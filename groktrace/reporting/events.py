@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any, TextIO
 
 from groktrace.analysis.detection import EarlyWarning
-from groktrace.analysis.follow import Announcement, Ended, Event, Scaled
+from groktrace.analysis.follow import Announcement, Event, RecordingEnded, ScaleChanged
 from groktrace.analysis.trajectory import SYMBOLS, Point, Trajectory
 from groktrace.reporting.numbers import number
 
@@ -40,48 +40,48 @@ def show_events(
         line = json.dumps(as_line(event), allow_nan=False) if as_json else as_text(event)
         if line:
             print(line, file=stream, flush=True)
-        if isinstance(event, Ended):
+        if isinstance(event, RecordingEnded):
             return event.trajectory
     raise RuntimeError("the events of a recording have no end")
 
 
-def as_line(event: Scaled | Point | Announcement | EarlyWarning | Ended) -> dict[str, Any]:
+def as_line(event: ScaleChanged | Point | Announcement | EarlyWarning | RecordingEnded) -> dict[str, Any]:
     """An event as one JSON object; of an end without its trajectory.
 
     Args:
         event: of `groktrace.analysis.follow.follow`.
     """
     if isinstance(event, Announcement):
-        return {"event": event.news, "number": event.number, **event.transition.to_dict()}
+        return {"event": event.kind, "number": event.number, **event.transition.to_dict()}
     if isinstance(event, EarlyWarning):
         return {"event": "warning", "step": event.step, "rate": event.rate, "stderr": event.stderr}
-    if isinstance(event, Ended):
-        return {"event": "end", "why": event.why}
-    if isinstance(event, Scaled):
+    if isinstance(event, RecordingEnded):
+        return {"event": "end", "reason": event.reason}
+    if isinstance(event, ScaleChanged):
         return {"event": "scale", **asdict(event)}
     return {"event": "point", **event.to_dict()}
 
 
-def as_text(event: Scaled | Point | Announcement | EarlyWarning | Ended) -> str:
+def as_text(event: ScaleChanged | Point | Announcement | EarlyWarning | RecordingEnded) -> str:
     """An event in words; of points nothing, since TensorBoard shows them.
 
     Args:
         event: of `groktrace.analysis.follow.follow`.
     """
-    if isinstance(event, Scaled):
+    if isinstance(event, ScaleChanged):
         follows = "" if event.curvature is None else " where the top curvature is " + number(event.curvature)
         return f"measuring at nβ = {number(event.nbeta)}{follows}, γ = {number(event.localization)}"
-    if isinstance(event, Ended):
-        return f"{'recording closed' if event.why == 'closed' else 'no new snapshot for too long'}; the whole run:\n"
+    if isinstance(event, RecordingEnded):
+        return f"{'recording closed' if event.reason == 'closed' else 'no new snapshot for too long'}; the whole run:\n"
     if isinstance(event, Point):
         return ""
     if isinstance(event, EarlyWarning):
         rate = f"{100 * event.rate:.2g} ± {100 * event.stderr:.2g} %"
         return f"warning: at step {event.step} λ falls, by {rate} each time the training grows by a factor of e"
     transition = event.transition
-    if event.news == "withdrawn":
+    if event.kind == "withdrawn":
         return f"transition {event.number} at step {transition.step}: withdrawn, the curve no longer shows it"
-    news = "" if event.news == "transition" else "revised: "
+    news = "" if event.kind == "transition" else "revised: "
     levels = f"{SYMBOLS.get(transition.curve, 'λ')} {number(transition.llc_before)} → {number(transition.llc_after)}"
     return (
         f"transition {event.number}: {news}{transition.name} at step {transition.step} "

@@ -2,7 +2,7 @@ import warnings
 
 import pytest
 
-from groktrace.recording.warning import WarnOnce, warn_user
+from groktrace.recording.warn import WarnOnce, warn_user
 
 
 def test_a_kind_of_warning_comes_once():

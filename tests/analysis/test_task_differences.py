@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional
 
 import groktrace
-from groktrace.analysis.reminders import reminders
 from groktrace.analysis.setup import run_layout
+from groktrace.analysis.task_differences import reminders
 
 
 def network():

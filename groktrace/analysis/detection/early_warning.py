@@ -31,20 +31,20 @@ class EarlyWarning(Record):
         step: of the last snapshot.
         rate: by how much log λ falls for each e-fold of the training, over its last 45 %.
         stderr: standard error of that.
-        beyond: how fast it falls in networks that only memorise.
-        news: what kind of news this is.
+        threshold: how fast it falls in networks that only memorise.
+        kind: what kind of news this is.
     """
 
     step: int
     rate: float
     stderr: float
-    beyond: float = RATE
-    news: Literal["warning"] = "warning"
+    threshold: float = RATE
+    kind: Literal["warning"] = "warning"
 
     @property
-    def clear(self) -> bool:
+    def is_significant(self) -> bool:
         """Whether it falls faster than in networks that only memorise."""
-        return self.rate - ERRORS * self.stderr > self.beyond
+        return self.rate - ERRORS * self.stderr > self.threshold
 
 
 def last_fall(trajectory: Trajectory) -> EarlyWarning | None:
@@ -73,8 +73,8 @@ def last_fall(trajectory: Trajectory) -> EarlyWarning | None:
     error = curve.error[used] * np.where(curve.doubtful[used], DEFAULTS.doubt_factor, 1.0)
     x = np.log1p(step / np.diff(step).min(initial=math.inf))
     found = last_slope(x[used], np.log(value), (error / value) ** 2 + JITTER**2, WINDOW)
-    beyond = RATE_FOLLOWING if trajectory.follows_curvature else RATE
-    return None if found is None else EarlyWarning(int(step[-1]), -found[0], found[1], beyond)
+    threshold = RATE_FOLLOWING if trajectory.follows_curvature else RATE
+    return None if found is None else EarlyWarning(int(step[-1]), -found[0], found[1], threshold)
 
 
 def last_slope(x: np.ndarray, y: np.ndarray, variance: np.ndarray, window: float) -> tuple[float, float] | None:

@@ -1,4 +1,4 @@
-"""How many draws a snapshot needs, from those that there are: factors, at most 1 where they suffice."""
+"""Stopping rule: the factor by which the number of draws must grow to reach `rtol`, at most 1 where they suffice."""
 
 import math
 from collections.abc import Callable
