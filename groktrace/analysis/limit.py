@@ -147,8 +147,9 @@ def _find_limit(
         decades = max(1, math.ceil(math.log10(most / levels[0].nbeta)))
         progress(min(int(math.log10(levels[-1].nbeta / levels[0].nbeta)), decades - 1), decades)
         fit = fit_limit(levels)
-        long = fit is not None and levels[-1].nbeta >= LIMIT.sufficient_growth * fit.start
-        if long and fit.stderr <= LIMIT.extrapolation_rtol * settings.rtol * fit.level:
+        if fit is None or levels[-1].nbeta < LIMIT.sufficient_growth * fit.start:
+            continue
+        if fit.stderr <= LIMIT.extrapolation_rtol * settings.rtol * fit.level:
             break
     least = particles.least_loss()
     counted = _counted(levels, least)

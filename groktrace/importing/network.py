@@ -10,10 +10,9 @@ from groktrace.errors import TaskError
 from groktrace.importing.contents import CheckpointError
 from groktrace.importing.names import Match, Wanted
 from groktrace.recording.capture import describe_weights, find_aliases, parameters_of, views_of
-from groktrace.recording.guard import restored_attributes
 from groktrace.recording.prepare import RecordedTask, describe_data, trace_task
 from groktrace.run.info import WeightSpec
-from groktrace.run.isolation import without_side_effects
+from groktrace.run.isolation import restored_attributes, without_side_effects
 from groktrace.run.live_model import named_tensors, plain_model
 from groktrace.run.model_with_loss import evaluation_mode
 from groktrace.run.task import Task, make_forward

@@ -3,19 +3,19 @@
 import contextlib
 import math
 import time
-import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from groktrace.recording.warn import warn_user
 from groktrace.run import files
 from groktrace.run.batch import Batch
-from groktrace.run.isolation import eager_and_unfused
+from groktrace.run.gradients import distance, gradients, norm
+from groktrace.run.isolation import eager_and_unfused, restored_attributes
 from groktrace.run.model_with_loss import ModelWithLoss, evaluation_mode
 
 SAMPLES = 8
@@ -66,7 +66,7 @@ class Guard:
             with contextlib.suppress(Exception):
                 with self._unseen():
                     live, gradient = self._live(None, not self._large(tensors))
-                self._scale = (abs(live), _norm(gradient))
+                self._scale = (abs(live), norm(gradient.values()))
                 if not self._compare(tensors, gradient=False):
                     self._usable = True
                     break
@@ -137,9 +137,9 @@ class Guard:
             )
             return self._once("loss", text)
         if gradient:
-            error, norm = _distance(wanted, got), _norm(wanted)
-            if not error <= self._tolerances[1] * norm + FLOOR[1] * self._scale[1]:
-                share = f"by {error / norm:.2g} of its norm" if 0 < norm < math.inf and error < math.inf else "wholly"
+            error, size = distance(wanted.values(), [got[name] for name in wanted]), norm(wanted.values())
+            if not error <= self._tolerances[1] * size + FLOOR[1] * self._scale[1]:
+                share = f"by {error / size:.2g} of its norm" if 0 < size < math.inf and error < math.inf else "wholly"
                 text = (
                     f"the loss's gradient differs {share} from that of the recorded program, with which "
                     f"the analysis measures. {CAUSES}"
@@ -177,14 +177,14 @@ class Guard:
         wanted = {name: tensor for name, tensor in known.items() if tensor.requires_grad} if gradient else {}
         with torch.set_grad_enabled(bool(wanted)), sdpa_kernel(SDPBackend.MATH):
             loss, _ = self._forward.evaluate(state, self._samples.to(self._device).tensors)
-        return float(loss.detach()), self._forward.gather(_gradient(loss, wanted))
+        return float(loss.detach()), self._forward.gather(gradients(loss, wanted))
 
     def _recorded(self, weights: Mapping[str, Tensor], gradient: bool) -> tuple[float, dict[str, Tensor]]:
         """Loss and gradient of the program."""
         wanted = _differentiable(weights, self._forward) if gradient else {}
         with torch.set_grad_enabled(bool(wanted)):
             loss, _ = self._program.forward({**weights, **wanted}, self._samples.to(self._device).tensors)
-        return float(loss.detach()), _gradient(loss, wanted)
+        return float(loss.detach()), gradients(loss, wanted)
 
     @contextlib.contextmanager
     def _unseen(self) -> Iterator[None]:
@@ -216,84 +216,7 @@ def _differentiable(weights: Mapping[str, Tensor], forward: ModelWithLoss) -> di
     return {name: weights[name].detach().requires_grad_() for name in names if name in weights}
 
 
-def _gradient(loss: Tensor, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if not wanted:
-        return {}
-    found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(wanted, found, strict=True))
-
-
 def _close(live: float, recorded: float, rtol: float, floor: float) -> bool:
     if live == recorded or (math.isnan(live) and math.isnan(recorded)):
         return True
     return abs(live - recorded) <= rtol * max(abs(live), abs(recorded)) + floor
-
-
-def _norm(gradient: Mapping[str, Tensor]) -> float:
-    """Norm of the finite elements."""
-    return math.hypot(*(float(tensor.abs().float().nan_to_num(0, 0, 0).norm()) for tensor in gradient.values()))
-
-
-def _distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Norm of the difference; elements that are non-finite alike in both do not count."""
-
-    def apart(a: Tensor, b: Tensor) -> float:
-        same = (a == b) | (a.isnan() & b.isnan())
-        return float(torch.where(same, torch.zeros_like(a), a - b).abs().float().norm())
-
-    return math.hypot(*(apart(one[name], other[name]) for name in one))
-
-
-@contextlib.contextmanager
-def restored_attributes(model: nn.Module, *losses: Any) -> Iterator[None]:
-    """Restore attributes of modules, and variables that a loss function assigns to.
-
-    A loss may count its calls or cache what it saw; calls that are not the training's must leave no trace.
-
-    Args:
-        model: the network.
-        losses: functions or modules; anything else is left alone.
-    """
-    modules = [module for root in (model, *losses) if isinstance(root, nn.Module) for module in root.modules()]
-    places: list[tuple[dict[str, Any], Iterable[str] | None]] = [(vars(module), None) for module in modules]
-    places += [(module._buffers, None) for root in losses if isinstance(root, nn.Module) for module in root.modules()]
-    cells: list[tuple[types.CellType, Any]] = []
-    for function in losses:
-        while isinstance(function, types.MethodType):
-            if hasattr(function.__self__, "__dict__") and not isinstance(function.__self__, type):
-                places.append((vars(function.__self__), None))
-            function = function.__func__
-        if isinstance(function, types.FunctionType):
-            for cell in function.__closure__ or ():
-                with contextlib.suppress(ValueError):  # empty
-                    cells.append((cell, cell.cell_contents))
-            places.append((function.__globals__, function.__code__.co_names))
-    before = [
-        (place, names is None, {name: place[name] for name in (place if names is None else names) if name in place})
-        for place, names in places
-    ]
-    values = [value for _, _, known in before for value in known.values()] + [value for _, value in cells]
-    lists = [(value, len(value)) for value in values if type(value) is list]
-    registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    tensors = [
-        (value, value._version, value.detach().clone())
-        for value in values
-        if type(value) is Tensor and id(value) not in registered and value.nbytes <= 2**20 and not value.is_inference()
-    ]
-    try:
-        yield
-    finally:
-        for place, whole, known in before:
-            for name in place.keys() - known.keys() if whole else ():
-                del place[name]
-            for name, value in known.items():
-                if place.get(name, cells) is not value:
-                    place[name] = value
-        for cell, value in cells:
-            cell.cell_contents = value
-        for value, length in lists:
-            del value[length:]
-        with torch.no_grad():
-            for value, version, copy in tensors:
-                if value._version != version:
-                    value.copy_(copy)

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from groktrace.errors import SettingsError
 from groktrace.recording.capture import STORABLE, find_aliases
-from groktrace.recording.guard import Guard, restored_attributes
+from groktrace.recording.guard import Guard
 from groktrace.recording.schedule import Schedule
 from groktrace.recording.writer import now
 from groktrace.run import files, layout
 from groktrace.run.batch import Batch
 from groktrace.run.checks import check_forward, check_with_noise
 from groktrace.run.collect import collect
-from groktrace.run.isolation import without_side_effects
+from groktrace.run.isolation import restored_attributes, without_side_effects
 from groktrace.run.loss_tensors import NO_TENSORS, LossTensors
 from groktrace.run.store import WeightSpec
 from groktrace.run.task import (

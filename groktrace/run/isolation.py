@@ -2,12 +2,13 @@
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -95,3 +96,58 @@ def without_side_effects(model: nn.Module) -> Iterator[None]:
                 for buffer, before in buffers:
                     if not torch.equal(buffer, before):
                         buffer.copy_(before)
+
+
+@contextlib.contextmanager
+def restored_attributes(model: nn.Module, *losses: Any) -> Iterator[None]:
+    """Restore attributes of modules, and variables that a loss function assigns to.
+
+    A loss may count its calls or cache what it saw; calls that are not the training's must leave no trace.
+
+    Args:
+        model: the network.
+        losses: functions or modules; anything else is left alone.
+    """
+    modules = [module for root in (model, *losses) if isinstance(root, nn.Module) for module in root.modules()]
+    places: list[tuple[dict[str, Any], Iterable[str] | None]] = [(vars(module), None) for module in modules]
+    places += [(module._buffers, None) for root in losses if isinstance(root, nn.Module) for module in root.modules()]
+    cells: list[tuple[types.CellType, Any]] = []
+    for function in losses:
+        while isinstance(function, types.MethodType):
+            if hasattr(function.__self__, "__dict__") and not isinstance(function.__self__, type):
+                places.append((vars(function.__self__), None))
+            function = function.__func__
+        if isinstance(function, types.FunctionType):
+            for cell in function.__closure__ or ():
+                with contextlib.suppress(ValueError):  # empty
+                    cells.append((cell, cell.cell_contents))
+            places.append((function.__globals__, function.__code__.co_names))
+    before = [
+        (place, names is None, {name: place[name] for name in (place if names is None else names) if name in place})
+        for place, names in places
+    ]
+    values = [value for _, _, known in before for value in known.values()] + [value for _, value in cells]
+    lists = [(value, len(value)) for value in values if type(value) is list]
+    registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    tensors = [
+        (value, value._version, value.detach().clone())
+        for value in values
+        if type(value) is Tensor and id(value) not in registered and value.nbytes <= 2**20 and not value.is_inference()
+    ]
+    try:
+        yield
+    finally:
+        for place, whole, known in before:
+            for name in place.keys() - known.keys() if whole else ():
+                del place[name]
+            for name, value in known.items():
+                if place.get(name, cells) is not value:
+                    place[name] = value
+        for cell, value in cells:
+            cell.cell_contents = value
+        for value, length in lists:
+            del value[length:]
+        with torch.no_grad():
+            for value, version, copy in tensors:
+                if value._version != version:
+                    value.copy_(copy)

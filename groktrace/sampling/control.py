@@ -12,13 +12,7 @@ from groktrace.sampling.batches import Minibatches
 from groktrace.sampling.curvature import difference_product, lanczos
 from groktrace.sampling.kernels.base import Dynamics
 from groktrace.sampling.posterior import StackedLoss
-
-# Products from which the share of minibatch noise is taken that goes into stiff directions.
-_SHARE_ITERATIONS = 3
-# And of so many samples, at least.
-_SHARE_SAMPLES = 64
-# 1 − εa/4 counts as no less than this: at 0 a direction is unstable, which is seen elsewhere.
-_LEAST_STABLE = 0.25
+from groktrace.sampling.tuning import MINIBATCH_NOISE
 
 
 @dataclass(frozen=True)
@@ -121,7 +115,7 @@ def stiff_share(
 
     # A batch is steeper along its own noise than all samples are: of others, and of enough that they stand for all.
     some = []
-    for _ in range(math.ceil(_SHARE_SAMPLES / batches.index.shape[1])):
+    for _ in range(math.ceil(MINIBATCH_NOISE.share_samples / batches.index.shape[1])):
         batches.draw()
         some.append(batches.index[rows])
     index = torch.cat(some, 1)
@@ -144,10 +138,10 @@ def share_of_stiff(product: Callable[[Tensor], Tensor], noise: Tensor, dynamics:
     Returns:
         [R]; 1 where it is not finite.
     """
-    tridiagonal, _ = lanczos(product, noise, _SHARE_ITERATIONS)
+    tridiagonal, _ = lanczos(product, noise, MINIBATCH_NOISE.share_products)
     values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num())
     stiff = dynamics.nbeta * values.clamp(min=0)
     total = stiff + dynamics.localization
     large = 1 - 0.25 * dynamics.step_size[:, None] * total
-    share = (vectors[:, 0].square() * stiff / (total * large.clamp(min=_LEAST_STABLE))).sum(1)
+    share = (vectors[:, 0].square() * stiff / (total * large.clamp(min=MINIBATCH_NOISE.min_stability))).sum(1)
     return torch.where(torch.isfinite(tridiagonal).all(dim=(1, 2)), share, 1.0).to(noise.dtype)

@@ -7,21 +7,7 @@ import torch
 from torch import Tensor
 
 from groktrace.sampling.posterior import StackedLoss
-
-_RELATIVE_STEP = 1e-3
-_SHORT_STEP = 1e-4
-# Differences of gradients are good where those over an eighth of the way agree with them this well.
-_AGREEMENT = 0.05
-# Where h‖w‖² is below FLAT times the loss, far less than that of networks, a curvature h may be rounding error: it is
-# computed again from a larger difference, FAR_STEP, and is zero where the two disagree by more than FAR_AGREEMENT.
-FLAT = 1.0
-FAR_STEP = 8e-3
-FAR_AGREEMENT = 0.7
-_START_ITERATIONS = 3
-_START_HALVINGS = 8
-# A start may climb by so many times what the curvature at w* tells; what float32 leaves of a loss is no climb.
-_STEEPER = 1.5
-_LOSS_ROUNDING = 1e-6
+from groktrace.sampling.tuning import CURVATURE
 
 
 def difference_product(
@@ -30,7 +16,7 @@ def difference_product(
     gradients: Tensor,
     direction: Tensor,
     index: Tensor | None = None,
-    relative_step: float = _RELATIVE_STEP,
+    relative_step: float = CURVATURE.relative_step,
 ) -> Tensor:
     """∇²L·v of each row by a difference of gradients.
 
@@ -109,12 +95,12 @@ def top_eigenvalue(
     sizes = _largest(tridiagonal).to(weights.dtype)
     if kept:
         sizes = sizes.new_tensor([kept[row] for row in range(len(sizes))])
-    flat = (sizes > 0) & (sizes * weights.square().sum(1) < FLAT * losses.abs())
+    flat = (sizes > 0) & (sizes * weights.square().sum(1) < CURVATURE.flat * losses.abs())
     if flat.any():
         stiffest, value = _stiffest(tridiagonal, basis)
-        far = difference_product(loss, weights, gradients, stiffest, index, FAR_STEP)
+        far = difference_product(loss, weights, gradients, stiffest, index, CURVATURE.far_step)
         off = far.addcmul(value[:, None].to(far.dtype), stiffest, value=-1).norm(dim=1)
-        sizes = torch.where(flat & ~(off <= FAR_AGREEMENT * sizes), 0, sizes)
+        sizes = torch.where(flat & ~(off <= CURVATURE.far_agreement * sizes), 0, sizes)
     return torch.where(finite, sizes, torch.nan)
 
 
@@ -144,11 +130,11 @@ def _checked_lanczos(
     """See `lanczos`: by differences, and by exact products in those rows where a smaller difference disagrees."""
     by_difference = partial(difference_product, loss, weights, gradients, index=index)
     if loss.sample_bytes is not None:  # where gradients take long, a difference that is short enough for all has to do
-        return lanczos(partial(by_difference, relative_step=_SHORT_STEP), start, iterations, goes_on)
+        return lanczos(partial(by_difference, relative_step=CURVATURE.short_step), start, iterations, goes_on)
     tridiagonal, basis = lanczos(by_difference, start, iterations)
     stiffest, value = _stiffest(tridiagonal, basis)
-    closer = torch.linalg.vecdot(by_difference(stiffest, relative_step=_RELATIVE_STEP / 8), stiffest)
-    off = ~((closer - value).abs() <= _AGREEMENT * value.abs())
+    closer = torch.linalg.vecdot(by_difference(stiffest, relative_step=CURVATURE.relative_step / 8), stiffest)
+    off = ~((closer - value).abs() <= CURVATURE.agreement * value.abs())
     if off.any() and loss.has_second_derivatives(weights):
         exact, exact_basis = lanczos(partial(loss.hessian_products, weights, index=index), start, iterations)
         tridiagonal = torch.where(off[:, None, None], exact, tridiagonal)
@@ -193,7 +179,7 @@ def gaussian_start(
         [R, D]; zero where the Hessian is not finite.
     """
     losses, gradients = base
-    tridiagonal, basis = _checked_lanczos(loss, weights, gradients, normal, _START_ITERATIONS, index)
+    tridiagonal, basis = _checked_lanczos(loss, weights, gradients, normal, CURVATURE.start_products, index)
     finite = torch.isfinite(tridiagonal).all(dim=(1, 2))
     values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num())
     shrunk = (nbeta * values.clamp(min=0) + localization).rsqrt()
@@ -203,11 +189,11 @@ def gaussian_start(
     # What the loss climbs by its curvature alone; of one that is steeper further off, chains would come down slowly.
     bowl = torch.einsum("ri,rij,rj->r", coefficients.double(), tridiagonal.nan_to_num(), coefficients.double())
     bowl = 0.5 * nbeta * bowl.clamp(min=0)
-    rounding = nbeta * _LOSS_ROUNDING * losses.abs()
-    for _ in range(_START_HALVINGS):
+    rounding = nbeta * CURVATURE.loss_rounding * losses.abs()
+    for _ in range(CURVATURE.start_halvings):
         straight = losses + torch.linalg.vecdot(gradients, displacement)
         climb = nbeta * (loss.gradients(weights + displacement, index)[0] - straight)
-        steep = ~(climb <= _STEEPER * bowl + 3 * bowl.sqrt() + 1 + rounding)
+        steep = ~(climb <= CURVATURE.start_climb * bowl + 3 * bowl.sqrt() + 1 + rounding)
         if not steep.any():
             break
         displacement[steep] *= 0.5

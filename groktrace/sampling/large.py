@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from groktrace.sampling.calibration import run_length, slowdown
-from groktrace.sampling.curvature import FAR_AGREEMENT, FAR_STEP, FLAT
 from groktrace.sampling.engine import Attempt, Target, sample_with_restarts
 from groktrace.sampling.interruption import check_interruption
 from groktrace.sampling.kernels.base import Dynamics
@@ -25,11 +24,9 @@ from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.sample_losses import DrawnSampleLosses, network_sample_losses
 from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.traces import Traces, pairs
-from groktrace.sampling.tuning import CALIBRATION, EQUILIBRIUM, MINIBATCH_NOISE
+from groktrace.sampling.tuning import CALIBRATION, CURVATURE, EQUILIBRIUM, MINIBATCH_NOISE
 
 # Of the weights' norm: a classifier with large margins bends within a thousandth of it.
-_RELATIVE_STEP = 1e-4
-_POWER_ITERATIONS = 8
 
 
 def sample_large(
@@ -287,7 +284,7 @@ def top_eigenvalue_large(network: LargeNetwork, generator: torch.Generator) -> f
     direction /= direction.norm()
     product = torch.empty_like(direction)
     quotients, norms = [], []
-    for _ in range(_POWER_ITERATIONS):
+    for _ in range(CURVATURE.power_iterations):
         quotient, loss = _hessian_product(network, direction, product)
         quotients.append(quotient)
         norms.append(float(product.norm()))
@@ -295,9 +292,9 @@ def top_eigenvalue_large(network: LargeNetwork, generator: torch.Generator) -> f
             return math.nan if not math.isfinite(norms[-1]) else max(map(abs, quotients))
         direction, product = product.div_(norms[-1]), direction
     size = _from_plane(quotients, norms)
-    if size * network.norm_squared() < FLAT * abs(loss):
-        _hessian_product(network, direction, product, FAR_STEP)
-        if not abs(float(product.norm()) - size) <= FAR_AGREEMENT * size:
+    if size * network.norm_squared() < CURVATURE.flat * abs(loss):
+        _hessian_product(network, direction, product, CURVATURE.far_step)
+        if not abs(float(product.norm()) - size) <= CURVATURE.far_agreement * size:
             return 0.0
     return size
 
@@ -336,7 +333,7 @@ def hessian_trace_large(network: LargeNetwork, generator: torch.Generator, vecto
 
 
 def _hessian_product(
-    network: LargeNetwork, direction: Tensor, out: Tensor, relative_step: float = _RELATIVE_STEP
+    network: LargeNetwork, direction: Tensor, out: Tensor, relative_step: float = CURVATURE.large_step
 ) -> tuple[float, float]:
     """∇²L(w*)·v into `out`; returns v·∇²L(w*)·v and a loss nearby. The place of v becomes that of the positions."""
     check_interruption()

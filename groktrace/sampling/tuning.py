@@ -118,6 +118,40 @@ class Equilibrium:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Curvature:
+    """How products with the Hessian are computed, and where chains start.
+
+    Attributes:
+        relative_step: of a difference of gradients, relative to ‖w‖.
+        short_step: the same on large sets, where no exact product checks it.
+        large_step: the same in large networks.
+        agreement: a difference is good where that over an eighth of the way agrees with it this well.
+        flat: where h‖w‖² is below this times the loss, far less than that of networks, a curvature h may be rounding
+            error: it is computed again from a larger difference.
+        far_step: that difference, in which rounding counts less.
+        far_agreement: h is zero where the two disagree by more than this.
+        power_iterations: products that give the largest eigenvalue of a large network.
+        start_products: products that give the Gaussian start of chains.
+        start_halvings: largest number of halvings of a start.
+        start_climb: a start may climb by this many times what the curvature at w* tells.
+        loss_rounding: what float32 leaves of a loss, which is no climb.
+    """
+
+    relative_step: float = 1e-3
+    short_step: float = 1e-4
+    large_step: float = 1e-4
+    agreement: float = 0.05
+    flat: float = 1.0
+    far_step: float = 8e-3
+    far_agreement: float = 0.7
+    power_iterations: int = 8
+    start_products: int = 3
+    start_halvings: int = 8
+    start_climb: float = 1.5
+    loss_rounding: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
 class MinibatchNoise:
     """How large minibatches are, and how their noise is measured.
 
@@ -139,6 +173,9 @@ class MinibatchNoise:
             single batches throw chains out; where few samples have most of the curvature, as in classifiers with large
             margins, all samples are used.
         min_batches: with fewer batches to the set, all samples are used, as they are as cheap.
+        share_products: products with the Hessian that tell which share of the noise goes into stiff directions.
+        share_samples: samples of these products, at least.
+        min_stability: 1 − εa/4 counts as no less than this: at 0 a direction is unstable, which is seen elsewhere.
     """
 
     heating: float = 0.02
@@ -155,6 +192,9 @@ class MinibatchNoise:
     min_batch: int = 16
     max_curvature_variation: float = 0.3
     min_batches: int = 4
+    share_products: int = 3
+    share_samples: int = 64
+    min_stability: float = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +246,8 @@ class Annealing:
     descended: float = 0.003
 
 
-CALIBRATION, EQUILIBRIUM, MINIBATCH_NOISE, ANNEALING = Calibration(), Equilibrium(), MinibatchNoise(), Annealing()
+CALIBRATION, EQUILIBRIUM, CURVATURE = Calibration(), Equilibrium(), Curvature()
+MINIBATCH_NOISE, ANNEALING = MinibatchNoise(), Annealing()
 WHOLE_DATA = Effort()
 # A step takes long, and a draw tells λ_c to 1/√λ of it. Heating is measured from few batches, and scatters by a third.
 SUBSAMPLED = Effort(restarts=2, growth=4, draws=16, heating=0.03, curvature_products=3, check_every=8, sample_losses=16)

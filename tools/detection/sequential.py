@@ -7,7 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from groktrace.analysis.detection.early_warning import JITTER, last_slope
+from groktrace.analysis.detection.early_warning import last_slope
+from groktrace.analysis.detection.settings import WARNING
 
 # Standard deviation of the logarithm where a line begins.
 LEVELS = 0.05
@@ -81,7 +82,7 @@ class Slope:
     def statistics(self, signal: Signal) -> np.ndarray:
         """See `Test`."""
         known = signal.known
-        x, y, variance = signal.x[known], signal.y[known], signal.error[known] ** 2 + JITTER**2
+        x, y, variance = signal.x[known], signal.y[known], signal.error[known] ** 2 + WARNING.jitter**2
         found = np.full(len(signal.y), -np.inf)
         for i in range(len(known)):
             fit = last_slope(x[: i + 1], y[: i + 1], variance[: i + 1], self.window)
@@ -112,7 +113,7 @@ class OnlineChangePoints:
         found = np.full(len(signal.y), -np.inf)
         if not len(known):
             return found
-        x, y, variance = signal.x[known], signal.y[known], signal.error[known] ** 2 + JITTER**2
+        x, y, variance = signal.x[known], signal.y[known], signal.error[known] ** 2 + WARNING.jitter**2
         # By the start of the current line: its log weight, level now, slope, and their variances and covariance.
         weight, level, slope = np.zeros(1), y[:1].copy(), np.zeros(1)
         var, cov, var_slope = np.full(1, LEVELS**2), np.zeros(1), np.full(1, self.slopes**2)

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from groktrace.analysis.detection.early_warning import ERRORS, RATE, RATE_FOLLOWING, WINDOW
-from groktrace.analysis.detection.settings import DEFAULTS
+from groktrace.analysis.detection.settings import DEFAULTS, WARNING
 from groktrace.run.files import write_json
 from tools.common.measurements import Row, markdown, save_rows, say
 from tools.common.networks import load_example
@@ -321,10 +320,10 @@ def _shipped(cross_entropy: bool) -> dict[str, Announces]:
 
 
 def _warns(run: Followed) -> float | None:
-    statistics, step = Rule("llc", 1.0, Slope(WINDOW, ERRORS)).statistics(run), run.column("step")
-    beyond = np.full(len(step), RATE)
+    statistics, step = Rule("llc", 1.0, Slope(WARNING.window, WARNING.errors)).statistics(run), run.column("step")
+    beyond = np.full(len(step), WARNING.rate)
     for segment in run.content["segments"]:
-        beyond[step >= segment["begun"]] = RATE_FOLLOWING if segment["follows"] else RATE
+        beyond[step >= segment["begun"]] = WARNING.rate_following if segment["follows"] else WARNING.rate
     above = np.flatnonzero(statistics > beyond)
     return float(step[above[0]]) if len(above) else None
 

@@ -6,21 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from groktrace.analysis.detection.settings import DEFAULTS
+from groktrace.analysis.detection.settings import DEFAULTS, WARNING
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.records import Record
-
-# Set on the tuning half of the networks of `python -m tools.detection warning`: of the sequential tests tried there, it
-# is within 0.02 of the best mean lead, and the simplest. The window is of log steps, the last 45 % of the training. Of
-# 21 networks that only memorise all but one fall by 0.040 or less for each e-fold of the training, less two errors.
-WINDOW, ERRORS, RATE = 0.6, 2.0, 0.045
-# The same where nβ follows the curvature: set on the tuning half of `warning --cross-entropy`, where perceptrons that
-# only memorise fall by 0.130 or less, those that grok by 0.2 or more; controls of the other half, which had been seen
-# by then, fall by 0.108 or less.
-RATE_FOLLOWING = 0.14
-# Standard deviation of log λ from one snapshot to the next beside the sampling error; of log λ in those networks.
-JITTER = 0.005
-LEAST = 4
 
 
 @dataclass(frozen=True)
@@ -38,13 +26,13 @@ class EarlyWarning(Record):
     step: int
     rate: float
     stderr: float
-    threshold: float = RATE
+    threshold: float = WARNING.rate
     kind: Literal["warning"] = "warning"
 
     @property
     def is_significant(self) -> bool:
         """Whether it falls faster than in networks that only memorise."""
-        return self.rate - ERRORS * self.stderr > self.threshold
+        return self.rate - WARNING.errors * self.stderr > self.threshold
 
 
 def last_fall(trajectory: Trajectory) -> EarlyWarning | None:
@@ -72,8 +60,8 @@ def last_fall(trajectory: Trajectory) -> EarlyWarning | None:
     value = curve.value[used]
     error = curve.error[used] * np.where(curve.doubtful[used], DEFAULTS.doubt_factor, 1.0)
     x = np.log1p(step / np.diff(step).min(initial=math.inf))
-    found = last_slope(x[used], np.log(value), (error / value) ** 2 + JITTER**2, WINDOW)
-    threshold = RATE_FOLLOWING if trajectory.follows_curvature else RATE
+    found = last_slope(x[used], np.log(value), (error / value) ** 2 + WARNING.jitter**2, WARNING.window)
+    threshold = WARNING.rate_following if trajectory.follows_curvature else WARNING.rate
     return None if found is None else EarlyWarning(int(step[-1]), -found[0], found[1], threshold)
 
 
@@ -91,7 +79,7 @@ def last_slope(x: np.ndarray, y: np.ndarray, variance: np.ndarray, window: float
     """
     first = int(np.searchsorted(x, x[-1] - window)) if len(x) else 0
     x, y, weight = x[first:], y[first:], 1 / variance[first:]
-    if len(x) < LEAST or x[-1] - x[0] < window / 2:
+    if len(x) < WARNING.min_points or x[-1] - x[0] < window / 2:
         return None
     dx = x - weight @ x / weight.sum()
     spread = float(weight @ dx**2)

@@ -1,7 +1,6 @@
 """Verify a traced graph against the live model and loss, and name the line of user code where tracing failed."""
 
 import linecache
-import math
 import os
 import re
 import sys
@@ -13,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from groktrace.attention import twice_differentiable
 from groktrace.run.batch import Batch
+from groktrace.run.gradients import distance, gradients, norm
 from groktrace.run.model_with_loss import ModelWithLoss
 from groktrace.run.program.allow_list import RandomError, RefusedError
 from groktrace.run.program.graph import Graph
@@ -70,12 +70,12 @@ def verify(graph: Graph, plain: ModelWithLoss, example: Batch, weights: Mapping[
     held = {name: parameters[name] for name in plain.views if name in parameters and parameters[name].requires_grad}
     own_backward = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in _nodes(expected))
     try:
-        found, got = _gradients(expected, moving | held), _gradients(loss, moving)
+        found, got = gradients(expected, moving | held), gradients(loss, moving)
     except RuntimeError as failure:
         raise RefusedError(f"its gradient with respect to the weights fails ({first_line(failure)})") from failure
     wanted = plain.gather(found)  # a loss may hold views itself
     # A custom autograd.Function, such as a straight-through estimator, is traced without its own backward.
-    if not _distance([wanted[name] for name in moving], list(got.values())) <= 1e-3 * _size(list(wanted.values())):
+    if not distance([wanted[name] for name in moving], got.values()) <= 1e-3 * norm(wanted.values()):
         raise RefusedError(f"traced, the loss has another gradient than live; {_OWN_BACKWARD}")
     if own_backward:
         with torch.enable_grad():
@@ -112,11 +112,6 @@ def perturbed(plain: ModelWithLoss, scale: float) -> dict[str, Tensor]:
     }
 
 
-def _gradients(value: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found = torch.autograd.grad(value, list(weights.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(weights, found, strict=True))
-
-
 def _finite(tensors: Sequence[Tensor]) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
@@ -146,21 +141,6 @@ def _nodes(loss: Tensor) -> Iterator[object]:
             seen.add(node)
             left += [following for following, _ in node.next_functions]
             yield node
-
-
-def _distance(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    """Norm of the difference; elements that are non-finite alike in both are the user's own, and do not count."""
-
-    def apart(a: Tensor, b: Tensor) -> float:
-        same = (a == b) | (a.isnan() & b.isnan())
-        return float(torch.where(same, torch.zeros_like(b), a - b).abs().float().norm())
-
-    return math.hypot(*(apart(a, b) for a, b in zip(wanted, got, strict=True)))
-
-
-def _size(wanted: Sequence[Tensor]) -> float:
-    """Norm of the finite elements."""
-    return math.hypot(*(float(tensor.abs().float().nan_to_num(0, 0, 0).norm()) for tensor in wanted))
 
 
 def _same(left: Tensor, right: Tensor, rtol: float = 0.0) -> bool:
