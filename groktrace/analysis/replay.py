@@ -89,7 +89,7 @@ def analyze(
             directory by the same path, or by its URL. Only this process writes there.
         time_limit: seconds after which no further snapshot is begun, and after twenty more those that were begun are
             given up; a later call goes on. None for no limit.
-        partial: called with the trajectory so far, every half minute or so.
+        partial: called with the trajectory so far, every 15 seconds or so.
         keep: what of the chains' draws is kept, for `Run.draws`: "draws" for their losses, "losses" also for the loss
             of each sample at each draw. λ is the same with it, and snapshots whose draws were not kept are sampled
             again.
@@ -220,7 +220,7 @@ def replay(
     unsampled = sum(step not in points and step in session.snapshots.fingerprints for step in wanted)
     if hessian:
         found = session.hessian(sorted(points), deadline)
-        points |= {step: replace(points[step], **hessian.to_dict()) for step, hessian in found.items()}
+        points |= {step: replace(points[step], **one.to_dict()) for step, one in found.items()}
     if session.given_up:
         some = ", ".join(map(str, sorted(set(session.given_up))[:5])) + (", ..." if len(session.given_up) > 5 else "")
         warnings.warn(

@@ -65,7 +65,7 @@ class Recorder:
         self._hooks: UpdateHooks | None = None
         self._others: OtherOptimizers | None = None
         self._streak: Streak | None = None  # of other optimizers, at the end
-        self.reaction: TransitionCallback | None = None
+        self.transition_callback: TransitionCallback | None = None
         self._warn_once.on_failure(lambda: self._snapshot(start))
         self._count_by(model, optimizer)
         if self._writer is not None:
@@ -155,8 +155,8 @@ class Recorder:
     def catch_up(self) -> None:
         """Wait until all snapshots so far are analysed, and call `on_transition`, if given, with what is new."""
         self.flush()
-        if self.reaction is not None and not self._inert():
-            self.reaction.catch_up()
+        if self.transition_callback is not None and not self._inert():
+            self.transition_callback.catch_up()
 
     def close(self) -> None:
         """Keep the last step, wait for the writer, and release model and optimizer; further calls do nothing.
@@ -188,8 +188,8 @@ class Recorder:
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
-        if self.reaction is not None:
-            self.reaction.close()
+        if self.transition_callback is not None:
+            self.transition_callback.close()
         try:
             if self._hooks is not None:
                 self._streak = self._hooks.streak or self._streak
@@ -248,8 +248,8 @@ class Recorder:
             self._between.end()
             if self._is_due() and (not self.deferred or self._hooks is None):
                 self._take_pending()
-            if self.reaction is not None:
-                self.reaction.deliver()
+            if self.transition_callback is not None:
+                self.transition_callback.deliver()
         except Exception as failure:
             self._warn_once.of_failure(failure)
 

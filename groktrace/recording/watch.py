@@ -200,7 +200,7 @@ def watch(
         folder.place = told[-1]  # the writing process knows
     recorder = Recorder(model, optimizer, plan.keep, capture, folder, start, weights is not None, guard)
     if on_transition is not None and folder.hold is not None:
-        recorder.reaction = TransitionCallback(on_transition, recorder.out)
+        recorder.transition_callback = TransitionCallback(on_transition, recorder.out)
     return recorder
 
 

@@ -73,15 +73,15 @@ def test_the_first_folder_is_the_relative_one_too(make_training, tmp_path, monke
 
 
 @pytest.mark.parametrize("if_exists", ["error", "new", "replace"])
-def test_what_is_no_run_is_refused_and_left_alone(make_training, root, exist):
+def test_what_is_no_run_is_refused_and_left_alone(make_training, root, if_exists):
     root.mkdir()
     (root / "thesis.tex").write_text("x")
     before = contents(root)
     with pytest.raises(SettingsError, match="holds files, but is not a groktrace run; choose another out="):
-        make_training().record(root, 1, if_exists=exist)
+        make_training().record(root, 1, if_exists=if_exists)
     (root / layout.RUN_FILE).write_text('{"epochs": 3}')
     with pytest.raises(RunError, match="not a groktrace run file"):
-        make_training().record(root, 1, if_exists=exist)
+        make_training().record(root, 1, if_exists=if_exists)
     (root / layout.RUN_FILE).unlink()
     assert contents(root) == before
     assert [path.name for path in root.parent.iterdir()] == ["run"]
@@ -100,7 +100,7 @@ def test_error_refuses(make_training, root):
     assert contents(root) == before
     make_training().record(root, 2, if_exists="error", start_step=5)
     assert steps(root) == [[0, 2, 4, 5, 6, 7]]
-    with pytest.raises(SettingsError, match="exist: expected 'error', 'new' or 'replace', got 'overwrite'"):
+    with pytest.raises(SettingsError, match="if_exists: expected 'error', 'new' or 'replace', got 'overwrite'"):
         make_training().record(root, 1, if_exists="overwrite")
 
 
@@ -333,9 +333,9 @@ def test_a_folder_that_another_process_holds_is_left_to_it(make_training, root, 
     hold.sign()
     assert make_training().record(root, 1, start_step=0).out == root.with_name("run-2")
     assert f"'{root}' is being recorded already and stays as it is" in capsys.readouterr().err
-    for exist in ("error", "replace"):
+    for if_exists in ("error", "replace"):
         with pytest.raises(SettingsError, match="is being recorded already; choose another out="):
-            make_training().record(root, 1, if_exists=exist)
+            make_training().record(root, 1, if_exists=if_exists)
     assert [path.name for path in root.iterdir()] == [layout.LOCK_FILE]
     assert not hold.lost()
     hold.release()

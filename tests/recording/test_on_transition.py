@@ -49,7 +49,7 @@ def test_the_callback_is_told_in_the_loop_and_the_process_ends_with_the_recordin
     training.optimizer.param_groups[0]["lr"] = 0.2
     recorder.catch_up()
     assert heard == [(0.1, warning(1), None), (0.2, warning(2), None)]
-    process = recorder.on_transition._process
+    process = recorder.transition_callback._process
     assert process.poll() is None
     recorder.close()
     assert process.returncode is not None
@@ -66,7 +66,7 @@ def test_what_comes_between_is_told_at_the_next_update(training, tmp_path, stand
         out=tmp_path / "run",
         on_transition=lambda news, so_far: heard.append((recorder.steps, news)),
     )
-    while not recorder.on_transition._news:
+    while not recorder.transition_callback._news:
         time.sleep(0.01)
     training.update(2)
     recorder.close()

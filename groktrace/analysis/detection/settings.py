@@ -11,7 +11,7 @@ class DetectionSettings:
     """What counts as a change of phase, how it is dated, and when it is labelled.
 
     "Simulated curves" are those of `python -m tools.detection synthetic`; the networks are those of the same program,
-    with the tables in groktrace/analysis/README.md.
+    with the tables in groktrace/analysis/detection/README.md.
 
     Attributes:
         min_points: usable points below which nothing is said; two phases and a change take five.
