@@ -1,4 +1,4 @@
-"""Every README: its code runs, its commands parse, its options and links are there."""
+"""Every document: its code runs, its commands parse, its options and links are there."""
 
 import ast
 import importlib.util
@@ -19,7 +19,7 @@ from groktrace.recording.recorder import open_recorders
 
 ROOT = Path(groktrace.__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md"]
-DOCUMENTS += sorted(path for part in ("groktrace", "examples", "tools") for path in (ROOT / part).rglob("README.md"))
+DOCUMENTS += sorted(path for part in ("groktrace", "examples", "tools") for path in (ROOT / part).rglob("*.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Of a cluster that is not here.
 ONLY_COMPILED = {"dask_jobqueue"}
