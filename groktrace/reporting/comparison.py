@@ -14,7 +14,7 @@ from groktrace.analysis.results import all_results
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.errors import SettingsError
 from groktrace.reporting.console import aligned, as_json
-from groktrace.reporting.figure import SMALL, check_suffix, curve_label, empty_figure, log_spaced
+from groktrace.reporting.figure import SMALL, check_suffix, curve_label, empty_figure, log_spaced, style_panels
 from groktrace.reporting.groups import Group, Result, group_runs, settings_of, short_names
 from groktrace.reporting.numbers import number
 from groktrace.reporting.series import CURVE, Events, Series
@@ -156,11 +156,7 @@ class Comparison:
                 axes.set_ylim(-0.03, 1.05)
             else:
                 axes.set_yscale("log")
-        for axes in every:
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.margins(x=0.02)
-            axes.grid(axis="y", color="0.92", lw=0.6)
-            axes.set_axisbelow(True)
+        style_panels(every)
         if any(len(names) > 1 for _, names in panels):
             for line, label in _LOOKS.values():
                 every[-1].plot([], [], color="0.5", ls=line, label=label)
@@ -247,7 +243,7 @@ def compare(
 
 def _named_analyses(run: Run) -> list[tuple[str, Trajectory]]:
     """All analyses of a run, that on its own data first, each named by the settings in which they differ."""
-    found = sorted(all_results(run), key=lambda each: each[1].data is not None)
+    found = sorted(all_results(run), key=lambda result: result[1].data is not None)
     told: list[dict[str, Any]] = [
         {"data": "training data" if trajectory.data is None else str(trajectory.data), **asked}
         for _, trajectory, asked in found
@@ -266,7 +262,7 @@ def _named_analyses(run: Run) -> list[tuple[str, Trajectory]]:
         label if label and labels.count(label) == 1 else f"{label}{', ' if label else ''}{folder.name}"
         for label, (folder, _, _) in zip(labels, found, strict=True)
     ]
-    return [(f"{run.name}: {label}", each) for label, (_, each, _) in zip(labels, found, strict=True)]
+    return [(f"{run.name}: {label}", trajectory) for label, (_, trajectory, _) in zip(labels, found, strict=True)]
 
 
 def _said_of_data(results: Sequence[Result]) -> list[str]:

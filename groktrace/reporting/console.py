@@ -17,6 +17,7 @@ from groktrace.analysis.temperature import TemperatureCurve
 from groktrace.analysis.trajectory import SYMBOLS, Point, Trajectory
 from groktrace.records import plain
 from groktrace.reporting.numbers import duration, number
+from groktrace.reporting.remarks import reason_kind
 from groktrace.reporting.series import Events, Series
 from groktrace.reporting.text_plot import small_curve
 from groktrace.run.store import Run
@@ -171,7 +172,7 @@ def summary(series: Series, events: Events) -> str:
             columns.append([quantity.heading, *(number(float(quantity.values[i])) for i in shown)])
             if quantity.errors is not None:
                 columns.append(["±", *(number(float(quantity.errors[i])) for i in shown)])
-    columns.append(["", *("" if points[i].reliable else _why(points[i]) for i in shown)])
+    columns.append(["", *("" if points[i].reliable else reason_kind(points[i].reasons) for i in shown)])
     hidden = len(points) - len(shown)
     lines = [settings_line(trajectory)]
     if trajectory.reference is not None:
@@ -267,11 +268,6 @@ def _thinned(points: Sequence[Point], transitions: Sequence[Transition]) -> list
     stride = -(-len(points) // (MAX_ROWS - len(chosen)))
     chosen |= set(range(0, len(points), stride))
     return sorted(chosen)
-
-
-def _why(point: Point) -> str:
-    """The first words of the first reason: enough to look it up."""
-    return point.reasons[0].split(":")[0].split(" (")[0] if point.reasons else "unreliable"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,6 +1,6 @@
 """The trajectory as a figure, for files and for TensorBoard."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,19 @@ def empty_figure(height: float) -> "Figure":
     return figure
 
 
+def style_panels(every: "Iterable[Axes]") -> None:
+    """Give panels the usual look.
+
+    Args:
+        every: the panels.
+    """
+    for axes in every:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.02)
+        axes.grid(axis="y", color="0.92", lw=0.6)
+        axes.set_axisbelow(True)
+
+
 def pixels(figure: "Figure") -> np.ndarray:
     """A figure as [height, width, 3] bytes.
 
@@ -125,11 +138,7 @@ def trajectory_figure(series: Series, events: Events) -> "Figure":
     if log_spaced(steps):
         below[-1].set_xscale("symlog", linthresh=max(1.0, float(steps[steps > 0].min())))
     below[-1].set_xlabel("training step")
-    for axes in every:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.02)
-        axes.grid(axis="y", color="0.92", lw=0.6)
-        axes.set_axisbelow(True)
+    style_panels(every)
     handles = [
         *_draw_llc(upper, series),
         *_draw_thresholds(below[-1], events.grokking),

@@ -148,7 +148,7 @@ class Group:
             )
             for own in found.values()
         )
-        return tuple(sorted(shared, key=lambda each: each.step.mean))
+        return tuple(sorted(shared, key=lambda transition: transition.step.mean))
 
     def reached(self, name: str) -> Spread | None:
         """When the runs memorised or generalised by their accuracies; None where none did.

@@ -35,7 +35,7 @@ def none_found(trajectory: Trajectory, detector: Detector | None = None) -> str:
     if fitted is None:
         usable = f"{usable_points(trajectory)} of {len(trajectory.points)}"
         text = f"Too few usable snapshots to look for transitions: {usable}, and it takes {own.min_points}"
-        reasons = Counter(_kind(point.reasons) for point in trajectory.points if not point.reliable)
+        reasons = Counter(reason_kind(point.reasons) for point in trajectory.points if not point.reliable)
         (why, count), *_ = reasons.most_common(1) or [("", 0)]
         return text + (f"; {count} are unreliable ({why})." if count else ".")
     shape = describe_curve(trajectory, fitted, own)
@@ -157,7 +157,7 @@ def untrusted(trajectory: Trajectory) -> list[str]:
     for i, point in enumerate(points):
         if not point.reliable:
             for reason in point.reasons or ("no reason given",):
-                by_kind.setdefault(_kind((reason,)), {}).setdefault(i, reason)
+                by_kind.setdefault(reason_kind((reason,)), {}).setdefault(i, reason)
     lines = []
     for found in by_kind.values():
         first, reason = next(iter(found.items()))
@@ -207,6 +207,6 @@ def _turns(value: np.ndarray, least: float) -> list[int]:
     return [*turns, high if direction > 0 else low] if turns else []
 
 
-def _kind(reasons: tuple[str, ...]) -> str:
-    """The first words of the first reason."""
+def reason_kind(reasons: tuple[str, ...]) -> str:
+    """The first words of the first reason: enough to look it up."""
     return reasons[0].split(":")[0].split(" (")[0] if reasons else "without a reason"

@@ -109,7 +109,7 @@ class Series:
             ),
             read(
                 "hessian_trace",
-                "hessian/trace",
+                "loss_hessian/hessian_trace",
                 "hessian_trace_stderr",
                 heading="tr H",
                 label="Hessian's trace",
@@ -117,7 +117,7 @@ class Series:
             ),
             read(
                 "hessian_top",
-                "hessian/top_eigenvalue",
+                "loss_hessian/hessian_top",
                 heading="h_max",
                 label="its largest eigenvalue",
                 axis="largest eigenvalue",

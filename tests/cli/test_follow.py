@@ -21,6 +21,6 @@ def test_following_prints_one_object_a_line_and_the_result_last(small_run, monke
     assert priorities == [19]
     assert events[0].keys() == {"event", "nbeta", "localization", "curvature"}
     assert [event["step"] for event in events[1:]] == [0, 10, 20, 30, 40, 50]
-    assert end == {"event": "end", "why": "closed"}
+    assert end == {"event": "end", "reason": "closed"}
     assert found == json.loads(invoke("show", small_run, "--json").stdout)
     assert list((small_run / "tensorboard").rglob("*.groktrace"))

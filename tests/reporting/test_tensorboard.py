@@ -164,9 +164,9 @@ def test_curvature_is_scalars(grokked, tmp_path):
     first = replace(trajectory.points[0], hessian_trace=19.5, hessian_trace_stderr=0.25, hessian_top=2.0)
     measured = replace(trajectory, points=(first, *trajectory.points[1:]))
     write(Series.of(measured), events, tmp_path)
-    assert scalars(tmp_path / "trajectory", "hessian/trace") == [(0, 19.5)]
-    assert scalars(tmp_path / "trajectory", "hessian/trace_stderr") == [(0, 0.25)]
-    assert scalars(tmp_path / "trajectory", "hessian/top_eigenvalue") == [(0, 2.0)]
+    assert scalars(tmp_path / "trajectory", "loss_hessian/hessian_trace") == [(0, 19.5)]
+    assert scalars(tmp_path / "trajectory", "loss_hessian/hessian_trace_stderr") == [(0, 0.25)]
+    assert scalars(tmp_path / "trajectory", "loss_hessian/hessian_top") == [(0, 2.0)]
 
 
 def test_no_chart_holds_what_is_not_finite(tmp_path):
