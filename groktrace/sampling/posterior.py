@@ -97,6 +97,8 @@ class StackedLoss:
             seen[storage.data_ptr()] = storage.nbytes()
             return tensor
 
+        # An operation that vmap carries out row by row, as a GRU's cell, would warn at every call.
+        torch._C._functorch._set_vmap_fallback_warning_enabled(False)
         if self.sample_bytes is not None:
             return self._probe_few(weights)
         twice = torch.zeros(2, dtype=torch.long, device=weights.device)

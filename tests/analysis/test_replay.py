@@ -73,6 +73,24 @@ def test_odd_networks_get_numbers(tmp_path, dtype, samples):
         assert np.isfinite(trajectory.column(name)).all(), name
 
 
+class LastState(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cells, self.head = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 1)
+
+    def forward(self, sequence):
+        return self.head(self.cells(sequence)[0][:, -1])
+
+
+def test_operations_that_cannot_be_stacked_are_no_news(tmp_path, capfd):
+    torch.manual_seed(0)
+    x, model = torch.randn(20, 5, 3), LastState()
+    groktrace.watch(model, train=(x, x[:, -1, :1]), loss="mse", out=tmp_path / "run").close()
+    (point,) = groktrace.analyze(tmp_path / "run", progress=False, **FAST).points
+    assert point.llc is not None
+    assert capfd.readouterr().err == ""
+
+
 def test_a_constant_loss_has_no_scale_of_its_own_and_no_complexity(tmp_path):
     record_odd(tmp_path / "run", torch.float32, 10, lambda outputs, targets: (0 * outputs).sum())
     with pytest.raises(SettingsError, match=r"nbeta: cannot be derived from a curvature that is zero.* give nbeta"):
