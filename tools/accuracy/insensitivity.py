@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.accuracy.known import estimate
-from tools.accuracy.reference import REFERENCE_RUNS, record_reference, reference_network
+from tools.accuracy.reference import REFERENCE_RUNS, record_reference
 from tools.common.known_answers import (
     KnownModel,
     bowl,
@@ -33,9 +33,8 @@ INSENSITIVITY_COLUMNS = ["run", "subject", "what", "value", "λ̂", "stderr", "r
 
 def trained(out: Path, name: str) -> KnownModel:
     """The last snapshot of a reference run; its λ is not known."""
-    options = REFERENCE_RUNS[name]
     run = record_reference(out, name)
-    model, train, _ = reference_network(**options)
+    model, train, _ = REFERENCE_RUNS[name].prepare()
     last = max(run.snapshots, key=lambda snapshot: snapshot.step)
     model.load_state_dict(last.load())
     return KnownModel(name, "trained", model, centred_half_square, train, math.nan, math.nan, math.nan)

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 import groktrace
 from groktrace.analysis.temperature import temperature_curve_at
-from tools.accuracy.reference import TRAINING_STEPS, record_reference
+from tools.accuracy.reference import REFERENCE_RUNS, record_reference
 from tools.common.tables import Row, Table, Verdict, number, print_markdown
 
 GROKKED, CONTROL = "grokked p=23", "random labels p=23"
@@ -54,7 +54,7 @@ def run_ladder(out: Path, fresh: bool) -> list[Verdict]:
 
 def measure_rung(name: str, run: groktrace.Run, nbeta: float, middle: float, localization: float) -> Row:
     """One network at one nβ."""
-    (found,) = temperature_curve_at(run, TRAINING_STEPS, [nbeta], localization=localization).estimates
+    (found,) = temperature_curve_at(run, REFERENCE_RUNS[name].steps, [nbeta], localization=localization).estimates
     return {
         "run": name,
         "nβ": nbeta,

@@ -14,7 +14,7 @@ import groktrace
 from groktrace.analysis.detection import find_transitions
 from groktrace.analysis.trajectory import Trajectory
 from tools.common.measurements import Row, markdown, save_rows, say
-from tools.common.networks import load_example
+from tools.common.networks import EXAMPLE, modular_network, record_training
 
 STEPS = 3000
 EVERY = 75
@@ -95,20 +95,12 @@ def record(
         steps: of the training.
         kept: steps of the snapshots; by default one every 75.
     """
-    example = load_example()
-    torch.manual_seed(network.seed)
-    train, val = example.modular_pairs(network.p, network.fraction, network.random_labels)
-    model = example.QuadraticNetwork(2 * network.p, network.width, network.p)
+    model, train, val = modular_network(network.p, network.width, network.fraction, network.random_labels, network.seed)
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
     more = {"momentum": 0.9} if network.optimizer == "sgd" else {}
     optimizer = kinds[network.optimizer](model.parameters(), lr=network.lr, weight_decay=network.weight_decay, **more)
     when = {"every": EVERY} if kept is None else {"schedule": list(kept)}
-    with groktrace.watch(model, optimizer, train=train, loss=example.centred_loss, val=val, out=str(folder), **when):
-        for _ in range(steps):
-            loss = example.centred_loss(model(train[0]), train[1])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    record_training(model, optimizer, train, folder, steps, EXAMPLE.centred_loss, val=val, **when)
     return model, train
 
 

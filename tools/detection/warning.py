@@ -17,7 +17,7 @@ from groktrace.analysis.detection.settings import DEFAULTS
 from groktrace.analysis.detection.warning import ERRORS, RATE, RATE_FOLLOWING, WINDOW
 from groktrace.run.files import write_json
 from tools.common.measurements import Row, markdown, save_rows, say
-from tools.common.networks import load_example
+from tools.common.networks import EXAMPLE
 from tools.detection import cross_entropy_networks, quadratic_networks
 from tools.detection.live import announced, gradient_noise, measure_following, measure_live
 from tools.detection.quadratic_networks import CHANCE, GENERALISED, Training, crossing
@@ -102,7 +102,7 @@ def follow_training(network: Training) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp()) / "run"
     try:
         if isinstance(network, quadratic_networks.Network):
-            loss = load_example().centred_loss
+            loss = EXAMPLE.centred_loss
             model, train = quadratic_networks.record(network, folder, STEPS, schedule())
         else:
             loss = torch.nn.functional.cross_entropy

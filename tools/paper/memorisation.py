@@ -7,9 +7,10 @@ import torch
 
 from groktrace import theory
 from tools.common.known_answers import soft_rank
+from tools.common.networks import ModularTraining
 from tools.common.tables import Row, Table, number, print_markdown
 from tools.paper import figures
-from tools.paper.networks import Training, accuracy
+from tools.paper.networks import accuracy
 from tools.paper.shared import Result, estimates
 
 # A frozen first layer, and a second one by ridge regression.
@@ -34,7 +35,7 @@ LAZY_COLUMNS += ["soft rank", "bracket low", "bracket high", "train accuracy", "
 
 def measure_lazy(width: int) -> Row:
     """A random first layer, frozen, and the second layer by ridge regression."""
-    training = Training(p=LAZY_P, width=width, fraction=LAZY_FRACTION)
+    training = ModularTraining(p=LAZY_P, width=width, fraction=LAZY_FRACTION)
     model, train, val = training.prepare()
     with torch.no_grad():
         features = (train[0].double() @ model.W.double()).square()

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from groktrace.sampling.settings import PAPER
+from tools.common.networks import ModularTraining
 from tools.common.tables import Row, Table, number
 from tools.paper import figures
-from tools.paper.networks import Training, train_network
 from tools.paper.shared import SCALE, Result, estimates, values
 
 # At the endpoint of the reference network.
@@ -26,7 +26,7 @@ def run_sensitivity(out: Path, fresh: bool) -> Result:
 
     def measure(nbeta: float, pull: float, method: str, step: float) -> Row:
         if not trained:
-            trained.extend(train_network(Training()))
+            trained.extend(ModularTraining().train())
         model, train, _ = trained
         scale = {"nbeta": nbeta, "localization": pull}
         if method == "published":

@@ -7,9 +7,9 @@ import numpy as np
 
 import groktrace
 from groktrace.analysis.grokking import measure_grokking
+from tools.common.networks import ModularTraining
 from tools.common.tables import Row, Table, number
 from tools.paper import figures
-from tools.paper.networks import Training, record
 from tools.paper.shared import SCALE, Result, values
 
 RATES = (5e-4, 1e-3, 3e-3, 1e-2, 2e-2)
@@ -21,8 +21,8 @@ SEVERITY_COLUMNS += ["final λ"]
 
 def measure_severity(rate: float, seed: int, place: Path) -> Row:
     """One training: how severely it groks, and how high λ gets once the training set is memorised."""
-    training = Training(learning_rate=rate, seed=seed, steps=SEVERITY_STEPS)
-    run = record(training, place / f"rate{rate:g}-{seed}", SEVERITY_EVERY)
+    training = ModularTraining(learning_rate=rate, seed=seed, steps=SEVERITY_STEPS)
+    run = training.record(place / f"rate{rate:g}-{seed}", SEVERITY_EVERY)
     trajectory = groktrace.analyze(run, **SCALE)
     grokking = measure_grokking(trajectory)
     shown = trajectory.curve.value

@@ -9,9 +9,10 @@ import click
 import numpy as np
 
 import groktrace
+from tools.common.networks import ModularTraining
 from tools.common.tables import Row, Table, number
 from tools.paper import figures
-from tools.paper.networks import LargeTraining, Training, record, train_large
+from tools.paper.networks import LargeTraining, train_large
 from tools.paper.shared import GENERALISED, SCALE, Result, values
 
 TRAJECTORY_SEEDS, TRAJECTORY_EVERY = 20, 100
@@ -52,9 +53,9 @@ def run_trajectory(out: Path, fresh: bool) -> Result:
     """λ, losses, accuracies and trace over many seeds; and the published size."""
     table = Table(out / "trajectory.csv", TRAJECTORY_COLUMNS, fresh)
     for seed in range(TRAJECTORY_SEEDS):
-        last = f"seed={seed} step={Training().steps}"
+        last = f"seed={seed} step={ModularTraining().steps}"
         if last not in table.rows:
-            run = record(Training(seed=seed), out / "seeds" / str(seed), TRAJECTORY_EVERY)
+            run = ModularTraining(seed=seed).record(out / "seeds" / str(seed), TRAJECTORY_EVERY)
             for key, row in trajectory_rows(groktrace.analyze(run, curvature=True, **SCALE), seed).items():
                 table.measure(key, lambda row=row: row)
     said = judge_trajectories(list(table.rows.values()))

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import groktrace
 from groktrace.analysis.measure import Objective, stack_weights
@@ -36,7 +35,7 @@ from groktrace.sampling.stack import StackedChains
 from groktrace.sampling.traces import SampleLossRecorder
 from groktrace.sampling.tuning import CALIBRATION, MINIBATCH_NOISE
 from tools.common.measurements import Bar, Row, Store, command_line, peak_bytes, run_parts, say
-from tools.common.networks import Transformer, sequence_cross_entropy, size
+from tools.common.networks import Transformer, record_training, sequence_cross_entropy, size
 
 MIB = 2**20
 # The sampler's cost does not depend on these; they keep the chains where they start.
@@ -240,23 +239,14 @@ def _cost_of_run(root: Path, snapshots: int) -> float:
     """Processor seconds of `analyze`, two draws growing to the default precision left out: 20 draws a chain."""
     shutil.rmtree(root, ignore_errors=True)
     torch.manual_seed(0)
-    _train(root, perceptron(10**4), labelled(64), "cross_entropy", snapshots - 1, 1, 1e-3)
+    model = perceptron(10**4)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    record_training(model, optimizer, labelled(64), root, snapshots - 1, "cross_entropy", every=1)
     start = time.process_time()
     groktrace.analyze(root, device="cpu", chains=CHAINS, draws=20, burn_in=10)
     seconds = time.process_time() - start
     shutil.rmtree(root)
     return seconds
-
-
-def _train(out: Path, model: nn.Module, data: Any, loss: str, steps: int, every: int, lr: float) -> None:
-    optimizer = torch.optim.Adam(model.parameters(), lr)
-    criterion = functional.cross_entropy if loss == "cross_entropy" else functional.mse_loss
-    with groktrace.watch(model, optimizer, train=data, loss=loss, out=str(out), every=every):
-        for _ in range(steps):
-            value = criterion(model(data[0]), data[1])
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
 
 
 def extrapolation() -> str:

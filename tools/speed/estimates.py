@@ -45,11 +45,11 @@ from tools.common.measurements import (
     spread,
 )
 from tools.common.networks import (
+    EXAMPLE,
     Pairs,
     language_model,
-    load_example,
+    modular_network,
     modular_transformer,
-    quadratic_network,
     sequence_cross_entropy,
     size,
     stack,
@@ -183,8 +183,8 @@ def bench_step(folder: Path, settings: Settings) -> None:
 def _step_case(
     store: Store, name: str, rounds: int, p: int, width: int, batch_size: int | None, method: str, steps: int
 ) -> dict[str, list[float]]:
-    model, data = quadratic_network(p, width, seed=0)
-    loss, weights = stacked_loss(model, load_example().centred_loss, data)
+    model, data, _ = modular_network(p, width)
+    loss, weights = stacked_loss(model, EXAMPLE.centred_loss, data)
     snapshots = max(1, rows_per_stack(loss, batch_size) // CHAINS)
     rows = store.cached(f"{name}, rows", lambda: snapshots * CHAINS)
     loss, anchors = stack(loss, weights, snapshots)
@@ -316,10 +316,9 @@ def _measure_memory(root: Path, snapshots: int) -> dict[str, float]:
 def _record_many(root: Path, snapshots: int) -> None:
     """Snapshots of one network, each a little off the last."""
     say(f"memory: recording {snapshots} snapshots")
-    model, data = quadratic_network(53, 1024, seed=0)
+    model, data, _ = modular_network(53, 1024)
     generator = torch.Generator().manual_seed(0)
-    loss = load_example().centred_loss
-    with groktrace.watch(model, train=data, loss=loss, out=str(root), every=1) as recorder, torch.no_grad():
+    with groktrace.watch(model, train=data, loss=EXAMPLE.centred_loss, out=root, every=1) as recorder, torch.no_grad():
         for _ in range(snapshots - 1):
             for parameter in model.parameters():
                 parameter.mul_(1 + 1e-3 * torch.randn(parameter.shape, generator=generator))

@@ -29,7 +29,7 @@ from torch.nn import functional
 import groktrace
 from groktrace.run import files
 from tools.common.measurements import Bar, Row, Store, command_line, in_turn, peak_bytes, ratios, run_parts, say, spread
-from tools.common.networks import load_example
+from tools.common.networks import EXAMPLE, modular_network
 
 MIB = 2**20
 
@@ -172,10 +172,8 @@ class Training:
 
 def reference() -> Training:
     """The reference example's."""
-    example = load_example()
-    torch.manual_seed(0)
-    train, _ = example.modular_pairs(23, 0.6, False)
-    return Training(example.QuadraticNetwork(46, 128, 23), train, example.centred_loss, 100)
+    model, train, _ = modular_network(23, 128)
+    return Training(model, train, EXAMPLE.centred_loss, 100)
 
 
 def large(width: int) -> Training:
