@@ -14,7 +14,7 @@ from tools.common.known_answers import (
     geometric,
     teacher,
 )
-from tools.common.tables import Row, Table, Verdict, number, percent, print_markdown
+from tools.common.measurements import Row, Table, Verdict, number, percent, print_markdown
 
 STEP_SCALES = (0.2, 0.5, 1.0, 1.8)
 STEP_TOLERANCE = 0.02
@@ -73,7 +73,7 @@ def record(table: Table, known: KnownModel, what: str, value: Any, settings: dic
             "reasons": "; ".join(found.reasons),
         }
 
-    table.measure(key, measurement)
+    table.cached(key, measurement)
     return key
 
 

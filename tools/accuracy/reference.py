@@ -14,8 +14,8 @@ from tools.common.known_answers import (
     gauss_newton,
     soft_rank,
 )
+from tools.common.measurements import Row, Table, Verdict, listed, number, percent, print_markdown, say
 from tools.common.networks import ModularTraining
-from tools.common.tables import Row, Table, Verdict, listed, note, number, percent, print_markdown
 
 EVERY = 50
 MEMORISED = 0.99
@@ -50,17 +50,12 @@ def run_reference(out: Path, fresh: bool) -> list[Verdict]:
         run = record_reference(out, name)
         start = time.perf_counter()
         trajectory = groktrace.analyze(run)
-        note(f"analysis: {name}: {time.perf_counter() - start:.1f} s")
+        say(f"analysis: {name}: {time.perf_counter() - start:.1f} s")
         cutoff = trajectory.localization / trajectory.nbeta
         snapshots = {snapshot.step: snapshot for snapshot in run.snapshots}
         for point in trajectory.points:
             key = f"{name} step={point.step}"
-            table.measure(
-                key,
-                lambda name=name, point=point, snapshots=snapshots, cutoff=cutoff: measure_point(
-                    name, point, snapshots[point.step], cutoff
-                ),
-            )
+            table.cached(key, measure_point, name, point, snapshots[point.step], cutoff)
         rows = [row for row in table.rows.values() if row["name"] == name]
         shown = [row for row in rows if int(row["step"]) % EXACT_EVERY == 0 or int(row["step"]) in (50, 100, 150, 200)]
         click.echo(f"{name}: nβ = {trajectory.nbeta:.4g}, γ = {trajectory.localization:.4g}\n")

@@ -15,7 +15,7 @@ import groktrace
 from groktrace.analysis.detection import find_transitions
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.errors import GroktraceError
-from tools.common.measurements import Row, markdown, save_rows, say
+from tools.common.measurements import Row, print_table, save_rows, say
 from tools.common.networks import record_training
 from tools.detection.quadratic_networks import CHANCE, GENERALISED, Training, crossing, without
 
@@ -285,7 +285,7 @@ def run_cross_entropy(folder: Path, limit: int, seed: int, all_measures: bool) -
         judged.append((network, {path.stem: Trajectory.load(path) for path in sorted(place.glob("*.json"))}))
     rows = [row(network, found) for network, found in judged]
     save_rows(folder / f"cross_entropy-{seed}.csv", rows)
-    print(f"\n### Cross-entropy networks\n\n{markdown(summarise(judged))}\n")
+    print_table("Cross-entropy networks", summarise(judged))
 
 
 def row(network: Network, found: dict[str, Trajectory]) -> Row:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import groktrace
 from groktrace.analysis.detection import find_transitions
 from groktrace.analysis.trajectory import Trajectory
-from tools.common.measurements import Row, markdown, save_rows, say
+from tools.common.measurements import Row, print_table, save_rows, say
 from tools.common.networks import EXAMPLE, modular_network, record_training
 
 STEPS = 3000
@@ -178,7 +178,7 @@ def run_networks(folder: Path, limit: int, seed: int) -> None:
             measure(network).save(path)
         rows.append(judge(network, Trajectory.load(path)))
     save_rows(folder / f"networks-{seed}.csv", rows)
-    print(f"\n### Quadratic networks\n\n{markdown(summarise(rows))}\n")
+    print_table("Quadratic networks", summarise(rows))
     for row in rows:
         if row["outcome"] in ("groks", "control") and (row["outcome"] == "groks") != (row["found"] != "0"):
             print(f"- missed or false: {row}")

@@ -16,7 +16,7 @@ import torch
 from groktrace.analysis.detection.settings import DEFAULTS
 from groktrace.analysis.detection.warning import ERRORS, RATE, RATE_FOLLOWING, WINDOW
 from groktrace.run.files import write_json
-from tools.common.measurements import Row, markdown, save_rows, say
+from tools.common.measurements import Row, print_table, save_rows, say
 from tools.common.networks import EXAMPLE
 from tools.detection import cross_entropy_networks, quadratic_networks
 from tools.detection.live import announced, gradient_noise, measure_following, measure_live
@@ -306,7 +306,7 @@ def run_warning(folder: Path, limit: int, cross_entropy: bool = False) -> None:
                     some = {name: judge for name, judge in by.items() if kind == "mlp" or "following" not in name}
                     table = [summary(name, among, announces) for name, announces in some.items()]
                     more = ", where generalisation is late" if late else ""
-                    print(f"\n### Early warning: {title}{more}\n\n{markdown(table)}\n")
+                    print_table(f"Early warning: {title}{more}", table)
 
 
 def _shipped(cross_entropy: bool) -> dict[str, Announces]:

@@ -8,8 +8,8 @@ import torch
 
 from groktrace import theory
 from tools.common.known_answers import gauss_newton, soft_rank
+from tools.common.measurements import Row, Table, number, print_markdown
 from tools.common.networks import ModularTraining
-from tools.common.tables import Row, Table, number, print_markdown
 from tools.paper import figures
 from tools.paper.networks import accuracy
 from tools.paper.shared import Result, estimates
@@ -75,7 +75,7 @@ def run_endpoints(out: Path, fresh: bool) -> Result:
             found: dict[str, Row] = {}
             measure_endpoint(name, out, found.__setitem__)
             for key, row in found.items():
-                table.measure(key, lambda row=row: row)
+                table.cached(key, dict, row)
     rows = [row for name in ENDPOINTS for row in table.rows.values() if row["network"] == name]
     print_markdown(ENDPOINT_COLUMNS[1:], rows)
     spectra = {name: np.loadtxt(out / f"spectrum {name}.csv") for name in SPECTRA}

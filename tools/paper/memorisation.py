@@ -7,8 +7,8 @@ import torch
 
 from groktrace import theory
 from tools.common.known_answers import soft_rank
+from tools.common.measurements import Row, Table, number, print_markdown
 from tools.common.networks import ModularTraining
-from tools.common.tables import Row, Table, number, print_markdown
 from tools.paper import figures
 from tools.paper.networks import accuracy
 from tools.paper.shared import Result, estimates
@@ -81,7 +81,7 @@ def run_memorisation(out: Path, fresh: bool) -> Result:
     """Frozen features: λ̂ and rank against the closed form and the bracket."""
     table = Table(out / "memorisation.csv", LAZY_COLUMNS, fresh)
     for width in LAZY_WIDTHS:
-        table.measure(f"K={width}", lambda width=width: measure_lazy(width))
+        table.cached(f"K={width}", measure_lazy, width)
     rows = list(table.rows.values())
     print_markdown(LAZY_COLUMNS[1:], rows)
     figures.memorisation(rows, LAZY_P, out / "memorisation.png")

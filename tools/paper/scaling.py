@@ -5,8 +5,8 @@ from pathlib import Path
 
 from groktrace import theory
 from groktrace.sampling.settings import PAPER
+from tools.common.measurements import Row, Table, number
 from tools.common.networks import ModularTraining
-from tools.common.tables import Row, Table, number
 from tools.paper import figures
 from tools.paper.networks import accuracy
 from tools.paper.shared import GENERALISED, SCALE, Result, estimates, fit, values
@@ -47,7 +47,7 @@ def run_scaling(out: Path, fresh: bool) -> Result:
     for p, width in dict.fromkeys(sizes):
         for seed in range(SCALING_SEEDS):
             training = ModularTraining(p=p, width=width, seed=seed)
-            table.measure(f"p={p} K={width} seed={seed}", lambda training=training: measure_scaling(training))
+            table.cached(f"p={p} K={width} seed={seed}", measure_scaling, training)
     rows = [row for row in table.rows.values() if number(row["val accuracy"]) >= GENERALISED]
     said = [f"{len(rows)} of {len(table.rows)} networks generalise"]
     series = {

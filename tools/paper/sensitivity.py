@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from groktrace.sampling.settings import PAPER
+from tools.common.measurements import Row, Table, number
 from tools.common.networks import ModularTraining
-from tools.common.tables import Row, Table, number
 from tools.paper import figures
 from tools.paper.shared import SCALE, Result, estimates, values
 
@@ -44,10 +44,8 @@ def run_sensitivity(out: Path, fresh: bool) -> Result:
         for pull in PULLS[nbeta]:
             for method, steps in (("published", SGLD_STEPS), ("ours", OUR_STEPS)):
                 for step in steps:
-                    table.measure(
-                        f"{method} nβ={nbeta:g} γ={pull:g} step={step:g}",
-                        lambda case=(nbeta, pull, method, step): measure(*case),
-                    )
+                    key = f"{method} nβ={nbeta:g} γ={pull:g} step={step:g}"
+                    table.cached(key, measure, nbeta, pull, method, step)
     rows = list(table.rows.values())
     figures.sensitivity(rows, out / "sensitivity.png")
     said = []

@@ -7,8 +7,8 @@ import numpy as np
 
 import groktrace
 from groktrace.analysis.grokking import measure_grokking
+from tools.common.measurements import Row, Table, number
 from tools.common.networks import ModularTraining
-from tools.common.tables import Row, Table, number
 from tools.paper import figures
 from tools.paper.shared import SCALE, Result, values
 
@@ -44,10 +44,7 @@ def run_severity(out: Path, fresh: bool) -> Result:
     table = Table(out / "severity.csv", SEVERITY_COLUMNS, fresh)
     for rate in RATES:
         for seed in range(SEVERITY_SEEDS):
-            table.measure(
-                f"rate={rate:g} seed={seed}",
-                lambda rate=rate, seed=seed: measure_severity(rate, seed, out / "severity"),
-            )
+            table.cached(f"rate={rate:g} seed={seed}", measure_severity, rate, seed, out / "severity")
     rows = list(table.rows.values())
     figures.severity(rows, out / "severity.png")
     said = []

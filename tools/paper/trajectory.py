@@ -9,8 +9,8 @@ import click
 import numpy as np
 
 import groktrace
+from tools.common.measurements import Row, Table, number
 from tools.common.networks import ModularTraining
-from tools.common.tables import Row, Table, number
 from tools.paper import figures
 from tools.paper.networks import LargeTraining, train_large
 from tools.paper.shared import GENERALISED, SCALE, Result, values
@@ -57,7 +57,7 @@ def run_trajectory(out: Path, fresh: bool) -> Result:
         if last not in table.rows:
             run = ModularTraining(seed=seed).record(out / "seeds" / str(seed), TRAJECTORY_EVERY)
             for key, row in trajectory_rows(groktrace.analyze(run, curvature=True, **SCALE), seed).items():
-                table.measure(key, lambda row=row: row)
+                table.cached(key, dict, row)
     said = judge_trajectories(list(table.rows.values()))
     steps = LARGE["Adam-0"][0].steps_an_epoch
     figures.trajectory(list(table.rows.values()), [], steps, out / "trajectory.png")
@@ -85,7 +85,7 @@ def run_large(out: Path, fresh: bool) -> list[dict[str, str]]:
         trajectory = groktrace.analyze(place / "run", curvature=True, **scale)
         scale = {"nbeta": trajectory.nbeta, "localization": trajectory.localization}
         for key, row in trajectory_rows(trajectory, name).items():
-            table.measure(key, lambda row=row: row)
+            table.cached(key, dict, row)
     click.echo(f"p = 53: nβ = {scale['nbeta']:.5g}, γ = {scale['localization']:.5g}")
     return list(table.rows.values())
 

@@ -34,7 +34,7 @@ from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
 from groktrace.sampling.stack import StackedChains
 from groktrace.sampling.traces import SampleLossRecorder
 from groktrace.sampling.tuning import CALIBRATION, MINIBATCH_NOISE
-from tools.common.measurements import Bar, Row, Store, command_line, peak_bytes, run_parts, say
+from tools.common.measurements import Row, Store, Verdict, command_line, peak_bytes, run_parts, say
 from tools.common.networks import Transformer, record_training, sequence_cross_entropy, size
 
 MIB = 2**20
@@ -185,19 +185,17 @@ def bench_growth(folder: Path, settings: Settings) -> None:
         "snapshots": ([], []),
     }
     for weights in settings.weights:
-        found = store.cached(
-            f"weights {weights}", lambda w=weights: cost_of_snapshot(w, settings.samples, settings.steps)
-        )
+        found = store.cached(f"weights {weights}", cost_of_snapshot, weights, settings.samples, settings.steps)
         measured["weights"][0].append(found["weights"])
         measured["weights"][1].append(found["snapshot"])
         rows.append(_cost_row(f"{settings.samples} samples", found))
     for samples in settings.data:
-        found = store.cached(f"samples {samples}", lambda n=samples: cost_of_snapshot(10**5, n, settings.steps))
+        found = store.cached(f"samples {samples}", cost_of_snapshot, 10**5, samples, settings.steps)
         measured["samples"][0].append(samples)
         measured["samples"][1].append(found["snapshot"])
         rows.append(_cost_row(f"{samples} samples", found))
     for snapshots in settings.snapshots:
-        seconds = store.cached(f"snapshots {snapshots}", lambda s=snapshots: _cost_of_run(folder / "growth_run", s))
+        seconds = store.cached(f"snapshots {snapshots}", _cost_of_run, folder / "growth_run", snapshots)
         measured["snapshots"][0].append(snapshots)
         measured["snapshots"][1].append(seconds)
         rows.append(
@@ -301,9 +299,9 @@ def bench_large(folder: Path, settings: Settings) -> None:
         ("training, AdamW", {"training": True}),
     )
     rows: list[Row] = []
-    bars: list[Bar] = []
+    bars: list[Verdict] = []
     for label, case in cases:
-        found = store.cached(label, lambda case=case: _in_child(folder, settings, case))
+        found = store.cached(label, _in_child, folder, settings, case)
         ratio = (found["peak"] - found["imported"]) / (4 * found["weights"])
         step = found.get("step")
         rows.append(
@@ -315,7 +313,7 @@ def bench_large(folder: Path, settings: Settings) -> None:
             }
         )
         if label in ("estimate_llc, 1 chain", "a recorded run, 1 chain"):
-            bars.append(Bar(f"memory: {label}", round(ratio, 2), 5.0, False))
+            bars.append(Verdict(f"memory: {label}", round(ratio, 2), limit=5.0, at_least=False))
     notes = [
         "Peak of a fresh process less what it holds after import, over the weights in float32; the model counts. "
         f"{settings.language[5]} sequences of {settings.language[1]} tokens; steps are on all of them, or one with the "

@@ -28,7 +28,18 @@ from torch.nn import functional
 
 import groktrace
 from groktrace.run import files
-from tools.common.measurements import Bar, Row, Store, command_line, in_turn, peak_bytes, ratios, run_parts, say, spread
+from tools.common.measurements import (
+    Row,
+    Store,
+    Verdict,
+    command_line,
+    in_turn,
+    peak_bytes,
+    ratios,
+    run_parts,
+    say,
+    spread,
+)
 from tools.common.networks import EXAMPLE, modular_network
 
 MIB = 2**20
@@ -91,7 +102,7 @@ def bench_step(folder: Path, settings: Settings) -> None:
     cost = [a - b for a, b in zip(times["with"], times["without"], strict=True)]
     rows = [{"optimizer.step()": name, "µs": spread(seconds)} for name, seconds in times.items()]
     rows.append({"optimizer.step()": "difference", "µs": spread(cost)})
-    bars = [Bar("a step that keeps no snapshot", statistics.median(cost), 10.0, False, "µs")]
+    bars = [Verdict("a step that keeps no snapshot", statistics.median(cost), limit=10.0, at_least=False, unit="µs")]
     store.finish("A step that keeps no snapshot", rows, bars)
 
 
@@ -139,7 +150,8 @@ def bench_snapshot(folder: Path, settings: Settings) -> None:
             {"weights": name, "snapshot, ms": spread(times["snapshot"], 1e3), "copy, ms": spread(times["copy"], 1e3)}
             | {"ratio": spread(ratio)}
         )
-        bars.append(Bar(f"a snapshot of {name} blocks, beside a copy", statistics.median(ratio), 1.5, False))
+        claim = f"a snapshot of {name} blocks, beside a copy"
+        bars.append(Verdict(claim, statistics.median(ratio), limit=1.5, at_least=False))
         shutil.rmtree(folder / "run")
     store.finish("How long a snapshot blocks training", rows, bars)
 
@@ -277,7 +289,8 @@ def bench_writes(folder: Path, settings: Settings) -> None:
     row |= {"a snapshot adds to its own, ms": spread([taken["own"] for taken in found], 1e3)}
     row |= {"its writing to those around, ms": spread([taken["writing"] for taken in found], 1e3)}
     row |= {"throughput, every=100": spread(shares) + " %"}
-    bar = Bar("throughput, reference, from steps around the writes", statistics.median(shares), 98.0, True, "%")
+    claim = "throughput, reference, from steps around the writes"
+    bar = Verdict(claim, statistics.median(shares), limit=98.0, unit="%")
     store.finish("What a snapshot adds to the steps around it", [row], [bar])
 
 
@@ -342,7 +355,7 @@ def _finish_throughput(
             | {"throughput": spread(ratios(times[bare], seconds), 100.0) + " %"}
         )
     share = 100 * statistics.median(ratios(times[bare], times[ours]))
-    store.finish(title, rows, [Bar(f"{title[0].lower()}{title[1:]}", share, 98.0, True, "%")])
+    store.finish(title, rows, [Verdict(f"{title[0].lower()}{title[1:]}", share, limit=98.0, unit="%")])
 
 
 def bench_memory(folder: Path, settings: Settings) -> None:
@@ -352,26 +365,18 @@ def bench_memory(folder: Path, settings: Settings) -> None:
     bars = []
 
     def measure(kind: str) -> dict[str, Any]:
-        command = [
-            sys.executable,
-            "-m",
-            __spec__.name,
-            "memory-worker",
-            "--kind",
-            kind,
-            "--width",
-            str(settings.memory_width),
-        ]
-        done = subprocess.run([*command, "--out", str(folder)], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-m", __spec__.name, "memory-worker", "--kind", kind, "--out", str(folder)]
+        command += ["--width", str(settings.memory_width)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         return json.loads(done.stdout)
 
-    found = {kind: store.cached(kind, lambda kind=kind: measure(kind)) for kind in ("nothing", "quick", "slow")}
+    found = {kind: store.cached(kind, measure, kind) for kind in ("nothing", "quick", "slow")}
     for kind, result in found.items():
         copies = (result["peak"] - found["nothing"]["peak"]) / result["weights"]
         row = {"disk": kind, "peak": f"{result['peak'] / MIB:.0f} MiB", "copies of the weights": f"{copies:.2f}"}
         rows.append(row | {"snapshots": str(result["snapshots"]), "told": str(result["told"])})
         if kind != "nothing":
-            bars.append(Bar(f"host memory, {kind} disk", copies, 2.0, False, "copies"))
+            bars.append(Verdict(f"host memory, {kind} disk", copies, limit=2.0, at_least=False, unit="copies"))
     store.finish("Host memory", rows, bars)
 
 

@@ -16,7 +16,7 @@ from groktrace.analysis.llc import OFF_MINIMUM
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.run import layout
 from groktrace.sampling.settings import PAPER
-from tools.common.measurements import Bar, Row, Store, in_turn, ratios, say, spread
+from tools.common.measurements import Row, Store, Verdict, in_turn, ratios, say, spread
 from tools.common.networks import EXAMPLE, ModularTraining
 from tools.common.peers import Devinterp, devinterp_version, has_devinterp
 
@@ -257,9 +257,9 @@ class TrajectoryBenchmark:
         }
         return self.reference.errors(list(values), list(values.values()))
 
-    def _bars(self, seconds: dict[str, list[float]], errors: dict[str, tuple[float, float]]) -> list[Bar]:
+    def _bars(self, seconds: dict[str, list[float]], errors: dict[str, tuple[float, float]]) -> list[Verdict]:
         bars = [
-            Bar(f"trajectory: rms error, {name}", 100 * max(errors[name]), 2.0, False, "%")
+            Verdict(f"trajectory: rms error, {name}", 100 * max(errors[name]), limit=2.0, at_least=False, unit="%")
             for name in ("default", "quick")
         ]
         for ours in ("quick", "default"):
@@ -269,7 +269,7 @@ class TrajectoryBenchmark:
                 ("peer gathered", "devinterp tuned by hand, batches gathered at once", 100),
             ):
                 found = statistics.median(ratios(seconds[peer], seconds[ours])) if peer in seconds else None
-                bars.append(Bar(f"trajectory: time of {label} / ours ({ours})", found, limit, True))
+                bars.append(Verdict(f"trajectory: time of {label} / ours ({ours})", found, limit=limit))
         return bars
 
     def _notes(self, has_peer: bool) -> list[str]:

@@ -13,7 +13,6 @@ are of the processor.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -44,7 +43,7 @@ from groktrace.run.store import Run, open_run
 from groktrace.sampling.calibration import Scale, step_size
 from groktrace.sampling.network import as_float
 from groktrace.sampling.settings import SamplingSettings
-from tools.common.measurements import markdown
+from tools.common.measurements import markdown, peak_bytes
 from tools.common.peers import has_devinterp
 
 CHAINS, BURN_IN, DRAWS, BATCH = 4, 100, 200, 32
@@ -227,7 +226,7 @@ def analyse(path: Path) -> list[dict[str, str]]:
         with subprocess.Popen([*command, "analyze", str(run)], **silent) as process:
             while process.poll() is None:
                 time.sleep(0.1)
-                memory = max(memory, _memory(process.pid))
+                memory = max(memory, peak_bytes(process.pid))
                 if math.isnan(first) and any(run.glob("analysis/*/trajectory.json")):
                     first = time.monotonic() - start
         taken = time.monotonic() - start
@@ -259,15 +258,6 @@ def crowd(path: Path) -> list[dict[str, str]]:
     row = {"run": path.name, "idle": f"{idle:.1f} s", "busy": f"{crowded:.1f} s", "times": f"{crowded / idle:.2f}"}
     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     return [row]
-
-
-def _memory(process: int) -> int:
-    """Bytes that a process has in memory at most so far; 0 where the system does not say."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{process}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    return 0
 
 
 def _grown(run: Run, times: int) -> Run:
