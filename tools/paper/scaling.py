@@ -60,10 +60,10 @@ def run_scaling(out: Path, fresh: bool) -> Result:
             x, y = values(members, name), values(members, column)
             means = {at: statistics.fmean(b for a, b in zip(x, y, strict=True) if a == at) for at in sorted(set(x))}
             slope, intercept, r2 = fit(list(means), list(means.values()))
-            each_r2 = fit(x, y)[2]
+            single_r2 = fit(x, y)[2]
             said.append(
                 f"{column} against {name}: {slope:.4g}·{name} + {intercept:.4g}, R² {r2:.4f} of the means over seeds, "
-                f"{each_r2:.4f} of single networks; means {', '.join(f'{at:g}: {y:.4g}' for at, y in means.items())}"
+                f"{single_r2:.4f} of single networks; means {', '.join(f'{at:g}: {y:.4g}' for at, y in means.items())}"
             )
     figures.scaling(series, out / "scaling.png")
     return said
