@@ -252,9 +252,9 @@ def ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(times, others, strict=True)]
 
 
-def spread(values: Sequence[float], scale: float = 1.0, digits: int = 3) -> str:
+def spread(values: Sequence[float], scale: float = 1.0) -> str:
     """Median (min–max)."""
-    low, middle, high = (f"{scale * f(values):.{digits}g}" for f in (min, statistics.median, max))
+    low, middle, high = (f"{scale * f(values):.3g}" for f in (min, statistics.median, max))
     return f"{middle} ({low}–{high})"
 
 

@@ -54,7 +54,7 @@ class Network(Training):
 
     Attributes:
         width: hidden neurons.
-        optimizer: "adamw", "adam" (weight decay in the gradient) or "sgd" (momentum 0.9).
+        optimizer: "adamw" or "adam" (weight decay in the gradient).
     """
 
     width: int
@@ -96,9 +96,8 @@ def record(
         kept: steps of the snapshots; by default one every 75.
     """
     model, train, val = modular_network(network.p, network.width, network.fraction, network.random_labels, network.seed)
-    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-    more = {"momentum": 0.9} if network.optimizer == "sgd" else {}
-    optimizer = kinds[network.optimizer](model.parameters(), lr=network.lr, weight_decay=network.weight_decay, **more)
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[network.optimizer]
+    optimizer = kind(model.parameters(), lr=network.lr, weight_decay=network.weight_decay)
     when = {"every": EVERY} if kept is None else {"schedule": list(kept)}
     record_training(model, optimizer, train, folder, steps, EXAMPLE.centred_loss, val=val, **when)
     return model, train

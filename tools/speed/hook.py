@@ -236,7 +236,7 @@ def bench_throughput(
     if len({digest for rounds in measured.values() for _, digest in rounds}) > 1:
         raise SystemExit("the weights differ from one way of keeping them to another")
     times = {kind: [seconds for seconds, _ in rounds] for kind, rounds in measured.items()}
-    _finish_throughput(store, f"Throughput, {name}", times, "nothing", "groktrace", steps)
+    _finish_throughput(store, f"Throughput, {name}", times, steps)
 
 
 def bench_writes(folder: Path, settings: Settings) -> None:
@@ -342,19 +342,17 @@ def bench_lightning(folder: Path, settings: Settings) -> None:
     warnings.simplefilter("ignore")
     contenders = {kind: lambda r, kind=kind: measure(kind) for kind in ("nothing", "groktrace", "ModelCheckpoint")}
     times = in_turn(store, "lightning", contenders, settings.rounds)
-    _finish_throughput(store, "Throughput, large, under Lightning", times, "nothing", "groktrace", steps)
+    _finish_throughput(store, "Throughput, large, under Lightning", times, steps)
 
 
-def _finish_throughput(
-    store: Store, title: str, times: dict[str, list[float]], bare: str, ours: str, steps: int
-) -> None:
+def _finish_throughput(store: Store, title: str, times: dict[str, list[float]], steps: int) -> None:
     rows = []
     for kind, seconds in times.items():
         rows.append(
             {"kept by": kind, "ms a step": spread([t / steps for t in seconds], 1e3)}
-            | {"throughput": spread(ratios(times[bare], seconds), 100.0) + " %"}
+            | {"throughput": spread(ratios(times["nothing"], seconds), 100.0) + " %"}
         )
-    share = 100 * statistics.median(ratios(times[bare], times[ours]))
+    share = 100 * statistics.median(ratios(times["nothing"], times["groktrace"]))
     store.finish(title, rows, [Verdict(f"{title[0].lower()}{title[1:]}", share, limit=98.0, unit="%")])
 
 
