@@ -133,7 +133,7 @@ def sampler(loss: StackedLoss, anchors: Tensor, chains: int, **settings: Any) ->
         keys, sizes = range(len(anchors)), [STEP_SIZE] * len(anchors)
         with (
             mock.patch.object(stack_module, "gaussian_start", anywhere),
-            mock.patch.object(stack_module, "top_eigenvalue", lambda loss, anchors, start: torch.zeros(len(anchors))),
+            mock.patch.object(stack_module, "top_eigenvalue", lambda loss, anchors, *_: torch.zeros(len(anchors))),
         ):
             traces = sample(loss, anchors, keys, chosen, SCALE["nbeta"], SCALE["localization"], sizes, lambda _: 1.0)
         if any(trace.diverged(loss.layout.size) for trace in traces):

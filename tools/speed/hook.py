@@ -125,8 +125,8 @@ def bench_snapshot(folder: Path, settings: Settings) -> None:
 
             def snapshot() -> float:
                 before = recorder._blocked
-                recorder._steps += 1
-                recorder._snapshot(recorder._steps)
+                recorder._count.add(1, None)
+                recorder._snapshot(recorder.steps)
                 recorder.flush()  # training goes on meanwhile
                 return recorder._blocked - before
 
