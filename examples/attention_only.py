@@ -110,7 +110,7 @@ def library(modules: int | None) -> list[Tensor]:
     known = ["\n", *map(chr, range(32, 127)), *(piece for piece, _ in counts.most_common())]
     number = {piece: i for i, piece in enumerate(known[:VOCABULARY])}
     tokens = ([number[t] for piece in text for t in ([piece] if piece in number else piece)] for text in split)
-    return [torch.tensor(each, dtype=torch.long) for each in tokens]
+    return [torch.tensor(numbers, dtype=torch.long) for numbers in tokens]
 
 
 class Contexts:
@@ -118,7 +118,7 @@ class Contexts:
 
     def __init__(self, modules: list[Tensor], length: int, seed: int) -> None:
         self.tokens, self.length = torch.cat(modules), length
-        module = torch.repeat_interleave(torch.tensor([len(each) for each in modules]))
+        module = torch.repeat_interleave(torch.tensor([len(tokens) for tokens in modules]))
         self.starts = (module[:-length] == module[length:]).nonzero()
         self.seed = torch.Generator().manual_seed(seed)
 
@@ -260,7 +260,8 @@ def main() -> None:
         table.writeheader()
         table.writerows(rows)
     draw(whole, heads, rows, options.out / "attention_only.png")
-    print(f"stages: {', '.join(f'{each.name} at {each.step}' for each in groktrace.find_transitions(whole))}")
+    stages = [f"{transition.name} at {transition.step}" for transition in groktrace.find_transitions(whole)]
+    print(f"stages: {', '.join(stages)}")
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def saddles(out: Path, rtol: float) -> tuple[list[dict[str, object]], list[int]]
         ranks.append(int((singular > 5).sum()))
     x, rows = torch.eye(5) * 5**0.5, []
     for rank in sorted(set(ranks)):
-        at = [i for i, each in enumerate(ranks) if each == rank]
+        at = [i for i, other in enumerate(ranks) if other == rank]
         middle = snapshots[at[2 * len(at) // 3]]
         middle.load_into(model.float())
         found = groktrace.estimate_llc(model, "mse", (x, model(x).detach()), nbeta=10_000 / np.log(10_000), rtol=rtol)
@@ -241,9 +241,9 @@ def main() -> None:
     trajectory = groktrace.analyze(run)
     stages, ranks = saddles(run, 0.2 if options.small else 0.05)
     found = groktrace.find_transitions(trajectory)
-    print(f"ranks {ranks}\nλ changes at {[(each.name, each.onset, each.step, each.end) for each in found]}")
+    print(f"ranks {ranks}\nλ changes at {[(change.name, change.onset, change.step, change.end) for change in found]}")
     write(options.out / "deep_linear_saddles.csv", stages)
-    write(options.out / "deep_linear_transitions.csv", [each.to_dict() for each in found] or [{"step": None}])
+    write(options.out / "deep_linear_transitions.csv", [change.to_dict() for change in found] or [{"step": None}])
     rows = scatter(options.out, options.small)
     write(options.out / "deep_linear.csv", rows)
     draw(rows, trajectory, stages, options.out / "deep_linear.png")

@@ -210,7 +210,7 @@ def epsilon_beta() -> list[dict[str, object]]:
     """λ̂ over temperatures."""
     model, data = digits(perceptron(), lr=0.1)
     curve = groktrace.temperature_curve(model, "cross_entropy", data, nbetas=[10.0, 30.0, 100.0])
-    print("λ̂ at each nβ:", [(round(each.nbeta), round(each.llc)) for each in curve.estimates])
+    print("λ̂ at each nβ:", [(round(estimate.nbeta), round(estimate.llc)) for estimate in curve.estimates])
     return [beside(f"nβ = {nbeta}", model, nn.CrossEntropyLoss(), data, nbeta=nbeta, localization=100.0, lr=1e-4)
             for nbeta in (30.0, 1000.0)[: 1 if SMALL else 2]]  # fmt: skip
 
@@ -235,7 +235,7 @@ def grokking() -> list[dict[str, object]]:
     trajectory = groktrace.analyze(out)
     seconds = time.process_time() - clock
     trajectory.plot(OUT / "devinterp_tour_digits.png")
-    print([(each.name, each.step) for each in groktrace.find_transitions(trajectory)])
+    print([(transition.name, transition.step) for transition in groktrace.find_transitions(trajectory)])
     rows, model = [], convolutional()
     for i in [-1] if SMALL else [0, len(trajectory) // 2, -1]:
         groktrace.open_run(out).snapshots[i].load_into(model)

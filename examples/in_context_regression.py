@@ -207,11 +207,12 @@ def main() -> None:
             train(run, out, *size)
         trajectory = groktrace.analyze(out, settings=settings)
         found[run] = trajectory, distances(run, out, size[0])
-        transitions += [{"run": run, **each.to_dict()} for each in groktrace.find_transitions(trajectory)]
+        changes = groktrace.find_transitions(trajectory)
+        transitions += [{"run": run, **transition.to_dict()} for transition in changes]
         for i, point in enumerate(trajectory):
             measured = {"step": point.step, "llc": trajectory.curve.value[i], "stderr": trajectory.curve.error[i]}
             points.append({"run": run, **measured, **found[run][1][i], "reasons": "; ".join(point.reasons)})
-        print(f"{run}: {', '.join(f'{each.name} at {each.step}' for each in groktrace.find_transitions(trajectory))}")
+        print(f"{run}: {', '.join(f'{transition.name} at {transition.step}' for transition in changes)}")
     write(options.out / "in_context_regression.csv", points)
     write(options.out / "in_context_regression_transitions.csv", transitions)
     draw(found, options.out / "in_context_regression.png")

@@ -185,14 +185,15 @@ def main() -> None:
         trajectory = groktrace.analyze(out, settings=settings, time_limit=600)  # as on the command line
         found[run] = trajectory, progress(run, out, *size[:2])
         changes = groktrace.find_transitions(trajectory)
-        transitions += [{"run": run, **each.to_dict()} for each in changes]
+        transitions += [{"run": run, **transition.to_dict()} for transition in changes]
         for i, point in enumerate(trajectory):
             measured = {"step": point.step, "llc": trajectory.curve.value[i], "stderr": trajectory.curve.error[i]}
             losses = {name: getattr(point, name) for name in ("train_loss", "val_loss", "val_accuracy")}
             points.append(
                 {"run": run, **measured, **losses, **found[run][1][point.step], "reasons": "; ".join(point.reasons)}
             )
-        print(f"{RUNS[run]}: {', '.join(f'{each.name} at {each.step}' for each in changes) or 'no transition'}")
+        named = [f"{transition.name} at {transition.step}" for transition in changes]
+        print(f"{RUNS[run]}: {', '.join(named) or 'no transition'}")
     write(options.out / "modular_transformer.csv", points)
     write(options.out / "modular_transformer_transitions.csv", transitions)
     draw(found, options.out / "modular_transformer.png")

@@ -110,15 +110,15 @@ def measure_points(small: bool) -> list[dict[str, object]]:
             model = Superposition(W.float(), b.float())
             first = groktrace.estimate_llc(model, loss_fn, (x, x))
             nbetas = [first.nbeta * factor for factor in ((1, 10) if small else (1, 3, 10, 30, 100))]
-            curve = groktrace.temperature_curve(model, loss_fn, (x, x), nbetas=nbetas)
-            best = curve.estimates[-1]
+            curve = groktrace.temperature_curve(model, loss_fn, (x, x), nbetas=nbetas).estimates
+            best = curve[-1]
             paper = groktrace.estimate_llc(model, loss_fn, (x, x), nbeta=5000 / math.log(5000))
             # Nearer than the default: 5-gons with a positive bias have less loss, and are a fifth of ‖w*‖ away.
             limit = groktrace.estimate_llc(model, loss_fn, (x, x), limit=True, locality=0.1)
             row |= {"limit": limit.llc, "limit_low": limit.low, "limit_high": limit.high}
             row |= {"llc": best.llc, "stderr": best.stderr, "nbeta": best.nbeta}
             row |= {"llc_n5000": paper.llc, "stderr_n5000": paper.stderr, "reasons": "; ".join(best.reasons)}
-            row["curve"] = " ".join(f"{each.nbeta:.4g}:{each.llc:.4g}±{each.stderr:.2g}" for each in curve.estimates)
+            row["curve"] = " ".join(f"{point.nbeta:.4g}:{point.llc:.4g}±{point.stderr:.2g}" for point in curve)
         rows.append(row)
         print({key: value for key, value in row.items() if value is not None})
     return rows
@@ -197,8 +197,8 @@ def draw(found: list[groktrace.Trajectory], stages: list[dict[str, object]], los
     lower.set(xlabel="training step", ylabel=r"$\lambda_c$, 95 % band; dotted: exact", ylim=(-12, 12))
     lower.legend(frameon=False, ncols=2)
     for i, row in enumerate(row for row in rows if "curve" in row):
-        found = [each.replace("±", ":").split(":") for each in str(row["curve"]).split()]
-        nbeta, llc, error = zip(*[[float(number) for number in each] for each in found], strict=True)
+        found = [point.replace("±", ":").split(":") for point in str(row["curve"]).split()]
+        nbeta, llc, error = zip(*[[float(number) for number in point] for point in found], strict=True)
         right.errorbar(
             nbeta, llc, error, fmt=f"C{i}{'os^'[i]}{['-', '--', ':'][i]}", capsize=3, label=f"{row['point']}-gon"
         )
@@ -258,13 +258,13 @@ def main() -> None:
             change |= {"from": before["last"], "to": after["first"], "delta_loss": after["loss"] - before["loss"]}
             for end, measured in (("", trajectory), ("_fine", fine)):
                 change[f"delta_llc{end}"] = after[f"llc{end}"] - before[f"llc{end}"]
-                near = [each.step for each in groktrace.find_transitions(measured)]
+                near = [transition.step for transition in groktrace.find_transitions(measured)]
                 change[f"detected{end}"] = " ".join(str(x) for x in near if before["last"] <= x <= after["first"])
             changes.append(change)
         order = " → ".join(stage["point"] for stage in visited)
-        print(f"seed {seed}: {order}; λ changes at {[each.step for each in found]}", flush=True)
+        print(f"seed {seed}: {order}; λ changes at {[transition.step for transition in found]}", flush=True)
         if shown is None or len(visited) >= len(shown[1]):
-            shown = [each for each in (trajectory, fine) if each], visited, losses
+            shown = [measured for measured in (trajectory, fine) if measured], visited, losses
     write(options.out / "superposition.csv", rows)
     write(options.out / "superposition_plateaus.csv", stages)
     write(options.out / "superposition_transitions.csv", changes)

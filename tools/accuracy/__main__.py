@@ -22,7 +22,7 @@ from tools.accuracy.known import run_known
 from tools.accuracy.ladder import run_ladder
 from tools.accuracy.limit import run_limit, run_limit_constants, run_limit_coverage
 from tools.accuracy.reference import run_reference
-from tools.common.tables import Verdict, print_verdicts
+from tools.common.measurements import Verdict
 
 PARTS: dict[str, Callable[[Path, bool], list[Verdict]]] = {
     "known": run_known,
@@ -50,8 +50,10 @@ def main(part: str, out: Path, fresh: bool, threads: int) -> None:
         click.echo(f"## {name}\n")
         verdicts += PARTS[name](out, fresh)
     click.echo("## Bars\n")
-    print_verdicts(verdicts)
-    sys.exit(0 if all(verdict.passed for verdict in verdicts) else 1)
+    for verdict in verdicts:
+        click.echo(f"{'PASS' if verdict.met else 'FAIL'}  {verdict.claim}: {verdict.measured}")
+    click.echo("")
+    sys.exit(0 if all(verdict.met for verdict in verdicts) else 1)
 
 
 if __name__ == "__main__":

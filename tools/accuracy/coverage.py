@@ -10,7 +10,7 @@ from tools.common.known_answers import (
     bowl,
     geometric,
 )
-from tools.common.tables import Row, Table, Verdict, number, percent, print_markdown
+from tools.common.measurements import Row, Table, Verdict, number, percent, print_markdown
 
 SEEDS = 200
 COVERAGE = (0.90, 0.99)
@@ -27,10 +27,11 @@ def coverage_cells() -> dict[str, tuple[KnownModel, float]]:
     return {f"{known.name} rtol={rtol}": (known, rtol) for known, rtol in cells}
 
 
-def measure_seed(known: KnownModel, rtol: float, seed: int) -> Row:
+def measure_seed(cell: str, known: KnownModel, rtol: float, seed: int) -> Row:
     """One repetition."""
     found = estimate(known, nbeta=known.nbeta, localization=known.localization, rtol=rtol, seed=seed)
     return {
+        "cell": cell,
         "exact": known.exact,
         "λ̂": found.llc,
         "λ̂ stderr": found.stderr,
@@ -46,10 +47,7 @@ def run_coverage(out: Path, fresh: bool) -> list[Verdict]:
     for cell, (known, rtol) in coverage_cells().items():
         for seed in range(SEEDS):
             key = f"{cell} seed={seed}"
-            table.measure(
-                key,
-                lambda known=known, rtol=rtol, seed=seed, cell=cell: {"cell": cell} | measure_seed(known, rtol, seed),
-            )
+            table.cached(key, measure_seed, cell, known, rtol, seed)
         rows = [row for row in table.rows.values() if row["cell"] == cell]
         share = {name: covered(rows, name) for name in ("λ̂", "λ_c")}
         mean = statistics.fmean(number(row["λ̂"]) for row in rows)

@@ -15,7 +15,7 @@ from tools.common.known_answers import (
     geometric,
     teacher,
 )
-from tools.common.tables import Row, Table, Verdict, print_markdown
+from tools.common.measurements import Row, Table, Verdict, print_markdown
 
 
 def reasons_of_nan(out: Path) -> tuple[str, ...]:
@@ -58,20 +58,18 @@ def planted_failures(out: Path) -> dict[str, tuple[str, Callable[[], tuple[str, 
     }
 
 
+def measure_failure(expected: str, reasons: Callable[[], tuple[str, ...]]) -> Row:
+    """Whether the reasons name one failure."""
+    found = reasons()
+    flagged = any(expected in reason for reason in found)
+    return {"expected": expected, "flagged": flagged, "reasons": "; ".join(found)}
+
+
 def run_failures(out: Path, fresh: bool) -> list[Verdict]:
     """Six things done wrong on purpose."""
     table = Table(out / "failures.csv", ["failure", "expected", "flagged", "reasons"], fresh)
     for failure, (expected, reasons) in planted_failures(out).items():
-
-        def measurement(expected: str = expected, reasons: Callable[[], tuple[str, ...]] = reasons) -> Row:
-            found = reasons()
-            return {
-                "expected": expected,
-                "flagged": any(expected in reason for reason in found),
-                "reasons": "; ".join(found),
-            }
-
-        table.measure(failure, measurement)
+        table.cached(failure, measure_failure, expected, reasons)
     print_markdown(table.columns, table.rows.values())
     return [
         Verdict(f"failures: {row['failure']} flagged '{row['expected']}'", row["reasons"], row["flagged"] == "True")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.accuracy.known import estimate
-from tools.accuracy.reference import REFERENCE_RUNS, record_reference, reference_network
+from tools.accuracy.reference import REFERENCE_RUNS, record_reference
 from tools.common.known_answers import (
     KnownModel,
     bowl,
@@ -14,7 +14,7 @@ from tools.common.known_answers import (
     geometric,
     teacher,
 )
-from tools.common.tables import Row, Table, Verdict, number, percent, print_markdown
+from tools.common.measurements import Row, Table, Verdict, number, percent, print_markdown
 
 STEP_SCALES = (0.2, 0.5, 1.0, 1.8)
 STEP_TOLERANCE = 0.02
@@ -33,9 +33,8 @@ INSENSITIVITY_COLUMNS = ["run", "subject", "what", "value", "λ̂", "stderr", "r
 
 def trained(out: Path, name: str) -> KnownModel:
     """The last snapshot of a reference run; its λ is not known."""
-    options = REFERENCE_RUNS[name]
     run = record_reference(out, name)
-    model, train, _ = reference_network(**options)
+    model, train, _ = REFERENCE_RUNS[name].prepare()
     last = max(run.snapshots, key=lambda snapshot: snapshot.step)
     model.load_state_dict(last.load())
     return KnownModel(name, "trained", model, centred_half_square, train, math.nan, math.nan, math.nan)
@@ -74,7 +73,7 @@ def record(table: Table, known: KnownModel, what: str, value: Any, settings: dic
             "reasons": "; ".join(found.reasons),
         }
 
-    table.measure(key, measurement)
+    table.cached(key, measurement)
     return key
 
 

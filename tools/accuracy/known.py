@@ -25,7 +25,7 @@ from tools.common.known_answers import (
     spectrum_at,
     teacher,
 )
-from tools.common.tables import Row, Table, Verdict, listed, number, percent, print_markdown
+from tools.common.measurements import Row, Table, Verdict, listed, number, percent, print_markdown
 
 # An estimate is right within this fraction of λ, or within this many standard errors.
 RIGHT_WITHIN = 0.05
@@ -138,7 +138,7 @@ def run_known(out: Path, fresh: bool) -> list[Verdict]:
     table = Table(out / "known.csv", KNOWN_COLUMNS, fresh)
     models = {f"{known.family}: {known.name}": known for known in known_models()}
     for key, known in models.items():
-        table.measure(key, lambda known=known: measure_known(known))
+        table.cached(key, measure_known, known)
     rows = [dict(table.rows[key]) for key in models]
     shown = list(KNOWN_SHOWN)
     verdicts = judge_known(rows)
@@ -167,7 +167,7 @@ def run_peer(models: dict[str, KnownModel], out: Path, fresh: bool) -> dict[str,
     for key, known in models.items():
         runs = {rate: f"{key} lr={rate or 'default'}" for rate in (None, *LEARNING_RATES)}
         for rate, run in runs.items():
-            table.measure(run, lambda known=known, rate=rate: measure_devinterp(known, rate))
+            table.cached(run, measure_devinterp, known, rate)
         errors = {rate: abs(table.number(runs[rate], "error")) for rate in LEARNING_RATES}
         best = min(errors, key=lambda rate: math.inf if math.isnan(errors[rate]) else errors[rate])
         default, closest = table.rows[runs[None]], table.rows[runs[best]]

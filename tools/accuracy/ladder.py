@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 
 import groktrace
 from groktrace.analysis.temperature import temperature_curve_at
-from tools.accuracy.reference import TRAINING_STEPS, record_reference
-from tools.common.tables import Row, Table, Verdict, number, print_markdown
+from tools.accuracy.reference import REFERENCE_RUNS, record_reference
+from tools.common.measurements import Row, Table, Verdict, number, print_markdown
 
 GROKKED, CONTROL = "grokked p=23", "random labels p=23"
 HALF_DECADES = range(-2, 9)
@@ -26,10 +26,7 @@ def run_ladder(out: Path, fresh: bool) -> list[Verdict]:
         for name, run in runs.items():
             nbeta = own.nbeta * 10 ** (half / 2)
             key = f"{name} nβ={nbeta:.3g}"
-            table.measure(
-                key,
-                lambda name=name, run=run, nbeta=nbeta: measure_rung(name, run, nbeta, own.nbeta, own.localization),
-            )
+            table.cached(key, measure_rung, name, run, nbeta, own.nbeta, own.localization)
     rows = list(table.rows.values())
     print_markdown(COLUMNS[1:], rows)
     draw_ladder(rows, own.nbeta).savefig(out / "ladder.png", dpi=100)
@@ -54,7 +51,7 @@ def run_ladder(out: Path, fresh: bool) -> list[Verdict]:
 
 def measure_rung(name: str, run: groktrace.Run, nbeta: float, middle: float, localization: float) -> Row:
     """One network at one nβ."""
-    (found,) = temperature_curve_at(run, TRAINING_STEPS, [nbeta], localization=localization).estimates
+    (found,) = temperature_curve_at(run, REFERENCE_RUNS[name].steps, [nbeta], localization=localization).estimates
     return {
         "run": name,
         "nβ": nbeta,

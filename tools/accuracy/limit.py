@@ -3,7 +3,6 @@
 import dataclasses
 import statistics
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from tools.common.known_answers import (
     reduced_rank,
     teacher,
 )
-from tools.common.tables import Row, Table, Verdict, listed, number, percent, print_markdown
+from tools.common.measurements import Row, Table, Verdict, listed, number, percent, print_markdown
 
 RIGHT_WITHIN = 0.05
 RIGHT_SHARE = 0.95
@@ -91,7 +90,7 @@ def run_limit(out: Path, fresh: bool) -> list[Verdict]:
     table = Table(out / "limit.csv", COLUMNS, fresh)
     models = {f"{known.family}: {known.name}": known for known in limit_models()}
     for key, known in models.items():
-        table.measure(key, lambda known=known: measure_limit(known))
+        table.cached(key, measure_limit, known)
     rows = [table.rows[key] for key in models]
     print_markdown(SHOWN, rows)
     wrong = [row["model"] for row in rows if row["within"] != "True"]
@@ -128,7 +127,7 @@ def run_limit_coverage(out: Path, fresh: bool) -> list[Verdict]:
     for known in limit_cells():
         cell = f"{known.family}: {known.name}"
         for seed in range(SEEDS):
-            table.measure(f"{cell} seed={seed}", lambda known=known, cell=cell, seed=seed: _seed(known, cell, seed))
+            table.cached(f"{cell} seed={seed}", _seed, known, cell, seed)
         rows = [row for row in table.rows.values() if row["cell"] == cell]
         reached = [row for row in rows if row["reached"] == "True"]
         inside = [number(row["low"]) <= known.exact <= number(row["high"]) for row in reached]
@@ -178,8 +177,7 @@ def run_limit_constants(out: Path, fresh: bool) -> list[Verdict]:
                         continue
                     key = f"{cell} {field.name} × {times:g}"
                     other = dataclasses.replace(settings, **{field.name: changed})
-                    table.measure(key, partial(_moved, known, middle, module, name, other, settings))
-                    row = table.rows[key]
+                    row = table.cached(key, _moved, known, middle, module, name, other, settings)
                     if row["λ"]:
                         moves[key] = number(row["moved"])
                     else:

@@ -3,11 +3,9 @@
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
-from torch import Tensor, nn
 
 import groktrace
 from tools.common.known_answers import (
@@ -16,16 +14,10 @@ from tools.common.known_answers import (
     gauss_newton,
     soft_rank,
 )
-from tools.common.networks import load_example
-from tools.common.tables import Row, Table, Verdict, listed, note, number, percent, print_markdown
+from tools.common.measurements import Row, Table, Verdict, listed, number, percent, print_markdown, say
+from tools.common.networks import ModularTraining
 
-EXAMPLE = load_example()
-Pair = tuple[Tensor, Tensor]
-
-
-TRAINING_STEPS = 3000
 EVERY = 50
-FRACTION = 0.6
 MEMORISED = 0.99
 AGREE_FROM = 200
 AGREEMENT = 0.05
@@ -34,41 +26,18 @@ EXACT_EVERY = 300
 GROKKED_FALL = 0.30
 CONTROL_FALL = 0.03
 
-REFERENCE_RUNS: dict[str, dict[str, Any]] = {
-    "grokked p=23": {"p": 23, "width": 128, "random_labels": False},
-    "random labels p=23": {"p": 23, "width": 128, "random_labels": True},
-    "grokked p=13": {"p": 13, "width": 64, "random_labels": False},
+REFERENCE_RUNS = {
+    "grokked p=23": ModularTraining(),
+    "random labels p=23": ModularTraining(random_labels=True),
+    "grokked p=13": ModularTraining(p=13, width=64),
 }
 REFERENCE_COLUMNS = ["run", "name", "step", "train accuracy", "λ̂", "stderr", "λ_c", "λ_c stderr", "reliable"]
 REFERENCE_COLUMNS += ["Hessian soft rank", "Gauss-Newton soft rank", "reasons"]
 
 
-def reference_network(p: int, width: int, random_labels: bool) -> tuple[nn.Module, Pair, Pair]:
-    """The example's network, training and validation pairs, as the example makes them with its seed 0."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        train, val = EXAMPLE.modular_pairs(p, FRACTION, random_labels)
-        return EXAMPLE.QuadraticNetwork(2 * p, width, p), train, val
-
-
 def record_reference(out: Path, name: str) -> groktrace.Run:
     """Train as the example does, with the hook; or take the recording that is there."""
-    place = out / "reference" / name.replace(" ", "-").replace("=", "")
-    if place.exists():
-        run = groktrace.open_run(place)
-        if max(snapshot.step for snapshot in run.snapshots) == TRAINING_STEPS:
-            return run
-        shutil.rmtree(place)
-    note(f"training: {name}")
-    model, train, val = reference_network(**REFERENCE_RUNS[name])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1.0)
-    with groktrace.watch(model, optimizer, train=train, loss=EXAMPLE.centred_loss, val=val, out=place, every=EVERY):
-        for _ in range(TRAINING_STEPS):
-            loss = EXAMPLE.centred_loss(model(train[0]), train[1])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return groktrace.open_run(place)
+    return REFERENCE_RUNS[name].record(out / "reference" / name.replace(" ", "-").replace("=", ""), EVERY)
 
 
 def run_reference(out: Path, fresh: bool) -> list[Verdict]:
@@ -81,17 +50,12 @@ def run_reference(out: Path, fresh: bool) -> list[Verdict]:
         run = record_reference(out, name)
         start = time.perf_counter()
         trajectory = groktrace.analyze(run)
-        note(f"analysis: {name}: {time.perf_counter() - start:.1f} s")
+        say(f"analysis: {name}: {time.perf_counter() - start:.1f} s")
         cutoff = trajectory.localization / trajectory.nbeta
         snapshots = {snapshot.step: snapshot for snapshot in run.snapshots}
         for point in trajectory.points:
             key = f"{name} step={point.step}"
-            table.measure(
-                key,
-                lambda name=name, point=point, snapshots=snapshots, cutoff=cutoff: measure_point(
-                    name, point, snapshots[point.step], cutoff
-                ),
-            )
+            table.cached(key, measure_point, name, point, snapshots[point.step], cutoff)
         rows = [row for row in table.rows.values() if row["name"] == name]
         shown = [row for row in rows if int(row["step"]) % EXACT_EVERY == 0 or int(row["step"]) in (50, 100, 150, 200)]
         click.echo(f"{name}: nβ = {trajectory.nbeta:.4g}, γ = {trajectory.localization:.4g}\n")
@@ -114,8 +78,8 @@ def measure_point(name: str, point: groktrace.Point, snapshot: groktrace.Snapsho
         "reasons": "; ".join(point.reasons),
     }
     exactly = point.step >= AGREE_FROM and (point.step % EXACT_EVERY == 0 or point.step == AGREE_FROM)
-    if REFERENCE_RUNS[name]["p"] == EXACT_MODULUS and exactly:
-        model, train, _ = reference_network(**REFERENCE_RUNS[name])
+    if REFERENCE_RUNS[name].p == EXACT_MODULUS and exactly:
+        model, train, _ = REFERENCE_RUNS[name].prepare()
         model.load_state_dict(snapshot.load())
         hessian = torch.linalg.eigvalsh(exact_hessian(model, centred_half_square, train))
         positive = torch.linalg.eigvalsh(gauss_newton(model, train, centred=True)).clamp_min(0)
@@ -149,9 +113,9 @@ def judge_reference(name: str, rows: list[dict[str, str]]) -> list[Verdict]:
         worst = max(errors, key=abs)
         bar = f"reference: {column} within {percent(AGREEMENT)} of the exact soft rank, {name}"
         verdicts.append(Verdict(bar, f"worst {percent(worst)} of {len(exact)}", abs(worst) <= AGREEMENT))
-    if REFERENCE_RUNS[name]["p"] == EXACT_MODULUS:
+    if REFERENCE_RUNS[name].p == EXACT_MODULUS:
         return verdicts
-    control = REFERENCE_RUNS[name]["random_labels"]
+    control = REFERENCE_RUNS[name].random_labels
     for column in ("λ_c", "λ̂"):
         values = [number(row[column]) for row in after]
         fall = 1 - values[-1] / max(values)

@@ -1,9 +1,12 @@
 """The networks that are measured: the reference example's, and small transformers."""
 
 import importlib.util
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +15,14 @@ from torch.nn import functional
 import groktrace
 from groktrace.analysis.measure import Objective, stack_weights
 from groktrace.analysis.setup import weight_layout
+from groktrace.run import layout
 from groktrace.run.task import Task
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
+from tools.common.measurements import say
 
 Pairs = tuple[Tensor, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def load_example() -> ModuleType:
@@ -28,29 +34,99 @@ def load_example() -> ModuleType:
     return module
 
 
-def record_example(out: Path, steps: int) -> None:
-    """Train the reference example as its script does by default (seed 0), with a snapshot every 50 steps."""
-    example = load_example()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        train, val = example.modular_pairs(23, 0.6, False)
-        model = example.QuadraticNetwork(46, 128, 23)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1.0)
-        with groktrace.watch(model, optimizer, train=train, loss=example.centred_loss, val=val, out=str(out), every=50):
-            for _ in range(steps):
-                loss = example.centred_loss(model(train[0]), train[1])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+EXAMPLE = load_example()
 
 
-def quadratic_network(p: int, width: int, seed: int) -> tuple[nn.Module, Pairs]:
-    """The example's network as initialised, and 60 % of all pairs."""
-    example = load_example()
+@dataclass(frozen=True)
+class ModularTraining:
+    """A training of the example's network, by default as its script does it: full batches, AdamW.
+
+    Attributes:
+        p, width, fraction: modulus, hidden neurons K, fraction of all pairs that is trained on.
+        random_labels: labels that can only be memorised.
+        learning_rate, weight_decay, steps: of the optimizer.
+        seed: of data and initial weights.
+    """
+
+    p: int = 23
+    width: int = 128
+    fraction: float = 0.6
+    random_labels: bool = False
+    learning_rate: float = 3e-3
+    weight_decay: float = 1.0
+    steps: int = 3000
+    seed: int = 0
+
+    def prepare(self) -> tuple[nn.Module, Pairs, Pairs]:
+        """The initial network, training and validation pairs, as the example makes them."""
+        return modular_network(self.p, self.width, self.fraction, self.random_labels, self.seed)
+
+    def train(self) -> tuple[nn.Module, Pairs, Pairs]:
+        """The trained network, training and validation pairs."""
+        model, train, val = self.prepare()
+        descend(model, self._optimizer(model), train, EXAMPLE.centred_loss, self.steps)
+        return model, train, val
+
+    def record(self, out: Path, every: int) -> groktrace.Run:
+        """Train with a snapshot every so many steps, or take the recording that is there."""
+        if (out / layout.RUN_FILE).exists():
+            run = groktrace.open_run(out)
+            if run.snapshots and run.snapshots[-1].step == self.steps:
+                return run
+        shutil.rmtree(out, ignore_errors=True)
+        say(f"training: {out}")
+        model, train, val = self.prepare()
+        record_training(
+            model, self._optimizer(model), train, out, self.steps, EXAMPLE.centred_loss, val=val, every=every
+        )
+        return groktrace.open_run(out)
+
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+
+
+def modular_network(
+    p: int, width: int, fraction: float = 0.6, random_labels: bool = False, seed: int = 0
+) -> tuple[nn.Module, Pairs, Pairs]:
+    """The example's network as initialised, training and validation pairs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        train, _ = example.modular_pairs(p, 0.6, False)
-        return example.QuadraticNetwork(2 * p, width, p), train
+        train, val = EXAMPLE.modular_pairs(p, fraction, random_labels)
+        return EXAMPLE.QuadraticNetwork(2 * p, width, p), train, val
+
+
+def descend(model: nn.Module, optimizer: torch.optim.Optimizer, data: Pairs, loss: Loss, steps: int) -> None:
+    """Make so many steps on full batches."""
+    for _ in range(steps):
+        value = loss(model(data[0]), data[1])
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+
+
+def record_training(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Pairs,
+    out: Path,
+    steps: int,
+    loss: Loss | str,
+    **options: Any,
+) -> None:
+    """Train on full batches with the hook line.
+
+    Args:
+        model: the network.
+        optimizer: of its weights.
+        data: inputs and targets.
+        out: the run directory.
+        steps: of the training.
+        loss: loss(outputs, targets), or "cross_entropy".
+        options: further ones of `groktrace.watch`.
+    """
+    criterion = functional.cross_entropy if loss == "cross_entropy" else loss
+    with groktrace.watch(model, optimizer, train=data, loss=loss, out=out, **options):
+        descend(model, optimizer, data, criterion, steps)
 
 
 class Block(nn.Module):
@@ -145,9 +221,7 @@ def size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def stacked_loss(
-    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor] | str, data: Pairs
-) -> tuple[StackedLoss, dict[str, Tensor]]:
+def stacked_loss(model: nn.Module, loss: Loss | str, data: Pairs) -> tuple[StackedLoss, dict[str, Tensor]]:
     """The training loss as the analysis evaluates it, and the weights by name.
 
     Args:

@@ -15,7 +15,8 @@ import groktrace
 from groktrace.analysis.detection import find_transitions
 from groktrace.analysis.trajectory import Point, Trajectory
 from groktrace.errors import GroktraceError
-from tools.common.measurements import Row, markdown, save_rows, say
+from tools.common.measurements import Row, print_table, save_rows, say
+from tools.common.networks import record_training
 from tools.detection.quadratic_networks import CHANCE, GENERALISED, Training, crossing, without
 
 SNAPSHOTS = 28
@@ -143,12 +144,7 @@ def record(
         model.parameters(), lr=network.lr, weight_decay=network.weight_decay, betas=(0.9, 0.98), **more
     )
     kept = [int(step) for step in np.geomspace(first, steps, snapshots)]
-    with groktrace.watch(model, optimizer, train=train, loss="cross_entropy", val=val, out=str(folder), schedule=kept):
-        for _ in range(steps):
-            loss = functional.cross_entropy(model(train[0]), train[1])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    record_training(model, optimizer, train, folder, steps, "cross_entropy", val=val, schedule=kept)
     return model, train
 
 
@@ -289,7 +285,7 @@ def run_cross_entropy(folder: Path, limit: int, seed: int, all_measures: bool) -
         judged.append((network, {path.stem: Trajectory.load(path) for path in sorted(place.glob("*.json"))}))
     rows = [row(network, found) for network, found in judged]
     save_rows(folder / f"cross_entropy-{seed}.csv", rows)
-    print(f"\n### Cross-entropy networks\n\n{markdown(summarise(judged))}\n")
+    print_table("Cross-entropy networks", summarise(judged))
 
 
 def row(network: Network, found: dict[str, Trajectory]) -> Row:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import groktrace
 from groktrace.analysis.detection import find_transitions
 from groktrace.analysis.trajectory import Trajectory
-from tools.common.measurements import Row, markdown, save_rows, say
-from tools.common.networks import load_example
+from tools.common.measurements import Row, print_table, save_rows, say
+from tools.common.networks import EXAMPLE, modular_network, record_training
 
 STEPS = 3000
 EVERY = 75
@@ -54,7 +54,7 @@ class Network(Training):
 
     Attributes:
         width: hidden neurons.
-        optimizer: "adamw", "adam" (weight decay in the gradient) or "sgd" (momentum 0.9).
+        optimizer: "adamw" or "adam" (weight decay in the gradient).
     """
 
     width: int
@@ -95,20 +95,11 @@ def record(
         steps: of the training.
         kept: steps of the snapshots; by default one every 75.
     """
-    example = load_example()
-    torch.manual_seed(network.seed)
-    train, val = example.modular_pairs(network.p, network.fraction, network.random_labels)
-    model = example.QuadraticNetwork(2 * network.p, network.width, network.p)
-    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-    more = {"momentum": 0.9} if network.optimizer == "sgd" else {}
-    optimizer = kinds[network.optimizer](model.parameters(), lr=network.lr, weight_decay=network.weight_decay, **more)
+    model, train, val = modular_network(network.p, network.width, network.fraction, network.random_labels, network.seed)
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[network.optimizer]
+    optimizer = kind(model.parameters(), lr=network.lr, weight_decay=network.weight_decay)
     when = {"every": EVERY} if kept is None else {"schedule": list(kept)}
-    with groktrace.watch(model, optimizer, train=train, loss=example.centred_loss, val=val, out=str(folder), **when):
-        for _ in range(steps):
-            loss = example.centred_loss(model(train[0]), train[1])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    record_training(model, optimizer, train, folder, steps, EXAMPLE.centred_loss, val=val, **when)
     return model, train
 
 
@@ -186,7 +177,7 @@ def run_networks(folder: Path, limit: int, seed: int) -> None:
             measure(network).save(path)
         rows.append(judge(network, Trajectory.load(path)))
     save_rows(folder / f"networks-{seed}.csv", rows)
-    print(f"\n### Quadratic networks\n\n{markdown(summarise(rows))}\n")
+    print_table("Quadratic networks", summarise(rows))
     for row in rows:
         if row["outcome"] in ("groks", "control") and (row["outcome"] == "groks") != (row["found"] != "0"):
             print(f"- missed or false: {row}")

@@ -11,7 +11,7 @@ import numpy as np
 
 from groktrace.analysis.detection import find_transitions
 from groktrace.analysis.trajectory import Trajectory
-from tools.common.measurements import Row, markdown, save_rows, say
+from tools.common.measurements import Row, finish_table, say
 
 SHAPES = ("steps", "ramps", "humps")
 SAMPLING = ("even", "logarithmic", "gaps")
@@ -217,9 +217,7 @@ def run_speed(folder: Path, count: int, peers: bool) -> None:
             ruptures_methods()["KernelCPD rbf, log n"](value / 20.0)
             rows[-1]["ruptures KernelCPD"] = f"{time.process_time() - begun:.2f} s"
         say(str(rows[-1]))
-    folder.mkdir(parents=True, exist_ok=True)
-    save_rows(folder / "speed.csv", rows)
-    print(f"\n### Searching long curves, processor seconds\n\n{markdown(rows)}\n")
+    finish_table(folder / "speed.csv", "Searching long curves, processor seconds", rows)
 
 
 def run_synthetic(folder: Path, series: int, seed: int, peers: bool) -> None:
@@ -266,7 +264,6 @@ def run_synthetic(folder: Path, series: int, seed: int, peers: bool) -> None:
         alarms[kind] = f"{len(alarmed)} of {len(curves)}"
         if alarmed:
             say(f"{kind}: " + "; ".join(f"{simulated.kind} T={len(simulated.steps)}" for simulated in alarmed[:12]))
-    folder.mkdir(parents=True, exist_ok=True)
-    save_rows(folder / "synthetic.csv", rows)
-    print(f"\n### Curves with known transitions: F1 within ±{TOLERANCE:g} snapshots\n\n{markdown(rows)}\n")
+    title = f"Curves with known transitions: F1 within ±{TOLERANCE:g} snapshots"
+    finish_table(folder / "synthetic.csv", title, rows)
     print(f"False alarms: {', '.join(f'{count} {kind} curves' for kind, count in alarms.items())}.")

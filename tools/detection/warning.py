@@ -15,8 +15,8 @@ import torch
 
 from groktrace.analysis.detection.settings import DEFAULTS, WARNING
 from groktrace.run.files import write_json
-from tools.common.measurements import Row, markdown, save_rows, say
-from tools.common.networks import load_example
+from tools.common.measurements import Row, print_table, save_rows, say
+from tools.common.networks import EXAMPLE
 from tools.detection import cross_entropy_networks, quadratic_networks
 from tools.detection.live import announced, gradient_noise, measure_following, measure_live
 from tools.detection.quadratic_networks import CHANCE, GENERALISED, Training, crossing
@@ -101,7 +101,7 @@ def follow_training(network: Training) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp()) / "run"
     try:
         if isinstance(network, quadratic_networks.Network):
-            loss = load_example().centred_loss
+            loss = EXAMPLE.centred_loss
             model, train = quadratic_networks.record(network, folder, STEPS, schedule())
         else:
             loss = torch.nn.functional.cross_entropy
@@ -305,7 +305,7 @@ def run_warning(folder: Path, limit: int, cross_entropy: bool = False) -> None:
                     some = {name: judge for name, judge in by.items() if kind == "mlp" or "following" not in name}
                     table = [summary(name, among, announces) for name, announces in some.items()]
                     more = ", where generalisation is late" if late else ""
-                    print(f"\n### Early warning: {title}{more}\n\n{markdown(table)}\n")
+                    print_table(f"Early warning: {title}{more}", table)
 
 
 def _shipped(cross_entropy: bool) -> dict[str, Announces]:

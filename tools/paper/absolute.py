@@ -8,7 +8,7 @@ import torch
 import groktrace
 from groktrace import theory
 from tools.common.known_answers import KnownModel, gauss_newton, modular, resolved, soft_rank, teacher
-from tools.common.tables import Row, Table, number, print_markdown
+from tools.common.measurements import Row, Table, number, print_markdown
 from tools.paper import figures
 from tools.paper.shared import Result, fit, values
 
@@ -73,7 +73,7 @@ def run_absolute(out: Path, fresh: bool) -> Result:
     table = Table(out / "absolute.csv", ABSOLUTE_COLUMNS, fresh)
     for p, width, pairs in [*((p, width, None) for p, width in TEACHERS), *SATURATED]:
         name = f"p={p} K={width} n={pairs or p * p}"
-        table.measure(name, lambda p=p, width=width, pairs=pairs: measure_absolute(p, width, pairs))
+        table.cached(name, measure_absolute, p, width, pairs)
     ranks = Table(out / "ranks.csv", RANK_COLUMNS, fresh)
     cases = [
         (kind, p, width, None) for p, widths in RANKS.items() for kind in ("pairs", "Gaussian") for width in widths
@@ -81,7 +81,7 @@ def run_absolute(out: Path, fresh: bool) -> Result:
     cases += [("pairs", PART_OF_PAIRS[0], width, PART_OF_PAIRS[1]) for width in RANKS[PART_OF_PAIRS[0]]]
     for kind, p, width, pairs in cases:
         name = f"{kind} p={p} K={width} n={pairs or 'all'}"
-        ranks.measure(name, lambda case=(kind, p, width, pairs): measure_rank(*case))
+        ranks.cached(name, measure_rank, kind, p, width, pairs)
     print_markdown(ABSOLUTE_COLUMNS[1:], table.rows.values())
     generic = [row for row in table.rows.values() if (int(row["p"]), int(row["K"])) in TEACHERS]
     x, y = np.array(values(generic, "closed form")), np.array(values(generic, "λ̂"))

@@ -8,12 +8,17 @@ import torch
 
 from groktrace import theory
 from tools.common.known_answers import gauss_newton, soft_rank
-from tools.common.tables import Row, Table, number, print_markdown
+from tools.common.measurements import Row, Table, number, print_markdown
+from tools.common.networks import ModularTraining
 from tools.paper import figures
-from tools.paper.networks import Training, accuracy, train_network
+from tools.paper.networks import accuracy
 from tools.paper.shared import Result, estimates
 
-ENDPOINTS = {"p=13 K=64": Training(p=13, width=64), "p=17 K=64": Training(p=17, width=64), "p=23 K=128": Training()}
+ENDPOINTS = {
+    "p=13 K=64": ModularTraining(p=13, width=64),
+    "p=17 K=64": ModularTraining(p=17, width=64),
+    "p=23 K=128": ModularTraining(),
+}
 RESOLUTIONS = (3, 10, 30, 100, 300, 1000, 3000, 10_000)
 SPECTRA = ("p=13 K=64", "p=17 K=64")
 # Networks too large for their spectrum, and too slow beyond.
@@ -26,7 +31,7 @@ ENDPOINT_COLUMNS += ["reliable", "soft rank", "rank/2", "closed form", "above cu
 def measure_endpoint(name: str, folder: Path, add: Callable[[str, Row], None]) -> None:
     """One trained network at all temperatures."""
     training = ENDPOINTS[name]
-    model, train, val = train_network(training)
+    model, train, val = training.train()
     generic = theory.modular_addition_llc(training.p, training.width, len(train[0])).llc
     rank = theory.jacobian_rank(model, train[0], centred=True)
     first = estimates(model, train, resolution=1.0)
@@ -70,7 +75,7 @@ def run_endpoints(out: Path, fresh: bool) -> Result:
             found: dict[str, Row] = {}
             measure_endpoint(name, out, found.__setitem__)
             for key, row in found.items():
-                table.measure(key, lambda row=row: row)
+                table.cached(key, dict, row)
     rows = [row for name in ENDPOINTS for row in table.rows.values() if row["network"] == name]
     print_markdown(ENDPOINT_COLUMNS[1:], rows)
     spectra = {name: np.loadtxt(out / f"spectrum {name}.csv") for name in SPECTRA}

@@ -8,9 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from tools.common.tables import number
+from tools.common.measurements import Row, number
 
-Row = Mapping[str, str]
 # Okabe & Ito.
 BLUE, ORANGE, GREEN, RED, PINK, SKY, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#333333"
 COLOURS = (BLUE, ORANGE, GREEN, RED, PINK, SKY)

@@ -7,9 +7,10 @@ import torch
 
 from groktrace import theory
 from tools.common.known_answers import soft_rank
-from tools.common.tables import Row, Table, number, print_markdown
+from tools.common.measurements import Row, Table, number, print_markdown
+from tools.common.networks import ModularTraining
 from tools.paper import figures
-from tools.paper.networks import Training, accuracy
+from tools.paper.networks import accuracy
 from tools.paper.shared import Result, estimates
 
 # A frozen first layer, and a second one by ridge regression.
@@ -34,7 +35,7 @@ LAZY_COLUMNS += ["soft rank", "bracket low", "bracket high", "train accuracy", "
 
 def measure_lazy(width: int) -> Row:
     """A random first layer, frozen, and the second layer by ridge regression."""
-    training = Training(p=LAZY_P, width=width, fraction=LAZY_FRACTION)
+    training = ModularTraining(p=LAZY_P, width=width, fraction=LAZY_FRACTION)
     model, train, val = training.prepare()
     with torch.no_grad():
         features = (train[0].double() @ model.W.double()).square()
@@ -80,7 +81,7 @@ def run_memorisation(out: Path, fresh: bool) -> Result:
     """Frozen features: λ̂ and rank against the closed form and the bracket."""
     table = Table(out / "memorisation.csv", LAZY_COLUMNS, fresh)
     for width in LAZY_WIDTHS:
-        table.measure(f"K={width}", lambda width=width: measure_lazy(width))
+        table.cached(f"K={width}", measure_lazy, width)
     rows = list(table.rows.values())
     print_markdown(LAZY_COLUMNS[1:], rows)
     figures.memorisation(rows, LAZY_P, out / "memorisation.png")

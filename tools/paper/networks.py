@@ -1,6 +1,5 @@
-"""The networks of the reproduced paper: the example's, at laptop size and at the published one."""
+"""The networks of the reproduced paper: the example's at the published size, and its accuracy."""
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,70 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import groktrace
-from tools.common.networks import Pairs, load_example
-
-EXAMPLE = load_example()
-
-
-@dataclass(frozen=True)
-class Training:
-    """How one network is trained; full batches, AdamW.
-
-    Attributes:
-        p, width, fraction: modulus, hidden neurons K, fraction of all pairs that is trained on.
-        learning_rate, weight_decay, steps: of the optimizer.
-        seed: of data and initial weights.
-    """
-
-    p: int = 23
-    width: int = 128
-    fraction: float = 0.6
-    learning_rate: float = 3e-3
-    weight_decay: float = 1.0
-    steps: int = 3000
-    seed: int = 0
-
-    def prepare(self) -> tuple[nn.Module, Pairs, Pairs]:
-        """The initial network, training and validation pairs, as the example makes them."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            train, val = EXAMPLE.modular_pairs(self.p, self.fraction, False)
-            return EXAMPLE.QuadraticNetwork(2 * self.p, self.width, self.p), train, val
-
-
-def optimise(model: nn.Module, train: Pairs, training: Training, optimizer: torch.optim.Optimizer) -> None:
-    """All the steps."""
-    for _ in range(training.steps):
-        loss = EXAMPLE.centred_loss(model(train[0]), train[1])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-def adam(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW."""
-    return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-
-
-def train_network(training: Training) -> tuple[nn.Module, Pairs, Pairs]:
-    """The trained network, training and validation pairs."""
-    model, train, val = training.prepare()
-    optimise(model, train, training, adam(model, training.learning_rate, training.weight_decay))
-    return model, train, val
-
-
-def record(training: Training, out: Path, every: int) -> groktrace.Run:
-    """Train with a snapshot every so many steps, or take the recording that is there."""
-    if out.exists():
-        run = groktrace.open_run(out)
-        if run.snapshots[-1].step == training.steps:
-            return run
-        shutil.rmtree(out)
-    model, train, val = training.prepare()
-    optimizer = adam(model, training.learning_rate, training.weight_decay)
-    with groktrace.watch(model, optimizer, train=train, loss=EXAMPLE.centred_loss, val=val, out=out, every=every):
-        optimise(model, train, training, optimizer)
-    return groktrace.open_run(out)
+from tools.common.networks import EXAMPLE, Pairs, modular_network
 
 
 def accuracy(model: nn.Module, train: Pairs, pairs: Pairs) -> float:
@@ -122,10 +58,7 @@ def train_large(large: LargeTraining, out: Path, epochs: int, seconds: float) ->
 
     The first layer sums rows of W instead of multiplying one-hot inputs: the same function at half the cost.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(large.seed)
-        train, val = EXAMPLE.modular_pairs(large.p, large.fraction, False)
-        model = EXAMPLE.QuadraticNetwork(2 * large.p, large.width, large.p)
+    model, train, val = modular_network(large.p, large.width, large.fraction, seed=large.seed)
     kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[large.optimizer]
     optimizer = kind(model.parameters(), lr=large.learning_rate, weight_decay=large.weight_decay, fused=True)
     symbols = train[0].nonzero()[:, 1].view(-1, 2)

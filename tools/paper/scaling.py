@@ -5,9 +5,10 @@ from pathlib import Path
 
 from groktrace import theory
 from groktrace.sampling.settings import PAPER
-from tools.common.tables import Row, Table, number
+from tools.common.measurements import Row, Table, number
+from tools.common.networks import ModularTraining
 from tools.paper import figures
-from tools.paper.networks import Training, accuracy, train_network
+from tools.paper.networks import accuracy
 from tools.paper.shared import GENERALISED, SCALE, Result, estimates, fit, values
 
 SCALING_SEEDS = 3
@@ -20,9 +21,9 @@ SCALING_COLUMNS = ["run", "p", "K", "seed", "val accuracy", "generic λ", "λ̂"
 SCALING_COLUMNS += ["λ̂ published sampler"]
 
 
-def measure_scaling(training: Training) -> Row:
+def measure_scaling(training: ModularTraining) -> Row:
     """λ̂ of one trained network, at fixed settings, at the dials' and with the published sampler."""
-    model, train, val = train_network(training)
+    model, train, val = training.train()
     fixed = estimates(model, train, **SCALE)
     published = estimates(model, train, **PAPER.to_dict() | {"seed": training.seed})
     return {
@@ -45,8 +46,8 @@ def run_scaling(out: Path, fresh: bool) -> Result:
     sizes = [(p, SCALING_WIDTH) for p in SCALING_P] + [(SCALING_MODULUS, width) for width in SCALING_WIDTHS]
     for p, width in dict.fromkeys(sizes):
         for seed in range(SCALING_SEEDS):
-            training = Training(p=p, width=width, seed=seed)
-            table.measure(f"p={p} K={width} seed={seed}", lambda training=training: measure_scaling(training))
+            training = ModularTraining(p=p, width=width, seed=seed)
+            table.cached(f"p={p} K={width} seed={seed}", measure_scaling, training)
     rows = [row for row in table.rows.values() if number(row["val accuracy"]) >= GENERALISED]
     said = [f"{len(rows)} of {len(table.rows)} networks generalise"]
     series = {
@@ -59,10 +60,10 @@ def run_scaling(out: Path, fresh: bool) -> Result:
             x, y = values(members, name), values(members, column)
             means = {at: statistics.fmean(b for a, b in zip(x, y, strict=True) if a == at) for at in sorted(set(x))}
             slope, intercept, r2 = fit(list(means), list(means.values()))
-            each_r2 = fit(x, y)[2]
+            single_r2 = fit(x, y)[2]
             said.append(
                 f"{column} against {name}: {slope:.4g}·{name} + {intercept:.4g}, R² {r2:.4f} of the means over seeds, "
-                f"{each_r2:.4f} of single networks; means {', '.join(f'{at:g}: {y:.4g}' for at, y in means.items())}"
+                f"{single_r2:.4f} of single networks; means {', '.join(f'{at:g}: {y:.4g}' for at, y in means.items())}"
             )
     figures.scaling(series, out / "scaling.png")
     return said

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from groktrace.sampling.settings import PAPER
-from tools.common.tables import Row, Table, number
+from tools.common.measurements import Row, Table, number
+from tools.common.networks import ModularTraining
 from tools.paper import figures
-from tools.paper.networks import Training, train_network
 from tools.paper.shared import SCALE, Result, estimates, values
 
 # At the endpoint of the reference network.
 SENSITIVE_NBETA = (PAPER.nbeta, SCALE["nbeta"])
-PULLS = {PAPER.nbeta: (5.0, 20.0, 80.0, 320.0, 1280.0), SCALE["nbeta"]: (44.0, 140.0, 440.0, 1400.0, 4400.0)}
+LOCALIZATIONS = {PAPER.nbeta: (5.0, 20.0, 80.0, 320.0, 1280.0), SCALE["nbeta"]: (44.0, 140.0, 440.0, 1400.0, 4400.0)}
 SGLD_STEPS = (1e-6, 1e-5, 1e-4, 4e-4)
 OUR_STEPS = (0.2, 1.0, 1.8)
 
@@ -24,11 +24,11 @@ def run_sensitivity(out: Path, fresh: bool) -> Result:
     table = Table(out / "sensitivity.csv", SENSITIVITY_COLUMNS, fresh)
     trained: list[Any] = []
 
-    def measure(nbeta: float, pull: float, method: str, step: float) -> Row:
+    def measure(nbeta: float, localization: float, method: str, step: float) -> Row:
         if not trained:
-            trained.extend(train_network(Training()))
+            trained.extend(ModularTraining().train())
         model, train, _ = trained
-        scale = {"nbeta": nbeta, "localization": pull}
+        scale = {"nbeta": nbeta, "localization": localization}
         if method == "published":
             found = estimates(model, train, **PAPER.to_dict() | scale | {"step_size": step})
         else:
@@ -36,26 +36,25 @@ def run_sensitivity(out: Path, fresh: bool) -> Result:
             found = estimates(model, train, **scale, step_size=step * automatic.step_size)
         reasons = "; ".join(found.reasons)
         known = {"λ̂": found.llc, "stderr": found.stderr, "ε": found.step_size or step}
-        return {"method": method, "nβ": nbeta, "γ": pull, "step": step, **known, "reliable": found.reliable} | {
+        return {"method": method, "nβ": nbeta, "γ": localization, "step": step, **known, "reliable": found.reliable} | {
             "reasons": reasons
         }
 
     for nbeta in SENSITIVE_NBETA:
-        for pull in PULLS[nbeta]:
+        for localization in LOCALIZATIONS[nbeta]:
             for method, steps in (("published", SGLD_STEPS), ("ours", OUR_STEPS)):
                 for step in steps:
-                    table.measure(
-                        f"{method} nβ={nbeta:g} γ={pull:g} step={step:g}",
-                        lambda case=(nbeta, pull, method, step): measure(*case),
-                    )
+                    key = f"{method} nβ={nbeta:g} γ={localization:g} step={step:g}"
+                    table.cached(key, measure, nbeta, localization, method, step)
     rows = list(table.rows.values())
     figures.sensitivity(rows, out / "sensitivity.png")
     said = []
     for nbeta in SENSITIVE_NBETA:
         for method in ("published", "ours"):
             ratios, gone, flagged, count = [], 0, 0, 0
-            for pull in PULLS[nbeta]:
-                own = [r for r in rows if r["method"] == method and number(r["nβ"]) == nbeta and number(r["γ"]) == pull]
+            for localization in LOCALIZATIONS[nbeta]:
+                at = [row for row in rows if (number(row["nβ"]), number(row["γ"])) == (nbeta, localization)]
+                own = [row for row in at if row["method"] == method]
                 finite = [abs(value) for value in values(own, "λ̂") if math.isfinite(value)]
                 gone += len(own) - len(finite)
                 flagged += sum(row["reliable"] != "True" for row in own)

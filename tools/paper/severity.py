@@ -7,9 +7,9 @@ import numpy as np
 
 import groktrace
 from groktrace.analysis.grokking import measure_grokking
-from tools.common.tables import Row, Table, number
+from tools.common.measurements import Row, Table, number
+from tools.common.networks import ModularTraining
 from tools.paper import figures
-from tools.paper.networks import Training, record
 from tools.paper.shared import SCALE, Result, values
 
 RATES = (5e-4, 1e-3, 3e-3, 1e-2, 2e-2)
@@ -21,8 +21,8 @@ SEVERITY_COLUMNS += ["final λ"]
 
 def measure_severity(rate: float, seed: int, place: Path) -> Row:
     """One training: how severely it groks, and how high λ gets once the training set is memorised."""
-    training = Training(learning_rate=rate, seed=seed, steps=SEVERITY_STEPS)
-    run = record(training, place / f"rate{rate:g}-{seed}", SEVERITY_EVERY)
+    training = ModularTraining(learning_rate=rate, seed=seed, steps=SEVERITY_STEPS)
+    run = training.record(place / f"rate{rate:g}-{seed}", SEVERITY_EVERY)
     trajectory = groktrace.analyze(run, **SCALE)
     grokking = measure_grokking(trajectory)
     shown = trajectory.curve.value
@@ -44,10 +44,7 @@ def run_severity(out: Path, fresh: bool) -> Result:
     table = Table(out / "severity.csv", SEVERITY_COLUMNS, fresh)
     for rate in RATES:
         for seed in range(SEVERITY_SEEDS):
-            table.measure(
-                f"rate={rate:g} seed={seed}",
-                lambda rate=rate, seed=seed: measure_severity(rate, seed, out / "severity"),
-            )
+            table.cached(f"rate={rate:g} seed={seed}", measure_severity, rate, seed, out / "severity")
     rows = list(table.rows.values())
     figures.severity(rows, out / "severity.png")
     said = []

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 import groktrace
-from tools.common.tables import Row, number
-from tools.paper.networks import EXAMPLE
+from tools.common.measurements import Row, number
+from tools.common.networks import EXAMPLE
 
 # One (nβ, γ) for all trained networks: what locality 0.3 and resolution 10 give on the reference run, rounded.
 SCALE = {"nbeta": 38_000.0, "localization": 440.0}

@@ -9,9 +9,10 @@ import click
 import numpy as np
 
 import groktrace
-from tools.common.tables import Row, Table, number
+from tools.common.measurements import Row, Table, number
+from tools.common.networks import ModularTraining
 from tools.paper import figures
-from tools.paper.networks import LargeTraining, Training, record, train_large
+from tools.paper.networks import LargeTraining, train_large
 from tools.paper.shared import GENERALISED, SCALE, Result, values
 
 TRAJECTORY_SEEDS, TRAJECTORY_EVERY = 20, 100
@@ -52,11 +53,11 @@ def run_trajectory(out: Path, fresh: bool) -> Result:
     """λ, losses, accuracies and trace over many seeds; and the published size."""
     table = Table(out / "trajectory.csv", TRAJECTORY_COLUMNS, fresh)
     for seed in range(TRAJECTORY_SEEDS):
-        last = f"seed={seed} step={Training().steps}"
+        last = f"seed={seed} step={ModularTraining().steps}"
         if last not in table.rows:
-            run = record(Training(seed=seed), out / "seeds" / str(seed), TRAJECTORY_EVERY)
+            run = ModularTraining(seed=seed).record(out / "seeds" / str(seed), TRAJECTORY_EVERY)
             for key, row in trajectory_rows(groktrace.analyze(run, hessian=True, **SCALE), seed).items():
-                table.measure(key, lambda row=row: row)
+                table.cached(key, dict, row)
     said = judge_trajectories(list(table.rows.values()))
     steps = LARGE["Adam-0"][0].steps_an_epoch
     figures.trajectory(list(table.rows.values()), [], steps, out / "trajectory.png")
@@ -84,7 +85,7 @@ def run_large(out: Path, fresh: bool) -> list[dict[str, str]]:
         trajectory = groktrace.analyze(place / "run", hessian=True, **scale)
         scale = {"nbeta": trajectory.nbeta, "localization": trajectory.localization}
         for key, row in trajectory_rows(trajectory, name).items():
-            table.measure(key, lambda row=row: row)
+            table.cached(key, dict, row)
     click.echo(f"p = 53: nβ = {scale['nbeta']:.5g}, γ = {scale['localization']:.5g}")
     return list(table.rows.values())
 

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import groktrace
 from groktrace.analysis.measure import Objective, stack_weights
@@ -35,8 +34,8 @@ from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
 from groktrace.sampling.stack import StackedChains
 from groktrace.sampling.traces import SampleLossRecorder
 from groktrace.sampling.tuning import CALIBRATION, MINIBATCH_NOISE
-from tools.common.measurements import Bar, Row, Store, command_line, peak_bytes, run_parts, say
-from tools.common.networks import Transformer, sequence_cross_entropy, size
+from tools.common.measurements import Row, Store, Verdict, command_line, peak_bytes, run_parts, say
+from tools.common.networks import Transformer, record_training, sequence_cross_entropy, size
 
 MIB = 2**20
 # The sampler's cost does not depend on these; they keep the chains where they start.
@@ -186,19 +185,17 @@ def bench_growth(folder: Path, settings: Settings) -> None:
         "snapshots": ([], []),
     }
     for weights in settings.weights:
-        found = store.cached(
-            f"weights {weights}", lambda w=weights: cost_of_snapshot(w, settings.samples, settings.steps)
-        )
+        found = store.cached(f"weights {weights}", cost_of_snapshot, weights, settings.samples, settings.steps)
         measured["weights"][0].append(found["weights"])
         measured["weights"][1].append(found["snapshot"])
         rows.append(_cost_row(f"{settings.samples} samples", found))
     for samples in settings.data:
-        found = store.cached(f"samples {samples}", lambda n=samples: cost_of_snapshot(10**5, n, settings.steps))
+        found = store.cached(f"samples {samples}", cost_of_snapshot, 10**5, samples, settings.steps)
         measured["samples"][0].append(samples)
         measured["samples"][1].append(found["snapshot"])
         rows.append(_cost_row(f"{samples} samples", found))
     for snapshots in settings.snapshots:
-        seconds = store.cached(f"snapshots {snapshots}", lambda s=snapshots: _cost_of_run(folder / "growth_run", s))
+        seconds = store.cached(f"snapshots {snapshots}", _cost_of_run, folder / "growth_run", snapshots)
         measured["snapshots"][0].append(snapshots)
         measured["snapshots"][1].append(seconds)
         rows.append(
@@ -240,23 +237,14 @@ def _cost_of_run(root: Path, snapshots: int) -> float:
     """Processor seconds of `analyze`, two draws growing to the default precision left out: 20 draws a chain."""
     shutil.rmtree(root, ignore_errors=True)
     torch.manual_seed(0)
-    _train(root, perceptron(10**4), labelled(64), "cross_entropy", snapshots - 1, 1, 1e-3)
+    model = perceptron(10**4)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    record_training(model, optimizer, labelled(64), root, snapshots - 1, "cross_entropy", every=1)
     start = time.process_time()
     groktrace.analyze(root, device="cpu", chains=CHAINS, draws=20, burn_in=10)
     seconds = time.process_time() - start
     shutil.rmtree(root)
     return seconds
-
-
-def _train(out: Path, model: nn.Module, data: Any, loss: str, steps: int, every: int, lr: float) -> None:
-    optimizer = torch.optim.Adam(model.parameters(), lr)
-    criterion = functional.cross_entropy if loss == "cross_entropy" else functional.mse_loss
-    with groktrace.watch(model, optimizer, train=data, loss=loss, out=str(out), every=every):
-        for _ in range(steps):
-            value = criterion(model(data[0]), data[1])
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
 
 
 def extrapolation() -> str:
@@ -311,9 +299,9 @@ def bench_large(folder: Path, settings: Settings) -> None:
         ("training, AdamW", {"training": True}),
     )
     rows: list[Row] = []
-    bars: list[Bar] = []
+    bars: list[Verdict] = []
     for label, case in cases:
-        found = store.cached(label, lambda case=case: _in_child(folder, settings, case))
+        found = store.cached(label, _in_child, folder, settings, case)
         ratio = (found["peak"] - found["imported"]) / (4 * found["weights"])
         step = found.get("step")
         rows.append(
@@ -325,7 +313,7 @@ def bench_large(folder: Path, settings: Settings) -> None:
             }
         )
         if label in ("estimate_llc, 1 chain", "a recorded run, 1 chain"):
-            bars.append(Bar(f"memory: {label}", round(ratio, 2), 5.0, False))
+            bars.append(Verdict(f"memory: {label}", round(ratio, 2), limit=5.0, at_least=False))
     notes = [
         "Peak of a fresh process less what it holds after import, over the weights in float32; the model counts. "
         f"{settings.language[5]} sequences of {settings.language[1]} tokens; steps are on all of them, or one with the "

@@ -32,9 +32,9 @@ from groktrace.sampling.chains import WORKING_SET_BYTES, rows_per_stack, sample
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
 from tools.common.measurements import (
-    Bar,
     Row,
     Store,
+    Verdict,
     command_line,
     in_turn,
     peak_bytes,
@@ -45,11 +45,11 @@ from tools.common.measurements import (
     spread,
 )
 from tools.common.networks import (
+    EXAMPLE,
     Pairs,
     language_model,
-    load_example,
+    modular_network,
     modular_transformer,
-    quadratic_network,
     sequence_cross_entropy,
     size,
     stack,
@@ -133,7 +133,7 @@ def sampler(loss: StackedLoss, anchors: Tensor, chains: int, **settings: Any) ->
         keys, sizes = range(len(anchors)), [STEP_SIZE] * len(anchors)
         with (
             mock.patch.object(stack_module, "gaussian_start", anywhere),
-            mock.patch.object(stack_module, "top_eigenvalue", lambda loss, anchors, start: torch.zeros(len(anchors))),
+            mock.patch.object(stack_module, "top_eigenvalue", lambda loss, anchors, *_: torch.zeros(len(anchors))),
         ):
             traces = sample(loss, anchors, keys, chosen, SCALE["nbeta"], SCALE["localization"], sizes, lambda _: 1.0)
         if any(trace.diverged(loss.layout.size) for trace in traces):
@@ -183,8 +183,8 @@ def bench_step(folder: Path, settings: Settings) -> None:
 def _step_case(
     store: Store, name: str, rounds: int, p: int, width: int, batch_size: int | None, method: str, steps: int
 ) -> dict[str, list[float]]:
-    model, data = quadratic_network(p, width, seed=0)
-    loss, weights = stacked_loss(model, load_example().centred_loss, data)
+    model, data, _ = modular_network(p, width)
+    loss, weights = stacked_loss(model, EXAMPLE.centred_loss, data)
     snapshots = max(1, rows_per_stack(loss, batch_size) // CHAINS)
     rows = store.cached(f"{name}, rows", lambda: snapshots * CHAINS)
     loss, anchors = stack(loss, weights, snapshots)
@@ -209,11 +209,12 @@ def _step_case(
     return in_turn(store, name, contenders, rounds)
 
 
-def _step_bars(name: str, times: dict[str, list[float]], limit: float) -> list[Bar]:
-    bars = [Bar(f"step, {name}: ours / fused by hand", _median(times, "groktrace", "fused by hand"), 1.4, False)]
+def _step_bars(name: str, times: dict[str, list[float]], limit: float) -> list[Verdict]:
+    found = _median(times, "groktrace", "fused by hand")
+    bars = [Verdict(f"step, {name}: ours / fused by hand", found, limit=1.4, at_least=False)]
     for peer in ("devinterp", "devinterp, batches gathered at once"):
         found = _median(times, peer, "groktrace") if peer in times else None
-        bars.append(Bar(f"step, {name}: {peer} / ours", found, limit, True))
+        bars.append(Verdict(f"step, {name}: {peer} / ours", found, limit=limit))
     return bars
 
 
@@ -231,7 +232,7 @@ def bench_training(folder: Path, settings: Settings) -> None:
         ("GPT-like, 4 blocks", *language_model(settings.language_samples), sequence_cross_entropy, language),
     )
     rows: list[Row] = []
-    bars: list[Bar] = []
+    bars: list[Verdict] = []
     for label, model, data, loss, (batch_size, steps, rounds) in cases:
         name = f"{label}, {size(model):,} weights, batch {batch_size}"
         times = _training_case(store, name, rounds, model, data, loss, batch_size, steps)
@@ -247,7 +248,8 @@ def bench_training(folder: Path, settings: Settings) -> None:
             if contender != "AdamW":
                 limit = 2.2 if "control" in contender else 1.3
                 found = _median(times, contender, "AdamW")
-                bars.append(Bar(f"training, {name}: {contender} / AdamW", found, limit, False))
+                claim = f"training, {name}: {contender} / AdamW"
+                bars.append(Verdict(claim, found, limit=limit, at_least=False))
     notes = [
         f"Median (min–max) of {settings.rounds} and {settings.language_rounds} rounds, contenders in turn.",
         f"Training is forward, backward and AdamW over all tensors at once; ours is one chain of {CHAINS} that are "
@@ -287,7 +289,7 @@ def _training_case(
 def bench_memory(folder: Path, settings: Settings) -> None:
     """Peak memory of an analysis of many snapshots of the network at p = 53, K = 1024."""
     store = Store(folder, "memory", _plain(settings))
-    found = store.cached("peak", lambda: _measure_memory(folder / "memory_run", settings.memory_snapshots))
+    found = store.cached("peak", _measure_memory, folder / "memory_run", settings.memory_snapshots)
     budget = WORKING_SET_BYTES["cpu"]
     row = {
         "snapshots": str(settings.memory_snapshots),
@@ -297,7 +299,8 @@ def bench_memory(folder: Path, settings: Settings) -> None:
         "seconds": f"{found['seconds']:.0f}",
     }
     limit = budget / MIB + 1024
-    bar = Bar("memory: peak resident size (budget + 1 GiB)", round(found["peak"] / MIB), limit, False, "MiB")
+    claim = "memory: peak resident size (budget + 1 GiB)"
+    bar = Verdict(claim, round(found["peak"] / MIB), limit=limit, at_least=False, unit="MiB")
     notes = ["Resident memory of a fresh process; one chain and four draws a snapshot, curvature included."]
     store.finish("Memory, p = 53, K = 1024", [row], [bar], notes)
 
@@ -316,10 +319,9 @@ def _measure_memory(root: Path, snapshots: int) -> dict[str, float]:
 def _record_many(root: Path, snapshots: int) -> None:
     """Snapshots of one network, each a little off the last."""
     say(f"memory: recording {snapshots} snapshots")
-    model, data = quadratic_network(53, 1024, seed=0)
+    model, data, _ = modular_network(53, 1024)
     generator = torch.Generator().manual_seed(0)
-    loss = load_example().centred_loss
-    with groktrace.watch(model, train=data, loss=loss, out=str(root), every=1) as recorder, torch.no_grad():
+    with groktrace.watch(model, train=data, loss=EXAMPLE.centred_loss, out=root, every=1) as recorder, torch.no_grad():
         for _ in range(snapshots - 1):
             for parameter in model.parameters():
                 parameter.mul_(1 + 1e-3 * torch.randn(parameter.shape, generator=generator))

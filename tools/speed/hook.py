@@ -28,8 +28,19 @@ from torch.nn import functional
 
 import groktrace
 from groktrace.run import files
-from tools.common.measurements import Bar, Row, Store, command_line, in_turn, peak_bytes, ratios, run_parts, say, spread
-from tools.common.networks import load_example
+from tools.common.measurements import (
+    Row,
+    Store,
+    Verdict,
+    command_line,
+    in_turn,
+    peak_bytes,
+    ratios,
+    run_parts,
+    say,
+    spread,
+)
+from tools.common.networks import EXAMPLE, modular_network
 
 MIB = 2**20
 
@@ -91,7 +102,7 @@ def bench_step(folder: Path, settings: Settings) -> None:
     cost = [a - b for a, b in zip(times["with"], times["without"], strict=True)]
     rows = [{"optimizer.step()": name, "µs": spread(seconds)} for name, seconds in times.items()]
     rows.append({"optimizer.step()": "difference", "µs": spread(cost)})
-    bars = [Bar("a step that keeps no snapshot", statistics.median(cost), 10.0, False, "µs")]
+    bars = [Verdict("a step that keeps no snapshot", statistics.median(cost), limit=10.0, at_least=False, unit="µs")]
     store.finish("A step that keeps no snapshot", rows, bars)
 
 
@@ -114,8 +125,8 @@ def bench_snapshot(folder: Path, settings: Settings) -> None:
 
             def snapshot() -> float:
                 before = recorder._blocked
-                recorder._steps += 1
-                recorder._snapshot(recorder._steps)
+                recorder._count.add(1, None)
+                recorder._snapshot(recorder.steps)
                 recorder.flush()  # training goes on meanwhile
                 return recorder._blocked - before
 
@@ -139,7 +150,8 @@ def bench_snapshot(folder: Path, settings: Settings) -> None:
             {"weights": name, "snapshot, ms": spread(times["snapshot"], 1e3), "copy, ms": spread(times["copy"], 1e3)}
             | {"ratio": spread(ratio)}
         )
-        bars.append(Bar(f"a snapshot of {name} blocks, beside a copy", statistics.median(ratio), 1.5, False))
+        claim = f"a snapshot of {name} blocks, beside a copy"
+        bars.append(Verdict(claim, statistics.median(ratio), limit=1.5, at_least=False))
         shutil.rmtree(folder / "run")
     store.finish("How long a snapshot blocks training", rows, bars)
 
@@ -172,10 +184,8 @@ class Training:
 
 def reference() -> Training:
     """The reference example's."""
-    example = load_example()
-    torch.manual_seed(0)
-    train, _ = example.modular_pairs(23, 0.6, False)
-    return Training(example.QuadraticNetwork(46, 128, 23), train, example.centred_loss, 100)
+    model, train, _ = modular_network(23, 128)
+    return Training(model, train, EXAMPLE.centred_loss, 100)
 
 
 def large(width: int) -> Training:
@@ -226,7 +236,7 @@ def bench_throughput(
     if len({digest for rounds in measured.values() for _, digest in rounds}) > 1:
         raise SystemExit("the weights differ from one way of keeping them to another")
     times = {kind: [seconds for seconds, _ in rounds] for kind, rounds in measured.items()}
-    _finish_throughput(store, f"Throughput, {name}", times, "nothing", "groktrace", steps)
+    _finish_throughput(store, f"Throughput, {name}", times, steps)
 
 
 def bench_writes(folder: Path, settings: Settings) -> None:
@@ -279,7 +289,8 @@ def bench_writes(folder: Path, settings: Settings) -> None:
     row |= {"a snapshot adds to its own, ms": spread([taken["own"] for taken in found], 1e3)}
     row |= {"its writing to those around, ms": spread([taken["writing"] for taken in found], 1e3)}
     row |= {"throughput, every=100": spread(shares) + " %"}
-    bar = Bar("throughput, reference, from steps around the writes", statistics.median(shares), 98.0, True, "%")
+    claim = "throughput, reference, from steps around the writes"
+    bar = Verdict(claim, statistics.median(shares), limit=98.0, unit="%")
     store.finish("What a snapshot adds to the steps around it", [row], [bar])
 
 
@@ -331,20 +342,18 @@ def bench_lightning(folder: Path, settings: Settings) -> None:
     warnings.simplefilter("ignore")
     contenders = {kind: lambda r, kind=kind: measure(kind) for kind in ("nothing", "groktrace", "ModelCheckpoint")}
     times = in_turn(store, "lightning", contenders, settings.rounds)
-    _finish_throughput(store, "Throughput, large, under Lightning", times, "nothing", "groktrace", steps)
+    _finish_throughput(store, "Throughput, large, under Lightning", times, steps)
 
 
-def _finish_throughput(
-    store: Store, title: str, times: dict[str, list[float]], bare: str, ours: str, steps: int
-) -> None:
+def _finish_throughput(store: Store, title: str, times: dict[str, list[float]], steps: int) -> None:
     rows = []
     for kind, seconds in times.items():
         rows.append(
             {"kept by": kind, "ms a step": spread([t / steps for t in seconds], 1e3)}
-            | {"throughput": spread(ratios(times[bare], seconds), 100.0) + " %"}
+            | {"throughput": spread(ratios(times["nothing"], seconds), 100.0) + " %"}
         )
-    share = 100 * statistics.median(ratios(times[bare], times[ours]))
-    store.finish(title, rows, [Bar(f"{title[0].lower()}{title[1:]}", share, 98.0, True, "%")])
+    share = 100 * statistics.median(ratios(times["nothing"], times["groktrace"]))
+    store.finish(title, rows, [Verdict(f"{title[0].lower()}{title[1:]}", share, limit=98.0, unit="%")])
 
 
 def bench_memory(folder: Path, settings: Settings) -> None:
@@ -354,26 +363,18 @@ def bench_memory(folder: Path, settings: Settings) -> None:
     bars = []
 
     def measure(kind: str) -> dict[str, Any]:
-        command = [
-            sys.executable,
-            "-m",
-            __spec__.name,
-            "memory-worker",
-            "--kind",
-            kind,
-            "--width",
-            str(settings.memory_width),
-        ]
-        done = subprocess.run([*command, "--out", str(folder)], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-m", __spec__.name, "memory-worker", "--kind", kind, "--out", str(folder)]
+        command += ["--width", str(settings.memory_width)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         return json.loads(done.stdout)
 
-    found = {kind: store.cached(kind, lambda kind=kind: measure(kind)) for kind in ("nothing", "quick", "slow")}
+    found = {kind: store.cached(kind, measure, kind) for kind in ("nothing", "quick", "slow")}
     for kind, result in found.items():
         copies = (result["peak"] - found["nothing"]["peak"]) / result["weights"]
         row = {"disk": kind, "peak": f"{result['peak'] / MIB:.0f} MiB", "copies of the weights": f"{copies:.2f}"}
         rows.append(row | {"snapshots": str(result["snapshots"]), "told": str(result["told"])})
         if kind != "nothing":
-            bars.append(Bar(f"host memory, {kind} disk", copies, 2.0, False, "copies"))
+            bars.append(Verdict(f"host memory, {kind} disk", copies, limit=2.0, at_least=False, unit="copies"))
     store.finish("Host memory", rows, bars)
 
 

@@ -30,7 +30,7 @@ from groktrace.analysis.trajectory import Trajectory
 from groktrace.run import layout
 from groktrace.run.files import write_json
 from groktrace.sampling.settings import SamplingSettings
-from tools.common.measurements import Bar, Row, Store, command_line, run_parts, spread
+from tools.common.measurements import Row, Store, Verdict, command_line, run_parts, spread
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "modular_addition.py"
 
@@ -122,7 +122,7 @@ def measure_workers(folder: Path, settings: Settings) -> None:
                 raise SystemExit(f"{name}: the result is another")
         return found
 
-    rounds = [store.cached(f"round {r}", lambda r=r: one_round(r)) for r in range(settings.rounds)]
+    rounds = [store.cached(f"round {r}", one_round, r) for r in range(settings.rounds)]
     column = {name: [taken[name] for taken in rounds] for name in rounds[0]}
     rows: list[Row] = []
     for name in ("2 processes", "2 Dask workers"):
@@ -138,7 +138,7 @@ def measure_workers(folder: Path, settings: Settings) -> None:
             }
         )
     speedup = statistics.median(a / b for a, b in zip(column["1 process"], column["2 processes"], strict=True))
-    store.finish("Many workers", rows, [Bar("2 processes against 1", speedup, 1.6, True)])
+    store.finish("Many workers", rows, [Verdict("2 processes against 1", speedup, limit=1.6)])
 
 
 def measure_adaptive(folder: Path, settings: Settings) -> None:
@@ -146,11 +146,11 @@ def measure_adaptive(folder: Path, settings: Settings) -> None:
     torch.set_num_threads(1)
     store = Store(folder, "adaptive", vars(settings))
     rows: list[Row] = []
-    bars: list[Bar] = []
+    bars: list[Verdict] = []
     for snapshots, every in settings.long:
         run = record(folder, snapshots - 1, every)
 
-        def both(run: Path = run) -> dict[str, Any]:
+        def both(run: Path) -> dict[str, Any]:
             """A tenth from nothing, then all; the latter takes what is there already as it is."""
             shutil.rmtree(run / layout.ANALYSIS_FOLDER, ignore_errors=True)
             began = time.perf_counter()
@@ -163,7 +163,7 @@ def measure_adaptive(folder: Path, settings: Settings) -> None:
                 raise SystemExit("a sampled point is another than in the full replay")
             return {"some": some.to_dict(), "full": full.to_dict(), "seconds": seconds, "shifted": shifted(full)}
 
-        found = store.cached(f"{snapshots} snapshots, every {every}", both)
+        found = store.cached(f"{snapshots} snapshots, every {every}", both, run)
         full, some = (load(found[name], folder) for name in ("full", "some"))
         share = len(some.points) / len(full.points)
         theirs, ours = groktrace.find_transitions(full), groktrace.find_transitions(some)
@@ -186,8 +186,8 @@ def measure_adaptive(folder: Path, settings: Settings) -> None:
                 }
             )
         bars += [
-            Bar(f"every {every}: share sampled", 100 * share, 10.0, False, "%"),
-            Bar(f"every {every}: transitions apart", apart, 1.0, False, "snapshots"),
+            Verdict(f"every {every}: share sampled", 100 * share, limit=10.0, at_least=False, unit="%"),
+            Verdict(f"every {every}: transitions apart", apart, limit=1.0, at_least=False, unit="snapshots"),
         ]
         print(f"every {every}: adaptive on the run less its first 1, 2, ... snapshots: {found['shifted']}")
     store.finish("Adaptive replay", rows, bars)

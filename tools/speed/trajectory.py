@@ -15,10 +15,9 @@ import groktrace
 from groktrace.analysis.llc import OFF_MINIMUM
 from groktrace.analysis.trajectory import Trajectory
 from groktrace.run import layout
-from groktrace.run.store import open_run
 from groktrace.sampling.settings import PAPER
-from tools.common.measurements import Bar, Row, Store, in_turn, ratios, say, spread
-from tools.common.networks import load_example, record_example
+from tools.common.measurements import Row, Store, Verdict, in_turn, ratios, say, spread
+from tools.common.networks import EXAMPLE, ModularTraining
 from tools.common.peers import Devinterp, devinterp_version, has_devinterp
 
 # From this step on the training set is fitted for good, whatever the judgement of single snapshots.
@@ -110,13 +109,8 @@ class TrajectoryBenchmark:
         self.settings = settings
         self.store = Store(folder, "trajectory", {**vars(settings), "peer": devinterp_version()})
         self.root = folder / "modular_addition"
-        if not layout_complete(self.root, settings.training_steps):
-            shutil.rmtree(self.root, ignore_errors=True)
-            say("trajectory: training the reference example")
-            record_example(self.root, settings.training_steps)
-        self.run = open_run(self.root)
-        example = load_example()
-        self.model = example.QuadraticNetwork(46, 128, 23)
+        self.run = ModularTraining(steps=settings.training_steps).record(self.root, 50)
+        self.model = EXAMPLE.QuadraticNetwork(46, 128, 23)
         self.data = self.run.task.train.tensors
         self.scale, self.reference = self._reference()
 
@@ -263,9 +257,9 @@ class TrajectoryBenchmark:
         }
         return self.reference.errors(list(values), list(values.values()))
 
-    def _bars(self, seconds: dict[str, list[float]], errors: dict[str, tuple[float, float]]) -> list[Bar]:
+    def _bars(self, seconds: dict[str, list[float]], errors: dict[str, tuple[float, float]]) -> list[Verdict]:
         bars = [
-            Bar(f"trajectory: rms error, {name}", 100 * max(errors[name]), 2.0, False, "%")
+            Verdict(f"trajectory: rms error, {name}", 100 * max(errors[name]), limit=2.0, at_least=False, unit="%")
             for name in ("default", "quick")
         ]
         for ours in ("quick", "default"):
@@ -275,7 +269,7 @@ class TrajectoryBenchmark:
                 ("peer gathered", "devinterp tuned by hand, batches gathered at once", 100),
             ):
                 found = statistics.median(ratios(seconds[peer], seconds[ours])) if peer in seconds else None
-                bars.append(Bar(f"trajectory: time of {label} / ours ({ours})", found, limit, True))
+                bars.append(Verdict(f"trajectory: time of {label} / ours ({ours})", found, limit=limit))
         return bars
 
     def _notes(self, has_peer: bool) -> list[str]:
@@ -313,11 +307,6 @@ class TrajectoryBenchmark:
         else:
             notes.append("devinterp is not installed; its rows are left out.")
         return notes
-
-
-def layout_complete(root: Path, steps: int) -> bool:
-    """Whether a recording of so many steps is there, the last one included."""
-    return (root / layout.RUN_FILE).exists() and open_run(root).snapshots[-1].step == steps
 
 
 def _measurement(seconds: float, steps: list[int], llc: list[float]) -> dict[str, Any]:

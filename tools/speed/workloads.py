@@ -13,7 +13,6 @@ are of the processor.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -44,7 +43,7 @@ from groktrace.run.store import Run, open_run
 from groktrace.sampling.calibration import Scale, step_size
 from groktrace.sampling.network import as_float
 from groktrace.sampling.settings import SamplingSettings
-from tools.common.measurements import markdown
+from tools.common.measurements import Row, markdown, peak_bytes
 from tools.common.peers import has_devinterp
 
 CHAINS, BURN_IN, DRAWS, BATCH = 4, 100, 200, 32
@@ -58,6 +57,12 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     """A result, and the processor seconds that it took."""
     start = time.process_time()
     return function(), time.process_time() - start
+
+
+def show(row: Row) -> Row:
+    """Print a row when it is measured; the row."""
+    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    return row
 
 
 class Recorded(nn.Module):
@@ -168,7 +173,7 @@ class Bench:
         return self.estimate(metrics, scale, step_size=size, draws=LONG_DRAWS, seed=1)
 
 
-def measure(path: Path) -> list[dict[str, str]]:
+def measure(path: Path) -> list[Row]:
     """Rows of one run: time and error of some snapshots."""
     bench = Bench(open_run(path))
     rows = []
@@ -196,12 +201,11 @@ def measure(path: Path) -> list[dict[str, str]]:
             theirs = [first, *(run(seed) for seed in range(1, PEER_SEEDS) if math.isfinite(first))]
             row |= {"devinterp": f"{taken:.1f}", "its λ̂": _number(first), "its error": _error(theirs, exact.llc)}
             row["times"] = f"{taken / seconds:.1f}"
-        rows.append(row)
-        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        rows.append(show(row))
     return rows
 
 
-def grow(path: Path) -> list[dict[str, str]]:
+def grow(path: Path) -> list[Row]:
     """Rows of one run: time of its last snapshot with the data so many times as many."""
     run = open_run(path)
     rows = []
@@ -209,12 +213,11 @@ def grow(path: Path) -> list[dict[str, str]]:
         bench = Bench(run) if times == 1 else Bench(_grown(run, times))
         step = bench.steps[-1]
         _, seconds = bench.snapshot(step)
-        rows.append({"run": path.name, "times": str(times), "seconds": f"{seconds:.2f}"})
-        print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+        rows.append(show({"run": path.name, "times": str(times), "seconds": f"{seconds:.2f}"}))
     return rows
 
 
-def analyse(path: Path) -> list[dict[str, str]]:
+def analyse(path: Path) -> list[Row]:
     """One row: seconds by the clock until the first curve stands and until all is done, beside what was forecast."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(shutil.copytree(path, Path(folder) / path.name, ignore=shutil.ignore_patterns("analysis")))
@@ -227,7 +230,7 @@ def analyse(path: Path) -> list[dict[str, str]]:
         with subprocess.Popen([*command, "analyze", str(run)], **silent) as process:
             while process.poll() is None:
                 time.sleep(0.1)
-                memory = max(memory, _memory(process.pid))
+                memory = max(memory, peak_bytes(process.pid))
                 if math.isnan(first) and any(run.glob("analysis/*/trajectory.json")):
                     first = time.monotonic() - start
         taken = time.monotonic() - start
@@ -235,11 +238,10 @@ def analyse(path: Path) -> list[dict[str, str]]:
     row = {"run": path.name, "snapshots": f"{sampled} of {said['snapshots']}", "first curve": f"{first:.0f} s"}
     row |= {"all": f"{taken:.0f} s", "forecast": f"{said['seconds']:.0f} s", "forecasting": f"{forecasting:.0f} s"}
     row["memory"] = f"{memory / 2**20:.0f} MiB"
-    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    return [row]
+    return [show(row)]
 
 
-def crowd(path: Path) -> list[dict[str, str]]:
+def crowd(path: Path) -> list[Row]:
     """One row: seconds of the whole analysis on an idle machine, and beside a busy process on each core."""
     seconds = []
     for count in (0, os.cpu_count() or 1):
@@ -257,17 +259,7 @@ def crowd(path: Path) -> list[dict[str, str]]:
                 process.wait()
     idle, crowded = seconds
     row = {"run": path.name, "idle": f"{idle:.1f} s", "busy": f"{crowded:.1f} s", "times": f"{crowded / idle:.2f}"}
-    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    return [row]
-
-
-def _memory(process: int) -> int:
-    """Bytes that a process has in memory at most so far; 0 where the system does not say."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{process}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    return 0
+    return [show(row)]
 
 
 def _grown(run: Run, times: int) -> Run:

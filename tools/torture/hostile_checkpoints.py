@@ -349,13 +349,13 @@ def checkpoints(count: int, seed: int) -> None:
         process.start()
         while True:
             try:
-                each = found.get(timeout=SECONDS if process.is_alive() else 1)
+                message = found.get(timeout=SECONDS if process.is_alive() else 1)
             except Exception:  # it takes too long, or has crashed
                 tally.expect(False, f"the process came to its end, after {dict(tally.counts)}")
                 break
-            if each is None:
+            if message is None:
                 break
-            kind, name, fault = each
+            kind, name, fault = message
             tally.counts[kind] += 1
             tally.expect(fault is None, f"{name}: {fault}")
         process.join(10)

@@ -200,7 +200,7 @@ LOOPS = (
                 optimizer.step()
                 done()
         state = optimizer.state_dict()
-        kept = [name for name, p in model.named_parameters() if any(p is each for each in trained)]
+        kept = [name for name, p in model.named_parameters() if any(p is weight for weight in trained)]
         model = truth.model = copy.deepcopy(model)
         trained[:] = [dict(model.named_parameters())[name] for name in kept]
         optimizer = torch.optim.Adam(trained, lr=0.01)
