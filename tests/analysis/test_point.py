@@ -264,7 +264,8 @@ def test_minibatch_noise_is_kept_small_or_named():
     assert 0 < found.diagnostics["heating"] <= 0.02
     full = estimate_llc(model, half_square, train, **common)
     assert full.diagnostics["heating"] == 0
-    hot = estimate_llc(model, half_square, train, batch_size=32, step_size=full.step_size / 8, **common)
+    few = common | {"rtol": 0.05}
+    hot = estimate_llc(model, half_square, train, batch_size=32, step_size=full.step_size / 8, **few)
     assert hot.llc > 1.1 * exact
     assert any("heated by minibatch noise" in reason for reason in hot.reasons)
 
