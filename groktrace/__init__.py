@@ -11,24 +11,24 @@ if TYPE_CHECKING:
     from groktrace.analysis.detection import PiecewiseDetector as PiecewiseDetector
     from groktrace.analysis.detection import Transition as Transition
     from groktrace.analysis.detection import find_transitions as find_transitions
-    from groktrace.analysis.draws import Draws as Draws
     from groktrace.analysis.follow import Announcement as Announcement
     from groktrace.analysis.follow import RecordingEnded as RecordingEnded
     from groktrace.analysis.follow import ScaleChanged as ScaleChanged
     from groktrace.analysis.follow import follow as follow
     from groktrace.analysis.forecast import Forecast as Forecast
     from groktrace.analysis.forecast import forecast as forecast
-    from groktrace.analysis.grokking import Grokking as Grokking
-    from groktrace.analysis.grokking import measure_grokking as measure_grokking
-    from groktrace.analysis.limit import LearningCoefficient as LearningCoefficient
-    from groktrace.analysis.llc import LLCEstimate as LLCEstimate
-    from groktrace.analysis.point import estimate_llc as estimate_llc
+    from groktrace.analysis.measurement.limit import LearningCoefficient as LearningCoefficient
+    from groktrace.analysis.measurement.llc import LLCEstimate as LLCEstimate
+    from groktrace.analysis.measurement.point import estimate_llc as estimate_llc
+    from groktrace.analysis.measurement.temperature import TemperatureCurve as TemperatureCurve
+    from groktrace.analysis.measurement.temperature import temperature_curve as temperature_curve
+    from groktrace.analysis.measurement.temperature import temperature_curve_at as temperature_curve_at
     from groktrace.analysis.replay import analyze as analyze
-    from groktrace.analysis.temperature import TemperatureCurve as TemperatureCurve
-    from groktrace.analysis.temperature import temperature_curve as temperature_curve
-    from groktrace.analysis.temperature import temperature_curve_at as temperature_curve_at
-    from groktrace.analysis.trajectory import Point as Point
-    from groktrace.analysis.trajectory import Trajectory as Trajectory
+    from groktrace.analysis.results.draws import Draws as Draws
+    from groktrace.analysis.results.grokking import Grokking as Grokking
+    from groktrace.analysis.results.grokking import measure_grokking as measure_grokking
+    from groktrace.analysis.results.trajectory import Point as Point
+    from groktrace.analysis.results.trajectory import Trajectory as Trajectory
     from groktrace.errors import GroktraceError as GroktraceError
     from groktrace.importing.plan import import_checkpoints as import_checkpoints
     from groktrace.recording.recorder import Recorder as Recorder
@@ -66,16 +66,16 @@ _NAMES = {
         "Transition",
         "find_transitions",
     ),
-    "analysis.draws": ("Draws",),
+    "analysis.results.draws": ("Draws",),
     "analysis.follow": ("Announcement", "RecordingEnded", "ScaleChanged", "follow"),
     "analysis.forecast": ("Forecast", "forecast"),
-    "analysis.grokking": ("Grokking", "measure_grokking"),
-    "analysis.limit": ("LearningCoefficient",),
-    "analysis.llc": ("LLCEstimate",),
-    "analysis.point": ("estimate_llc",),
+    "analysis.results.grokking": ("Grokking", "measure_grokking"),
+    "analysis.measurement.limit": ("LearningCoefficient",),
+    "analysis.measurement.llc": ("LLCEstimate",),
+    "analysis.measurement.point": ("estimate_llc",),
     "analysis.replay": ("analyze",),
-    "analysis.temperature": ("TemperatureCurve", "temperature_curve", "temperature_curve_at"),
-    "analysis.trajectory": ("Point", "Trajectory"),
+    "analysis.measurement.temperature": ("TemperatureCurve", "temperature_curve", "temperature_curve_at"),
+    "analysis.results.trajectory": ("Point", "Trajectory"),
     "errors": ("GroktraceError",),
     "importing.plan": ("import_checkpoints",),
     "recording.recorder": ("Recorder",),

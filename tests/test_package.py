@@ -35,14 +35,11 @@ MAY_NOT = {
 # Results show themselves, by what is built on them: imported where it is called, so that no module needs it.
 ON_CALL = {
     ("analysis/follow.py", "reporting"),  # for types
-    ("analysis/trajectory.py", "reporting"),
+    ("analysis/results/trajectory.py", "reporting"),
     ("analysis/replay.py", "reporting"),
-    ("analysis/progress.py", "reporting"),  # how far it is, on standard error
+    ("analysis/running/progress.py", "reporting"),  # how far it is, on standard error
     ("run/store.py", "analysis"),  # Run.trajectory
-    (
-        "recording/on_transition.py",
-        "analysis",
-    ),  # what on_transition is told, read as the process that finds it wrote it
+    ("recording/on_transition.py", "analysis"),  # messages, read as they were written
     ("run/checkpoints.py", "importing"),  # what to do with a folder of checkpoints
 }
 

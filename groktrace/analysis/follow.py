@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 
 from groktrace.analysis.detection import Detector, EarlyWarning, Transition, find_transitions, last_fall
-from groktrace.analysis.draws import Keep
-from groktrace.analysis.live_scale import LiveScale
-from groktrace.analysis.reference import check_reference
+from groktrace.analysis.measurement.reference import check_reference
 from groktrace.analysis.replay import finish, replay, show_by
-from groktrace.analysis.results import POINTS_FILE, check_positive
-from groktrace.analysis.session import Session, open_session
-from groktrace.analysis.setup import make_settings, run_layout
-from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.results.draws import Keep
+from groktrace.analysis.results.store import POINTS_FILE, check_positive
+from groktrace.analysis.results.trajectory import Point, Trajectory
+from groktrace.analysis.running.live_scale import LiveScale
+from groktrace.analysis.running.session import Session, open_session
+from groktrace.analysis.running.setup import make_settings, run_layout
 from groktrace.analysis.tuning import PASSES
 from groktrace.errors import RunError, SettingsError
 from groktrace.records import Record, read_record

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from groktrace.analysis.passes import spread
-from groktrace.analysis.session import open_session
-from groktrace.analysis.setup import choose_device, make_settings
-from groktrace.analysis.trajectory import Point
+from groktrace.analysis.results.trajectory import Point
+from groktrace.analysis.running.passes import spread
+from groktrace.analysis.running.session import open_session
+from groktrace.analysis.running.setup import choose_device, make_settings
 from groktrace.analysis.tuning import PASSES
 from groktrace.records import Record
 from groktrace.run.store import Run

@@ -192,7 +192,7 @@ def as_keywords(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
         keywords["settings"] = _sampling_settings(given.pop("preset", "auto"), given)
         keywords["task"] = load_task(task_name)
         if "jobs" in keywords:
-            from groktrace.analysis.backends import dask_executor
+            from groktrace.analysis.running.backends import dask_executor
 
             executor = None if dask is None else held.enter_context(dask_executor(dask))
             keywords |= {"task_name": task_name, "executor": executor}

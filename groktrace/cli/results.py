@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from groktrace.analysis.trajectory import Trajectory
+    from groktrace.analysis.results.trajectory import Trajectory
     from groktrace.reporting.base import Reporter
     from groktrace.reporting.series import Events, Series
     from groktrace.run.store import Run
@@ -40,7 +40,7 @@ def write_logs(trajectory: "Trajectory", run: "Run", logdir: Path | None) -> "tu
         run: opened.
         logdir: where to; None for the run's own folder.
     """
-    from groktrace.analysis.journal import exclusive
+    from groktrace.analysis.results.journal import exclusive
     from groktrace.reporting.series import Events, Series
     from groktrace.reporting.tensorboard import SUFFIX, TensorBoardReporter
     from groktrace.run import layout
@@ -61,7 +61,7 @@ def logs_folder(run: "Run", trajectory: "Trajectory") -> Path:
         run: analysed.
         trajectory: that was finished last.
     """
-    from groktrace.analysis.results import files_place
+    from groktrace.analysis.results.store import files_place
     from groktrace.run import layout
 
     name = (
@@ -92,7 +92,7 @@ def finish(
         reporters: what else shows the result, after it is printed.
         kept: whether draws were kept, so that it is said where.
     """
-    from groktrace.analysis.results import files_place, latest_file
+    from groktrace.analysis.results.store import files_place, latest_file
     from groktrace.reporting import console
     from groktrace.reporting.tensorboard import COLOURS
     from groktrace.run import layout

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from groktrace.analysis.detection import Detector
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.results.trajectory import Trajectory
 from groktrace.reporting.series import Events, Series
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from groktrace.analysis.detection import Detector
 from groktrace.analysis.detection.piecewise import usable_points
 from groktrace.analysis.detection.settings import DEFAULTS
-from groktrace.analysis.results import all_results
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.results.store import all_results
+from groktrace.analysis.results.trajectory import Trajectory
 from groktrace.errors import SettingsError
 from groktrace.reporting.console import aligned, as_json
 from groktrace.reporting.figure import SMALL, check_suffix, curve_label, empty_figure, log_spaced, style_panels

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from groktrace.analysis.detection import EarlyWarning
 from groktrace.analysis.follow import Announcement, Event, RecordingEnded, ScaleChanged
-from groktrace.analysis.trajectory import SYMBOLS, Point, Trajectory
+from groktrace.analysis.results.trajectory import SYMBOLS, Point, Trajectory
 from groktrace.reporting.numbers import number
 
 # TensorBoard's files are written anew as a whole, so not after every snapshot.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from groktrace.analysis.detection import Transition
-from groktrace.analysis.grokking import THRESHOLD, Grokking
+from groktrace.analysis.results.grokking import THRESHOLD, Grokking
 from groktrace.errors import GroktraceError, SettingsError
 from groktrace.reporting.numbers import number
 from groktrace.reporting.remarks import partial

@@ -11,8 +11,8 @@ from groktrace.analysis.detection import Detector, PiecewiseDetector
 from groktrace.analysis.detection.labels import risen_in_words
 from groktrace.analysis.detection.piecewise import Fitted, usable_points
 from groktrace.analysis.detection.settings import DEFAULTS, DetectionSettings
-from groktrace.analysis.llc import OFF_MINIMUM, PERHAPS_OFF
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.measurement.llc import OFF_MINIMUM, PERHAPS_OFF
+from groktrace.analysis.results.trajectory import Trajectory
 from groktrace.reporting.numbers import number
 
 # From this fraction of the level on, the points' errors are named with the curve.

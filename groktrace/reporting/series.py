@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from groktrace.analysis.detection import Detector, Transition, find_transitions
-from groktrace.analysis.grokking import Grokking, measure_grokking
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.results.grokking import Grokking, measure_grokking
+from groktrace.analysis.results.trajectory import Trajectory
 from groktrace.reporting.remarks import none_found, remarks
 
 CURVE, CURVE_TAG = "curve", "grokking/llc"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.results.trajectory import Trajectory
 from groktrace.errors import GroktraceError
 from groktrace.reporting.figure import pixels, trajectory_figure
 from groktrace.reporting.series import CURVE, Events, Series

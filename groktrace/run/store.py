@@ -23,8 +23,8 @@ from groktrace.run.remote import Remote, is_url
 from groktrace.run.task import SHIFT_INVARIANT_KEY, Task
 
 if TYPE_CHECKING:
-    from groktrace.analysis.draws import Draws
-    from groktrace.analysis.trajectory import Trajectory
+    from groktrace.analysis.results.draws import Draws
+    from groktrace.analysis.results.trajectory import Trajectory
 
 LINK_ADVICE = "out of the run directory, outside of which nothing is read or written; copy the run with cp -rL."
 
@@ -201,7 +201,7 @@ class Run:
         Raises:
             RunError: there is none, or it is of another recording than the one that is there now.
         """
-        from groktrace.analysis.results import latest_trajectory  # built on this package: only where it is called
+        from groktrace.analysis.results.store import latest_trajectory  # built on this package: only where it is called
 
         return latest_trajectory(self)
 
@@ -214,7 +214,7 @@ class Run:
         Raises:
             RunError: it was not, or the file is damaged.
         """
-        from groktrace.analysis.draws import load_draws
+        from groktrace.analysis.results.draws import load_draws
 
         return load_draws(self, step)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import groktrace
-from groktrace.analysis.evaluator import Evaluator
+from groktrace.analysis.running.evaluator import Evaluator
 
 
 class Quadratic(nn.Module):

@@ -11,10 +11,10 @@ from torch import nn
 
 import groktrace
 from groktrace.analysis import follow as following
-from groktrace.analysis import measure
 from groktrace.analysis.detection import EarlyWarning, Transition
 from groktrace.analysis.follow import Announcement, RecordingEnded, ScaleChanged, wait_for_run
-from groktrace.analysis.trajectory import Point
+from groktrace.analysis.measurement import measure
+from groktrace.analysis.results.trajectory import Point
 from groktrace.errors import RunError, SettingsError
 from groktrace.reporting.events import as_line, as_text
 from groktrace.run.files import write_json

@@ -4,8 +4,8 @@ import pytest
 
 import groktrace
 from groktrace.analysis import forecast as forecast_module
-from groktrace.analysis import session
 from groktrace.analysis.forecast import forecast
+from groktrace.analysis.running import session
 
 QUICK = {"chains": 3, "draws": 15, "burn_in": 10, "locality": 0.22}
 
@@ -52,7 +52,7 @@ def test_snapshots_are_tried_from_all_parts_of_the_run_until_time_is_up(small_ru
     assert sorted(order) == list(range(100))
     assert order[0] == 50
     assert {25, 75} == set(order[1:3])
-    monkeypatch.setattr("groktrace.analysis.measure.rows_per_stack", lambda loss, batch_size=None: 1)
+    monkeypatch.setattr("groktrace.analysis.measurement.measure.rows_per_stack", lambda loss, batch_size=None: 1)
     monkeypatch.setattr(forecast_module, "_SECONDS", 0.0)
     assert forecast(small_run, **QUICK).tried == forecast_module._LEAST_TRIED
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from groktrace.analysis.trajectory import Point, with_logged
+from groktrace.analysis.results.trajectory import Point, with_logged
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import groktrace
-from groktrace.analysis.results import all_results
+from groktrace.analysis.results.store import all_results
 from groktrace.cli import main
 from groktrace.errors import RunError, SettingsError, TaskError
 
@@ -80,7 +80,7 @@ def test_an_analysis_goes_on_where_it_was_interrupted(small_run, other, monkeypa
     partial = groktrace.analyze(small_run, train=other, time_limit=1e-9, **FAST)
     assert partial.unsampled == 6
     assert groktrace.analyze(small_run, train=other, **FAST).points == whole.points
-    monkeypatch.setattr("groktrace.analysis.measure.Objective.estimate", None)  # all of it is known by now
+    monkeypatch.setattr("groktrace.analysis.measurement.measure.Objective.estimate", None)  # all of it is known by now
     assert groktrace.analyze(small_run, train=other, **FAST).points == whole.points
     (folder,) = folders(small_run)
     kept = small_run / "analysis" / folder / "data.safetensors"

@@ -118,7 +118,11 @@ def seeds_of(monkeypatch, run, **settings):
         return generator
 
     with monkeypatch.context() as patch:
-        for module in ("groktrace.sampling.stack", "groktrace.analysis.measure", "groktrace.analysis.hessian"):
+        for module in (
+            "groktrace.sampling.stack",
+            "groktrace.analysis.measurement.measure",
+            "groktrace.analysis.measurement.hessian",
+        ):
             patch.setattr(f"{module}.generator_for", noting)
         groktrace.analyze(run, **FAST, **settings)
     return seeds

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.results.trajectory import Point, Trajectory
 from groktrace.reporting.series import Events, Series
 
 STEPS = [0, 50, 100, 150, 200, 300, 400, 600, 800, 1200, 2000, 3000]

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 import groktrace
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.results.trajectory import Trajectory
 from groktrace.errors import RunError, SettingsError
 from groktrace.reporting.comparison import Comparison, compare
 from groktrace.reporting.series import Events, Series

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from groktrace.analysis.detection.piecewise import usable_points
-from groktrace.analysis.reference import Reference
-from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.measurement.reference import Reference
+from groktrace.analysis.results.trajectory import Point, Trajectory
 from groktrace.reporting.console import as_json, summary, transitions_table
 from groktrace.reporting.numbers import number
 from groktrace.reporting.series import Events, Series

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from groktrace.analysis.llc import OFF_MINIMUM
-from groktrace.analysis.reference import Reference
-from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.measurement.llc import OFF_MINIMUM
+from groktrace.analysis.measurement.reference import Reference
+from groktrace.analysis.results.trajectory import Point, Trajectory
 from groktrace.errors import GroktraceError, SettingsError
 from groktrace.reporting.figure import FigureReporter, trajectory_figure
 from groktrace.reporting.series import Events, Series

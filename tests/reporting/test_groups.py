@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import groktrace
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.results.trajectory import Trajectory
 from groktrace.cli import main
 from groktrace.errors import SettingsError
 from groktrace.reporting.comparison import Comparison, compare

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from groktrace.analysis.detection import find_transitions
-from groktrace.analysis.llc import OFF_MINIMUM, PERHAPS_OFF
-from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.measurement.llc import OFF_MINIMUM, PERHAPS_OFF
+from groktrace.analysis.results.trajectory import Point, Trajectory
 from groktrace.reporting.remarks import none_found, remarks, single_chain, untrusted
 
 STEPS = np.arange(0, 3050, 50)

@@ -5,8 +5,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from groktrace.analysis.reference import Reference
-from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.measurement.reference import Reference
+from groktrace.analysis.results.trajectory import Point, Trajectory
 from groktrace.reporting.series import Events, Series
 from groktrace.reporting.tensorboard import TensorBoardReporter
 

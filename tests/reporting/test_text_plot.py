@@ -1,6 +1,6 @@
 import numpy as np
 
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.results.trajectory import Trajectory
 from groktrace.reporting.series import Events, Series
 from groktrace.reporting.text_plot import small_curve
 

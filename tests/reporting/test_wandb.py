@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 import groktrace
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.results.trajectory import Trajectory
 from groktrace.cli import main
 from groktrace.errors import GroktraceError
 from groktrace.reporting.series import Events, Series

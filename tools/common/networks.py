@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import groktrace
-from groktrace.analysis.measure import Objective, stack_weights
-from groktrace.analysis.setup import weight_layout
+from groktrace.analysis.measurement.measure import Objective, stack_weights
+from groktrace.analysis.running.setup import weight_layout
 from groktrace.run import layout
 from groktrace.run.task import Task
 from groktrace.sampling.posterior import StackedLoss

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import groktrace
 from groktrace.analysis.detection import find_transitions
-from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.results.trajectory import Point, Trajectory
 from groktrace.errors import GroktraceError
 from tools.common.measurements import Row, print_table, save_rows, say
 from tools.common.networks import record_training

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from groktrace.analysis.detection import PiecewiseDetector
-from groktrace.analysis.live_scale import LiveScale
-from groktrace.analysis.measure import SnapshotMetrics, stack_weights
-from groktrace.analysis.session import Session, open_session
-from groktrace.analysis.setup import make_settings
-from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.measurement.measure import SnapshotMetrics, stack_weights
+from groktrace.analysis.results.trajectory import Point, Trajectory
+from groktrace.analysis.running.live_scale import LiveScale
+from groktrace.analysis.running.session import Session, open_session
+from groktrace.analysis.running.setup import make_settings
 from groktrace.run.store import open_run
 from groktrace.sampling.calibration import Scale
 from groktrace.sampling.hutchinson import hessian_trace

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import groktrace
 from groktrace.analysis.detection import find_transitions
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.results.trajectory import Trajectory
 from tools.common.measurements import Row, print_table, save_rows, say
 from tools.common.networks import EXAMPLE, modular_network, record_training
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from groktrace.analysis.detection import find_transitions
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.results.trajectory import Trajectory
 from tools.common.measurements import Row, finish_table, say
 
 SHAPES = ("steps", "ramps", "humps")

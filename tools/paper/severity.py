@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 import groktrace
-from groktrace.analysis.grokking import measure_grokking
+from groktrace.analysis.results.grokking import measure_grokking
 from tools.common.measurements import Row, Table, number
 from tools.common.networks import ModularTraining
 from tools.paper import figures

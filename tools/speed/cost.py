@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 import groktrace
-from groktrace.analysis.measure import Objective, stack_weights
-from groktrace.analysis.setup import weight_layout
+from groktrace.analysis.measurement.measure import Objective, stack_weights
+from groktrace.analysis.running.setup import weight_layout
 from groktrace.run.task import Task
 from groktrace.sampling.calibration import Scale, resolve, run_length, step_size
 from groktrace.sampling.engine import Target

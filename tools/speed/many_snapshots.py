@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 import groktrace
-from groktrace.analysis.backends import dask_executor, process_pool
-from groktrace.analysis.evaluator import EvaluatorSpec, WorkItem, evaluate_elsewhere
-from groktrace.analysis.passes import sample_adaptively
-from groktrace.analysis.session import open_session
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.results.trajectory import Trajectory
+from groktrace.analysis.running.backends import dask_executor, process_pool
+from groktrace.analysis.running.evaluator import EvaluatorSpec, WorkItem, evaluate_elsewhere
+from groktrace.analysis.running.passes import sample_adaptively
+from groktrace.analysis.running.session import open_session
 from groktrace.run import layout
 from groktrace.run.files import write_json
 from groktrace.sampling.settings import SamplingSettings

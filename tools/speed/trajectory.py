@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 import groktrace
-from groktrace.analysis.llc import OFF_MINIMUM
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.measurement.llc import OFF_MINIMUM
+from groktrace.analysis.results.trajectory import Trajectory
 from groktrace.run import layout
 from groktrace.sampling.settings import PAPER
 from tools.common.measurements import Row, Store, Verdict, in_turn, ratios, say, spread

@@ -33,11 +33,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from groktrace.analysis.llc import LLCEstimate
-from groktrace.analysis.measure import Objective, SnapshotMetrics
-from groktrace.analysis.passes import spread
-from groktrace.analysis.pilot import choose_sampling
-from groktrace.analysis.setup import run_layout
+from groktrace.analysis.measurement.llc import LLCEstimate
+from groktrace.analysis.measurement.measure import Objective, SnapshotMetrics
+from groktrace.analysis.measurement.pilot import choose_sampling
+from groktrace.analysis.running.passes import spread
+from groktrace.analysis.running.setup import run_layout
 from groktrace.analysis.tuning import PASSES
 from groktrace.run.store import Run, open_run
 from groktrace.sampling.calibration import Scale, step_size

@@ -153,7 +153,7 @@ def determinism(tiny: bool) -> None:
         "four times the memory": lambda root: chains.WORKING_SET_BYTES.update(cpu=budget * 4),
         "two threads": lambda root: torch.set_num_threads(2),
     }
-    found: dict[str, list[groktrace.analysis.trajectory.Point]] = {}
+    found: dict[str, list[groktrace.analysis.results.trajectory.Point]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         source, root, result = (Path(scratch) / name for name in ("source", "run", "result.json"))
         if tiny:

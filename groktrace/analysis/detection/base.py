@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.results.trajectory import Trajectory
 from groktrace.records import Record
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from groktrace.analysis.detection.settings import DEFAULTS, WARNING
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.results.trajectory import Trajectory
 from groktrace.records import Record
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from groktrace.analysis.detection.dating import Measured
 from groktrace.analysis.detection.settings import DEFAULTS, DetectionSettings
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.results.trajectory import Trajectory
 
 
 def doubt_of(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from groktrace.analysis.detection.base import Transition
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.results.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

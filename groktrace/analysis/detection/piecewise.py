@@ -11,7 +11,7 @@ from groktrace.analysis.detection.dating import Measured, measure_changes
 from groktrace.analysis.detection.labels import doubt_of, high_loss, label_of, peak_level, since_risen
 from groktrace.analysis.detection.segmentation import Data, Fit, segment, straight_cost
 from groktrace.analysis.detection.settings import DetectionSettings
-from groktrace.analysis.trajectory import Curve, Trajectory
+from groktrace.analysis.results.trajectory import Curve, Trajectory
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 from groktrace.analysis.detection import find_transitions
 from groktrace.analysis.detection.dating import _own_change, _widened
 from groktrace.analysis.detection.segmentation import Data, Fit
-from groktrace.analysis.trajectory import Trajectory
+from groktrace.analysis.results.trajectory import Trajectory
 
 
 def test_what_is_open_of_where_a_slow_fall_ends_is_open_in_its_date():

@@ -7,7 +7,7 @@ import pytest
 
 from groktrace.analysis.detection import EarlyWarning, last_fall
 from groktrace.analysis.detection.early_warning import last_slope
-from groktrace.analysis.trajectory import OtherSamples, Trajectory
+from groktrace.analysis.results.trajectory import OtherSamples, Trajectory
 
 STEPS = np.arange(0, 1001, 20)
 

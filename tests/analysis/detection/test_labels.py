@@ -7,9 +7,9 @@ import pytest
 
 from groktrace.analysis.detection import PiecewiseDetector, find_transitions
 from groktrace.analysis.detection.labels import high_loss, risen_in_words, since_risen
-from groktrace.analysis.grokking import measure_grokking
-from groktrace.analysis.llc import OFF_MINIMUM, PERHAPS_OFF
-from groktrace.analysis.trajectory import OtherSamples, Point, Trajectory
+from groktrace.analysis.measurement.llc import OFF_MINIMUM, PERHAPS_OFF
+from groktrace.analysis.results.grokking import measure_grokking
+from groktrace.analysis.results.trajectory import OtherSamples, Point, Trajectory
 
 STEPS = np.arange(0, 3050, 50)
 HUMP = np.interp(STEPS, [0, 200, 1200, 3000], [100.0, 1000.0, 600.0, 600.0])

@@ -6,8 +6,8 @@ import pytest
 
 from groktrace.analysis.detection import find_transitions
 from groktrace.analysis.detection.piecewise import _roughness
-from groktrace.analysis.llc import OFF_MINIMUM
-from groktrace.analysis.trajectory import Point, Trajectory
+from groktrace.analysis.measurement.llc import OFF_MINIMUM
+from groktrace.analysis.results.trajectory import Point, Trajectory
 
 STEPS = np.arange(0, 3050, 50)
 

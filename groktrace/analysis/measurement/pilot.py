@@ -1,0 +1,247 @@
+"""What a few fitted snapshots say of how to sample a run: how far from w*, on how many samples, in what batches."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groktrace.analysis.measurement.llc import LLCEstimate
+from groktrace.analysis.measurement.measure import Objective, SnapshotMetrics, stack_weights
+from groktrace.analysis.measurement.predictions import loss_and_hits
+from groktrace.analysis.tuning import PILOT
+from groktrace.errors import SettingsError
+from groktrace.sampling.batches import NoiseProfile
+from groktrace.sampling.calibration import Scale, posterior_scale, step_size
+from groktrace.sampling.chains import profile_noise
+from groktrace.sampling.interruption import interruption
+from groktrace.sampling.network import as_float
+from groktrace.sampling.posterior import FACTOR
+from groktrace.sampling.tuning import MINIBATCH_NOISE
+
+
+def choose_scale(objective: Objective, metrics: Sequence[SnapshotMetrics], **other: Any) -> Scale:
+    """nβ and γ for a whole run, from its typical snapshots once the training set is fitted.
+
+    Args:
+        objective: with what was asked for.
+        metrics: of all snapshots.
+        **other: settings in place of the objective's.
+
+    Raises:
+        SettingsError: nβ or γ have to be derived and no snapshot is finite.
+    """
+    settings, n, dimension = replace(objective.settings, **other), objective.task.n, objective.layout.size
+    among = fitted(metrics)
+    if not among:
+        if isinstance(settings.nbeta, float | int) and settings.localization is not None:
+            return posterior_scale(settings, n, dimension, math.nan, math.nan)
+        raise SettingsError("nbeta: cannot be derived, as no snapshot has a finite loss; give nbeta and localization.")
+    norm_squared = statistics.median(known.norm_squared for known in among)
+    tops = [known.top_curvature for known in among if known.top_curvature > 0] or [0.0]
+    # Under cross-entropy all curvatures shrink as margins grow: at one nβ, λ̂ would fall in every run.
+    follow = settings.nbeta == "curvature" or (settings.nbeta is None and max(tops) > PILOT.fallen * min(tops))
+    return posterior_scale(settings, n, dimension, norm_squared, statistics.median(tops), follow)
+
+
+def fitted(metrics: Sequence[SnapshotMetrics]) -> list[SnapshotMetrics]:
+    """Those of snapshots that have fitted the training set, among those whose loss and curvature are finite.
+
+    Args:
+        metrics: of the snapshots.
+    """
+    finite = [known for known in metrics if known.finite]
+    losses = [known.train_loss for known in finite]
+    most = min(losses, default=0.0) + PILOT.fitted * (max(losses, default=0.0) - min(losses, default=0.0))
+    return [known for known in finite if known.train_loss <= most]
+
+
+def choose_sampling(
+    objective: Objective,
+    load: Callable[[int], dict[str, Tensor] | None],
+    metrics: Sequence[SnapshotMetrics],
+    key: Callable[[int], int] = lambda step: step,
+    threads: int = 1,
+) -> Scale:
+    """nβ, γ and, of large sets, samples and batch size, for all snapshots of a run.
+
+    Args:
+        objective: with what was asked for.
+        load: gives a snapshot's weights by step.
+        metrics: of the snapshots from which the choice is made.
+        key: gives what the noise of a snapshot is keyed by beside the seed, by its step; by default the step.
+        threads: how many may work at once; no result depends on it.
+
+    Raises:
+        SettingsError: nβ or γ have to be derived and cannot be, or samples are asked for of a set that is used whole.
+    """
+    settings, large_set = objective.settings, objective.large_set
+    stored = len(objective.loss.tensors[0])
+    if settings.samples is not None and settings.samples < stored and not large_set:
+        raise SettingsError(
+            f"samples: expected none of a set that is used whole, got {settings.samples} of {stored}; a gradient on "
+            "all is cheap, or the loss is no mean over samples."
+        )
+    scale = choose_scale(objective, metrics)
+    if settings.kernel.vanilla and large_set:  # as published: batches of all samples
+        return scale._replace(samples=settings.samples, batch_size=settings.batch_size)
+    among = [known for known in fitted(metrics) if scale.curvature is None or known.top_curvature > 0]
+    tried = [among[round(i * (len(among) - 1) / PILOT.tried)] for i in range(PILOT.tried, 0, -1)]
+    snapshots = [(known, weights) for known in dict.fromkeys(tried) if (weights := load(known.step)) is not None]
+    free = settings.localization is None and settings.locality is None
+    if not snapshots or (not large_set and not free):
+        return scale
+    trial = _Trial(objective, key)
+    at_once = threads if large_set else 1  # of small sets a trial takes a moment
+    if large_set:
+        scale = trial.sized(scale, snapshots[0][1])
+        if not free and settings.samples is not None and settings.batch_size is not None:
+            return scale  # nothing is left to be found out
+    for locality in PILOT.localities if free else (scale.locality,):
+        if free:
+            wider = choose_scale(objective, metrics, locality=locality)
+            scale = wider._replace(samples=scale.samples, batch_size=scale.batch_size)
+        found = []
+        for some in _batched(snapshots, at_once):
+            estimates = _run_threads(partial(trial.run, scale=scale), some)
+            found += [(*snapshot, estimate) for snapshot, estimate in zip(some, estimates, strict=True)]
+            left = [number for number, (known, _, estimate) in enumerate(found) if trial.left(known, estimate)]
+            if left:
+                found = found[: left[0] + 1]  # however many threads there are
+                break
+        else:
+            break
+    else:  # batches may have kept the chains up there, and λ_c would be far too large
+        if large_set:
+            whole = trial.in_batches(scale, None)
+            found = [(*snapshot, trial.run(*snapshot, scale=whole)) for *snapshot, _ in found]
+    if not large_set:
+        return scale
+    scale = trial.enlarged(scale, found)
+    return trial.in_batches(scale, trial.profiles(scale, snapshots, at_once))
+
+
+class _Trial:
+    """Short chains at a few snapshots."""
+
+    def __init__(self, objective: Objective, key: Callable[[int], int]) -> None:
+        self._objective, self._loss, self._settings = objective, objective.loss, objective.settings
+        self._key = key
+
+    def sized(self, scale: Scale, weights: Mapping[str, Tensor]) -> Scale:
+        """The scale with samples and batches to begin with."""
+        # With one target each, λ_c of the fewest that are ever used would be far too small.
+        samples = PILOT.min_samples if self._targets(weights) >= 2 else 2 * PILOT.min_samples
+        samples = min(self._settings.samples or samples, len(self._loss.tensors[0]))
+        return _in_batches(scale, samples, self._settings.batch_size or PILOT.batch_size)
+
+    def profiles(
+        self, scale: Scale, snapshots: Sequence[tuple[SnapshotMetrics, dict[str, Tensor]]], threads: int
+    ) -> list[NoiseProfile] | None:
+        """How noisy gradients of few samples are; None where batches are given or have to be all samples."""
+        # Of large networks the batches' gradients are not kept.
+        if not self._objective.large_set or self._settings.batch_size or self._loss.micro_batch is not None:
+            return None
+        if scale.samples is not None and scale.samples < MINIBATCH_NOISE.profiled_multiple:
+            return None
+        return [
+            profile
+            for some in _batched(snapshots, threads)
+            for profile in _run_threads(partial(self._profile, scale=scale), some)
+        ]
+
+    def in_batches(self, scale: Scale, profiles: Sequence[NoiseProfile] | None) -> Scale:
+        """The scale with batches so large that their noise does no harm."""
+        if profiles is None:
+            return _in_batches(scale, scale.samples, self._settings.batch_size)
+        sizes = [profile.batch(scale.samples, PILOT.aimed * MINIBATCH_NOISE.heating) for profile in profiles]
+        return _in_batches(scale, scale.samples, None if None in sizes else max(sizes))
+
+    def _step_size(self, known: SnapshotMetrics, scale: Scale) -> float:
+        top = known.top_curvature if scale.curvature is None else scale.curvature
+        return self._settings.step_size or step_size(scale.nbeta, scale.localization, top)
+
+    def _profile(self, known: SnapshotMetrics, weights: Mapping[str, Tensor], scale: Scale) -> NoiseProfile:
+        """How noisy gradients of few samples are at one snapshot."""
+        loss = self._objective.fork().loss.subset(scale.samples, MINIBATCH_NOISE.profile_batch)
+        factor = 1.0 if scale.curvature is None else scale.curvature / known.top_curvature
+        stacked, anchor = stack_weights(loss, [{**weights, FACTOR: torch.tensor(factor)}])
+        key, size = self._key(known.step), self._step_size(known, scale)
+        return profile_noise(stacked, anchor, key, self._settings, scale.nbeta, scale.localization, size)
+
+    def run(self, known: SnapshotMetrics, weights: Mapping[str, Tensor], scale: Scale) -> LLCEstimate:
+        """A short estimate."""
+        short, scales = replace(self._settings, draws=self._settings.draws or PILOT.few_draws), [scale]
+        if self._objective.large_set:
+            size = self._step_size(known, scale)
+            short = replace(short, step_size=size, burn_in=PILOT.burn_in, draws=PILOT.draws)
+            scales.append(self.in_batches(scale, None))  # where small batches throw the chains out
+        objective = replace(self._objective.fork(), settings=short)
+        for tried in dict.fromkeys(scales):
+            estimate = objective.estimate([weights], [known], tried, [self._key(known.step)])[0]
+            if estimate.llc is not None:
+                break
+        return estimate
+
+    def left(self, known: SnapshotMetrics, estimate: LLCEstimate) -> bool:
+        """Whether the chains have gone so far up that they are hardly in the snapshot's basin any more."""
+        if estimate.llc is None:
+            return True
+        chance = min((loss for loss in self._objective.chance if loss > known.train_loss), default=math.inf)
+        return estimate.llc / estimate.nbeta > PILOT.max_climb * (chance - known.train_loss)
+
+    def enlarged(
+        self, scale: Scale, found: Sequence[tuple[SnapshotMetrics, Mapping[str, Tensor], LLCEstimate]]
+    ) -> Scale:
+        """The scale with so many samples that the posterior of all would hardly be another one."""
+        stored = len(self._loss.tensors[0])
+        if self._settings.samples is not None:
+            return scale._replace(samples=min(self._settings.samples, stored))
+        value = max((estimate.llc_centred or estimate.llc or 0.0 for _, _, estimate in found), default=0.0)
+        wanted = value / (PILOT.max_bias * self._targets(found[0][1]))
+        samples = PILOT.min_samples
+        while samples < min(wanted, stored):
+            samples *= 2
+        # Where few are left, they cost little, and nothing is missed with them.
+        return scale._replace(samples=stored if stored <= PILOT.nearly_all * samples else samples)
+
+    def _targets(self, weights: Mapping[str, Tensor]) -> float:
+        """Predictions that the loss compares with targets, a sample."""
+        count = min(8, len(self._loss.tensors[0]))
+        few = [tensor[:count] for tensor in self._loss.tensors]
+        named = {name: as_float(tensor).to(self._loss.device) for name, tensor in weights.items()}
+        _, outputs, hits = loss_and_hits(self._objective.task.forward, named, few)
+        if hits is not None:
+            return max(1.0, len(hits) / count)
+        return 1.0 if outputs is None or outputs.ndim < 2 else max(1.0, outputs.numel() / count)
+
+
+def _batched(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """So many items after another."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _run_threads(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """A function's values, each found by a thread of its own."""
+    if len(arguments) == 1:
+        return [function(*arguments[0])]
+    with ThreadPoolExecutor(len(arguments)) as pool:
+        futures = [pool.submit(copy_context().run, function, *pair) for pair in arguments]
+        try:
+            return [future.result() for future in futures]
+        except KeyboardInterrupt:
+            interruption.set()
+            raise
+
+
+def _in_batches(scale: Scale, samples: int, batch: int | None) -> Scale:
+    """The scale with so many samples, of which batches take equal parts."""
+    if batch is None or batch >= samples:
+        return scale._replace(samples=samples, batch_size=None)
+    return scale._replace(samples=samples - samples % batch, batch_size=batch)

@@ -1,0 +1,1 @@
+"""What an analysis found, in memory and in the run directory."""

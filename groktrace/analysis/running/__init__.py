@@ -1,0 +1,1 @@
+"""An open analysis: which snapshots are measured when, and by whom."""
