@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from groktrace.analysis.forecast import forecast as forecast
     from groktrace.analysis.measurement.limit import LearningCoefficient as LearningCoefficient
     from groktrace.analysis.measurement.llc import LLCEstimate as LLCEstimate
-    from groktrace.analysis.measurement.point import estimate_llc as estimate_llc
-    from groktrace.analysis.measurement.temperature import TemperatureCurve as TemperatureCurve
-    from groktrace.analysis.measurement.temperature import temperature_curve as temperature_curve
-    from groktrace.analysis.measurement.temperature import temperature_curve_at as temperature_curve_at
+    from groktrace.analysis.point import estimate_llc as estimate_llc
     from groktrace.analysis.replay import analyze as analyze
     from groktrace.analysis.results.draws import Draws as Draws
     from groktrace.analysis.results.grokking import Grokking as Grokking
     from groktrace.analysis.results.grokking import measure_grokking as measure_grokking
     from groktrace.analysis.results.trajectory import Point as Point
     from groktrace.analysis.results.trajectory import Trajectory as Trajectory
+    from groktrace.analysis.temperature import TemperatureCurve as TemperatureCurve
+    from groktrace.analysis.temperature import temperature_curve as temperature_curve
+    from groktrace.analysis.temperature import temperature_curve_at as temperature_curve_at
     from groktrace.errors import GroktraceError as GroktraceError
     from groktrace.importing.plan import import_checkpoints as import_checkpoints
     from groktrace.recording.recorder import Recorder as Recorder
@@ -72,9 +72,9 @@ _NAMES = {
     "analysis.results.grokking": ("Grokking", "measure_grokking"),
     "analysis.measurement.limit": ("LearningCoefficient",),
     "analysis.measurement.llc": ("LLCEstimate",),
-    "analysis.measurement.point": ("estimate_llc",),
+    "analysis.point": ("estimate_llc",),
     "analysis.replay": ("analyze",),
-    "analysis.measurement.temperature": ("TemperatureCurve", "temperature_curve", "temperature_curve_at"),
+    "analysis.temperature": ("TemperatureCurve", "temperature_curve", "temperature_curve_at"),
     "analysis.results.trajectory": ("Point", "Trajectory"),
     "errors": ("GroktraceError",),
     "importing.plan": ("import_checkpoints",),

@@ -37,7 +37,7 @@ ON_CALL = {
     ("analysis/follow.py", "reporting"),  # for types
     ("analysis/results/trajectory.py", "reporting"),
     ("analysis/replay.py", "reporting"),
-    ("analysis/running/progress.py", "reporting"),  # how far it is, on standard error
+    ("analysis/progress.py", "reporting"),  # how far it is, on standard error
     ("run/store.py", "analysis"),  # Run.trajectory
     ("recording/on_transition.py", "analysis"),  # messages, read as they were written
     ("run/checkpoints.py", "importing"),  # what to do with a folder of checkpoints
@@ -66,6 +66,17 @@ def test_imports_point_one_way(path):
             continue
         assert ORDER.index(other) <= ORDER.index(part), f"{path} imports {other}"
         assert other not in MAY_NOT.get(part, ()), f"{path} imports {other}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "analysis").glob("*/*.py")), ids=lambda path: path.name)
+def test_rooms_of_the_analysis_follow_the_path_of_a_run(path):
+    rooms = ("measurement", "results", "detection", "running")
+    own = rooms.index(path.parent.name)
+    for node in ast.parse(path.read_text()).body:  # types are not carried out
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("groktrace.analysis"):
+            # What lies beside the rooms opens an analysis, but for two modules.
+            room = [*node.module.split("."), *(alias.name for alias in node.names)][2]
+            assert room in (*rooms[: own + 1], "tuning", "progress"), f"{path} imports {node.module}"
 
 
 def test_programs_are_reached_by_their_door():

@@ -14,12 +14,12 @@ import torch
 
 from groktrace.analysis.measurement.measure import SnapshotMetrics
 from groktrace.analysis.measurement.reference import Reference, check_reference
+from groktrace.analysis.progress import ProgressCallback, shown
 from groktrace.analysis.results.draws import Keep
 from groktrace.analysis.results.journal import exclusive
 from groktrace.analysis.results.store import TRAJECTORY_FILE, files_place, note_latest
 from groktrace.analysis.results.trajectory import Point, Trajectory
 from groktrace.analysis.running.passes import sample_adaptively, sample_in_passes, spread
-from groktrace.analysis.running.progress import ProgressCallback, shown
 from groktrace.analysis.running.session import Session, open_session
 from groktrace.analysis.running.setup import make_settings
 from groktrace.analysis.tuning import PASSES

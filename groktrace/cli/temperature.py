@@ -16,7 +16,7 @@ from groktrace.cli.options import COMPUTING, DATA, JSON, RUN, SAMPLING, Command,
 @options(*DATA, *COMPUTING, *SAMPLING)
 def command(run: Path | str, step: int, as_json: bool, **given: Any) -> None:
     """Print λ̂ of the snapshot of STEP in RUN at several nβ and, of at most 500 weights, its limit λ."""
-    from groktrace.analysis.measurement.temperature import temperature_curve_at
+    from groktrace.analysis.temperature import temperature_curve_at
     from groktrace.reporting.console import temperature_table
     from groktrace.reporting.progress import Phases
     from groktrace.run.store import open_run

@@ -17,8 +17,7 @@ from groktrace.run.remote import is_url
 
 # With the modules of this process, whatever the folder holds that it runs in.
 _START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from groktrace.analysis.running.background import main; main()"
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from groktrace.analysis.background import main; main()"
 )
 
 Callback = Callable[[Any, Any], object]
@@ -105,7 +104,7 @@ class TransitionCallback:
         if process is None or process.stdout is None:
             return
         try:
-            from groktrace.analysis.running.background import read_message
+            from groktrace.analysis.background import read_message
 
             for line in process.stdout:
                 message = read_message(line)

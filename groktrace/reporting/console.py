@@ -12,9 +12,9 @@ from groktrace.analysis.detection import Transition
 from groktrace.analysis.forecast import Forecast
 from groktrace.analysis.measurement.limit import LearningCoefficient
 from groktrace.analysis.measurement.reference import Reference
-from groktrace.analysis.measurement.temperature import TemperatureCurve
 from groktrace.analysis.results.grokking import Grokking
 from groktrace.analysis.results.trajectory import SYMBOLS, Point, Trajectory
+from groktrace.analysis.temperature import TemperatureCurve
 from groktrace.records import plain
 from groktrace.reporting.numbers import duration, number
 from groktrace.reporting.remarks import reason_kind

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 import groktrace
-from groktrace.analysis.measurement.temperature import temperature_curve_at
+from groktrace.analysis.temperature import temperature_curve_at
 from tools.accuracy.reference import REFERENCE_RUNS, record_reference
 from tools.common.measurements import Row, Table, Verdict, number, print_markdown
 

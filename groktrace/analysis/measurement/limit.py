@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from groktrace.analysis.measurement.measure import Objective, stack_weights
-from groktrace.analysis.running.progress import ProgressCallback, silent
+from groktrace.analysis.progress import ProgressCallback, silent
 from groktrace.analysis.tuning import LIMIT
 from groktrace.errors import SettingsError
 from groktrace.records import Record

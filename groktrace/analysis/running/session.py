@@ -17,6 +17,7 @@ from groktrace.analysis.measurement.hessian import HessianMetrics
 from groktrace.analysis.measurement.measure import Objective, SnapshotMetrics
 from groktrace.analysis.measurement.pilot import choose_sampling
 from groktrace.analysis.measurement.reference import Reference, jacobian_reference
+from groktrace.analysis.progress import ProgressCallback, silent
 from groktrace.analysis.results import store
 from groktrace.analysis.results.draws import Keep, KeptDraws
 from groktrace.analysis.results.identity import data_digest, identify
@@ -31,7 +32,6 @@ from groktrace.analysis.running.backends import (
     thread_backend,
 )
 from groktrace.analysis.running.evaluator import Evaluator, EvaluatorSpec, Phase, WorkItem
-from groktrace.analysis.running.progress import ProgressCallback, silent
 from groktrace.analysis.running.setup import OtherData, choose_device, choose_task, run_layout
 from groktrace.analysis.running.snapshots import Snapshots
 from groktrace.errors import RunError, SettingsError, SnapshotError, TaskError

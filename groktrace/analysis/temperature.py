@@ -13,10 +13,10 @@ from groktrace.analysis.measurement.limit import LearningCoefficient, learning_c
 from groktrace.analysis.measurement.llc import LLCEstimate
 from groktrace.analysis.measurement.measure import Objective, SnapshotMetrics
 from groktrace.analysis.measurement.pilot import choose_sampling, choose_scale
-from groktrace.analysis.measurement.point import prepare_point
+from groktrace.analysis.point import prepare_point
+from groktrace.analysis.progress import ProgressCallback, shown
 from groktrace.analysis.running.backends import one_thread
 from groktrace.analysis.running.passes import spread
-from groktrace.analysis.running.progress import ProgressCallback, shown
 from groktrace.analysis.running.session import Session, open_session
 from groktrace.analysis.running.setup import choose_device, make_settings
 from groktrace.analysis.tuning import LIMIT

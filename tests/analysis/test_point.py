@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from groktrace import theory
-from groktrace.analysis.measurement import point
+from groktrace.analysis import point
 from groktrace.analysis.measurement.llc import OFF_MINIMUM
-from groktrace.analysis.measurement.point import estimate_llc
+from groktrace.analysis.point import estimate_llc
 from groktrace.errors import SettingsError, TaskError
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import groktrace
 from groktrace.analysis.measurement import limit
-from groktrace.analysis.measurement.temperature import temperature_curve_at
+from groktrace.analysis.temperature import temperature_curve_at
 from groktrace.errors import SettingsError
 from groktrace.run.files import read_json, write_json
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import groktrace
-from groktrace.analysis.running import progress as module
+from groktrace.analysis import progress as module
 
 FAST = {"draws": 20, "burn_in": 20}
 

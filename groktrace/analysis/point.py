@@ -13,8 +13,8 @@ from groktrace.analysis.measurement.limit import LearningCoefficient, learning_c
 from groktrace.analysis.measurement.llc import LLCEstimate
 from groktrace.analysis.measurement.measure import Objective, SnapshotMetrics
 from groktrace.analysis.measurement.pilot import choose_sampling
+from groktrace.analysis.progress import ProgressCallback, shown
 from groktrace.analysis.running.backends import one_thread
-from groktrace.analysis.running.progress import ProgressCallback, shown
 from groktrace.analysis.running.setup import choose_device, make_settings, weight_layout
 from groktrace.errors import TaskError
 from groktrace.run.task import Task
