@@ -32,6 +32,22 @@ def test_networks_are_within_their_family_and_some_layers_of_reduced_rank(exampl
     assert 0.2 < reduced / layers < 0.7
 
 
+def test_half_of_the_rank_is_that_of_the_jacobian(example):
+    for seed in range(6):
+        model, widths, _ = example["random_network"](seed, (1, 400), (3, 8, 4))
+        weights = [layer.weight.detach().double() for layer in model]
+
+        def product(*layers, inputs=widths[0]):
+            whole = torch.eye(inputs).double()
+            for layer in layers:
+                whole = layer @ whole
+            return whole
+
+        parts = torch.autograd.functional.jacobian(product, tuple(weights))
+        jacobian = torch.cat([part.reshape(widths[-1] * widths[0], -1) for part in parts], 1)
+        assert example["half_rank"](model) == int(torch.linalg.matrix_rank(jacobian, rtol=1e-6)) / 2
+
+
 def test_at_least_forty_networks_of_up_to_a_million_weights(example):
     assert sum(count for count, *_ in example["FAMILIES"]) >= 40
     assert max(most for _, (_, most), _ in example["FAMILIES"]) == 1e6
