@@ -96,7 +96,7 @@ def test_recording_resuming_and_analysing(url):
     assert json.loads(first.stdout)["run"] == url
     after = names(url)
     kept = {name.rpartition("/")[2].split("-")[0] for name in after if name.startswith("analysis/")}
-    assert kept == {"settings.json", "survey", "points.jsonl", "trajectory.json", "latest.json"}
+    assert kept == {"settings.json", "metrics", "points.jsonl", "trajectory.json", "latest.json"}
     assert any(name.startswith("tensorboard/trajectory/events") for name in after)
     again = CliRunner().invoke(main, ["analyze", url, "--json", *settings])  # from the journal
     assert json.loads(again.stdout) == json.loads(first.stdout)

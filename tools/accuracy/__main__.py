@@ -16,6 +16,7 @@ import click
 import torch
 
 from tools.accuracy.coverage import run_coverage
+from tools.accuracy.deep_linear import run_deep_linear
 from tools.accuracy.failures import run_failures
 from tools.accuracy.insensitivity import run_insensitivity
 from tools.accuracy.known import run_known
@@ -34,6 +35,7 @@ PARTS: dict[str, Callable[[Path, bool], list[Verdict]]] = {
     "limit-coverage": run_limit_coverage,
     "limit-constants": run_limit_constants,
     "ladder": run_ladder,
+    "deep-linear": run_deep_linear,
 }
 
 
