@@ -1,6 +1,7 @@
 """Recorded runs that several tests read."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,12 @@ import groktrace
 from groktrace.cli import main
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def unchanged_priority(monkeypatch):
+    """Let `follow`, called here, not put all later tests of this process behind everything else."""
+    monkeypatch.setattr(os, "nice", lambda increment: 0, raising=False)
 
 
 @pytest.fixture(scope="session")
