@@ -216,7 +216,8 @@ def label_of(
     evidence = f"λ falls by {100 * share:.0f} %{more} while the training loss stays low"
     accuracy = trajectory.column("val_accuracy")
     if np.isfinite(accuracy[end]) and np.isfinite(accuracy).any():
-        start = np.nanmin(accuracy[: onset + 1]) if np.isfinite(accuracy[: onset + 1]).any() else math.nan
+        # As it is when λ begins to fall: where any training begins, it is that of chance.
+        start = next((value for value in accuracy[onset::-1] if np.isfinite(value)), math.nan)
         verb = "confirms" if accuracy[end] >= start + settings.min_validation_gain else "contradicts"
         evidence += f"; validation {verb}: accuracy {start:.2f} before, {accuracy[end]:.2f} at its end"
     return "generalisation", evidence

@@ -41,6 +41,15 @@ def test_a_run_that_groks_off_any_minimum_has_its_transitions():
     assert {transition.curve for transition in find_transitions(off)} == {"llc_centred"}
 
 
+@pytest.mark.parametrize(("risen", "verb"), [(700, "confirms"), (100, "contradicts")])
+def test_validation_is_judged_from_where_lambda_begins_to_fall(risen, verb):
+    run, accuracy = measured(HUMP), np.where(risen > STEPS, 0.1, 0.9)  # any training begins at chance
+    points = [replace(point, val_accuracy=float(value)) for point, value in zip(run.points, accuracy, strict=True)]
+    fall = find_transitions(replace(run, points=tuple(points)))[-1]
+    before = accuracy[np.searchsorted(STEPS, fall.onset)]
+    assert f"validation {verb}: accuracy {before:.2f} before, 0.90 at its end" in fall.evidence
+
+
 def test_what_is_negative_is_no_level():
     deep = np.where(STEPS < 150, -800.0, HUMP)
     assert found(measured(deep)) == [FALL]
