@@ -117,7 +117,8 @@ def test_validation_confirms_or_contradicts():
     loss = np.interp(STEPS, [0, 200, 3000], [1.0, 0.01, 0.0])
     learns = np.interp(STEPS, [0, 200, 800, 3000], [0.1, 0.1, 1.0, 1.0])
     confirmed = find_transitions(curve(hump(), train_loss=loss, val_accuracy=learns))[1]
-    assert confirmed.evidence.endswith("validation confirms: accuracy 0.10 before, 1.00 at its end")
+    before = learns[np.searchsorted(STEPS, confirmed.onset)]
+    assert confirmed.evidence.endswith(f"validation confirms: accuracy {before:.2f} before, 1.00 at its end")
     contradicted = find_transitions(curve(hump(), train_loss=loss, val_accuracy=np.full(61, 0.1)))[1]
     assert "validation contradicts" in contradicted.evidence
 
