@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import groktrace
 from tools.common.measurements import Row, Table, Verdict, number, percent, print_markdown
-from tools.common.peers import has_devinterp
+from tools.common.peers import devinterp_llc, has_devinterp
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "deep_linear.py"
 # Of the published table: samples, batch, steps and step size of SGLD for networks of up to 10⁴ weights or so.
@@ -28,31 +28,13 @@ COLUMNS = ["network", "layers", "weights", "closed form", "half rank", "λ̂", "
 
 def by_devinterp(model: nn.Module, data: tuple[Tensor, Tensor], nbeta: float) -> float:
     """λ̂ by one chain of SGLD; NaN where it diverges."""
-    from devinterp.optim.sgmcmc import SGMCMC
-    from devinterp.slt.sampler import estimate_learning_coeff
 
     def evaluate(network: nn.Module, batch: list[Tensor]) -> Tensor:
         return nn.functional.mse_loss(network(batch[0]), batch[1])
 
-    try:
-        return estimate_learning_coeff(
-            model,
-            DataLoader(TensorDataset(*data), BATCH, shuffle=True, generator=torch.Generator().manual_seed(0)),
-            evaluate=evaluate,
-            sampling_method=SGMCMC.sgld,
-            optimizer_kwargs={"lr": STEP_SIZE, "nbeta": nbeta, "localization": LOCALIZATION},
-            num_draws=DRAWS,
-            num_chains=1,
-            num_burnin_steps=BURN_IN,
-            init_loss=0.0,
-            seed=0,
-            device="cpu",
-            verbose=False,
-        )
-    except RuntimeError as failure:
-        if "NaN" not in str(failure):
-            raise
-        return math.nan
+    loader = DataLoader(TensorDataset(*data), BATCH, shuffle=True, generator=torch.Generator().manual_seed(0))
+    scale = {"lr": STEP_SIZE, "nbeta": nbeta, "localization": LOCALIZATION}
+    return devinterp_llc(model, loader, evaluate, scale, 0.0, (1, BURN_IN, DRAWS), 0)
 
 
 def measure(example: dict[str, Any], seed: int) -> Row:

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -192,9 +193,6 @@ class Devinterp:
 
     def llc(self, model: nn.Module, chains: int, burn_in: int, draws: int, seed: int) -> float:
         """nβ·(mean loss − loss at w* on all samples); NaN where a chain diverged."""
-        from devinterp.optim.sgmcmc import SGMCMC
-        from devinterp.slt.sampler import estimate_learning_coeff
-
         batch_size = self.batch_size or len(self.data[0])
         generator = torch.Generator().manual_seed(seed)
         if self.gathered:
@@ -204,27 +202,55 @@ class Devinterp:
             loader = DataLoader(TensorDataset(*self.data), batch_size, shuffle=True, generator=generator)
         with torch.no_grad():
             init_loss = _centred_evaluation(model, self.data).item()
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
-            try:
-                return estimate_learning_coeff(
-                    model,
-                    loader,
-                    evaluate=_centred_evaluation,
-                    sampling_method=SGMCMC.sgld,
-                    optimizer_kwargs={"lr": self.lr, "nbeta": self.nbeta, "localization": self.localization},
-                    num_draws=draws,
-                    num_chains=chains,
-                    num_burnin_steps=burn_in,
-                    init_loss=init_loss,
-                    seed=seed,
-                    device="cpu",
-                    verbose=False,
-                )
-            except RuntimeError as failure:
-                if "NaN" not in str(failure):
-                    raise
-                return math.nan
+        scale = {"lr": self.lr, "nbeta": self.nbeta, "localization": self.localization}
+        return devinterp_llc(model, loader, _centred_evaluation, scale, init_loss, (chains, burn_in, draws), seed)
+
+
+def devinterp_llc(
+    model: nn.Module,
+    loader: DataLoader[Any],
+    evaluate: Callable[..., Tensor],
+    scale: dict[str, float],
+    init_loss: float,
+    lengths: tuple[int, int, int],
+    seed: int,
+) -> float:
+    """λ̂ by devinterp's SGLD; NaN where a chain diverged.
+
+    Args:
+        model: at w*.
+        loader: gives the batches.
+        evaluate: (model, batch) → mean loss.
+        scale: step size (`lr`), nβ (`nbeta`) and γ (`localization`).
+        init_loss: L(w*).
+        lengths: chains, steps of burn-in, draws.
+        seed: of the noise.
+    """
+    from devinterp.optim.sgmcmc import SGMCMC
+    from devinterp.slt.sampler import estimate_learning_coeff
+
+    chains, burn_in, draws = lengths
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        try:
+            return estimate_learning_coeff(
+                model,
+                loader,
+                evaluate=evaluate,
+                sampling_method=SGMCMC.sgld,
+                optimizer_kwargs=scale,
+                num_draws=draws,
+                num_chains=chains,
+                num_burnin_steps=burn_in,
+                init_loss=init_loss,
+                seed=seed,
+                device="cpu",
+                verbose=False,
+            )
+        except RuntimeError as failure:
+            if "NaN" not in str(failure):
+                raise
+            return math.nan
 
 
 def training_steps(

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -44,7 +43,7 @@ from groktrace.sampling.calibration import Scale, step_size
 from groktrace.sampling.network import as_float
 from groktrace.sampling.settings import SamplingSettings
 from tools.common.measurements import Row, markdown, peak_bytes
-from tools.common.peers import has_devinterp
+from tools.common.peers import devinterp_llc, has_devinterp
 
 CHAINS, BURN_IN, DRAWS, BATCH = 4, 100, 200, 32
 LR = 1e-4
@@ -91,32 +90,11 @@ def by_devinterp(
     objective: Objective, weights: dict[str, Tensor], estimate: LLCEstimate, loss: float, seed: int
 ) -> float:
     """λ̂ by devinterp's SGLD; NaN where a chain diverged."""
-    from devinterp.optim.sgmcmc import SGMCMC
-    from devinterp.slt.sampler import estimate_learning_coeff
-
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(TensorDataset(*objective.task.train.tensors), BATCH, shuffle=True, generator=generator)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        try:
-            return estimate_learning_coeff(
-                Recorded(objective, weights),
-                loader,
-                evaluate=lambda model, batch: model(*batch),
-                sampling_method=SGMCMC.sgld,
-                optimizer_kwargs={"lr": LR, "nbeta": estimate.nbeta, "localization": estimate.localization},
-                num_draws=DRAWS,
-                num_chains=CHAINS,
-                num_burnin_steps=BURN_IN,
-                init_loss=loss,
-                seed=seed,
-                device="cpu",
-                verbose=False,
-            )
-        except RuntimeError as failure:
-            if "NaN" not in str(failure):
-                raise
-            return math.nan
+    scale = {"lr": LR, "nbeta": estimate.nbeta, "localization": estimate.localization}
+    model, lengths = Recorded(objective, weights), (CHAINS, BURN_IN, DRAWS)
+    return devinterp_llc(model, loader, lambda network, batch: network(*batch), scale, loss, lengths, seed)
 
 
 class Bench:
