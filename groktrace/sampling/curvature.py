@@ -62,8 +62,8 @@ def top_eigenvalue(
     start: Tensor,
     iterations: int = 8,
     index: Tensor | None = None,
-    settled: float = 0.0,
-    most: int | None = None,
+    rtol: float = 0.0,
+    max_iterations: int | None = None,
 ) -> Tensor:
     """Largest |eigenvalue| of the Hessian of each row, from below; zero where it is no more than rounding.
 
@@ -73,8 +73,8 @@ def top_eigenvalue(
         start: [R, D] random directions.
         iterations: products; eight come within 6 % on networks (1 % in the median), ten power iterations within 11 %.
         index: [R, B] samples for each row; None for all of them.
-        settled: more products are made while the last two add more than this share: one alone can miss an eigenvalue,
-        most: so many at most; None for no more than `iterations`.
+        rtol: more products are made while the last two add more than this share: one alone can miss an eigenvalue.
+        max_iterations: largest number of products; None for `iterations`.
 
     Returns:
         [R]; NaN where the loss is not finite.
@@ -85,11 +85,11 @@ def top_eigenvalue(
     def goes_on(tridiagonal: Tensor) -> bool:
         now, before = _largest(tridiagonal), _largest(tridiagonal[:, :-2, :-2])
         for row, (one, other) in enumerate(zip(now.tolist(), before.tolist(), strict=True)):
-            if row not in kept and (one - other <= settled * one or tridiagonal.shape[1] >= most):
+            if row not in kept and (one - other <= rtol * one or tridiagonal.shape[1] >= max_iterations):
                 kept[row] = one
         return len(kept) < len(now)
 
-    goes_on_to = None if most is None else goes_on
+    goes_on_to = None if max_iterations is None else goes_on
     tridiagonal, basis = _checked_lanczos(loss, weights, gradients, start, iterations, index, goes_on_to)
     finite = torch.isfinite(tridiagonal).all(dim=(1, 2))
     sizes = _largest(tridiagonal).to(weights.dtype)

@@ -162,12 +162,12 @@ def test_products_go_on_until_the_largest_eigenvalue_has_settled_in_each_row(bow
     starts = torch.randn(4, 4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     starts[:, -1] *= 0.1  # one product adds less than 1 % in two of them before it is found
     assert (top_eigenvalue(loss, weights, starts, 6) < 0.9 * 1.4).any()
-    found = top_eigenvalue(loss, weights, starts, 6, settled=0.01, most=24)
+    found = top_eigenvalue(loss, weights, starts, 6, rtol=0.01, max_iterations=24)
     torch.testing.assert_close(found, torch.full((4,), 1.4).double(), rtol=0.02, atol=0)
     for row in range(4):
-        alone = top_eigenvalue(loss, weights[row : row + 1], starts[row : row + 1], 6, settled=0.01, most=24)
+        alone = top_eigenvalue(loss, weights[row : row + 1], starts[row : row + 1], 6, rtol=0.01, max_iterations=24)
         torch.testing.assert_close(alone, found[row : row + 1], rtol=1e-9, atol=0)
-    assert (top_eigenvalue(loss, weights, starts, 6, settled=0.01, most=7) < 0.9 * 1.4).any()
+    assert (top_eigenvalue(loss, weights, starts, 6, rtol=0.01, max_iterations=7) < 0.9 * 1.4).any()
 
 
 def start(loss, weights, *more):

@@ -86,7 +86,7 @@ def _end_of_lines(file: BinaryIO) -> int:
 
 @contextlib.contextmanager
 def exclusive(folder: Path, wait: bool = False) -> Iterator[None]:
-    """FolderLock a folder for one process; the hold ends with the process, however it ends.
+    """Hold a folder for one process; the hold ends with the process, however it ends.
 
     Args:
         folder: to be held; it exists.

@@ -196,7 +196,7 @@ def _addresses(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _left_alone(model: nn.Module) -> Iterator[None]:
-    """RecordedTask mode for a while; random generators, flags and buffers are put back."""
+    """Evaluation mode for a while; random generators, flags and buffers are put back."""
     flags, python, legacy = [(m, m.training) for m in model.modules()], random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
