@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from groktrace.sampling.engine import Target
@@ -31,14 +30,11 @@ def has_settled(record: Tensor, dimension: int) -> bool:
     return before - virial <= EQUILIBRIUM.max_virial_fall * abs(virial) + EQUILIBRIUM.virial_errors * error
 
 
-def is_leaving(record: Tensor, target: Target) -> bool:
-    """Whether a chain is on its way out, or the loss fell so far at once that there is no basin where it began.
+def has_fallen(record: Tensor, target: Target) -> bool:
+    """Whether the loss fell so far at once that there is no basin where the chains began.
 
     Args:
-        record: the same; where the loss fell so far, virials become NaN, by which it is known from then on.
+        record: the same.
         target: what is sampled.
     """
-    fell = target.has_fallen(-float(record[:, 0].amin()), EQUILIBRIUM.fall_for_good)
-    if fell:
-        record[:, 1] = torch.nan
-    return fell or not bool(torch.isfinite(record[:, 1]).all())
+    return target.has_fallen(-float(record[:, 0].amin()), EQUILIBRIUM.fall_for_good)

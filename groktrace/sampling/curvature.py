@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.tuning import CURVATURE
@@ -80,21 +82,9 @@ def top_eigenvalue(
         [R]; NaN where the loss is not finite.
     """
     losses, gradients = loss.gradients(weights, index)
-    kept: dict[int, float] = {}  # of rows that have settled, so that no row depends on the others
-
-    def goes_on(tridiagonal: Tensor) -> bool:
-        now, before = _largest(tridiagonal), _largest(tridiagonal[:, :-2, :-2])
-        for row, (one, other) in enumerate(zip(now.tolist(), before.tolist(), strict=True)):
-            if row not in kept and (one - other <= rtol * one or tridiagonal.shape[1] >= max_iterations):
-                kept[row] = one
-        return len(kept) < len(now)
-
-    goes_on_to = None if max_iterations is None else goes_on
-    tridiagonal, basis = _checked_lanczos(loss, weights, gradients, start, iterations, index, goes_on_to)
+    tridiagonal, basis = _checked_lanczos(loss, weights, gradients, start, iterations, index, rtol, max_iterations)
     finite = torch.isfinite(tridiagonal).all(dim=(1, 2))
     sizes = _largest(tridiagonal).to(weights.dtype)
-    if kept:
-        sizes = sizes.new_tensor([kept[row] for row in range(len(sizes))])
     flat = (sizes > 0) & (sizes * weights.square().sum(1) < CURVATURE.flat * losses.abs())
     if flat.any():
         stiffest, value = _stiffest(tridiagonal, basis)
@@ -125,20 +115,31 @@ def _checked_lanczos(
     start: Tensor,
     iterations: int,
     index: Tensor | None = None,
-    goes_on: Callable[[Tensor], bool] | None = None,
+    rtol: float = 0.0,
+    max_iterations: int | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """See `lanczos`: by differences, and by exact products in those rows where a smaller difference disagrees."""
+    """See `lanczos`: by differences, and by exact products in those rows where smaller differences disagree.
+
+    Differences tell of the curvature some way off: that of a classifier with large margins is a hundred times as large
+    there. Across kinks, as of a ReLU, they grow as they shrink, and are not linear in their direction: along the
+    stiffest one they are neither what those along others told, nor the same over an eighth of the way.
+    """
+    lengths = iterations, rtol, max_iterations
+    step = CURVATURE.relative_step if loss.sample_bytes is None else CURVATURE.short_step
     by_difference = partial(difference_product, loss, weights, gradients, index=index)
-    if loss.sample_bytes is not None:  # where gradients take long, a difference that is short enough for all has to do
-        return lanczos(partial(by_difference, relative_step=CURVATURE.short_step), start, iterations, goes_on)
-    tridiagonal, basis = lanczos(by_difference, start, iterations)
+    tridiagonal, basis = lanczos(partial(by_difference, relative_step=step), start, *lengths)
     stiffest, value = _stiffest(tridiagonal, basis)
-    closer = torch.linalg.vecdot(by_difference(stiffest, relative_step=CURVATURE.relative_step / 8), stiffest)
-    off = ~((closer - value).abs() <= CURVATURE.agreement * value.abs())
+    again, closer = (by_difference(stiffest, relative_step=share * step) for share in (1, 1 / 8))
+    change = (torch.linalg.vecdot(closer, stiffest) - value).abs()
+    bend = (again - closer).norm(dim=1)
+    off = ~((change <= CURVATURE.agreement * value.abs()) & (bend <= CURVATURE.linearity * value.abs()))
     if off.any() and loss.has_second_derivatives(weights):
-        exact, exact_basis = lanczos(partial(loss.hessian_products, weights, index=index), start, iterations)
-        tridiagonal = torch.where(off[:, None, None], exact, tridiagonal)
-        basis = [torch.where(off[:, None], b, a) for a, b in zip(basis, exact_basis, strict=True)]
+        exact, exact_basis = lanczos(partial(loss.hessian_products, weights, index=index), start, *lengths)
+        size = max(len(basis), len(exact_basis))
+        padded = [pad(own, (0, size - own.shape[1]) * 2) for own in (exact, tridiagonal)]
+        tridiagonal = torch.where(off[:, None, None], *padded)
+        pairs = zip_longest(exact_basis, basis, fillvalue=torch.zeros_like(start))
+        basis = [torch.where(off[:, None], *pair) for pair in pairs]
     return tridiagonal, basis
 
 
@@ -158,7 +159,7 @@ def gaussian_start(
     nbeta: float,
     localization: float,
     index: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Displacements from w* that are nearly distributed as the posterior of the quadratic loss with the same Hessian H.
 
     (nβH + γ)^{−½}·z has the covariance (nβH + γ)⁻¹; it is approximated in the Krylov space of z and H (Chow & Saad
@@ -176,10 +177,14 @@ def gaussian_start(
         index: [R, B] samples for each row; None for all of them.
 
     Returns:
-        [R, D]; zero where the Hessian is not finite.
+        Displacements, [R, D], zero where the Hessian is not finite; and whether they were drawn nearer, [R].
     """
     losses, gradients = base
-    tridiagonal, basis = _checked_lanczos(loss, weights, gradients, normal, CURVATURE.start_products, index)
+    if loss.sample_bytes is None:
+        tridiagonal, basis = _checked_lanczos(loss, weights, gradients, normal, CURVATURE.start_products, index)
+    else:  # gradients take long: a start that is off is forgotten sooner
+        product = partial(difference_product, loss, weights, gradients, index=index, relative_step=CURVATURE.short_step)
+        tridiagonal, basis = lanczos(product, normal, CURVATURE.start_products)
     finite = torch.isfinite(tridiagonal).all(dim=(1, 2))
     values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num())
     shrunk = (nbeta * values.clamp(min=0) + localization).rsqrt()
@@ -190,39 +195,45 @@ def gaussian_start(
     bowl = torch.einsum("ri,rij,rj->r", coefficients.double(), tridiagonal.nan_to_num(), coefficients.double())
     bowl = 0.5 * nbeta * bowl.clamp(min=0)
     rounding = nbeta * CURVATURE.loss_rounding * losses.abs()
+    nearer = torch.zeros_like(finite)
     for _ in range(CURVATURE.start_halvings):
         straight = losses + torch.linalg.vecdot(gradients, displacement)
         climb = nbeta * (loss.gradients(weights + displacement, index)[0] - straight)
         steep = ~(climb <= CURVATURE.start_climb * bowl + 3 * bowl.sqrt() + 1 + rounding)
         if not steep.any():
             break
+        nearer |= steep
         displacement[steep] *= 0.5
         bowl[steep] *= 0.25
-    return displacement
+    return displacement, nearer
 
 
 def lanczos(
     product: Callable[[Tensor], Tensor],
     start: Tensor,
     iterations: int,
-    goes_on: Callable[[Tensor], bool] | None = None,
+    rtol: float = 0.0,
+    max_iterations: int | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The Hessian of each row in the Krylov space of a vector (Golub & Van Loan, ch. 10): H ≈ V·T·Vᵀ.
 
     Args:
         product: v → ∇²L·v, [R, D] each; its result may be written to.
         start: [R, D].
-        iterations: m, products.
-        goes_on: whether another one is made, from T so far; None for no more.
+        iterations: products at least.
+        rtol: a row has more of them while the last two add more than this share to its largest |eigenvalue|.
+        max_iterations: products at most; None for `iterations`.
 
     Returns:
-        T, [R, m, m] in float64, and the m columns of V, [R, D] each.
+        T, [R, m, m] in float64, zero beyond the products of a row, and the m columns of V, [R, D] each.
     """
     direction = start / start.norm(dim=1, keepdim=True)
     before = torch.zeros_like(direction)
     overlap = start.new_zeros(len(start))
     diagonal, off_diagonal, basis = [], [], []
-    while True:
+    most = max_iterations or iterations
+    lengths = torch.full((len(start),), most, device=start.device)
+    for made in range(1, most + 1):
         basis.append(direction)
         image = product(direction)
         diagonal.append(torch.linalg.vecdot(image, direction))
@@ -231,9 +242,20 @@ def lanczos(
         off_diagonal.append(overlap)
         # Where the space is exhausted, or the loss flat, nothing remains: keep the direction, at weight zero.
         before, direction = direction, torch.where(overlap[:, None] > 0, image / overlap[:, None], direction)
-        if len(basis) >= iterations:
-            tridiagonal = torch.diag_embed(torch.stack(diagonal, 1).double())
-            for offset in (1, -1):
-                tridiagonal += torch.diag_embed(torch.stack(off_diagonal[:-1], 1).double(), offset=offset)
-            if goes_on is None or not goes_on(tridiagonal):
-                return tridiagonal, basis
+        if iterations <= made < most:
+            so_far = _tridiagonal(diagonal, off_diagonal)
+            largest, smaller = _largest(so_far), _largest(so_far[:, :-2, :-2])
+            lengths = torch.where(largest - smaller <= rtol * largest, lengths.clamp(max=made), lengths)
+            if (lengths <= made).all():
+                break
+    inside = torch.arange(len(basis), device=start.device) < lengths[:, None]
+    of_all = _tridiagonal(diagonal, off_diagonal)
+    return torch.where(inside[:, :, None] & inside[:, None, :], of_all, 0), basis
+
+
+def _tridiagonal(diagonal: Sequence[Tensor], off_diagonal: Sequence[Tensor]) -> Tensor:
+    """T of each row, [R, m, m] in float64, from m diagonals [R] and as many beside them, the last unused."""
+    matrix = torch.diag_embed(torch.stack(tuple(diagonal), 1).double())
+    for offset in (1, -1):
+        matrix += torch.diag_embed(torch.stack(tuple(off_diagonal[:-1]), 1).double(), offset=offset)
+    return matrix

@@ -83,17 +83,27 @@ class Target:
         scale = self.settings.kernel, self.localization, self.dimension
         return traces.has_energy_spike or traces.has_discretization_bias(*scale)
 
-    def curved_step(self, traces: Traces) -> float | None:
-        """The step for the curvature that the chains met, where theirs was too large for it; else None."""
-        if traces.curvature is None or self.settings.step_size is not None:
+    def has_climbed(self, traces: Traces) -> bool:
+        """Whether chains have more energy than in equilibrium, where no look at the curvature tells of their step."""
+        most = EQUILIBRIUM.max_mean_total_virial * self.dimension + EQUILIBRIUM.slack
+        return float(traces.total_virial.mean()) > most
+
+    def curved_step(self, curvature: float | None, epsilon: float) -> float | None:
+        """The step for the curvature that chains met, where theirs was too large for it; else None.
+
+        Args:
+            curvature: h_max there; None where it was not looked at.
+            epsilon: ε of the chains.
+        """
+        if curvature is None or self.settings.step_size is not None:
             return None
-        fitting = step_size(self.nbeta, self.localization, traces.curvature)
-        return fitting if fitting < 0.7 * traces.step_size else None
+        fitting = step_size(self.nbeta, self.localization, curvature)
+        return fitting if fitting < 0.7 * epsilon else None
 
     def fitting_step(self, traces: Traces) -> float:
         """The step for the curvature that the chains met, or for the noise of their minibatches."""
         noise = self.settings.kernel, self.localization, self.effort.heating
-        return self.curved_step(traces) or reduced_step_size(traces, *noise)
+        return self.curved_step(traces.curvature, traces.step_size) or reduced_step_size(traces, *noise)
 
     def is_hopeless(self, traces: Traces, falls: int) -> bool:
         """Whether no smaller step will do, as the snapshot is in no basin."""
@@ -116,7 +126,8 @@ class Target:
                 relaxation = self.settings.kernel.relaxation(drawn.step_size, self.localization, drawn.halvings)
                 limit = min(max(self.effort.growth * first, math.ceil(relaxation)), CALIBRATION.max_steps)
                 grows = not chains.has_left(drawn) and len(drawn.delta_loss) < limit and not self.is_heated(drawn)
-                if grows and self.curved_step(drawn) is None and (times := needed(drawn)) > 1:
+                curved = self.curved_step(drawn.curvature, drawn.step_size)
+                if grows and curved is None and (times := needed(drawn)) > 1:
                     counts[s] = more_draws(len(drawn.delta_loss), times)
             if not counts:
                 break
@@ -189,8 +200,10 @@ def sample_with_restarts(
                 falls[s] += target.has_fallen(traces.fall, EQUILIBRIUM.fall)
                 if target.is_hopeless(traces, falls[s]):
                     continue
-                if chains.has_left(traces) or (attempt < EQUILIBRIUM.tolerated_restarts and target.is_heated(traces)):
-                    heated_by_step = not chains.has_left(traces) and traces.heating <= MINIBATCH_NOISE.heating
+                curved, left = target.curved_step(traces.curvature, traces.step_size), chains.has_left(traces)
+                heated = attempt < EQUILIBRIUM.tolerated_restarts and target.is_heated(traces)
+                if curved is None and (left or heated):
+                    heated_by_step = not left and traces.heating <= MINIBATCH_NOISE.heating
                     if in_batches and fallback is not None and not (heated_by_step and halvings[s] == 0):
                         batched[s] = False
                         again.append(s)
@@ -200,7 +213,9 @@ def sample_with_restarts(
                     halvings[s] += 1
                 else:
                     epsilon[s] = target.fitting_step(traces)
-                    if target.curved_step(traces) is not None:
+                    if left:
+                        epsilon[s] = max(epsilon[s], traces.step_size / CALIBRATION.max_reduction)
+                    if curved is not None:
                         suited[s] = min(suited[s], epsilon[s])
                     slow = slowdown(target.settings.kernel, epsilon[s], suited[s], halvings[s])
                     if in_batches and fallback is not None and slow > fallback * traces.slow:

@@ -7,9 +7,11 @@ chosen here unless asked for. Chains
 start at w*, as products with the Hessian would need several vectors more, and burn in for longer.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.sample_losses import DrawnSampleLosses, network_sample_losses
 from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.traces import Traces, pairs
-from groktrace.sampling.tuning import CALIBRATION, CURVATURE, EQUILIBRIUM, MINIBATCH_NOISE
+from groktrace.sampling.tuning import CALIBRATION, CURVATURE, MINIBATCH_NOISE
 
 # Of the weights' norm: a classifier with large margins bends within a thousandth of it.
 
@@ -162,9 +164,7 @@ class LargeChains:
 
     def has_left(self, traces: Traces) -> bool:
         """Whether a chain is or was on its way out: there is no look at the curvature that it met."""
-        dimension = self.target.dimension
-        climbed = float(traces.total_virial.mean()) > EQUILIBRIUM.max_total_virial_large * dimension
-        return climbed or traces.diverged(dimension)
+        return self.target.has_climbed(traces) or traces.diverged(self.target.dimension)
 
     def _draw(self, count: int, burn_in: int, measured: bool = False) -> Traces:
         """So many draws of every chain, after a burn-in of so many steps."""
@@ -268,8 +268,9 @@ class LargeChains:
 def top_eigenvalue_large(network: LargeNetwork, generator: torch.Generator) -> float:
     """Largest |eigenvalue| of the Hessian at w*, from below; zero where it is no more than rounding.
 
-    Power iteration with central differences, which needs one vector beside the gradient; the last two iterates span
-    the plane from which the value is taken (Rayleigh-Ritz).
+    Power iteration, which needs one vector beside the gradient; the last two iterates span the plane from which the
+    value is taken (Rayleigh-Ritz). Products are central differences, and exact ones where these disagree with smaller
+    ones, see `curvature`.
 
     Args:
         network: the loss around w*.
@@ -278,25 +279,55 @@ def top_eigenvalue_large(network: LargeNetwork, generator: torch.Generator) -> f
     Returns:
         NaN where the loss is not finite.
     """
-    direction = torch.empty(network.layout.size, dtype=network.dtype, device=network.device)
+    start = torch.empty(network.layout.size, dtype=network.dtype, device=network.device)
     for place, _ in network.pieces():
-        direction[place].normal_(generator=generator)
-    direction /= direction.norm()
-    product = torch.empty_like(direction)
-    quotients, norms = [], []
-    for _ in range(CURVATURE.power_iterations):
-        quotient, loss = _hessian_product(network, direction, product)
-        quotients.append(quotient)
-        norms.append(float(product.norm()))
-        if not (math.isfinite(norms[-1]) and norms[-1] > 0):
-            return math.nan if not math.isfinite(norms[-1]) else max(map(abs, quotients))
-        direction, product = product.div_(norms[-1]), direction
-    size = _from_plane(quotients, norms)
+        start[place].normal_(generator=generator)
+    start /= start.norm()
+    size, direction, loss = _power_iteration(partial(_hessian_product, network), start)
+    if not (math.isfinite(size) and size > 0):
+        return size
+    if not _is_smooth(network, direction, size):
+        # Where an operation has no second derivative, what differences tell is all there is.
+        with contextlib.suppress(RuntimeError):
+            size, direction, loss = _power_iteration(partial(_exact_product, network), direction)
+        if not (math.isfinite(size) and size > 0):
+            return size
     if size * network.norm_squared() < CURVATURE.flat * abs(loss):
+        product = torch.empty_like(direction)
         _hessian_product(network, direction, product, CURVATURE.far_step)
         if not abs(float(product.norm()) - size) <= CURVATURE.far_agreement * size:
             return 0.0
     return size
+
+
+def _power_iteration(
+    multiply: Callable[[Tensor, Tensor], tuple[float, float]], direction: Tensor
+) -> tuple[float, Tensor, float]:
+    """The largest |eigenvalue|, its direction and the loss.
+
+    Args:
+        multiply: puts ∇²L·v into its second argument, and may overwrite v; v·∇²L·v and the loss.
+        direction: to start from; overwritten.
+    """
+    product = torch.empty_like(direction)
+    quotients, norms, loss = [], [], math.nan
+    for _ in range(CURVATURE.power_iterations):
+        quotient, loss = multiply(direction, product)
+        quotients.append(quotient)
+        norms.append(float(product.norm()))
+        if not (math.isfinite(norms[-1]) and norms[-1] > 0):
+            return (math.nan if not math.isfinite(norms[-1]) else max(map(abs, quotients))), direction, loss
+        direction, product = product.div_(norms[-1]), direction
+    return _from_plane(quotients, norms), direction, loss
+
+
+def _is_smooth(network: LargeNetwork, direction: Tensor, size: float) -> bool:
+    """Whether differences along the direction of a value, which is kept, give that again, and smaller ones do, too."""
+    product = torch.zeros_like(direction)
+    _add_hessian_product(network, direction.clone(), product, CURVATURE.large_step / 8)
+    same = float(product.norm()) >= CURVATURE.repeated * size
+    _add_hessian_product(network, direction.clone(), product, CURVATURE.large_step, -1.0)
+    return same and float(product.norm()) <= CURVATURE.linearity * size
 
 
 def _from_plane(quotients: Sequence[float], norms: Sequence[float]) -> float:
@@ -332,19 +363,32 @@ def hessian_trace_large(network: LargeNetwork, generator: torch.Generator, vecto
     return float(values.mean()), float(values.std()) / math.sqrt(vectors)
 
 
+def _exact_product(network: LargeNetwork, direction: Tensor, out: Tensor) -> tuple[float, float]:
+    """∇²L(w*)·v into `out`; returns v·∇²L(w*)·v and the loss."""
+    check_interruption()
+    loss = network.add_hessian_product(out.zero_(), direction)
+    return float(torch.dot(direction, out)), loss
+
+
 def _hessian_product(
     network: LargeNetwork, direction: Tensor, out: Tensor, relative_step: float = CURVATURE.large_step
 ) -> tuple[float, float]:
     """∇²L(w*)·v into `out`; returns v·∇²L(w*)·v and a loss nearby. The place of v becomes that of the positions."""
+    delta, loss = _add_hessian_product(network, direction, out.zero_(), relative_step)
+    along = sum(float(torch.dot(anchor - direction[place], out[place])) for place, anchor in network.pieces())
+    return along / delta, loss
+
+
+def _add_hessian_product(
+    network: LargeNetwork, direction: Tensor, out: Tensor, relative_step: float, factor: float = 1.0
+) -> tuple[float, float]:
+    """Add ∇²L(w*)·v, times a factor, to `out`; how far off it was taken, where v's place then is, and a loss nearby."""
     check_interruption()
     norm = math.sqrt(network.norm_squared())
     delta = relative_step * norm if norm > 0 else relative_step
-    out.zero_()
     for place, anchor in network.pieces():
         direction[place].mul_(delta).add_(anchor)
-    network.add_gradient(out, direction, scale=0.5 / delta)
+    network.add_gradient(out, direction, scale=0.5 * factor / delta)
     for place, anchor in network.pieces():
         direction[place].neg_().add_(anchor, alpha=2)  # as far on the other side
-    loss = network.add_gradient(out, direction, scale=-0.5 / delta)
-    along = sum(float(torch.dot(anchor - direction[place], out[place])) for place, anchor in network.pieces())
-    return along / delta, loss
+    return delta, network.add_gradient(out, direction, scale=-0.5 * factor / delta)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from groktrace.attention import twice_differentiable
 from groktrace.sampling.gradient_accumulation import GradientAccumulation, leaf
 from groktrace.sampling.posterior import FACTOR, WHOLE_BYTES, StackedLoss
 from groktrace.sampling.weights import as_reals
@@ -118,6 +119,34 @@ class LargeNetwork:
         leaves = {name: leaf(tensor, places[name]) for name, tensor in self._named(at).items()}
         with torch.enable_grad(), GradientAccumulation({id(tensor): places[name] for name, tensor in leaves.items()}):
             return self._evaluate(leaves, index, lambda part: (scale * part).backward())
+
+    def add_hessian_product(self, out: Tensor, direction: Tensor) -> float:
+        """Add ∇²L(w*)·v to a vector, by double backward.
+
+        Args:
+            out: [D].
+            direction: v, [D].
+
+        Returns:
+            L there.
+
+        Raises:
+            RuntimeError: an operation has no second derivative.
+        """
+        weights = {name: place.requires_grad_() for name, place in self.layout.places(self.vector()).items()}
+        leaves, along = list(weights.values()), list(self.layout.places(direction).values())
+
+        def add(part: Tensor) -> None:
+            gradients = torch.autograd.grad(part, leaves, create_graph=True, materialize_grads=True)
+            slope = sum((gradient * v).sum() for gradient, v in zip(gradients, along, strict=True))
+            if slope.requires_grad:
+                # Complex weights are made of their leaves once for all parts.
+                found = torch.autograd.grad(slope, leaves, retain_graph=True, materialize_grads=True)
+                for place, product in zip(self.layout.places(out).values(), found, strict=True):
+                    place.add_(product)
+
+        with torch.enable_grad(), twice_differentiable():
+            return self._evaluate(self.layout.of_places(weights), None, add)
 
     def of_one_sample(self, at: Tensor | None = None) -> Callable[..., Tensor]:
         """The loss of a single sample, without the factor, as a function of its tensors.

@@ -114,9 +114,13 @@ class StackedLoss:
         found = replace(self, vectorised=first.vectorised, row_bytes=sum(seen.values()))
         return replace(found, is_sample_mean=found.select(twice[:1])._finds_sample_mean(weights))
 
+    def _few(self) -> "StackedLoss":
+        """The loss of the first few samples."""
+        return replace(self, tensors=tuple(tensor[:_FEW_SAMPLES] for tensor in self.tensors))
+
     def _probe_few(self, weights: Tensor) -> "StackedLoss":
         """The same from a few samples."""
-        few = replace(self, tensors=tuple(tensor[:_FEW_SAMPLES] for tensor in self.tensors))
+        few = self._few()
         twice = torch.zeros(2, dtype=torch.long, device=weights.device)
         few.select(twice[:1])._differentiate(weights)
         try:
@@ -324,12 +328,13 @@ class StackedLoss:
             yield len(part[0]) / count, part
 
     def has_second_derivatives(self, weights: Tensor) -> bool:
-        """Whether `hessian_products` can be had, tried on the first row.
+        """Whether `hessian_products` can be had, tried on the first row, and of large sets on a few samples.
 
         Args:
             weights: [R, D].
         """
-        first, weights = self.select(torch.zeros(1, dtype=torch.long, device=weights.device)), weights[:1].detach()
+        few = self if self.sample_bytes is None else self._few()
+        first, weights = few.select(torch.zeros(1, dtype=torch.long, device=weights.device)), weights[:1].detach()
         generator = torch.Generator(weights.device).manual_seed(0)
         direction = torch.empty_like(weights).normal_(generator=generator)
         try:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from groktrace.sampling.batches import Minibatches
-from groktrace.sampling.burn_in import has_settled, is_leaving
+from groktrace.sampling.burn_in import has_fallen, has_settled
 from groktrace.sampling.calibration import run_length, slowdown
 from groktrace.sampling.control import ControlVariates, stiff_share, with_kept_control
 from groktrace.sampling.curvature import gaussian_start, top_eigenvalue
@@ -26,7 +26,7 @@ from groktrace.sampling.traces import (
     most_total_virial,
     products_with_others,
 )
-from groktrace.sampling.tuning import EQUILIBRIUM, MINIBATCH_NOISE
+from groktrace.sampling.tuning import CURVATURE, EQUILIBRIUM, MINIBATCH_NOISE
 
 # What the gradients of all minibatches at w* may take, of the snapshots of a stack together.
 CONTROL_BYTES = 2**28
@@ -95,14 +95,16 @@ class StackedChains:
         else:
             self.base, self.base_gradients = self.control.mean()
         # The published method starts at w*.
-        start = torch.zeros_like(self.anchors)
+        start, nearer = torch.zeros_like(self.anchors), torch.zeros(len(self.anchors), dtype=torch.bool)
         if not settings.kernel.vanilla:
             start = normal_like(start, [generator_for(settings.seed, *key, "start", device) for key in keys])
             at_anchors = self.base, self.base_gradients
             if self.batches is not None:
                 self.batches.draw()
                 at_anchors = self.loss.gradients(self.anchors, self.index)
-            start = gaussian_start(self.loss, self.anchors, at_anchors, start, nbeta, localization, self.index)
+            at_anchors = at_anchors, start, nbeta, localization, self.index
+            start, nearer = gaussian_start(self.loss, self.anchors, *at_anchors)
+        self.steep = nearer.view(-1, chains).any(1).tolist()
         noise = [generator_for(settings.seed, *key, "noise", device) for key in keys]
         self.state = ChainState.begin(self.dynamics, start, noise)
         # Sums of displacements and gradients over all draws, which centre λ_c.
@@ -121,17 +123,26 @@ class StackedChains:
         keeps, at_anchors = self.target.sample_losses, None
         if keeps:
             at_anchors = self._sample_losses(range(count), self.anchors)[::chains].cpu()
+        met, start = dict[int, float](), self.state.displacement.clone()
         early, burn_in = [self.anchors.new_empty(0, 5, chains).double()] * count, [length for length, _ in self.lengths]
         if self.target.subsampled and self.settings.burn_in is None:
             # Chains start near equilibrium: where they are in it, what is left of the burn-in would be for nothing.
             dimension = self.target.dimension
             least = [math.ceil(slow * EQUILIBRIUM.min_burn_in) for slow in self.slow]
             early = list(self._pieces([(steps, 0) for steps in least]).values())
+            settled = [has_settled(piece, dimension) for piece in early]
             burn_in = [
-                steps if has_settled(piece, dimension) else max(length, steps)
-                for piece, steps, length in zip(early, least, burn_in, strict=True)
+                steps if done else max(length, steps)
+                for done, steps, length in zip(settled, least, burn_in, strict=True)
             ]
-            self._keep([s for s in self.active if not is_leaving(early[s], self.target)])
+            fallen = [has_fallen(piece, self.target) for piece in early]
+            # Where the loss climbs more than its curvature at w* tells, the step may not suit what chains came from.
+            met = self._curvatures([s for s in self.active if self.steep[s] and not (settled[s] or fallen[s])], start)
+            unfit = [s for s, curvature in met.items() if self.target.curved_step(curvature, self.epsilons[s])]
+            for s in self.active:
+                if fallen[s] or s in unfit:
+                    early[s][:, 1] = torch.nan  # by which it is known from then on
+            self._keep([s for s in self.active if torch.isfinite(early[s][:, 1]).all()])
         rest = [(burn_in[s] - len(early[s]), self.lengths[s][1]) for s in self.active]
         recorder = SampleLossRecorder(rest) if rest and self.loss.is_sample_mean else None
         drawn = DrawnSampleLosses(rest) if keeps else None
@@ -151,8 +162,8 @@ class StackedChains:
             if at_anchors is not None:
                 found = replace(found, anchor_sample_losses=at_anchors[s])
             traces.append(replace(found, fall=fall, heating=heating, fluctuation=fluctuation))
-        curvatures = self._curvatures([s for s in self.active if self._is_anharmonic(s, traces[s])])
-        return [replace(drawn, curvature=curvatures.get(s)) for s, drawn in enumerate(traces)]
+        met |= self._curvatures([s for s in self.active if self._is_anharmonic(s, traces[s])])
+        return [replace(drawn, curvature=met.get(s)) for s, drawn in enumerate(traces)]
 
     def extend(self, counts: Mapping[int, int]) -> dict[int, Traces]:
         """More draws of some snapshots; the others are dropped."""
@@ -162,8 +173,8 @@ class StackedChains:
         return {s: self._traces(piece, s, 0, drawn) for s, piece in pieces.items()}
 
     def has_left(self, traces: Traces) -> bool:
-        """Whether a chain is or was on its way out."""
-        return traces.diverged(self.target.dimension)
+        """Whether a chain is or was on its way out, or a look at the curvature ended it."""
+        return traces.diverged(self.target.dimension) or (self.target.subsampled and self.target.has_climbed(traces))
 
     def _noise_share(self) -> dict[int, float]:
         """Of each snapshot in the stack, see `control.share_of_stiff`; 1, the most at small steps, if not measured."""
@@ -181,14 +192,18 @@ class StackedChains:
             return False
         return self.halvings[s] > 0 or (not self.target.subsampled and traces.anharmonic(self.target.dimension))
 
-    def _curvatures(self, snapshots: Sequence[int]) -> dict[int, float]:
-        """h_max where the chains of some snapshots are now."""
+    def _curvatures(self, snapshots: Sequence[int], displacement: Tensor | None = None) -> dict[int, float]:
+        """h_max where the chains of some snapshots are now, or where all are displaced so far, [R, D]."""
         if not snapshots:
             return {}
         rows = self._rows([self.active.index(s) for s in snapshots])
-        positions = self.anchors[rows] + self.state.displacement[rows]
-        start = self.state.displacement[rows] + torch.finfo(positions.dtype).tiny
-        index = self.index[rows] if self.target.subsampled and self.index is not None else None
+        displacement = self.state.displacement[rows] if displacement is None else displacement[self._rows(snapshots)]
+        positions = self.anchors[rows] + displacement
+        start = displacement + torch.finfo(positions.dtype).tiny
+        index = None
+        if self.target.subsampled:
+            some = torch.arange(min(self.samples, CURVATURE.start_samples), device=rows.device)
+            index = some.expand(len(rows), -1) if self.index is None else self.index[rows]
         products = self.target.effort.curvature_products
         top = top_eigenvalue(self.loss.select(rows), positions, start, products, index)
         return dict(zip(snapshots, top.view(-1, self.settings.chains).amax(1).tolist(), strict=True))

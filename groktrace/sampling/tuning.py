@@ -22,6 +22,7 @@ class Calibration:
         draw_relaxations: draws of all chains together, at first; each chain takes one at least.
         min_draws: of a chain; fewer tell little of their own error.
         max_steps: of a chain; minutes for a small network.
+        max_reduction: most by which a look at the curvature where chains began, which scatters, reduces the step.
         min_growth: draws are added by this fraction at least: the error that calls for them is itself uncertain.
         stacked_weights: below so many weights in a stack of chains, a step costs the same however many there are.
         min_chains: the centred estimate needs two.
@@ -38,6 +39,7 @@ class Calibration:
     draw_relaxations: float = 10.0
     min_draws: int = 64
     max_steps: int = 400_000
+    max_reduction: float = 4.0
     min_growth: float = 0.25
     stacked_weights: int = 2**14
     min_chains: int = 2
@@ -76,7 +78,8 @@ class Equilibrium:
 
     Attributes:
         max_total_virial: chains have left where it comes to so many times D; a convention.
-        max_total_virial_large: the same in large networks, where no look at the curvature tells of too large a step.
+        max_mean_total_virial: the same in large networks and on large sets, where hardly a look at the curvature tells
+            of too large a step.
         max_restraint: a chain was away where its restraint once was so many times D and that of most draws, though
             some come back, to another place. The virial tells less: it is far above D where a valley turns.
         slack: draws of few weights scatter by so much.
@@ -100,7 +103,7 @@ class Equilibrium:
     """
 
     max_total_virial: float = 10.0
-    max_total_virial_large: float = 1.5
+    max_mean_total_virial: float = 1.5
     max_restraint: float = 3.0
     slack: float = 100.0
     spike: float = 10.0
@@ -123,9 +126,13 @@ class Curvature:
 
     Attributes:
         relative_step: of a difference of gradients, relative to ‖w‖.
-        short_step: the same on large sets, where no exact product checks it.
+        short_step: the same on large sets.
         large_step: the same in large networks.
         agreement: a difference is good where that over an eighth of the way agrees with it this well.
+        linearity: and where the two products differ by less than this share of it: by 0.05 at most on networks without
+            kinks, by 0.18 at least on those with ReLUs.
+        repeated: this share of a large network's value, which power iteration has not quite reached, another product
+            has to have.
         flat: where h‖w‖² is below this times the loss, far less than that of networks, a curvature h may be rounding
             error: it is computed again from a larger difference.
         far_step: that difference, in which rounding counts less.
@@ -133,6 +140,7 @@ class Curvature:
         power_iterations: products that give the largest eigenvalue of a large network.
         start_products: products that give the Gaussian start of chains.
         start_halvings: largest number of halvings of a start.
+        start_samples: on so many samples the curvature is looked at where chains began.
         start_climb: a start may climb by this many times what the curvature at w* tells.
         loss_rounding: what float32 leaves of a loss, which is no climb.
     """
@@ -141,12 +149,15 @@ class Curvature:
     short_step: float = 1e-4
     large_step: float = 1e-4
     agreement: float = 0.05
+    linearity: float = 0.1
+    repeated: float = 0.7
     flat: float = 1.0
     far_step: float = 8e-3
     far_agreement: float = 0.7
     power_iterations: int = 8
     start_products: int = 3
     start_halvings: int = 8
+    start_samples: int = 256
     start_climb: float = 1.5
     loss_rounding: float = 1e-6
 
@@ -250,4 +261,4 @@ CALIBRATION, EQUILIBRIUM, CURVATURE = Calibration(), Equilibrium(), Curvature()
 MINIBATCH_NOISE, ANNEALING = MinibatchNoise(), Annealing()
 WHOLE_DATA = Effort()
 # A step takes long, and a draw tells λ_c to 1/√λ of it. Heating is measured from few batches, and scatters by a third.
-SUBSAMPLED = Effort(restarts=2, growth=4, draws=16, heating=0.03, curvature_products=3, check_every=8, sample_losses=16)
+SUBSAMPLED = Effort(restarts=3, growth=4, draws=16, heating=0.03, curvature_products=3, check_every=8, sample_losses=16)

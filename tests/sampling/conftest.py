@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+from groktrace.run.task import Task
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.weights import WeightLayout
 
@@ -40,3 +42,30 @@ def confident_classifier():
     loss = StackedLoss(forward, layout, (x,), {}).probe(flat)
     hessian = torch.autograd.functional.hessian(lambda w: loss.losses(w[None])[0], flat[0])
     return loss, flat, torch.linalg.eigvalsh(hessian).max()
+
+
+@pytest.fixture(scope="session")
+def kinked():
+    """A function that makes a classifier with ReLUs, trained on random labels, whose data count as many or as few.
+
+    It gives its loss, its weights and nine tenths of these, [2, D], and h_max of each.
+    """
+
+    def make(sampled):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(10, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 2))
+        train = (torch.randn(64, 10), torch.randint(0, 2, (64,)))
+        task = Task.from_model(model, loss="cross_entropy", train=train)
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for _ in range(200):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(train[0]), train[1]).backward()
+            optimizer.step()
+        layout = WeightLayout(*zip(*[(name, tuple(p.shape)) for name, p in model.named_parameters()], strict=True))
+        flat = layout.flatten(dict(model.named_parameters())).detach()[None]
+        loss = StackedLoss(task.forward, layout, train, {}, sample_bytes=1000 if sampled else None).probe(flat)
+        both = torch.cat([flat, 0.9 * flat])
+        hessians = [torch.autograd.functional.hessian(lambda w: loss.losses(w[None])[0], row) for row in both]
+        return loss, both, torch.stack([torch.linalg.eigvalsh(h.double()).abs().max() for h in hessians]).float()
+
+    return make

@@ -13,6 +13,7 @@ from groktrace.sampling.diagnostics import standard_error
 from groktrace.sampling.kernels import KERNELS, base
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
+from groktrace.sampling.traces import Traces
 from groktrace.sampling.tuning import EQUILIBRIUM, SUBSAMPLED
 from groktrace.sampling.weights import WeightLayout
 
@@ -188,8 +189,53 @@ def test_burn_in_of_large_sets_is_cut_short_in_equilibrium_alone(bowl, monkeypat
     assert burn_in() == EQUILIBRIUM.min_burn_in < full
     start = stack.gaussian_start
     hot = torch.where(spectrum > 0, 3**0.5, 1.0)
-    monkeypatch.setattr(stack, "gaussian_start", lambda *args: start(*args) * hot)
+    monkeypatch.setattr(stack, "gaussian_start", lambda *args: (start(*args)[0] * hot, start(*args)[1]))
     assert burn_in() == full
+
+
+def trough(curvature, width=0.02, directions=400):
+    """A loss of curvature one within a width of w*, and of another one beyond: far steeper than w* tells."""
+
+    def forward(weights, tensors):
+        w = weights["w"]
+        beyond = torch.relu(w.abs() - width)
+        return 0.5 * (w.square() + (curvature - 1) * beyond.square()).sum() + 0 * tensors[0].sum(), None
+
+    layout = WeightLayout(("w",), ((directions,),))
+    return StackedLoss(forward, layout, (torch.zeros(8),), {}, sample_bytes=8)
+
+
+def test_a_step_too_large_for_where_chains_of_large_sets_begin_is_reduced_at_once(monkeypatch):
+    anchors, nbeta, directions = torch.zeros(1, 400), 100.0, 400
+    settings = resolve(SamplingSettings(chains=2, draws=2000), directions, stacked=True)
+    size = step_size(nbeta, 1.0, 1.0)
+    (traces,) = sample(trough(12.0), anchors, [0], settings, nbeta, 1.0, [size], lambda t: 1.0)
+    assert not traces.diverged(directions)
+    assert traces.lost <= 2 * EQUILIBRIUM.min_burn_in
+    assert traces.halvings == 0
+    assert traces.step_size < 0.7 * size
+    w = torch.linspace(-1, 1, 200_001).double()
+    loss = 0.5 * (w.square() + 11 * torch.relu(w.abs() - 0.02).square())
+    density = torch.exp(-nbeta * loss - 0.5 * w.square())
+    exact = directions * nbeta * float((loss * density).sum() / density.sum())
+    # Of energy that the step feeds a twentieth of the virial is tolerated.
+    assert float(traces.delta_loss.mean()) == pytest.approx(exact, rel=0.05)
+    # Without the look, as where chains start no nearer to w* than its curvature tells, it is found by losing more.
+    begin = stack.gaussian_start
+    monkeypatch.setattr(stack, "gaussian_start", lambda *args: (begin(*args)[0], torch.zeros(2, dtype=torch.bool)))
+    (blind,) = sample(trough(12.0), anchors, [0], settings, nbeta, 1.0, [size], lambda t: 1.0)
+    assert blind.lost > traces.lost
+
+
+def test_chains_of_large_sets_have_left_where_they_have_more_energy_than_in_equilibrium(bowl):
+    few = Traces(*(torch.ones(4, 2) for _ in range(4)), 0.1, 0, 0)
+    hot = replace(few, virial=torch.full((4, 2), 700.0), restraint=torch.full((4, 2), 1000.0))
+    for subsampled in (True, False):
+        target = engine.Target(resolve(SamplingSettings(chains=2), 1000, stacked=True), 1.0, 1.0, 1000, subsampled)
+        loss = replace(bowl([1.0]), sample_bytes=8 if subsampled else None)
+        chains_of = stack.StackedChains(loss, torch.zeros(1, 1).double(), [0], target, [0.1], [0], [0.1])
+        assert chains_of.has_left(hot) == subsampled
+        assert not chains_of.has_left(replace(hot, restraint=torch.full((4, 2), 700.0)))
 
 
 def test_virial_identity_holds_for_a_quartic_loss():

@@ -170,8 +170,23 @@ def test_products_go_on_until_the_largest_eigenvalue_has_settled_in_each_row(bow
     assert (top_eigenvalue(loss, weights, starts, 6, rtol=0.01, max_iterations=7) < 0.9 * 1.4).any()
 
 
+@pytest.mark.parametrize("sampled", [True, False])
+def test_kinks_between_two_places_are_no_curvature(kinked, sampled, monkeypatch):
+    """Differences across them tell of more, the shorter they are."""
+    loss, flat, exact = kinked(sampled)
+    start = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0))
+    lengths = 6, None, 0.01, 24
+    found = top_eigenvalue(loss, flat, start, *lengths)
+    torch.testing.assert_close(found, exact, rtol=0.02, atol=0)
+    for row in range(2):
+        alone = top_eigenvalue(loss, flat[row : row + 1], start[row : row + 1], *lengths)
+        torch.testing.assert_close(alone, found[row : row + 1], rtol=1e-4, atol=0)
+    by_differences_alone(monkeypatch)
+    assert (top_eigenvalue(loss, flat, start, *lengths) > 1.2 * exact).any()  # or the test shows nothing
+
+
 def start(loss, weights, *more):
-    return gaussian_start(loss, weights, loss.gradients(weights), *more)
+    return gaussian_start(loss, weights, loss.gradients(weights), *more)[0]
 
 
 def test_starts_have_the_covariance_of_the_gaussian_posterior(bowl):

@@ -154,6 +154,38 @@ def test_curvature_of_a_confident_classifier_that_is_large(confident_classifier)
     assert top_eigenvalue_large(network, torch.Generator().manual_seed(1)) == pytest.approx(float(exact), rel=0.02)
 
 
+def test_kinks_are_no_curvature_of_a_large_network(kinked, monkeypatch):
+    loss, flat, exact = kinked(False)
+    network = LargeNetwork(alone(loss, 20), loss.layout.unflatten(flat[0]))
+    for seed in range(3):
+        found = top_eigenvalue_large(network, torch.Generator().manual_seed(seed))
+        assert found == pytest.approx(float(exact[0]), rel=0.03)
+
+    def without(*_):
+        raise RuntimeError("no second derivative")
+
+    monkeypatch.setattr(LargeNetwork, "add_hessian_product", without)
+    assert top_eigenvalue_large(network, torch.Generator().manual_seed(1)) > 1.2 * float(exact[0])
+
+
+def test_exact_products_of_a_large_network():
+    torch.manual_seed(0)
+    layout = WeightLayout(("w", "z"), ((3,), (2,)), ("z",))
+    x = torch.randn(7, 3)
+
+    def forward(weights, tensors):
+        wave = (weights["z"] * torch.tensor([1 + 2j, 0.5j])).sum()
+        return ((tensors[0] @ weights["w"]).tanh() + (wave * wave).real).square().mean(), None
+
+    network = LargeNetwork(alone(StackedLoss(forward, layout, (x,), {}), 3), layout.unflatten(torch.randn(7)))
+    direction, out = torch.randn(7), torch.ones(7)
+    loss = network.add_hessian_product(out, direction)
+    flat = network.vector()
+    hessian = torch.autograd.functional.hessian(lambda w: forward(layout.unflatten(w), (x,))[0], flat)
+    torch.testing.assert_close(out, 1 + hessian @ direction, rtol=1e-4, atol=1e-5)
+    assert loss == pytest.approx(network.mean_loss(), rel=1e-5)
+
+
 @pytest.mark.parametrize(("curvature", "expected"), [(0.0, 0.0), (math.nan, math.nan)])
 def test_curvature_where_there_is_none(bowl, curvature, expected):
     network = LargeNetwork(alone(bowl([curvature] * 20)), {"w": torch.ones(20).double()})

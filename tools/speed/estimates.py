@@ -124,8 +124,8 @@ def sampler(loss: StackedLoss, anchors: Tensor, chains: int, **settings: Any) ->
     of a large network they take as long as dozens of steps.
     """
 
-    def anywhere(loss: Any, anchors: Any, at_anchors: Any, start: Tensor, *scale: Any) -> Tensor:
-        return start.mul_(0.1 * SCALE["localization"] ** -0.5)
+    def anywhere(loss: Any, anchors: Any, at_anchors: Any, start: Tensor, *scale: Any) -> tuple[Tensor, Tensor]:
+        return start.mul_(0.1 * SCALE["localization"] ** -0.5), torch.zeros(len(start), dtype=torch.bool)
 
     def run(steps: int) -> None:
         given = {**SCALE, "step_size": STEP_SIZE, "chains": chains, "burn_in": 0, "draws": steps, **settings}
