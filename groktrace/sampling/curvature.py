@@ -131,8 +131,7 @@ def _checked_lanczos(
     stiffest, value = _stiffest(tridiagonal, basis)
     again, closer = (by_difference(stiffest, relative_step=share * step) for share in (1, 1 / 8))
     change = (torch.linalg.vecdot(closer, stiffest) - value).abs()
-    bend = (again - closer).norm(dim=1)
-    off = ~((change <= CURVATURE.agreement * value.abs()) & (bend <= CURVATURE.linearity * value.abs()))
+    off = ~(torch.maximum(change, (again - closer).norm(dim=1)) <= CURVATURE.agreement * value.abs())
     if off.any() and loss.has_second_derivatives(weights):
         exact, exact_basis = lanczos(partial(loss.hessian_products, weights, index=index), start, *lengths)
         size = max(len(basis), len(exact_basis))

@@ -327,7 +327,7 @@ def _is_smooth(network: LargeNetwork, direction: Tensor, size: float) -> bool:
     _add_hessian_product(network, direction.clone(), product, CURVATURE.large_step / 8)
     same = float(product.norm()) >= CURVATURE.repeated * size
     _add_hessian_product(network, direction.clone(), product, CURVATURE.large_step, -1.0)
-    return same and float(product.norm()) <= CURVATURE.linearity * size
+    return same and float(product.norm()) <= CURVATURE.agreement * size
 
 
 def _from_plane(quotients: Sequence[float], norms: Sequence[float]) -> float:

@@ -128,9 +128,8 @@ class Curvature:
         relative_step: of a difference of gradients, relative to ‖w‖.
         short_step: the same on large sets.
         large_step: the same in large networks.
-        agreement: a difference is good where that over an eighth of the way agrees with it this well.
-        linearity: and where the two products differ by less than this share of it: by 0.05 at most on networks without
-            kinks, by 0.18 at least on those with ReLUs.
+        agreement: differences are good where those over an eighth of the way agree with them this well, in size and as
+            vectors; those differ by 0.05 at most on networks without kinks, by 0.18 at least on those with ReLUs.
         repeated: this share of a large network's value, which power iteration has not quite reached, another product
             has to have.
         flat: where h‖w‖² is below this times the loss, far less than that of networks, a curvature h may be rounding
@@ -148,8 +147,7 @@ class Curvature:
     relative_step: float = 1e-3
     short_step: float = 1e-4
     large_step: float = 1e-4
-    agreement: float = 0.05
-    linearity: float = 0.1
+    agreement: float = 0.1
     repeated: float = 0.7
     flat: float = 1.0
     far_step: float = 8e-3
