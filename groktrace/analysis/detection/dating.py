@@ -84,7 +84,7 @@ def measure_changes(fit: Fit, changes: list[tuple[int, int]], settings: Detectio
         fits = ramp.cost(price) <= fit.cost_within(window, settings.slope_price) + 2 * price
         # Where a phase's slope has carried the levels off, the pieces' own are better.
         near = max(abs(ramp.before - fit.value[first]), abs(ramp.after - fit.value[last])) < 0.5 * abs(delta)
-        if fits and near:
+        if fits and near and _is_measured(ramp, fit.data):
             levels = ramp.before, ramp.after, ramp.error
             # Edges lie between snapshots; a change begins no earlier than the one before it ends.
             begin = min(max(ramp.begin, found[-1].last if found else 0), ramp.end - 1)
@@ -101,6 +101,14 @@ def measure_changes(fit: Fit, changes: list[tuple[int, int]], settings: Detectio
         dates = _date(fit, change, slice(window[0], window[1] + 1), *draws, settings)
         found.append(Measured(onset, end, float(fit.value[first]), float(fit.value[last]), error, *dates))
     return found
+
+
+def _is_measured(ramp: Ramp, data: Data) -> bool:
+    """Whether a ramp's change is no mere error, and no level of it lies beyond all points by more than theirs."""
+    spread = 2 * np.sqrt(data.variance)
+    low, high = float((data.value - spread).min()), float((data.value + spread).max())
+    inside = all(low <= level <= high for level in (ramp.before, ramp.after))
+    return inside and abs(ramp.after - ramp.before) > 2 * ramp.error
 
 
 def _widened(fit: Fit, changes: list[tuple[int, int]], settings: DetectionSettings = DEFAULTS) -> list[tuple[int, int]]:

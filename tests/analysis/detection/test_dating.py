@@ -57,3 +57,23 @@ def test_a_last_jump_of_a_straight_fall_is_dated_with_the_fall(seed, mirrored):
     jumps = fitted - 200.0 * (fitted == 907.0)
     data = Data(x, jumps + noise, np.full(120, error**2))
     assert _widened(Fit(data, jumps, np.full(120, 300.0), starts, 0.0), changes) == changes
+
+
+@pytest.mark.parametrize("seed", [79, 91, 117, 143, 156, 167, 171, 233, 250, 317, 324])
+def test_changes_at_points_that_are_hardly_known_are_not_read_off_beyond_all_points(seed):
+    """A joined ramp may lead from where nothing was measured, or by less than its own error; pieces do not."""
+    generator = np.random.default_rng(seed)
+    count, base = int(generator.integers(6, 30)), generator.uniform(0.2, 2)
+    steps = np.unique(np.round(np.geomspace(1, 1500, count))).astype(int)
+    error, unknown = np.full(len(steps), base), int(generator.integers(1, 4))
+    error[:unknown] = base * np.exp(generator.uniform(0, 4, unknown))
+    truth = 4 + 22 * np.exp(-np.arange(len(steps)) / generator.uniform(0.3, 3))
+    if generator.random() < 0.4:
+        truth[:unknown] = truth[unknown] - generator.uniform(0, 20)
+    values = truth + error * generator.standard_normal(len(steps))
+    found = find_transitions(Trajectory.from_arrays(steps, values, error))
+    assert found
+    for change in found:
+        assert abs(change.delta_llc) > 2 * change.stderr
+        for level in (change.llc_before, change.llc_after):
+            assert (values - 2 * error).min() <= level <= (values + 2 * error).max()
