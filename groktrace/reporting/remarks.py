@@ -57,7 +57,9 @@ def describe_curve(trajectory: Trajectory, fitted: Fitted, settings: DetectionSe
         fitted: its curve.
         settings: what counts as a change.
     """
-    symbol, value, steps = trajectory.curve.symbol, fitted.fit.value, trajectory.column("step")[fitted.position]
+    symbol, steps, measured = trajectory.curve.symbol, trajectory.column("step")[fitted.position], fitted.fit.data.value
+    # Straight pieces may lead beyond all points at their ends.
+    value = np.clip(fitted.fit.value, measured.min(), measured.max())
     level = max(float(np.abs(value).max()), 1e-300)
     scatter = float(np.median(np.sqrt(fitted.fit.data.variance)))
     quantile = statistics.NormalDist().inv_cdf(1 - settings.significance / (2 * len(value)))

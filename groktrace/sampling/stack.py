@@ -102,8 +102,8 @@ class StackedChains:
             if self.batches is not None:
                 self.batches.draw()
                 at_anchors = self.loss.gradients(self.anchors, self.index)
-            at_anchors = at_anchors, start, nbeta, localization, self.index
-            start, nearer = gaussian_start(self.loss, self.anchors, *at_anchors)
+            posterior = at_anchors, start, nbeta, localization, self.index
+            start, nearer = gaussian_start(self.loss, self.anchors, *posterior)
         self.steep = nearer.view(-1, chains).any(1).tolist()
         noise = [generator_for(settings.seed, *key, "noise", device) for key in keys]
         self.state = ChainState.begin(self.dynamics, start, noise)
