@@ -254,6 +254,25 @@ def check_repeatable(probe: LossProbe) -> None:
         )
 
 
+def spectral_norm_note(model: torch.nn.Module) -> str | None:
+    """Say what λ̂ is that of where a network estimates spectral norms, by vectors that no weight tells.
+
+    Args:
+        model: the network.
+    """
+    for path, module in model.named_modules():
+        names = dict(module.named_buffers(recurse=False))
+        hooks = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
+        if (type(module).__name__ == "_SpectralNorm" and "_u" in names) or "SpectralNorm" in hooks:
+            where = path.partition(".parametrizations")[0]
+            return (
+                f"model: {where} has a spectral_norm, whose vectors u and v stay those of the snapshot while its "
+                "weights are sampled. λ̂ is that of the network with these: up to a fifth lower than where the norm "
+                "follows the weights. Compare snapshots of such networks with one another only."
+            )
+    return None
+
+
 def sample_axis_note(probe: LossProbe, what: str) -> str | None:
     """Describe the problem where the first axis does not look like the samples, whose order must not matter.
 

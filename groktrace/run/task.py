@@ -21,6 +21,7 @@ from groktrace.run.checks import (
     check_with_noise,
     first_loss,
     sample_axis_note,
+    spectral_norm_note,
 )
 from groktrace.run.collect import Fits, collect, random_samples_note
 from groktrace.run.isolation import without_side_effects
@@ -315,7 +316,7 @@ def takes(model: nn.Module, loss: Callable[..., Tensor] | str | None, batch_loss
 
 
 def data_notes(probe: LossProbe, train: Any, val: Any, held_out: Batch | None) -> tuple[str, ...]:
-    """Warnings about the data that were collected.
+    """Warnings about the network, and the data that were collected.
 
     Args:
         probe: the loss on the training samples.
@@ -323,7 +324,8 @@ def data_notes(probe: LossProbe, train: Any, val: Any, held_out: Batch | None) -
         val: the validation data as given.
         held_out: the same as collected, or None.
     """
-    notes = [random_samples_note(train, "train"), sample_axis_note(probe, "train")]
+    notes = [spectral_norm_note(probe.forward.model)]
+    notes += [random_samples_note(train, "train"), sample_axis_note(probe, "train")]
     if held_out is not None:
         notes += [random_samples_note(val, "val"), sample_axis_note(probe.on(held_out), "val")]
     return tuple(note for note in notes if note is not None)

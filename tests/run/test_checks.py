@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from groktrace.errors import TaskError
-from groktrace.run.checks import LossProbe, check_mean, check_repeatable, sample_axis_note
+from groktrace.run.checks import LossProbe, check_mean, check_repeatable, sample_axis_note, spectral_norm_note
 from groktrace.run.collect import collect
 from groktrace.run.task import Task, evaluation_mode, make_forward
 
@@ -315,3 +315,13 @@ def test_flags_of_the_model_stay(sentences):
     with evaluation_mode(forward):
         assert sample_axis_note(LossProbe(forward, batch), "train") is None
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_spectral_norms_are_told_of(norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), norm(nn.Linear(4, 1)))
+    with pytest.warns(RuntimeWarning, match="groktrace: model: 2 has a spectral_norm, whose vectors u and v stay"):
+        Task.from_model(model, loss="mse", train=(torch.randn(8, 3), torch.randn(8, 1)))
+    plain = nn.Sequential(nn.Linear(3, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 1)))
+    assert spectral_norm_note(plain) is None
