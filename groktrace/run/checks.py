@@ -264,7 +264,7 @@ def spectral_norm_note(model: torch.nn.Module) -> str | None:
         names = dict(module.named_buffers(recurse=False))
         hooks = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
         if (type(module).__name__ == "_SpectralNorm" and "_u" in names) or "SpectralNorm" in hooks:
-            where = path.partition(".parametrizations")[0]
+            where = path.partition("parametrizations")[0].rstrip(".") or type(model).__name__
             return (
                 f"model: {where} has a spectral_norm, whose vectors u and v stay those of the snapshot while its "
                 "weights are sampled. λ̂ is that of the network with these: up to a fifth lower than where the norm "

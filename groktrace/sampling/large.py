@@ -7,7 +7,6 @@ chosen here unless asked for. Chains
 start at w*, as products with the Hessian would need several vectors more, and burn in for longer.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -287,9 +286,12 @@ def top_eigenvalue_large(network: LargeNetwork, generator: torch.Generator) -> f
     if not (math.isfinite(size) and size > 0):
         return size
     if not _is_smooth(network, direction, size):
-        # Where an operation has no second derivative, what differences tell is all there is.
-        with contextlib.suppress(RuntimeError):
+        try:
             size, direction, loss = _power_iteration(partial(_exact_product, network), direction)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return size  # an operation has no second derivative: what differences tell is all there is
         if not (math.isfinite(size) and size > 0):
             return size
     if size * network.norm_squared() < CURVATURE.flat * abs(loss):
@@ -382,7 +384,7 @@ def _hessian_product(
 def _add_hessian_product(
     network: LargeNetwork, direction: Tensor, out: Tensor, relative_step: float, factor: float = 1.0
 ) -> tuple[float, float]:
-    """Add ∇²L(w*)·v, times a factor, to `out`; how far off it was taken, where v's place then is, and a loss nearby."""
+    """Add ∇²L(w*)·v, times a factor, to `out`; the place of v becomes that of w* − δv. Returns δ and the loss there."""
     check_interruption()
     norm = math.sqrt(network.norm_squared())
     delta = relative_step * norm if norm > 0 else relative_step

@@ -120,8 +120,7 @@ class StackedLoss:
 
     def _probe_few(self, weights: Tensor) -> "StackedLoss":
         """The same from a few samples."""
-        few = self._few()
-        twice = torch.zeros(2, dtype=torch.long, device=weights.device)
+        few, twice = self._few(), torch.zeros(2, dtype=torch.long, device=weights.device)
         few.select(twice[:1])._differentiate(weights)
         try:
             few.select(twice)._differentiate(weights[twice])
@@ -328,13 +327,13 @@ class StackedLoss:
             yield len(part[0]) / count, part
 
     def has_second_derivatives(self, weights: Tensor) -> bool:
-        """Whether `hessian_products` can be had, tried on the first row, and of large sets on a few samples.
+        """Whether `hessian_products` can be had, tried on the first row; of large sets on a few samples.
 
         Args:
             weights: [R, D].
         """
-        few = self if self.sample_bytes is None else self._few()
-        first, weights = few.select(torch.zeros(1, dtype=torch.long, device=weights.device)), weights[:1].detach()
+        first = self if self.sample_bytes is None else self._few()
+        first, weights = first.select(torch.zeros(1, dtype=torch.long, device=weights.device)), weights[:1].detach()
         generator = torch.Generator(weights.device).manual_seed(0)
         direction = torch.empty_like(weights).normal_(generator=generator)
         try:

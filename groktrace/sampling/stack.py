@@ -16,7 +16,7 @@ from groktrace.sampling.engine import Target
 from groktrace.sampling.interruption import check_interruption
 from groktrace.sampling.kernels.base import ChainState, Dynamics
 from groktrace.sampling.network import shuffled
-from groktrace.sampling.noise import copy_generator, generator_for, normal_like
+from groktrace.sampling.noise import generator_for, normal_like
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.sample_losses import DrawnSampleLosses, stacked_sample_losses
 from groktrace.sampling.traces import (
@@ -59,8 +59,7 @@ class StackedChains:
     ) -> None:
         self.target, self.settings = target, target.settings
         settings, nbeta, localization = target.settings, target.nbeta, target.localization
-        self.halvings = halvings
-        self.epsilons = epsilons
+        self.epsilons, self.halvings = epsilons, halvings
         scales = list(zip(epsilons, fitting, halvings, strict=True))
         self.slow = [slowdown(settings.kernel, *scale) for scale in scales]
         self.lengths = [
@@ -120,27 +119,21 @@ class StackedChains:
     def begin(self) -> list[Traces]:
         """Burn in, and make the first draws."""
         chains, count = self.settings.chains, len(self.epsilons)
-        keeps, at_anchors = self.target.sample_losses, None
-        if keeps:
-            at_anchors = self._sample_losses(range(count), self.anchors)[::chains].cpu()
-        met, start = dict[int, float](), self.state.displacement.clone()
+        keeps = self.target.sample_losses
+        at_anchors = self._sample_losses(range(count), self.anchors)[::chains].cpu() if keeps else None
+        met: dict[int, float] = {}
         early, burn_in = [self.anchors.new_empty(0, 5, chains).double()] * count, [length for length, _ in self.lengths]
         if self.target.subsampled and self.settings.burn_in is None:
             # Chains start near equilibrium: where they are in it, what is left of the burn-in would be for nothing.
-            dimension = self.target.dimension
-            least = [math.ceil(slow * EQUILIBRIUM.min_burn_in) for slow in self.slow]
+            start, least = self.state.displacement.clone(), [math.ceil(n * EQUILIBRIUM.min_burn_in) for n in self.slow]
             early = list(self._pieces([(steps, 0) for steps in least]).values())
-            settled = [has_settled(piece, dimension) for piece in early]
-            burn_in = [
-                steps if done else max(length, steps)
-                for done, steps, length in zip(settled, least, burn_in, strict=True)
-            ]
+            settled = [has_settled(piece, self.target.dimension) for piece in early]
+            burn_in = [n if done else max(m, n) for done, n, m in zip(settled, least, burn_in, strict=True)]
             fallen = [has_fallen(piece, self.target) for piece in early]
             # Where the loss climbs more than its curvature at w* tells, the step may not suit what chains came from.
             met = self._curvatures([s for s in self.active if self.steep[s] and not (settled[s] or fallen[s])], start)
-            unfit = [s for s, curvature in met.items() if self.target.curved_step(curvature, self.epsilons[s])]
             for s in self.active:
-                if fallen[s] or s in unfit:
+                if fallen[s] or self.target.curved_step(met.get(s), self.epsilons[s]) is not None:
                     early[s][:, 1] = torch.nan  # by which it is known from then on
             self._keep([s for s in self.active if torch.isfinite(early[s][:, 1]).all()])
         rest = [(burn_in[s] - len(early[s]), self.lengths[s][1]) for s in self.active]
@@ -182,8 +175,7 @@ class StackedChains:
             return dict.fromkeys(self.active, 1.0)
         displacement = self.state.displacement
         rows = torch.arange(0, len(displacement), self.settings.chains, device=displacement.device)
-        weights = self.anchors + displacement
-        of_rows = self.loss, weights, self.batches, self.control, displacement, rows, self.dynamics
+        of_rows = self.loss, self.anchors + displacement, self.batches, self.control, displacement, rows, self.dynamics
         return dict(zip(self.active, stiff_share(*of_rows).tolist(), strict=True))
 
     def _is_anharmonic(self, s: int, traces: Traces) -> bool:
@@ -200,12 +192,10 @@ class StackedChains:
         displacement = self.state.displacement[rows] if displacement is None else displacement[self._rows(snapshots)]
         positions = self.anchors[rows] + displacement
         start = displacement + torch.finfo(positions.dtype).tiny
-        index = None
-        if self.target.subsampled:
-            some = torch.arange(min(self.samples, CURVATURE.start_samples), device=rows.device)
-            index = some.expand(len(rows), -1) if self.index is None else self.index[rows]
-        products = self.target.effort.curvature_products
-        top = top_eigenvalue(self.loss.select(rows), positions, start, products, index)
+        index = None if self.index is None or not self.target.subsampled else self.index[rows]
+        if self.target.subsampled and index is None:
+            index = torch.arange(min(self.samples, CURVATURE.start_samples), device=rows.device).expand(len(rows), -1)
+        top = top_eigenvalue(self.loss.select(rows), positions, start, self.target.effort.curvature_products, index)
         return dict(zip(snapshots, top.view(-1, self.settings.chains).amax(1).tolist(), strict=True))
 
     def _keep(self, snapshots: list[int]) -> None:
@@ -346,15 +336,11 @@ class StackedChains:
     def _saved(self, s: int) -> tuple[ChainState, Minibatches | None]:
         """A copy of one snapshot's chains as they are, and the state of what draws their batches."""
         rows = self._rows([s])
-        saved = self.state.select(rows)
-        copies = list(map(copy_generator, saved.generators))
-        return replace(saved, generators=copies), None if self.batches is None else self.batches.saved(rows)
+        return self.state.saved(rows), None if self.batches is None else self.batches.saved(rows)
 
     def _restore(self, s: int, saved: ChainState, batches: Minibatches | None) -> None:
         rows = self._rows([s])
-        self.state.displacement[rows], self.state.momentum[rows] = saved.displacement, saved.momentum
-        for r, generator in zip(rows.tolist(), saved.generators, strict=True):
-            self.state.generators[r] = generator
+        self.state.restore(rows, saved)
         if self.batches is not None and batches is not None:
             self.batches.restore(rows, batches)
 

@@ -78,8 +78,8 @@ class Equilibrium:
 
     Attributes:
         max_total_virial: chains have left where it comes to so many times D; a convention.
-        max_mean_total_virial: the same in large networks and on large sets, where hardly a look at the curvature tells
-            of too large a step.
+        max_mean_total_virial: the same of their mean in large networks and on large sets, where no look at the
+            curvature, or one at the start alone, tells of too large a step.
         max_restraint: a chain was away where its restraint once was so many times D and that of most draws, though
             some come back, to another place. The virial tells less: it is far above D where a valley turns.
         slack: draws of few weights scatter by so much.

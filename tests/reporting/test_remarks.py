@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -99,3 +100,16 @@ def test_every_snapshot_that_is_not_to_be_trusted_is_named_one_line_a_reason():
     ]
     assert untrusted(Trajectory((Point(7, 1.0, 0.1, reliable=False),))) == ["1 of 1 snapshots, step 7: no reason given"]
     assert untrusted(Trajectory((Point(7, 1.0, 0.1),))) == []
+
+
+@pytest.mark.parametrize("seed", [3, 16, 18, 20, 22])
+def test_no_level_is_told_beyond_all_points(seed):
+    """A straight piece through points of very different errors may lead beyond those at its ends."""
+    generator = np.random.default_rng(seed)
+    count = int(generator.integers(6, 14))
+    error = np.exp(generator.uniform(0, 4, count))
+    values = np.linspace(60, 10, count) + error * generator.standard_normal(count)
+    text = none_found(Trajectory.from_arrays(np.arange(count) * 10, values, error))
+    told = [float(number) for number in re.search(r"from (-?[\d.]+) to (-?[\d.]+) over", text).groups()]
+    assert max(told) <= values.max() + 0.01 * abs(values.max())
+    assert min(told) >= values.min() - 0.01 * abs(values.min())

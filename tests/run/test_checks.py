@@ -323,5 +323,7 @@ def test_spectral_norms_are_told_of(norm):
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), norm(nn.Linear(4, 1)))
     with pytest.warns(RuntimeWarning, match="groktrace: model: 2 has a spectral_norm, whose vectors u and v stay"):
         Task.from_model(model, loss="mse", train=(torch.randn(8, 3), torch.randn(8, 1)))
+    alone = norm(nn.Linear(4, 1))
+    assert spectral_norm_note(alone).startswith(f"model: {type(alone).__name__} has a spectral_norm")
     plain = nn.Sequential(nn.Linear(3, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 1)))
     assert spectral_norm_note(plain) is None

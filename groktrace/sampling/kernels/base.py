@@ -4,14 +4,14 @@ Target: density ∝ exp(−U(w)), U(w) = nβ·L(w) + (γ/2)‖w − w*‖².
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from groktrace.sampling.noise import NormalNoise
+from groktrace.sampling.noise import NormalNoise, copy_generator
 
 # On a processor so many columns are advanced at once: all that a step needs of two chains then stays in its cache.
 BLOCK = 2**17
@@ -175,6 +175,17 @@ class ChainState:
         """The state of some of the chains."""
         displacement, generators = self.displacement[rows], [self.generators[r] for r in rows.tolist()]
         return ChainState(displacement, self.momentum[rows], *_noise(displacement), generators)
+
+    def saved(self, rows: Tensor) -> "ChainState":
+        """A copy of some of the chains as they are."""
+        chosen = self.select(rows)
+        return replace(chosen, generators=list(map(copy_generator, chosen.generators)))
+
+    def restore(self, rows: Tensor, saved: "ChainState") -> None:
+        """Put chains back to what `saved` returned."""
+        self.displacement[rows], self.momentum[rows] = saved.displacement, saved.momentum
+        for r, generator in zip(rows.tolist(), saved.generators, strict=True):
+            self.generators[r] = generator
 
     def draw(self) -> Tensor:
         """Noise of a block, [R, columns]; the next call overwrites it."""
