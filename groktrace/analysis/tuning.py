@@ -119,6 +119,8 @@ class Reliability:
 
     Attributes:
         virial_gap: of the virial and restraint from D, relative to it.
+        widest_virial: the error of their sum counts as no more than so many times that of one draw of each chain in a
+            quadratic bowl, whose variance is 2D; where the loss is of higher degree, it is a few times that.
         anharmonicity: of ½E[(w − w*)·nβ∇L]/λ̂ from 1, beyond which the loss is not quadratic where the chains go.
         rhat: split R̂, as Gelman & Rubin.
         distance: of the chains from w*, relative to ‖w*‖.
@@ -137,6 +139,7 @@ class Reliability:
     """
 
     virial_gap: float = 0.02
+    widest_virial: float = 2.0
     anharmonicity: float = 0.05
     rhat: float = 1.1
     distance: float = 0.5

@@ -1,11 +1,39 @@
 """What the first steps of chains on large sets tell: that burn-in may end, or that there is nothing to measure."""
 
 import math
+from typing import NamedTuple
 
 from torch import Tensor
 
 from groktrace.sampling.engine import Target
 from groktrace.sampling.tuning import EQUILIBRIUM
+
+
+class EarlySteps(NamedTuple):
+    """What the first steps of a snapshot's chains tell.
+
+    Attributes:
+        settled: they are in equilibrium, see `has_settled`.
+        fallen: there is no basin where they began.
+        too_high: they have more energy than in equilibrium by the last of these steps, or none that is finite.
+    """
+
+    settled: bool
+    fallen: bool
+    too_high: bool
+
+
+def judge_early_steps(record: Tensor, target: Target) -> EarlySteps:
+    """Whether the burn-in of a snapshot's chains may end, and whether their step or their basin is none.
+
+    Args:
+        record: of one snapshot, [steps, 5, chains], see `StackedChains.advance`; two steps at least.
+        target: what is sampled.
+    """
+    fallen = target.has_fallen(-float(record[:, 0].amin()), EQUILIBRIUM.fall_for_good)
+    most = EQUILIBRIUM.max_early_total_virial * target.dimension + EQUILIBRIUM.slack
+    too_high = not float((record[-1, 1] + record[-1, 2]).mean()) <= most
+    return EarlySteps(has_settled(record, target.dimension), fallen, too_high)
 
 
 def has_settled(record: Tensor, dimension: int) -> bool:
@@ -28,13 +56,3 @@ def has_settled(record: Tensor, dimension: int) -> bool:
     # A virial of independent directions has at most twice its mean as variance.
     error = math.sqrt(2 * abs(virial) * (1 / half + 1 / len(late)) / late.shape[2])
     return before - virial <= EQUILIBRIUM.max_virial_fall * abs(virial) + EQUILIBRIUM.virial_errors * error
-
-
-def has_fallen(record: Tensor, target: Target) -> bool:
-    """Whether the loss fell so far at once that there is no basin where the chains began.
-
-    Args:
-        record: the same.
-        target: what is sampled.
-    """
-    return target.has_fallen(-float(record[:, 0].amin()), EQUILIBRIUM.fall_for_good)

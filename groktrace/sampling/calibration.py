@@ -98,7 +98,7 @@ def run_length(
     settings: ResolvedSettings,
     localization: float,
     epsilon: float,
-    relaxations: float = CALIBRATION.burn_in_relaxations,
+    cold: bool = False,
     halvings: int = 0,
     effort: Effort = WHOLE_DATA,
     slow: float = 1.0,
@@ -109,12 +109,13 @@ def run_length(
         settings: method and chains; burn_in and draws, where given.
         localization: γ.
         epsilon: ε.
-        relaxations: relaxation times of the flat directions to burn in for.
+        cold: whether flat directions are not filled at the start, so that the burn-in is longer.
         halvings: how often ε was halved.
         effort: what is spent.
         slow: see `slowdown`.
     """
     relaxation, most = settings.kernel.relaxation(epsilon, localization, halvings), CALIBRATION.max_steps // 2
+    relaxations = CALIBRATION.burn_in_relaxations_cold if cold else CALIBRATION.burn_in_relaxations
     burn_in = min(math.ceil(relaxations * relaxation), most)
     share = max(1.0, CALIBRATION.draw_relaxations / settings.chains)
     if effort.draws is None:

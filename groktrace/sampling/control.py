@@ -138,7 +138,7 @@ def share_of_stiff(product: Callable[[Tensor], Tensor], noise: Tensor, dynamics:
     Returns:
         [R]; 1 where it is not finite.
     """
-    tridiagonal, _ = lanczos(product, noise, MINIBATCH_NOISE.share_products)
+    tridiagonal, _, _ = lanczos(product, noise, MINIBATCH_NOISE.share_products)
     values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num())
     stiff = dynamics.nbeta * values.clamp(min=0)
     total = stiff + dynamics.localization

@@ -1,5 +1,6 @@
 """Curvature of the loss at a point, by Hessian-vector products."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import zip_longest
@@ -127,18 +128,23 @@ def _checked_lanczos(
     lengths = iterations, rtol, max_iterations
     step = CURVATURE.relative_step if loss.sample_bytes is None else CURVATURE.short_step
     by_difference = partial(difference_product, loss, weights, gradients, index=index)
-    tridiagonal, basis = lanczos(partial(by_difference, relative_step=step), start, *lengths)
-    stiffest, value = _stiffest(tridiagonal, basis)
-    again, closer = (by_difference(stiffest, relative_step=share * step) for share in (1, 1 / 8))
-    change = (torch.linalg.vecdot(closer, stiffest) - value).abs()
-    off = ~(torch.maximum(change, (again - closer).norm(dim=1)) <= CURVATURE.agreement * value.abs())
+    differences = partial(lanczos, partial(by_difference, relative_step=step), start, *lengths)
+    tridiagonal, basis, asymmetry = differences(max_asymmetry=CURVATURE.agreement)
+    off = asymmetry > CURVATURE.agreement
+    if not off.all():
+        stiffest, value = _stiffest(tridiagonal, basis)
+        again, closer = (by_difference(stiffest, relative_step=share * step) for share in (1, 1 / 8))
+        change = (torch.linalg.vecdot(closer, stiffest) - value).abs()
+        off |= ~(torch.maximum(change, (again - closer).norm(dim=1)) <= CURVATURE.agreement * value.abs())
     if off.any() and loss.has_second_derivatives(weights):
-        exact, exact_basis = lanczos(partial(loss.hessian_products, weights, index=index), start, *lengths)
+        exact, exact_basis, _ = lanczos(partial(loss.hessian_products, weights, index=index), start, *lengths)
         size = max(len(basis), len(exact_basis))
         padded = [pad(own, (0, size - own.shape[1]) * 2) for own in (exact, tridiagonal)]
         tridiagonal = torch.where(off[:, None, None], *padded)
         pairs = zip_longest(exact_basis, basis, fillvalue=torch.zeros_like(start))
         basis = [torch.where(off[:, None], *pair) for pair in pairs]
+    elif len(basis) < iterations:  # given up for nothing
+        return differences()[:2]
     return tridiagonal, basis
 
 
@@ -163,8 +169,9 @@ def gaussian_start(
 
     (nβH + γ)^{−½}·z has the covariance (nβH + γ)⁻¹; it is approximated in the Krylov space of z and H (Chow & Saad
     2014, SIAM J. Sci. Comput. 36, A588). A chain that starts there has little left to forget. Where the loss climbs
-    more than its curvature at w* tells, the start is drawn nearer to w*: chains come down from there by few steps at a
-    time, and meet curvatures on the way that throw them out.
+    more than its curvature at w* tells, chains would come down by few steps at a time, and meet curvatures on the way
+    that throw them out: the start descends, by Polyak's steps, which leave it as far from w* along flat directions as
+    it was. What is still too high is drawn nearer to w*.
 
     Args:
         loss: of R rows.
@@ -176,34 +183,53 @@ def gaussian_start(
         index: [R, B] samples for each row; None for all of them.
 
     Returns:
-        Displacements, [R, D], zero where the Hessian is not finite; and whether they were drawn nearer, [R].
+        Displacements, [R, D], zero where the Hessian is not finite; and whether they were drawn nearer, so that flat
+        directions are not filled, [R].
     """
     losses, gradients = base
     if loss.sample_bytes is None:
         tridiagonal, basis = _checked_lanczos(loss, weights, gradients, normal, CURVATURE.start_products, index)
     else:  # gradients take long: a start that is off is forgotten sooner
         product = partial(difference_product, loss, weights, gradients, index=index, relative_step=CURVATURE.short_step)
-        tridiagonal, basis = lanczos(product, normal, CURVATURE.start_products)
+        tridiagonal, basis, _ = lanczos(product, normal, CURVATURE.start_products)
     finite = torch.isfinite(tridiagonal).all(dim=(1, 2))
     values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num())
     shrunk = (nbeta * values.clamp(min=0) + localization).rsqrt()
     coefficients = torch.einsum("rij,rj,rj->ri", vectors, shrunk, vectors[:, 0]).to(weights.dtype)
     coefficients *= torch.where(finite, normal.norm(dim=1), 0)[:, None]
     displacement = torch.where(finite[:, None], _combined(basis, coefficients), 0)
-    # What the loss climbs by its curvature alone; of one that is steeper further off, chains would come down slowly.
+    # What the loss climbs by its curvature alone.
     bowl = torch.einsum("ri,rij,rj->r", coefficients.double(), tridiagonal.nan_to_num(), coefficients.double())
     bowl = 0.5 * nbeta * bowl.clamp(min=0)
-    rounding = nbeta * CURVATURE.loss_rounding * losses.abs()
-    nearer = torch.zeros_like(finite)
-    for _ in range(CURVATURE.start_halvings):
-        straight = losses + torch.linalg.vecdot(gradients, displacement)
-        climb = nbeta * (loss.gradients(weights + displacement, index)[0] - straight)
-        steep = ~(climb <= CURVATURE.start_climb * bowl + 3 * bowl.sqrt() + 1 + rounding)
+    rounding = 1 + nbeta * CURVATURE.loss_rounding * losses.abs()
+
+    def climb_and_slope() -> tuple[Tensor, Tensor]:
+        there, slope = loss.gradients(weights + displacement, index)
+        return nbeta * (there - losses - torch.linalg.vecdot(gradients, displacement)), slope - gradients
+
+    climb, slope = climb_and_slope()
+    lowest, least = displacement, climb
+    for _ in range(CURVATURE.start_descents):
+        steep = ~(least <= CURVATURE.start_climb * bowl + 3 * bowl.sqrt() + rounding)
         if not steep.any():
             break
-        nearer |= steep
-        displacement[steep] *= 0.5
-        bowl[steep] *= 0.25
+        # Polyak's step towards what the curvature tells; half of the way to w* at most.
+        down = (climb - bowl) / (nbeta * slope.square().sum(1))
+        down = torch.minimum(down, 0.5 * displacement.norm(dim=1) / slope.norm(dim=1)).to(slope.dtype)
+        moves = steep & torch.isfinite(down)
+        displacement = torch.where(moves[:, None], displacement - down[:, None] * slope, displacement)
+        climb, slope = climb_and_slope()
+        lower = climb < least
+        lowest, least = torch.where(lower[:, None], displacement, lowest), torch.where(lower, climb, least)
+    displacement, nearer = lowest, torch.zeros_like(finite)
+    slack = rounding + CURVATURE.start_slack * weights.shape[1]
+    for _ in range(CURVATURE.start_halvings):
+        steep = ~(least <= CURVATURE.start_climb * bowl + 3 * bowl.sqrt() + slack)
+        if not steep.any():
+            break
+        displacement = torch.where(steep[:, None], 0.5 * displacement, displacement)
+        bowl, nearer = torch.where(steep, 0.25 * bowl, bowl), nearer | steep
+        least = torch.where(steep, climb_and_slope()[0], least)
     return displacement, nearer
 
 
@@ -213,7 +239,8 @@ def lanczos(
     iterations: int,
     rtol: float = 0.0,
     max_iterations: int | None = None,
-) -> tuple[Tensor, list[Tensor]]:
+    max_asymmetry: float = math.inf,
+) -> tuple[Tensor, list[Tensor], Tensor]:
     """The Hessian of each row in the Krylov space of a vector (Golub & Van Loan, ch. 10): H ≈ V·T·Vᵀ.
 
     Args:
@@ -222,9 +249,12 @@ def lanczos(
         iterations: products at least.
         rtol: a row has more of them while the last two add more than this share to its largest |eigenvalue|.
         max_iterations: products at most; None for `iterations`.
+        max_asymmetry: it ends, before those `iterations`, once no row is as symmetric as this.
 
     Returns:
-        T, [R, m, m] in float64, zero beyond the products of a row, and the m columns of V, [R, D] each.
+        T, [R, m, m] in float64, zero beyond the products of a row; the m columns of V, [R, D] each; and by how much
+        u·Hv and v·Hu of the first `iterations` products, one after the other, differ at most, relative to the largest
+        |eigenvalue| so far, [R].
     """
     direction = start / start.norm(dim=1, keepdim=True)
     before = torch.zeros_like(direction)
@@ -232,15 +262,22 @@ def lanczos(
     diagonal, off_diagonal, basis = [], [], []
     most = max_iterations or iterations
     lengths = torch.full((len(start),), most, device=start.device)
+    asymmetry = torch.zeros(len(start), dtype=torch.float64, device=start.device)
     for made in range(1, most + 1):
         basis.append(direction)
         image = product(direction)
+        difference = (torch.linalg.vecdot(image, before) - overlap).abs()
         diagonal.append(torch.linalg.vecdot(image, direction))
         image.addcmul_(diagonal[-1][:, None], direction, value=-1).addcmul_(overlap[:, None], before, value=-1)
         overlap = image.norm(dim=1)
         off_diagonal.append(overlap)
         # Where the space is exhausted, or the loss flat, nothing remains: keep the direction, at weight zero.
         before, direction = direction, torch.where(overlap[:, None] > 0, image / overlap[:, None], direction)
+        if 1 < made <= iterations:
+            largest = _largest(_tridiagonal(diagonal, off_diagonal))
+            asymmetry = torch.maximum(asymmetry, difference / largest.clamp(min=torch.finfo(start.dtype).tiny))
+            if (asymmetry > max_asymmetry).all():
+                break
         if iterations <= made < most:
             so_far = _tridiagonal(diagonal, off_diagonal)
             largest, smaller = _largest(so_far), _largest(so_far[:, :-2, :-2])
@@ -249,7 +286,7 @@ def lanczos(
                 break
     inside = torch.arange(len(basis), device=start.device) < lengths[:, None]
     of_all = _tridiagonal(diagonal, off_diagonal)
-    return torch.where(inside[:, :, None] & inside[:, None, :], of_all, 0), basis
+    return torch.where(inside[:, :, None] & inside[:, None, :], of_all, 0), basis, asymmetry
 
 
 def _tridiagonal(diagonal: Sequence[Tensor], off_diagonal: Sequence[Tensor]) -> Tensor:

@@ -25,7 +25,7 @@ from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.sample_losses import DrawnSampleLosses, network_sample_losses
 from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.traces import Traces, pairs
-from groktrace.sampling.tuning import CALIBRATION, CURVATURE, MINIBATCH_NOISE
+from groktrace.sampling.tuning import CURVATURE, MINIBATCH_NOISE
 
 # Of the weights' norm: a classifier with large margins bends within a thousandth of it.
 
@@ -105,8 +105,7 @@ class LargeChains:
         self.network, self.settings, self.target = network, target.settings, target
         self.nbeta, self.localization, self.step_size = target.nbeta, target.localization, step_size
         settings, nbeta, localization = target.settings, target.nbeta, target.localization
-        cold = CALIBRATION.burn_in_relaxations_cold
-        self.lengths = [run_length(settings, localization, step_size, cold, halvings)]
+        self.lengths = [run_length(settings, localization, step_size, cold=True, halvings=halvings)]
         self.slow, self.halvings = slowdown(settings.kernel, step_size, fitting, halvings), halvings
         self.kernel = settings.kernel
         row = torch.tensor([step_size], dtype=network.dtype, device=network.device), torch.tensor([halvings])

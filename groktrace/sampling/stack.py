@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from groktrace.sampling.batches import Minibatches
-from groktrace.sampling.burn_in import has_fallen, has_settled
+from groktrace.sampling.burn_in import judge_early_steps
 from groktrace.sampling.calibration import run_length, slowdown
 from groktrace.sampling.control import ControlVariates, stiff_share, with_kept_control
 from groktrace.sampling.curvature import gaussian_start, top_eigenvalue
@@ -62,10 +62,6 @@ class StackedChains:
         self.epsilons, self.halvings = epsilons, halvings
         scales = list(zip(epsilons, fitting, halvings, strict=True))
         self.slow = [slowdown(settings.kernel, *scale) for scale in scales]
-        self.lengths = [
-            run_length(settings, localization, epsilon, halvings=halved, effort=target.effort, slow=slow)
-            for (epsilon, _, halved), slow in zip(scales, self.slow, strict=True)
-        ]
         self.active = list(range(len(epsilons)))
         device, chains = anchors.device, settings.chains
         snapshot = torch.arange(len(anchors), device=device).repeat_interleave(chains)
@@ -94,7 +90,8 @@ class StackedChains:
         else:
             self.base, self.base_gradients = self.control.mean()
         # The published method starts at w*.
-        start, nearer = torch.zeros_like(self.anchors), torch.zeros(len(self.anchors), dtype=torch.bool)
+        start = torch.zeros_like(self.anchors)
+        nearer = torch.zeros(len(start), dtype=torch.bool)
         if not settings.kernel.vanilla:
             start = normal_like(start, [generator_for(settings.seed, *key, "start", device) for key in keys])
             at_anchors = self.base, self.base_gradients
@@ -103,7 +100,12 @@ class StackedChains:
                 at_anchors = self.loss.gradients(self.anchors, self.index)
             posterior = at_anchors, start, nbeta, localization, self.index
             start, nearer = gaussian_start(self.loss, self.anchors, *posterior)
-        self.steep = nearer.view(-1, chains).any(1).tolist()
+        # Flat directions are not filled where the start was drawn nearer.
+        cold = nearer.view(-1, chains).any(1).tolist()
+        self.lengths = [
+            run_length(settings, localization, epsilon, far, halved, target.effort, slow)
+            for (epsilon, _, halved), slow, far in zip(scales, self.slow, cold, strict=True)
+        ]
         noise = [generator_for(settings.seed, *key, "noise", device) for key in keys]
         self.state = ChainState.begin(self.dynamics, start, noise)
         # Sums of displacements and gradients over all draws, which centre λ_c.
@@ -120,20 +122,21 @@ class StackedChains:
         """Burn in, and make the first draws."""
         chains, count = self.settings.chains, len(self.epsilons)
         keeps = self.target.sample_losses
-        at_anchors = self._sample_losses(range(count), self.anchors)[::chains].cpu() if keeps else None
+        at_anchors = stacked_sample_losses(self.loss, self.anchors)[::chains].cpu() if keeps else None
         met: dict[int, float] = {}
         early, burn_in = [self.anchors.new_empty(0, 5, chains).double()] * count, [length for length, _ in self.lengths]
-        if self.target.subsampled and self.settings.burn_in is None:
-            # Chains start near equilibrium: where they are in it, what is left of the burn-in would be for nothing.
-            start, least = self.state.displacement.clone(), [math.ceil(n * EQUILIBRIUM.min_burn_in) for n in self.slow]
+        least = [math.ceil(slow * EQUILIBRIUM.min_burn_in) for slow in self.slow]
+        if self.target.subsampled and (self.settings.burn_in is None or self.settings.burn_in >= max(least)):
+            start = self.state.displacement.clone()
             early = list(self._pieces([(steps, 0) for steps in least]).values())
-            settled = [has_settled(piece, self.target.dimension) for piece in early]
-            burn_in = [n if done else max(m, n) for done, n, m in zip(settled, least, burn_in, strict=True)]
-            fallen = [has_fallen(piece, self.target) for piece in early]
-            # Where the loss climbs more than its curvature at w* tells, the step may not suit what chains came from.
-            met = self._curvatures([s for s in self.active if self.steep[s] and not (settled[s] or fallen[s])], start)
+            told = [judge_early_steps(piece, self.target) for piece in early]
+            if self.settings.burn_in is None:
+                # Chains start near equilibrium: where they are in it, what is left would be for nothing.
+                burn_in = [n if t.settled else max(m, n) for t, n, m in zip(told, least, burn_in, strict=True)]
+            # Where they have too much energy, their step may not suit the curvature that they came from.
+            met = self._curvatures([s for s in self.active if told[s].too_high and not told[s].fallen], start)
             for s in self.active:
-                if fallen[s] or self.target.curved_step(met.get(s), self.epsilons[s]) is not None:
+                if told[s].fallen or self.target.curved_step(met.get(s), self.epsilons[s]) is not None:
                     early[s][:, 1] = torch.nan  # by which it is known from then on
             self._keep([s for s in self.active if torch.isfinite(early[s][:, 1]).all()])
         rest = [(burn_in[s] - len(early[s]), self.lengths[s][1]) for s in self.active]
@@ -290,7 +293,8 @@ class StackedChains:
                     rows_of = self._rows([s])
                     recorder.keep(s, self.loss.select(rows_of).sample_losses(weights[rows_of], seen))
             if drawn is not None and (due := drawn.due(t)):
-                drawn.keep(due, self._sample_losses(due, weights))
+                of_due = self._rows(due)
+                drawn.keep(due, stacked_sample_losses(self.loss.select(of_due), weights[of_due]))
             products, others = [], []
             if t in changes:
                 draws = [before <= t < before + some for before, some in lengths]
@@ -323,11 +327,6 @@ class StackedChains:
             self.drawn[s] += some
         record[:, 1, gone] = torch.nan  # whether or not the stack went on
         return record
-
-    def _sample_losses(self, snapshots: Sequence[int], weights: Tensor) -> Tensor:
-        """Losses of all samples with the chains of some snapshots in the stack, [their rows, N]."""
-        rows = self._rows(snapshots)
-        return stacked_sample_losses(self.loss.select(rows), weights[rows])
 
     def _rows(self, snapshots: Sequence[int]) -> Tensor:
         chains = self.settings.chains

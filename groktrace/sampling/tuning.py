@@ -80,6 +80,8 @@ class Equilibrium:
         max_total_virial: chains have left where it comes to so many times D; a convention.
         max_mean_total_virial: the same of their mean in large networks and on large sets, where no look at the
             curvature, or one at the start alone, tells of too large a step.
+        max_early_total_virial: of the step after which the burn-in may end: beyond it the curvature is looked at where
+            chains began, which costs as much as some steps.
         max_restraint: a chain was away where its restraint once was so many times D and that of most draws, though
             some come back, to another place. The virial tells less: it is far above D where a valley turns.
         slack: draws of few weights scatter by so much.
@@ -104,6 +106,7 @@ class Equilibrium:
 
     max_total_virial: float = 10.0
     max_mean_total_virial: float = 1.5
+    max_early_total_virial: float = 1.2
     max_restraint: float = 3.0
     slack: float = 100.0
     spike: float = 10.0
@@ -138,9 +141,11 @@ class Curvature:
         far_agreement: h is zero where the two disagree by more than this.
         power_iterations: products that give the largest eigenvalue of a large network.
         start_products: products that give the Gaussian start of chains.
-        start_halvings: largest number of halvings of a start.
+        start_descents: largest number of descents of a start that the loss makes too high.
+        start_halvings: largest number of halvings of one that is too high after them.
         start_samples: on so many samples the curvature is looked at where chains began.
         start_climb: a start may climb by this many times what the curvature at w* tells.
+        start_slack: after its descents by so many nats a weight more: three products tell a part of the curvature.
         loss_rounding: what float32 leaves of a loss, which is no climb.
     """
 
@@ -154,9 +159,11 @@ class Curvature:
     far_agreement: float = 0.7
     power_iterations: int = 8
     start_products: int = 3
+    start_descents: int = 12
     start_halvings: int = 8
     start_samples: int = 256
     start_climb: float = 1.5
+    start_slack: float = 0.01
     loss_rounding: float = 1e-6
 
 

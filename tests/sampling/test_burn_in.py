@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from groktrace.sampling.burn_in import has_fallen, has_settled
+from groktrace.sampling.burn_in import has_settled, judge_early_steps
 from groktrace.sampling.engine import Target
 from groktrace.sampling.settings import ResolvedSettings
 
@@ -39,8 +39,17 @@ def test_chains_have_settled_where_nothing_falls_any_more(virials, total, settle
 
 def test_chains_have_fallen_where_the_loss_fell_by_more_than_a_nat_a_weight():
     steady = record((230.0, 230.0))
-    assert not has_fallen(steady, TARGET)
+    assert judge_early_steps(steady, TARGET) == (True, False, False)
     steady[3, 0] = -0.9 * DIMENSION
-    assert not has_fallen(steady, TARGET)
+    assert not judge_early_steps(steady, TARGET).fallen
     steady[3, 0] = -2.0 * DIMENSION
-    assert has_fallen(steady, TARGET)
+    assert judge_early_steps(steady, TARGET).fallen
+
+
+@pytest.mark.parametrize(("total", "too_high"), [(1.1, False), (1.3, True), (math.inf, True), (math.nan, True)])
+def test_chains_are_too_high_where_they_end_with_more_energy_than_in_equilibrium(total, too_high):
+    steps = record((230.0, 230.0))
+    steps[-1, 2] = total * DIMENSION
+    told = judge_early_steps(steps, TARGET)
+    assert told.too_high is too_high
+    assert not told.fallen

