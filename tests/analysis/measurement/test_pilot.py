@@ -140,25 +140,50 @@ def test_a_basin_that_the_chains_would_leave_gets_a_smaller_locality(reach, wide
 
 
 def test_a_trial_whose_chains_small_batches_throw_out_is_made_on_all_samples(large_set, monkeypatch):
-    estimate = Objective.estimate
+    sample = Objective.sample
 
     def thrown_out(own, weights, metrics, scale, *rest):
-        found = estimate(own, weights, metrics, scale, *rest)
-        return found if scale.batch_size is None else [replace(one, llc=None) for one in found]
+        found = sample(own, weights, metrics, scale, *rest)
+        return found if scale.batch_size is None else [(replace(one, llc=None), traces) for one, traces in found]
 
-    monkeypatch.setattr(Objective, "estimate", thrown_out)
+    monkeypatch.setattr(Objective, "sample", thrown_out)
     model, data, _ = line()
     assert choose(*prepared(model, "mse", data)).locality == 0.22
 
 
+@pytest.mark.parametrize("met", [True, False])
+def test_a_trial_on_all_samples_that_too_large_a_step_throws_out_is_made_with_a_smaller_one(
+    large_set, monkeypatch, met
+):
+    sample, steps = Objective.sample, []
+
+    def thrown_out(own, weights, metrics, scale, *rest):
+        ((one, traces),) = sample(own, weights, metrics, scale, *rest)
+        steps.append((own.settings.step_size, own.settings.burn_in, own.settings.draws))
+        top = 3 * metrics[0].top_curvature if met else None
+        return [(replace(one, llc=None), replace(traces, curvature=top)) if len(steps) == 1 else (one, traces)]
+
+    monkeypatch.setattr(Objective, "sample", thrown_out)
+    model, data, _ = line()
+    found = choose(*prepared(model, "mse", data, batch_size=len(data[0])))
+    assert found.locality == (0.22 if met else 0.1)
+    (first, *_), (second, burn_in, draws) = steps[:2]
+    if met:
+        slow = first / second
+        assert slow == pytest.approx(3, rel=0.2)
+        assert (burn_in, draws) == (round(20 * slow), round(12 * slow))
+
+
 def test_chains_that_batches_keep_up_do_not_say_how_many_samples_are_used(large_set, monkeypatch):
-    estimate = Objective.estimate
+    sample = Objective.sample
 
     def heated(own, weights, metrics, scale, *rest):
-        found = estimate(own, weights, metrics, scale, *rest)
-        return found if scale.batch_size is None else [replace(one, llc=1e20, llc_centred=1e20) for one in found]
+        found = sample(own, weights, metrics, scale, *rest)
+        if scale.batch_size is None:
+            return found
+        return [(replace(one, llc=1e20, llc_centred=1e20), traces) for one, traces in found]
 
-    monkeypatch.setattr(Objective, "estimate", heated)
+    monkeypatch.setattr(Objective, "sample", heated)
     model, data, _ = line()
     found = choose(*prepared(model, "mse", data))
     assert found.locality == 0.01
@@ -212,7 +237,7 @@ def test_snapshots_around_which_the_loss_is_flat_have_no_part_in_the_scale(large
 def test_nothing_is_tried_where_all_is_given(large_set, monkeypatch):
     model, data, _ = line()
     prepared_run = prepared(model, "mse", data, localization=300.0)
-    monkeypatch.setattr(Objective, "estimate", lambda *_: pytest.fail("chains were run"))
+    monkeypatch.setattr(Objective, "sample", lambda *_: pytest.fail("chains were run"))
     scale = choose(*prepared_run, samples=200, batch_size=64)
     assert (scale.samples, scale.batch_size) == (192, 64)
 
@@ -321,8 +346,8 @@ def test_trials_beside_each_other_share_no_recorded_gradients(monkeypatch, small
     objective, weights, metrics = prepared(model, "mse", data)
     objective = replace(objective, chance=(1e9,))
     both = [metrics, replace(metrics, step=1)]
-    used, estimate, profile = [], Objective.estimate, pilot.profile_noise
-    monkeypatch.setattr(Objective, "estimate", lambda own, *rest: used.append(own.loss.plans) or estimate(own, *rest))
+    used, sample, profile = [], Objective.sample, pilot.profile_noise
+    monkeypatch.setattr(Objective, "sample", lambda own, *rest: used.append(own.loss.plans) or sample(own, *rest))
     monkeypatch.setattr(pilot, "profile_noise", lambda loss, *rest: used.append(loss.plans) or profile(loss, *rest))
     alone = choose_sampling(objective, lambda step: weights, both, threads=1)
     assert choose_sampling(objective, lambda step: weights, both, threads=2) == alone
