@@ -1,12 +1,30 @@
 """What the first steps of chains on large sets tell: that burn-in may end, or that there is nothing to measure."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from groktrace.sampling.engine import Target
 from groktrace.sampling.tuning import EQUILIBRIUM
+
+
+def least_falls(losses: Tensor, gradients: Tensor, nbeta: float, fitting: Sequence[float]) -> list[float]:
+    """By how much nβ·L falls at least from each w* to where its chains will be, if the loss is a bowl.
+
+    Along the slope g = ∇L(w*) the mean w̄ of the bowl's posterior lies lower by ½nβ²·g·(nβH + γ)⁻¹g or more, and
+    nβH + γ is no larger than 2/ε, for which ε is made. No loss falls below zero.
+
+    Args:
+        losses: L(w*), [S].
+        gradients: ∇L(w*), [S, D].
+        nbeta: nβ.
+        fitting: the ε that the curvature at each w* calls for.
+    """
+    steepest = 0.25 * nbeta**2 * gradients.double().square().sum(1) * losses.new_tensor(fitting).double()
+    return torch.where(losses > 0, torch.minimum(steepest, nbeta * losses), steepest).tolist()
 
 
 class EarlySteps(NamedTuple):

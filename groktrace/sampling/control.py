@@ -1,7 +1,7 @@
 """Control variates: what the gradients of minibatches are at w*, and where their noise goes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,8 +11,14 @@ from torch import Tensor
 from groktrace.sampling.batches import Minibatches
 from groktrace.sampling.curvature import difference_product, lanczos
 from groktrace.sampling.kernels.base import Dynamics
+from groktrace.sampling.network import shuffled
+from groktrace.sampling.noise import generator_for
 from groktrace.sampling.posterior import StackedLoss
+from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.tuning import MINIBATCH_NOISE
+
+# What the gradients of all minibatches at w* may take, of the snapshots of a stack together.
+CONTROL_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,33 @@ class ControlVariates:
     def select(self, rows: Tensor) -> "ControlVariates":
         """That of some of the rows."""
         return replace(self, snapshot=self.snapshot[rows])
+
+
+def begin_batches(
+    loss: StackedLoss, anchors: Tensor, snapshot: Tensor, keys: Sequence[tuple[int, int]], settings: ResolvedSettings
+) -> tuple[Minibatches | None, ControlVariates | None]:
+    """What draws the minibatches of chains, and their control variates where these can be kept.
+
+    Args:
+        loss: of S rows.
+        anchors: w* of each snapshot, [S, D].
+        snapshot: of each chain, [R].
+        keys: of each chain's noise: its snapshot's, and its number there.
+        settings: batch size, kernel and seed.
+
+    Returns:
+        None for both where all samples are used at once.
+    """
+    samples, size = len(loss.tensors[0]), settings.batch_size
+    if size is None or size >= samples:
+        return None, None
+    generators = [generator_for(settings.seed, step, chain, "batch", anchors.device) for step, chain in keys]
+    # Else some samples would never be seen.
+    whole = samples % size == 0
+    if whole and not settings.kernel.vanilla and len(anchors) * (samples // size) * anchors[0].nbytes <= CONTROL_BYTES:
+        parts = shuffled(samples).to(anchors.device).view(-1, size)
+        return Minibatches.of_parts(parts, samples, generators), ControlVariates.of(loss, anchors, parts, snapshot)
+    return Minibatches.begin(samples, size, generators, anchors.device), None
 
 
 def with_kept_control(

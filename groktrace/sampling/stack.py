@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from groktrace.sampling.batches import Minibatches
-from groktrace.sampling.burn_in import judge_early_steps
+from groktrace.sampling.burn_in import judge_early_steps, least_falls
 from groktrace.sampling.calibration import run_length, slowdown
-from groktrace.sampling.control import ControlVariates, stiff_share, with_kept_control
+from groktrace.sampling.control import begin_batches, stiff_share, with_kept_control
 from groktrace.sampling.curvature import gaussian_start, top_eigenvalue
 from groktrace.sampling.engine import Target
 from groktrace.sampling.interruption import check_interruption
 from groktrace.sampling.kernels.base import ChainState, Dynamics
-from groktrace.sampling.network import shuffled
 from groktrace.sampling.noise import generator_for, normal_like
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.sample_losses import DrawnSampleLosses, stacked_sample_losses
@@ -28,8 +27,6 @@ from groktrace.sampling.traces import (
 )
 from groktrace.sampling.tuning import CURVATURE, EQUILIBRIUM, MINIBATCH_NOISE
 
-# What the gradients of all minibatches at w* may take, of the snapshots of a stack together.
-CONTROL_BYTES = 2**28
 # Steps within which a loss that falls tells of no basin.
 _FALL_STEPS = 64
 
@@ -72,34 +69,31 @@ class StackedChains:
         self.dynamics = Dynamics(settings.kernel, nbeta, localization, step_size, halved)
         keys = [(step, chain) for step in steps for chain in range(chains)]
         self.samples = len(loss.tensors[0])
-        self.batches: Minibatches | None = None
-        self.control: ControlVariates | None = None
-        if settings.batch_size is not None and settings.batch_size < self.samples:
-            generators = [generator_for(settings.seed, step, chain, "batch", device) for step, chain in keys]
-            kept = len(anchors) * (self.samples // settings.batch_size) * anchors[0].nbytes
-            # Else some samples would never be seen.
-            whole = self.samples % settings.batch_size == 0
-            if whole and not settings.kernel.vanilla and kept <= CONTROL_BYTES:
-                parts = shuffled(self.samples).to(device).view(-1, settings.batch_size)
-                self.batches = Minibatches.of_parts(parts, self.samples, generators)
-                self.control = ControlVariates.of(loss, anchors, parts, snapshot)
-            else:
-                self.batches = Minibatches.begin(self.samples, settings.batch_size, generators, device)
+        self.batches, self.control = begin_batches(loss, anchors, snapshot, keys, settings)
         if self.control is None:
             self.base, self.base_gradients = self.loss.gradients(self.anchors)
         else:
             self.base, self.base_gradients = self.control.mean()
+        self.falls = [0.0] * len(anchors)
+        if target.subsampled and not settings.kernel.vanilla:
+            self.falls = least_falls(self.base[::chains], self.base_gradients[::chains], nbeta, fitting)
+        self.basins = [s for s in self.active if not target.has_fallen(self.falls[s], EQUILIBRIUM.fall_for_good)]
         # The published method starts at w*.
         start = torch.zeros_like(self.anchors)
-        nearer = torch.zeros(len(start), dtype=torch.bool)
-        if not settings.kernel.vanilla:
+        nearer = torch.zeros(len(start), dtype=torch.bool, device=device)
+        if self.batches is not None and not settings.kernel.vanilla:
+            self.batches.draw()
+        if self.basins and not settings.kernel.vanilla:
             start = normal_like(start, [generator_for(settings.seed, *key, "start", device) for key in keys])
-            at_anchors = self.base, self.base_gradients
-            if self.batches is not None:
-                self.batches.draw()
-                at_anchors = self.loss.gradients(self.anchors, self.index)
-            posterior = at_anchors, start, nbeta, localization, self.index
-            start, nearer = gaussian_start(self.loss, self.anchors, *posterior)
+            rows = self._rows(self.basins)
+            some, places = self.loss.select(rows), self.anchors[rows]
+            index = None if self.index is None else self.index[rows]
+            at_anchors = self.base[rows], self.base_gradients[rows]
+            if index is not None:
+                at_anchors = some.gradients(places, index)
+            start[rows], nearer[rows] = gaussian_start(
+                some, places, at_anchors, start[rows], nbeta, localization, index
+            )
         # Flat directions are not filled where the start was drawn nearer.
         cold = nearer.view(-1, chains).any(1).tolist()
         self.lengths = [
@@ -125,18 +119,23 @@ class StackedChains:
         at_anchors = stacked_sample_losses(self.loss, self.anchors)[::chains].cpu() if keeps else None
         met: dict[int, float] = {}
         early, burn_in = [self.anchors.new_empty(0, 5, chains).double()] * count, [length for length, _ in self.lengths]
+        for s in set(self.active) - set(self.basins):
+            early[s] = self.anchors.new_full((1, 5, chains), torch.nan, dtype=torch.float64)
+            early[s][:, 0] = -self.falls[s]
+        self._keep(self.basins)
         least = [math.ceil(slow * EQUILIBRIUM.min_burn_in) for slow in self.slow]
-        if self.target.subsampled and (self.settings.burn_in is None or self.settings.burn_in >= max(least)):
+        given = self.settings.burn_in
+        if self.target.subsampled and (given is None or given >= max(least)):
             start = self.state.displacement.clone()
-            early = list(self._pieces([(steps, 0) for steps in least]).values())
-            told = [judge_early_steps(piece, self.target) for piece in early]
-            if self.settings.burn_in is None:
+            for s, piece in self._pieces([(least[s], 0) for s in self.active]).items():
+                told, early[s] = judge_early_steps(piece, self.target), piece
                 # Chains start near equilibrium: where they are in it, what is left would be for nothing.
-                burn_in = [n if t.settled else max(m, n) for t, n, m in zip(told, least, burn_in, strict=True)]
-            # Where they have too much energy, their step may not suit the curvature that they came from.
-            met = self._curvatures([s for s in self.active if told[s].too_high and not told[s].fallen], start)
-            for s in self.active:
-                if told[s].fallen or self.target.curved_step(met.get(s), self.epsilons[s]) is not None:
+                if given is None:
+                    burn_in[s] = least[s] if told.settled else max(least[s], burn_in[s])
+                # Where they have too much energy, their step may not suit the curvature that they came from.
+                if told.too_high and not told.fallen:
+                    met |= self._curvatures([s], start)
+                if told.fallen or self.target.curved_step(met.get(s), self.epsilons[s]) is not None:
                     early[s][:, 1] = torch.nan  # by which it is known from then on
             self._keep([s for s in self.active if torch.isfinite(early[s][:, 1]).all()])
         rest = [(burn_in[s] - len(early[s]), self.lengths[s][1]) for s in self.active]
@@ -192,7 +191,7 @@ class StackedChains:
         if not snapshots:
             return {}
         rows = self._rows([self.active.index(s) for s in snapshots])
-        displacement = self.state.displacement[rows] if displacement is None else displacement[self._rows(snapshots)]
+        displacement = (self.state.displacement if displacement is None else displacement)[rows]
         positions = self.anchors[rows] + displacement
         start = displacement + torch.finfo(positions.dtype).tiny
         index = None if self.index is None or not self.target.subsampled else self.index[rows]

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from groktrace.sampling.burn_in import has_settled, judge_early_steps
+from groktrace.sampling.burn_in import has_settled, judge_early_steps, least_falls
+from groktrace.sampling.calibration import step_size
 from groktrace.sampling.engine import Target
 from groktrace.sampling.settings import ResolvedSettings
 
@@ -53,3 +54,18 @@ def test_chains_are_too_high_where_they_end_with_more_energy_than_in_equilibrium
     told = judge_early_steps(steps, TARGET)
     assert told.too_high is too_high
     assert not told.fallen
+
+
+def test_the_loss_of_a_bowl_falls_by_what_its_slope_tells_at_least():
+    """In a bowl with its minimum at b the posterior's mean is at nβh·b/(nβh + γ), whatever the noise does."""
+    nbeta, localization = 30.0, 2.0
+    curvatures, best = torch.tensor([4.0, 4.0, 0.5]).double(), torch.tensor([3.0, -1.0, 2.0]).double()
+    gradient = -curvatures * best
+    loss = 0.5 * (curvatures * best.square()).sum()
+    mean = nbeta * curvatures * best / (nbeta * curvatures + localization)
+    exact = nbeta * (loss - 0.5 * (curvatures * (mean - best).square()).sum())
+    fitting = [step_size(nbeta, localization, 4.0)] * 3
+    found = least_falls(loss * torch.tensor([1.0, 0.1, -1.0]), gradient.expand(3, 3), nbeta, fitting)
+    assert 0.3 * exact < found[0] <= exact
+    assert found[1] == pytest.approx(0.1 * nbeta * loss)  # it cannot fall below zero
+    assert found[2] == found[0]

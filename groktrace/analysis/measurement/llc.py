@@ -113,7 +113,7 @@ def summarise(
     """
     if traces.diverged(dimension):
         if traces.fall > dimension:
-            reason = f"not in a basin: within a few steps nβ times the loss fell by {traces.fall:.3g}, over 1 a weight"
+            reason = f"not in a basin: nβ times the loss falls by {traces.fall:.3g} and more at once, over 1 a weight"
             return unusable(reason, settings, nbeta, localization)
         reason = f"diverging: chains left the snapshot at every step size down to {traces.step_size:.3g}"
         return unusable(reason, settings, nbeta, localization)
