@@ -222,8 +222,9 @@ class _Trial:
         stored = len(self._loss.tensors[0])
         if self._settings.samples is not None:
             return scale._replace(samples=min(self._settings.samples, stored))
-        value = max((estimate.llc_centred or estimate.llc or 0.0 for _, _, estimate in found), default=0.0)
-        wanted = value / (PILOT.max_bias * self._targets(found[0][1]))
+        values = [estimate.llc_centred or estimate.llc for _, _, estimate in found]
+        known = [value for value in values if value is not None]
+        wanted = max(known) / (PILOT.max_bias * self._targets(found[0][1])) if known else PILOT.unknown_samples
         samples = PILOT.min_samples
         while samples < min(wanted, stored):
             samples *= 2

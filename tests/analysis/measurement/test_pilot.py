@@ -214,6 +214,20 @@ def test_samples_grow_with_what_they_would_miss(large_set, monkeypatch):
     assert math.isclose(few.nbeta, more.nbeta)
 
 
+@pytest.mark.parametrize(("most", "expected"), [(1100, 2048), (600, 1024)])
+def test_samples_are_many_where_no_chain_tells_how_many_are_needed(large_set, monkeypatch, most, expected):
+    sample = Objective.sample
+
+    def thrown_out(*arguments):
+        return [(replace(one, llc=None, llc_centred=None), traces) for one, traces in sample(*arguments)]
+
+    monkeypatch.setattr(Objective, "sample", thrown_out)
+    monkeypatch.setattr(pilot, "PILOT", Pilot(unknown_samples=most))
+    model, data, _ = line()
+    found = choose(*prepared(model, "mse", data))
+    assert 0 <= expected - found.samples < (found.batch_size or 1)
+
+
 @pytest.mark.parametrize(("least", "expected"), [(1700, TALL), (1500, 1500)])
 def test_all_samples_are_used_where_few_would_be_left(large_set, monkeypatch, least, expected):
     monkeypatch.setattr(pilot, "PILOT", Pilot(min_samples=least, max_bias=1.0))
