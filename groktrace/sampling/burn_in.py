@@ -22,6 +22,9 @@ def least_falls(losses: Tensor, gradients: Tensor, nbeta: float, fitting: Sequen
         gradients: ∇L(w*), [S, D].
         nbeta: nβ.
         fitting: the ε that the curvature at each w* calls for.
+
+    Returns:
+        Nats, [S]; NaN where the loss or its gradient is not finite.
     """
     steepest = 0.25 * nbeta**2 * gradients.double().square().sum(1) * losses.new_tensor(fitting).double()
     return torch.where(losses > 0, torch.minimum(steepest, nbeta * losses), steepest).tolist()

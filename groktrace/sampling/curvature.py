@@ -208,9 +208,9 @@ def gaussian_start(
         return nbeta * (there - losses - torch.linalg.vecdot(gradients, displacement)), slope - gradients
 
     climb, slope = climb_and_slope()
-    lowest, least = displacement, climb
+    lowest, lowest_climb = displacement, climb
     for _ in range(CURVATURE.start_descents):
-        steep = ~(least <= CURVATURE.start_climb * bowl + 3 * bowl.sqrt() + rounding)
+        steep = ~(lowest_climb <= CURVATURE.start_climb * bowl + 3 * bowl.sqrt() + rounding)
         if not steep.any():
             break
         # Polyak's step towards what the curvature tells; half of the way to w* at most.
@@ -219,17 +219,18 @@ def gaussian_start(
         moves = steep & torch.isfinite(down)
         displacement = torch.where(moves[:, None], displacement - down[:, None] * slope, displacement)
         climb, slope = climb_and_slope()
-        lower = climb < least
-        lowest, least = torch.where(lower[:, None], displacement, lowest), torch.where(lower, climb, least)
+        lower = climb < lowest_climb
+        lowest = torch.where(lower[:, None], displacement, lowest)
+        lowest_climb = torch.where(lower, climb, lowest_climb)
     displacement, nearer = lowest, torch.zeros_like(finite)
     slack = rounding + CURVATURE.start_slack * weights.shape[1]
     for _ in range(CURVATURE.start_halvings):
-        steep = ~(least <= CURVATURE.start_climb * bowl + 3 * bowl.sqrt() + slack)
+        steep = ~(lowest_climb <= CURVATURE.start_climb * bowl + 3 * bowl.sqrt() + slack)
         if not steep.any():
             break
         displacement = torch.where(steep[:, None], 0.5 * displacement, displacement)
         bowl, nearer = torch.where(steep, 0.25 * bowl, bowl), nearer | steep
-        least = torch.where(steep, climb_and_slope()[0], least)
+        lowest_climb = torch.where(steep, climb_and_slope()[0], lowest_climb)
     return displacement, nearer
 
 

@@ -107,7 +107,7 @@ def choose_sampling(
         if free:
             wider = choose_scale(objective, metrics, locality=locality)
             scale = wider._replace(samples=scale.samples, batch_size=scale.batch_size)
-        found, has_left = trial.at(scale, snapshots, at_once)
+        found, has_left = trial.run_until_left(scale, snapshots, at_once)
         if not has_left:
             break
     else:  # batches may have kept the chains up there, and λ_c would be far too large
@@ -168,7 +168,7 @@ class _Trial:
         key, size = self._key(known.step), self._step_size(known, scale)
         return profile_noise(stacked, anchor, key, self._settings, scale.nbeta, scale.localization, size)
 
-    def at(
+    def run_until_left(
         self, scale: Scale, snapshots: Sequence[tuple[SnapshotMetrics, dict[str, Tensor]]], threads: int
     ) -> tuple[list[tuple[SnapshotMetrics, dict[str, Tensor], LLCEstimate]], bool]:
         """Each snapshot with its estimate, up to the first whose chains leave its basin, and whether one does."""
