@@ -226,6 +226,18 @@ def test_a_step_too_large_for_where_chains_of_large_sets_begin_is_reduced_at_onc
     assert blind.lost > traces.lost
 
 
+@pytest.mark.parametrize("near", [False, True])
+def test_chains_that_began_nearer_than_in_equilibrium_burn_in_for_longer(bowl, monkeypatch, near):
+    settings = resolve(SamplingSettings(chains=2, draws=50), 60, stacked=True)
+    begin, size = stack.gaussian_start, step_size(10.0, 1.0, float(max(SPECTRUM)))
+    rows = torch.tensor([False, near, False, False])  # of two snapshots
+    monkeypatch.setattr(stack, "gaussian_start", lambda *args: (begin(*args)[0], rows))
+    found = sample(bowl(SPECTRUM), torch.zeros(2, 60).double(), [0, 1], settings, 10.0, 1.0, [size] * 2, lambda t: 1.0)
+    assert found[0].burn_in == run_length(settings, 1.0, size, cold=near)[0]
+    assert found[1].burn_in == run_length(settings, 1.0, size)[0]
+    assert run_length(settings, 1.0, size, cold=True)[0] > 2 * found[1].burn_in
+
+
 def test_chains_of_large_sets_have_left_where_they_have_more_energy_than_in_equilibrium(bowl):
     few = Traces(*(torch.ones(4, 2) for _ in range(4)), 0.1, 0, 0)
     hot = replace(few, virial=torch.full((4, 2), 700.0), restraint=torch.full((4, 2), 1000.0))
