@@ -126,6 +126,7 @@ class _Trial:
     def __init__(self, objective: Objective, key: Callable[[int], int]) -> None:
         self._objective, self._loss, self._settings = objective, objective.loss, objective.settings
         self._key = key
+        self._estimated: dict[tuple[Any, ...], tuple[LLCEstimate, float | None]] = {}
 
     def sized(self, scale: Scale, weights: Mapping[str, Tensor]) -> Scale:
         """The scale with samples and batches to begin with."""
@@ -203,10 +204,13 @@ class _Trial:
     def _estimate(
         self, known: SnapshotMetrics, weights: Mapping[str, Tensor], scale: Scale, **settings: Any
     ) -> tuple[LLCEstimate, float | None]:
-        """An estimate, and h_max where its chains began, if that was looked at."""
-        objective = replace(self._objective.fork(), settings=replace(self._settings, **settings))
-        estimate, traces = objective.sample([weights], [known], scale, [self._key(known.step)])[0]
-        return estimate, None if traces is None else traces.curvature
+        """An estimate, and h_max where its chains began, if that was looked at; made once."""
+        asked = known.step, scale, *settings.items()
+        if asked not in self._estimated:
+            objective = replace(self._objective.fork(), settings=replace(self._settings, **settings))
+            estimate, traces = objective.sample([weights], [known], scale, [self._key(known.step)])[0]
+            self._estimated[asked] = estimate, None if traces is None else traces.curvature
+        return self._estimated[asked]
 
     def left(self, known: SnapshotMetrics, estimate: LLCEstimate) -> bool:
         """Whether the chains have gone so far up that they are hardly in the snapshot's basin any more."""

@@ -77,3 +77,16 @@ def test_changes_at_points_that_are_hardly_known_are_not_read_off_beyond_all_poi
         assert abs(change.delta_llc) > 2 * change.stderr
         for level in (change.llc_before, change.llc_after):
             assert (values - 2 * error).min() <= level <= (values + 2 * error).max()
+
+
+def test_a_fall_and_the_rise_that_undoes_it_are_not_one_change():
+    """An LSTM's λ_c on geometric steps: one ramp from step 20 to the end describes an early peak nearly as well."""
+    steps = np.array([0, 1, 2, 3, 6, 11, 18, 31, 51, 84, 138, 227, 372, 610, 1000])
+    values = [-25.9, -9.4, -3.7, 9.7, 29.2, 14.5, 16.0, 17.5, 23.2, 29.4, 33.7, 43.2, 60.2, 82.2, 109.9]
+    error = [2.1, 1.7, 1.3, 2.1, 0.9, 1.7, 0.8, 0.7, 0.5, 0.5, 0.6, 0.8, 1.1, 1.2, 2.0]
+    fall, rise = find_transitions(Trajectory.from_arrays(steps, np.array(values), np.array(error)))
+    assert (fall.onset, fall.end) == (6, 11)
+    assert fall.llc_before == pytest.approx(29.2, abs=3)
+    assert fall.llc_after == pytest.approx(16.0, abs=3)
+    assert rise.onset >= fall.end
+    assert rise.llc_after == pytest.approx(109.9, abs=4)

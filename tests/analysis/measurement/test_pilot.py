@@ -190,6 +190,21 @@ def test_chains_that_batches_keep_up_do_not_say_how_many_samples_are_used(large_
     assert found.samples == pytest.approx(512, rel=0.25)  # of 2048
 
 
+def test_no_trial_is_made_twice(large_set, monkeypatch):
+    """Chains that batches throw out, and that leave on all samples, at every locality: the last is asked for again."""
+    sample, made = Objective.sample, []
+
+    def leaving(own, weights, metrics, scale, *rest):
+        made.append((metrics[0].step, scale, own.settings))
+        llc = None if scale.batch_size else 1e20
+        return [(replace(one, llc=llc), traces) for one, traces in sample(own, weights, metrics, scale, *rest)]
+
+    monkeypatch.setattr(Objective, "sample", leaving)
+    model, data, _ = line()
+    assert choose(*prepared(model, "mse", data)).locality == 0.01
+    assert len(made) == len(set(made)) == 2 * len(Pilot().localities)
+
+
 def test_samples_grow_with_what_they_would_miss(large_set, monkeypatch):
     """λ of few samples is too small by about λ over how many targets they have."""
     model, data, _ = line()
