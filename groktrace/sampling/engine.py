@@ -102,8 +102,9 @@ class Target:
 
     def fitting_step(self, traces: Traces) -> float:
         """The step for the curvature that the chains met, or for the noise of their minibatches."""
-        noise = self.settings.kernel, self.localization, self.effort.heating
-        return self.curved_step(traces.curvature, traces.step_size) or reduced_step_size(traces, *noise)
+        most = self.effort.measured_heating if traces.excess else self.effort.heating
+        reduced = reduced_step_size(traces, self.settings.kernel, self.localization, most)
+        return self.curved_step(traces.curvature, traces.step_size) or reduced
 
     def is_hopeless(self, traces: Traces, falls: int) -> bool:
         """Whether no smaller step will do, as the snapshot is in no basin."""

@@ -149,14 +149,16 @@ class StackedChains:
             fall = max(0.0, -float(own[:_FALL_STEPS, 0].nan_to_num(nan=math.inf).amin()))
             found = self._traces(own[burn_in[s] :] if s in late else own, s, burn_in[s], drawn if s in late else None)
             noise = own[:, 4].nanmean()  # NaN where a snapshot has too few draws for a single measurement, too
-            heating, fluctuation = 0.0, None
+            heating, excess, fluctuation = 0.0, 0.0, None
             if torch.isfinite(noise):
-                heating = noise_share[s] * float(noise) / abs(float(found.virial.mean()))
+                share = noise_share.get(s, 1.0)
+                heating = share * float(noise) / abs(float(found.virial.mean()))
+                excess = 0.5 * share * float(noise) if s in noise_share else 0.0
             if recorder is not None and s in late and (variance := recorder.variance(self.active.index(s))) is not None:
                 fluctuation = 0.5 * self.target.nbeta * variance
             if at_anchors is not None:
                 found = replace(found, anchor_sample_losses=at_anchors[s])
-            traces.append(replace(found, fall=fall, heating=heating, fluctuation=fluctuation))
+            traces.append(replace(found, fall=fall, heating=heating, excess=excess, fluctuation=fluctuation))
         met |= self._curvatures([s for s in self.active if self._is_anharmonic(s, traces[s])])
         return [replace(drawn, curvature=met.get(s)) for s, drawn in enumerate(traces)]
 
@@ -172,9 +174,9 @@ class StackedChains:
         return traces.diverged(self.target.dimension) or (self.target.subsampled and self.target.has_climbed(traces))
 
     def _noise_share(self) -> dict[int, float]:
-        """Of each snapshot in the stack, see `control.share_of_stiff`; 1, the most at small steps, if not measured."""
+        """Of each snapshot in the stack, see `control.share_of_stiff`; none where it is not measured."""
         if not self.active or self.batches is None or self.control is None or not self.target.subsampled:
-            return dict.fromkeys(self.active, 1.0)
+            return {}
         displacement = self.state.displacement
         rows = torch.arange(0, len(displacement), self.settings.chains, device=displacement.device)
         of_rows = self.loss, self.anchors + displacement, self.batches, self.control, displacement, rows, self.dynamics

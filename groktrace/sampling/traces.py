@@ -38,6 +38,7 @@ class Traces:
         heating: what the noise of minibatch gradients adds to λ̂, relative to half the virial, which is nearly λ_c off a
             minimum, too: it widens the posterior along a direction by nβ²·Var[g] times `Kernel.noise_gain`, so that 2λ̂
             grows by that of tr Cov[g] times `control.share_of_stiff`, or at most by that where batches are drawn anew.
+        excess: what it adds to λ̂ and λ_c, in nats; 0 where that is known at most.
         curvature: h_max where the chains went; None where there was no reason to look.
         fall: largest −nβ(L(w) − L(w*)) within the first 64 steps, burn-in or not.
         sample_losses: loss of each sample, [draws, chains, N]; where it was asked for.
@@ -57,6 +58,7 @@ class Traces:
     lost: int = 0
     fluctuation: Tensor | None = None
     heating: float = 0.0
+    excess: float = 0.0
     curvature: float | None = None
     fall: float = 0.0
     sample_losses: Tensor | None = None

@@ -6,10 +6,11 @@
     python -m tools.speed.workloads --busy RUN...     # its time idle, and beside a busy process on each core
 
 Each RUN is a run directory. Snapshots are measured at the settings that the analysis finds, on one thread; the error is
-that of λ_c beside a chain of many more draws at half the step, on all stored samples, in batches twice as large, at the
-same nβ and γ, in the root mean square over six seeds. devinterp is called as its documentation says, at four chains of
-100 + 200 steps on batches of 32, at the same nβ and γ, once; its error is that of λ̂ beside the same long chain's. Times
-are of the processor.
+that of λ_c beside a chain of many more draws at half the step, on all stored samples, in batches twice as large (of few
+samples, all at once), at the same nβ and γ, in the root mean square over six seeds. devinterp is called as its
+documentation says, at four chains of 100 + 200 steps on batches of 32, at the same nβ and γ; its error is that of λ̂
+beside the same long chain's, over three seeds. Times are of the processor. A run's last row has the snapshots' seconds
+in all, and the root mean square of their errors.
 """
 
 import argparse
@@ -49,6 +50,7 @@ CHAINS, BURN_IN, DRAWS, BATCH = 4, 100, 200, 32
 LR = 1e-4
 MEASURED = (1.0, 0.75, 0.5)  # which snapshots, as shares of the run
 LONG_DRAWS = 600
+LONG_WHOLE = 1024  # up to so many stored samples the long chain takes all at once
 SEEDS, PEER_SEEDS = 6, 3
 
 
@@ -145,42 +147,52 @@ class Bench:
         size = 0.5 * step_size(scale.nbeta, scale.localization, top)
         if scale.samples is not None:
             stored = len(self.objective.loss.tensors[0])
-            batch = None if scale.batch_size is None else min(2 * scale.batch_size, stored)
+            batch = None if scale.batch_size is None or stored <= LONG_WHOLE else min(2 * scale.batch_size, stored)
             samples = stored if batch is None else stored - stored % batch
             scale = scale._replace(samples=samples, batch_size=batch)
         return self.estimate(metrics, scale, step_size=size, draws=LONG_DRAWS, seed=1)
 
 
 def measure(path: Path) -> list[Row]:
-    """Rows of one run: time and error of some snapshots."""
+    """Rows of one run: time and error of some snapshots, and of all of these."""
     bench = Bench(open_run(path))
-    rows = []
+    rows, times, errors = [], [], []
     for share in MEASURED:
         step = bench.steps[round(share * (len(bench.steps) - 1))]
         (metrics, ours), seconds = bench.snapshot(step)
         exact = bench.long(metrics)
         others = [bench.estimate(metrics, seed=seed).llc_centred for seed in range(1, SEEDS)]
+        error = _error([ours.llc_centred, *others], exact.llc_centred)
         row = {
             "run": path.name,
             "step": str(step),
             "seconds": f"{seconds:.2f}",
             "λ_c": _number(ours.llc_centred),
             "long λ_c": _number(exact.llc_centred),
-            "error": _error([ours.llc_centred, *others], exact.llc_centred),
+            "error": _percent(error),
             "λ̂": _number(ours.llc),
             "long λ̂": _number(exact.llc),
             "samples, batch": f"{bench.scale.samples or 'all'}, {bench.scale.batch_size or 'all'}",
             "locality": f"{bench.scale.locality:g}",
         }
+        taken, their_error = math.nan, math.nan
         if has_devinterp():
             weights = bench.load(step)
             run = partial(by_devinterp, bench.objective, weights, ours, metrics.train_loss)
             first, taken = timed(partial(run, 0))
             theirs = [first, *(run(seed) for seed in range(1, PEER_SEEDS) if math.isfinite(first))]
-            row |= {"devinterp": f"{taken:.1f}", "its λ̂": _number(first), "its error": _error(theirs, exact.llc)}
+            their_error = _error(theirs, exact.llc)
+            row |= {"devinterp": f"{taken:.1f}", "its λ̂": _number(first), "its error": _percent(their_error)}
             row["times"] = f"{taken / seconds:.1f}"
+        times.append((seconds, taken))
+        errors.append((error, their_error))
         rows.append(show(row))
-    return rows
+    (seconds, taken), (error, their_error) = map(sum, zip(*times, strict=True)), map(_rms, zip(*errors, strict=True))
+    row = dict.fromkeys(rows[0], "") | {"run": path.name, "step": "all", "seconds": f"{seconds:.2f}"}
+    row["error"] = _percent(error)
+    if has_devinterp():
+        row |= {"devinterp": f"{taken:.1f}", "its error": _percent(their_error), "times": f"{taken / seconds:.1f}"}
+    return [*rows, show(row)]
 
 
 def grow(path: Path) -> list[Row]:
@@ -253,12 +265,20 @@ def _number(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
-def _error(values: Sequence[float | None], exact: float | None) -> str:
-    """The root mean square over values; those of chains that diverged have none."""
+def _error(values: Sequence[float | None], exact: float | None) -> float:
+    """The root mean square of relative errors; values of chains that diverged have none. NaN where nothing is known."""
     found = [value for value in values if value is not None and math.isfinite(value)]
     if not found or exact is None or not math.isfinite(exact) or not exact:
-        return "–"
-    return f"{100 * math.sqrt(statistics.mean((value / exact - 1) ** 2 for value in found)):.1f} %"
+        return math.nan
+    return _rms([value / exact - 1 for value in found])
+
+
+def _rms(values: Sequence[float]) -> float:
+    return math.sqrt(statistics.mean(value**2 for value in values))
+
+
+def _percent(share: float) -> str:
+    return "–" if math.isnan(share) else f"{100 * share:.1f} %"
 
 
 def main() -> None:

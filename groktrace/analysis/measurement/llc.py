@@ -40,9 +40,10 @@ class LLCEstimate(Record):
         diagnostics: `virial` (1 in equilibrium); `anharmonicity` (1 in a quadratic bowl, k for a loss of degree 2k,
             where λ_c is k times λ̂); `rhat`, `ess`, `drift`; `distance` (E‖w − w*‖ relative to ‖w*‖); `halvings` of
             the step size; `lost_steps` of each chain, at step sizes that were given up; `heating` (what minibatch noise
-            adds to λ̂, relative to it); `singular_fluctuation` ν = ½·β·Σ_i Var[ℓ_i], β = nβ/n, over the samples'
-            losses ℓ_i (Watanabe 2009; of 1024 spread evenly at most, of two minibatches at most where there are; None
-            where the loss is no mean over samples); `wbic` n·E[L_n] (Watanabe 2013; None unless nβ = n/log n).
+            adds to λ̂, relative to it, which is taken off λ̂ and λ_c where it is small and known not just at most);
+            `singular_fluctuation` ν = ½·β·Σ_i Var[ℓ_i], β = nβ/n, over the samples' losses ℓ_i (Watanabe 2009; of 1024
+            spread evenly at most, of two minibatches at most where there are; None where the loss is no mean over
+            samples); `wbic` n·E[L_n] (Watanabe 2013; None unless nβ = n/log n).
     """
 
     llc: float | None
@@ -122,7 +123,9 @@ def summarise(
     centred = stderr_centred = None
     if traces.centred_draws.shape[1]:
         centred, stderr_centred = traces.centred, traces.centred_error
-    virial = diagnose.virial_ratio(traces.virial, traces.restraint, dimension)
+    heated = (RELIABILITY.heating_error if traces.excess else 1.0) * traces.heating > RELIABILITY.heating
+    excess = 0.0 if heated else traces.excess  # much of it is not what one measurement says, to first order
+    virial = diagnose.virial_ratio(traces.virial - 2 * excess, traces.restraint, dimension)
     anharmonicity = diagnose.anharmonicity(traces.virial, traces.delta_loss)
     distance = math.sqrt(float(traces.restraint.mean()) / localization)
     relative_distance = distance / norm if norm > 0 else math.inf
@@ -168,7 +171,7 @@ def summarise(
         reasons.append(f"not equilibrated (virial ratio {virial:.3f}, expected 1); needs a longer burn-in")
     elif traces.has_discretization_bias(settings.kernel, localization, dimension):
         reasons.append(f"heated by the sampler's step (virial ratio {virial:.3f}, expected 1); use a smaller step_size")
-    if traces.heating > RELIABILITY.heating:
+    if heated:
         reasons.append(
             f"heated by minibatch noise, by about {100 * traces.heating:.0f} %; use a larger batch_size or a smaller "
             "step_size"
@@ -176,6 +179,9 @@ def summarise(
     # Half-chains of m effective draws differ by chance: R-hat is then about √(1 + 1/m).
     if rhat > max(RELIABILITY.rhat, math.sqrt(1 + 10 * settings.chains / ess)):
         reasons.append(f"chains disagree (split R-hat {rhat:.2f})")
+    llc, stderr = llc - excess, math.hypot(stderr, RELIABILITY.heating_error * excess)
+    if centred is not None and stderr_centred is not None:
+        centred, stderr_centred = centred - excess, math.hypot(stderr_centred, RELIABILITY.heating_error * excess)
     value, error = llc, stderr
     if by_centred and centred is not None and stderr_centred is not None:
         value, error = centred, stderr_centred

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Keep = Literal["draws", "losses"]
 _ABOUT = "draws"  # among a file's metadata
 _TENSORS = ("delta_loss", "distance", "centred")
+_SETTINGS = ("step", "nbeta", "localization", "step_size", "burn_in", "loss", "excess")
 _LOSSES = ("sample_losses", "sample_losses_at_snapshot", "samples")
 
 
@@ -43,13 +44,14 @@ class Draws:
         step_size: ε.
         burn_in: discarded steps a chain.
         loss: L(w*), the training loss at the snapshot.
-        delta_loss: L(w) − L(w*), [C, T]; nβ times its mean is λ̂.
+        delta_loss: L(w) − L(w*), [C, T]; nβ times its mean, less `excess`, is λ̂.
         distance: ‖w − w*‖, [C, T].
-        centred: what λ_c is the mean of, [C, T]; of large networks, [pairs of chains, T]: see `Traces.centred_draws`,
-            all moved by what their mean is off λ_c; of a single chain there are none.
+        centred: what λ_c is the mean of, less `excess`, [C, T]; of large networks, [pairs of chains, T]: see
+            `Traces.centred_draws`, all moved by what their mean is off that; of a single chain there are none.
         sample_losses: ℓ_i(w), the loss of sample i alone, [C, T, N]; None where these were not kept.
         sample_losses_at_snapshot: ℓ_i(w*), [N].
         samples: which of the stored training samples they are, [N].
+        excess: what the noise of minibatches adds to λ̂ and λ_c, as far as it was taken off.
     """
 
     step: int
@@ -64,6 +66,7 @@ class Draws:
     sample_losses: np.ndarray | None = None
     sample_losses_at_snapshot: np.ndarray | None = None
     samples: np.ndarray | None = None
+    excess: float = 0.0
 
     @classmethod
     def of(cls, objective: Objective, step: int, estimate: LLCEstimate, traces: Traces | None) -> "Draws | None":
@@ -95,20 +98,23 @@ class Draws:
             (traces.restraint.double() / estimate.localization).sqrt().T.numpy(),
             (centred + (traces.centred - centred.mean())).T.numpy(),
             **losses,
+            excess=float(traces.delta_loss.mean()) - estimate.llc,
         )
 
     @property
     def llc(self) -> float:
         """λ̂, from the draws."""
-        return self.nbeta * float(self.delta_loss.mean())
+        return self.nbeta * float(self.delta_loss.mean()) - self.excess
 
     @property
     def llc_centred(self) -> float | None:
         """λ_c, from the draws; None of a single chain."""
-        return float(self.centred.mean()) if self.centred.size else None
+        return float(self.centred.mean()) - self.excess if self.centred.size else None
 
     def to_inference_data(self) -> "InferenceData":
-        """The same for ArviZ: `llc` (nβ(L(w) − L(w*)), whose mean is λ̂), `distance`, and `sample_loss` if kept.
+        """The same for ArviZ: `llc`, `distance`, and `sample_loss` if kept.
+
+        The first is nβ(L(w) − L(w*)), whose mean, less `excess` among the attributes, is λ̂.
 
         Raises:
             GroktraceError: ArviZ is not installed.
@@ -130,8 +136,7 @@ class Draws:
             named = {"coords": {"obs_id": self.samples}, "dims": dims}
         make: Any = arviz.from_dict  # of version 1 and later it takes the groups as one
         data = make(**groups, **named) if hasattr(arviz, "InferenceData") else make(groups, **named)
-        names = ("step", "nbeta", "localization", "step_size", "burn_in", "loss")
-        data["posterior"].attrs.update({name: getattr(self, name) for name in names})
+        data["posterior"].attrs.update({name: getattr(self, name) for name in _SETTINGS})
         return data
 
 
@@ -148,6 +153,7 @@ class _About(Record):
     burn_in: int
     loss: float
     sampled: bool
+    excess: float = 0.0
 
     @classmethod
     def read(cls, path: Path, metadata: dict[str, str]) -> "_About":
@@ -270,7 +276,8 @@ def load_draws(run: Run, step: int) -> Draws:
     shapes += [(*shape, *count), count, count]
     if len(shape) != 2 or any(arrays[name].shape != wanted for name, wanted in zip(arrays, shapes, strict=False)):
         raise RunError(f"{path}: damaged (its tensors do not fit together); remove it and analyse again.")
-    return Draws(about.step, about.nbeta, about.localization, about.step_size, about.burn_in, about.loss, **arrays)
+    named = {name: getattr(about, name) for name in _SETTINGS}
+    return Draws(**named, **arrays)
 
 
 def _fetched(run: Run, path: Path, read: Any) -> Any:

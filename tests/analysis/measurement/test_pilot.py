@@ -74,6 +74,24 @@ def test_the_same_with_batches(large_set):
     assert found.llc == pytest.approx(exact, abs=4 * found.stderr + 0.05 * exact)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_the_noise_of_batches_adds_is_taken_off(large_set, seed):
+    model, data, spectrum = line(noise=0.3)
+    step_size = 0.9 / (1.5 * 3000 * float(spectrum[-1]) + 300) * 2
+    objective, weights, metrics = prepared(model, "mse", data, draws=8000, step_size=step_size, seed=seed)
+    scale = Scale(3000.0, 300.0, samples=TALL, batch_size=256)
+    ((found, traces),) = objective.sample([weights], [metrics], scale)
+    exact = float(0.5 * (3000 * spectrum / (3000 * spectrum + 300)).sum())
+    heating, scatter = found.diagnostics["heating"], traces.error(traces.delta_loss)
+    assert 0.03 < heating < 0.06
+    assert found.reliable, found.reasons
+    for value, raw in (found.llc, float(traces.delta_loss.mean())), (found.llc_centred, traces.centred):
+        assert value == pytest.approx(exact, abs=3 * scatter)
+        assert raw > exact + 4 * scatter
+        assert raw - value == pytest.approx(heating * raw, rel=0.1)
+    assert found.stderr == pytest.approx(math.hypot(scatter, 0.35 * traces.excess), rel=1e-3)
+
+
 def test_losses_of_a_sampled_set_come_with_their_errors(large_set):
     model, data, _ = line(noise=1.0)
     objective, _, metrics = prepared(model, "mse", data)
