@@ -9,8 +9,8 @@ Each RUN is a run directory. Snapshots are measured at the settings that the ana
 that of λ_c beside a chain of many more draws at half the step, on all stored samples, in batches twice as large (of few
 samples, all at once), at the same nβ and γ, in the root mean square over six seeds. devinterp is called as its
 documentation says, at four chains of 100 + 200 steps on batches of 32, at the same nβ and γ; its error is that of λ̂
-beside the same long chain's, over three seeds. Times are of the processor. A run's last row has the snapshots' seconds
-in all, and the root mean square of their errors.
+beside the same long chain's, over three seeds. Times are of the processor, in the mean over these seeds. A run's last
+row has the snapshots' seconds in all, and the root mean square of their errors.
 """
 
 import argparse
@@ -127,19 +127,19 @@ class Bench:
         objective = replace(self.objective, settings=replace(self.objective.settings, **settings))
         return objective.estimate([self.load(metrics.step)], [metrics], scale or self.scale)[0]
 
-    def snapshot(self, step: int) -> tuple[tuple[SnapshotMetrics, LLCEstimate], float]:
-        """All that the analysis measures of a snapshot, and the seconds that it takes, the median of three.
+    def snapshot(self, step: int) -> tuple[SnapshotMetrics, list[LLCEstimate], float]:
+        """All that the analysis measures of a snapshot, by some seeds, and the seconds that it takes in the mean.
 
         Gradients are recorded already, as they are after the first snapshot of an analysis.
         """
 
-        def whole() -> tuple[SnapshotMetrics, LLCEstimate]:
+        def whole(seed: int) -> tuple[SnapshotMetrics, LLCEstimate]:
             metrics = self.metrics(step)
-            return metrics, self.estimate(metrics)
+            return metrics, self.estimate(metrics, seed=seed)
 
-        whole()
-        found = [timed(whole) for _ in range(3)]
-        return found[0][0], statistics.median(seconds for _, seconds in found)
+        metrics, _ = whole(0)
+        found = [timed(partial(whole, seed)) for seed in range(SEEDS)]
+        return metrics, [estimate for (_, estimate), _ in found], statistics.mean(seconds for _, seconds in found)
 
     def long(self, metrics: SnapshotMetrics) -> LLCEstimate:
         """The same from many more draws, at half the step, on all stored samples and with larger batches."""
@@ -159,10 +159,9 @@ def measure(path: Path) -> list[Row]:
     rows, times, errors = [], [], []
     for share in MEASURED:
         step = bench.steps[round(share * (len(bench.steps) - 1))]
-        (metrics, ours), seconds = bench.snapshot(step)
+        metrics, (ours, *others), seconds = bench.snapshot(step)
         exact = bench.long(metrics)
-        others = [bench.estimate(metrics, seed=seed).llc_centred for seed in range(1, SEEDS)]
-        error = _error([ours.llc_centred, *others], exact.llc_centred)
+        error = _error([found.llc_centred for found in (ours, *others)], exact.llc_centred)
         row = {
             "run": path.name,
             "step": str(step),
@@ -179,10 +178,11 @@ def measure(path: Path) -> list[Row]:
         if has_devinterp():
             weights = bench.load(step)
             run = partial(by_devinterp, bench.objective, weights, ours, metrics.train_loss)
-            first, taken = timed(partial(run, 0))
-            theirs = [first, *(run(seed) for seed in range(1, PEER_SEEDS) if math.isfinite(first))]
-            their_error = _error(theirs, exact.llc)
-            row |= {"devinterp": f"{taken:.1f}", "its λ̂": _number(first), "its error": _percent(their_error)}
+            theirs = [timed(partial(run, 0))]
+            theirs += [timed(partial(run, seed)) for seed in range(1, PEER_SEEDS) if math.isfinite(theirs[0][0])]
+            taken = statistics.mean(seconds for _, seconds in theirs)
+            their_error = _error([value for value, _ in theirs], exact.llc)
+            row |= {"devinterp": f"{taken:.1f}", "its λ̂": _number(theirs[0][0]), "its error": _percent(their_error)}
             row["times"] = f"{taken / seconds:.1f}"
         times.append((seconds, taken))
         errors.append((error, their_error))
@@ -202,7 +202,7 @@ def grow(path: Path) -> list[Row]:
     for times in (1, 4, 16, 64):
         bench = Bench(run) if times == 1 else Bench(_grown(run, times))
         step = bench.steps[-1]
-        _, seconds = bench.snapshot(step)
+        *_, seconds = bench.snapshot(step)
         rows.append(show({"run": path.name, "times": str(times), "seconds": f"{seconds:.2f}"}))
     return rows
 
