@@ -54,7 +54,7 @@ def measure_changes(fit: Fit, changes: list[tuple[int, int]], settings: Detectio
         first, last = pending.pop(0)
         if pending:
             both = first, pending[0][1]
-            if _leads_on(fit, both) and _is_one_ramp(fit, both, changes, pending[1:], settings):
+            if _exceeds_its_error(fit, both) and _is_one_ramp(fit, both, changes, pending[1:], settings):
                 pending[0] = both
                 continue
         changes.append((first, last))
@@ -111,8 +111,8 @@ def _is_measured(ramp: Ramp, data: Data) -> bool:
     return inside and abs(ramp.after - ramp.before) > 2 * ramp.error
 
 
-def _leads_on(fit: Fit, change: tuple[int, int]) -> bool:
-    """Whether a change is no mere error: a rise and the fall that undoes it are two, whatever one ramp describes."""
+def _exceeds_its_error(fit: Fit, change: tuple[int, int]) -> bool:
+    """Whether a change is no mere error, as that of a rise and the fall that undoes it is."""
     first, last = change
     return abs(fit.value[last] - fit.value[first]) > 2 * math.sqrt(fit.variance[first] + fit.variance[last])
 
