@@ -5,11 +5,13 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from groktrace.analysis.measurement.pilot import fitted_losses
 from groktrace.analysis.results.trajectory import Point
 from groktrace.analysis.running.passes import spread
 from groktrace.analysis.running.session import open_session
@@ -23,9 +25,7 @@ from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Snapshots whose losses and curvature are measured, half as many as the analysis begins with; seconds that trying some
-# of them may take, and how many are tried at least.
-_METRICS = PASSES.coarse // 2
+# Seconds that trying some snapshots may take, and how many are tried at least.
 _SECONDS = 8.0
 _LEAST_TRIED = 2
 
@@ -43,6 +43,9 @@ class Forecast(Record):
         memory_bytes: peak of the process while it tried; on a GPU, of its memory.
         seconds: of the analysis, without the start of Python and without writing results, which the command adds.
         tried: snapshots that the estimate rests on.
+        nbeta, localization: nβ, where it follows the curvature that of the median, and γ; None with nothing to be done.
+        samples: of the data, how many are used; None for all that are stored.
+        batch_size: samples a gradient; None for all that are used.
     """
 
     snapshots: int
@@ -53,6 +56,10 @@ class Forecast(Record):
     memory_bytes: int
     seconds: float
     tried: int
+    nbeta: float | None = None
+    localization: float | None = None
+    samples: int | None = None
+    batch_size: int | None = None
 
 
 def forecast(
@@ -91,30 +98,55 @@ def forecast(
         of_run = (len(wanted), len(steps) - len(wanted), objective.layout.size, objective.settings.chains)
         if not wanted:
             return Forecast(*of_run, 0, _memory(place), 0.0, 0)
+        coarse = [steps[i] for i in spread(steps, PASSES.coarse)]
+        looks = {step: objective.look(at, step) for step in coarse if (at := session.load(step)) is not None}
+        fitted = fitted_losses({step: look.train_loss for step, look in looks.items()})
+        order = _from_all_parts(list(looks))
+        first = order[: max(_LEAST_TRIED, session.backend.threads)]
         start = time.perf_counter()
-        metrics = session.metrics([steps[i] for i in spread(steps, _METRICS)])
-        seconds = (time.perf_counter() - start) / max(len(metrics), 1)
-        start = time.perf_counter()
-        scale = session.kept_scale() or session.scale_of(metrics)
+        metrics = session.metrics(sorted({*fitted, *first}))
+        surveying, start = time.perf_counter() - start, time.perf_counter()
+        # The curvature of the others has no part in the choice, and is what a look at a snapshot costs.
+        scale = session.kept_scale() or session.scale_of(looks | metrics)
         prepared += time.perf_counter() - start
-        order = [step for step in _from_all_parts(list(metrics)) if step in session.snapshots.fingerprints]
         at_once = objective.llc_stack(scale) * session.backend.threads
         points: dict[int, Point] = {}
-        start, spent, rounds = time.perf_counter(), 0.0, 0
+        spent, busy, rounds = 0.0, 0.0, 0
         # Another round may take as long as those before.
         while order and (len(points) < _LEAST_TRIED or spent * (rounds + 1) / rounds < _SECONDS):
-            points |= session.points(metrics, scale, order[:at_once])
-            order, rounds, spent = order[at_once:], rounds + 1, time.perf_counter() - start
-        seconds += spent / max(len(points), 1)
+            some, order = order[:at_once], order[at_once:]
+            start = time.perf_counter()
+            metrics |= session.metrics([step for step in some if step not in metrics])
+            ends = [time.perf_counter()]
+            surveying += ends[0] - start
+            points |= session.points(
+                metrics,
+                scale,
+                [step for step in some if step in metrics],
+                report=partial(_note_time, ends),
+            )
+            spent += ends[-1] - ends[0]
+            # A thread is idle once its snapshots are done, which costs next to nothing where they are in no basin.
+            busy += sum(end - ends[0] for end in ends[1:]) / session.backend.threads
+            rounds += 1
+        seconds = surveying / max(len(metrics), 1) + busy / max(len(points), 1)
     lengths = [sum(point.diagnostics.get(name) or 0 for name in ("lost_steps", "steps")) for point in points.values()]
     mean_length = round(statistics.mean(lengths)) if lengths else 0
-    return Forecast(*of_run, mean_length, _memory(place), prepared + seconds * len(wanted), len(points))
+    seconds = prepared + seconds * len(wanted)
+    where = scale.nbeta, scale.localization, scale.samples, scale.batch_size
+    return Forecast(*of_run, mean_length, _memory(place), seconds, len(points), *where)
+
+
+def _note_time(ends: list[float], done: int, total: int) -> None:
+    """Append the time at which a stack of snapshots was done."""
+    if done:
+        ends.append(time.perf_counter())
 
 
 def _from_all_parts(steps: list[int]) -> list[int]:
-    """The steps in an order whose beginning has some of the beginning, the middle and the end."""
+    """The steps in an order whose beginning has as many of the earlier as of the later half."""
     count, order = len(steps), []
-    for parts in (2, 4, 8, 16, 32):
+    for parts in (4, 8, 16, 32):
         order += [steps[min(count - 1, (2 * i + 1) * count // parts)] for i in range(parts // 2)]
     return list(dict.fromkeys(order + steps))
 

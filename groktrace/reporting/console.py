@@ -87,9 +87,14 @@ def forecast_text(forecast: Forecast) -> str:
         f"snapshots  {forecast.snapshots}{before}",
         f"chains     {forecast.chains} a snapshot, {forecast.weights:,} weights each",
         f"steps      {forecast.steps} a chain on average, over {forecast.tried} snapshots that were tried",
-        f"memory     {forecast.memory_bytes / 2**20:,.0f} MiB",
-        f"time       {duration(forecast.seconds)}",
     ]
+    if forecast.nbeta is not None and forecast.localization is not None:
+        lines.append(f"posterior  nβ = {number(forecast.nbeta)}, γ = {number(forecast.localization)}")
+    if forecast.samples is not None:
+        batches = "at once" if forecast.batch_size is None else f"in batches of {forecast.batch_size}"
+        lines.append(f"data       {forecast.samples:,} samples, {batches}")
+    lines.append(f"memory     {forecast.memory_bytes / 2**20:,.0f} MiB")
+    lines.append(f"time       {duration(forecast.seconds)}")
     return "\n".join(lines)
 
 

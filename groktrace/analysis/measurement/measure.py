@@ -162,7 +162,7 @@ class Objective:
             keys: what the start of each power iteration is keyed by beside the seed; by default its step.
         """
         keys = steps if keys is None else keys
-        losses = [self._losses(tensors) for tensors in weights]
+        looks = [self.look(tensors, step) for tensors, step in zip(weights, steps, strict=True)]
         if self.loss.micro_batch is not None:
             sizes = [self._large_size(tensors, key) for tensors, key in zip(weights, keys, strict=True)]
         else:
@@ -176,11 +176,19 @@ class Objective:
             more = (MEASUREMENT.eigenvalue_rtol, MEASUREMENT.max_products) if self.large_set else ()
             tops = top_eigenvalue(loss, anchors, normal_like(anchors, generators), products, index, *more).tolist()
             sizes = list(zip(anchors.square().sum(1).tolist(), tops, strict=True))
-        unknown = dict.fromkeys(("val_loss", "val_accuracy"))
         return [
-            SnapshotMetrics(step, norm_squared=norm, top_curvature=top, **{**unknown, **found})
-            for step, found, (norm, top) in zip(steps, losses, sizes, strict=True)
+            replace(look, norm_squared=norm, top_curvature=top) for look, (norm, top) in zip(looks, sizes, strict=True)
         ]
+
+    def look(self, weights: Mapping[str, Tensor], step: int) -> SnapshotMetrics:
+        """Losses and accuracies of one snapshot, without its norm and curvature, which are NaN.
+
+        Args:
+            weights: tensors by name.
+            step: the training step.
+        """
+        found = {**dict.fromkeys(("val_loss", "val_accuracy")), **self._losses(weights)}
+        return SnapshotMetrics(step, norm_squared=math.nan, top_curvature=math.nan, **found)
 
     def estimate(
         self,

@@ -51,15 +51,24 @@ def choose_scale(objective: Objective, metrics: Sequence[SnapshotMetrics], **oth
 
 
 def fitted(metrics: Sequence[SnapshotMetrics]) -> list[SnapshotMetrics]:
-    """Those of snapshots that have fitted the training set, among those whose loss and curvature are finite.
+    """Those of snapshots that have fitted the training set, and whose curvature is known and finite.
 
     Args:
         metrics: of the snapshots.
     """
-    finite = [known for known in metrics if known.finite]
-    losses = [known.train_loss for known in finite]
-    most = min(losses, default=0.0) + PILOT.fitted * (max(losses, default=0.0) - min(losses, default=0.0))
-    return [known for known in finite if known.train_loss <= most]
+    few = fitted_losses({known.step: known.train_loss for known in metrics})
+    return [known for known in metrics if known.step in few and known.finite]
+
+
+def fitted_losses(losses: Mapping[int, float]) -> list[int]:
+    """Steps of the snapshots that have fitted the training set, among those whose loss is finite.
+
+    Args:
+        losses: of the training, by step.
+    """
+    finite = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+    least, largest = min(finite.values(), default=0.0), max(finite.values(), default=0.0)
+    return [step for step, loss in finite.items() if loss <= least + PILOT.fitted * (largest - least)]
 
 
 def choose_sampling(
@@ -103,17 +112,14 @@ def choose_sampling(
         scale = trial.sized(scale, snapshots[0][1])
         if not free and settings.samples is not None and settings.batch_size is not None:
             return scale  # nothing is left to be found out
-    for locality in PILOT.localities if free else (scale.locality,):
-        if free:
-            wider = choose_scale(objective, metrics, locality=locality)
-            scale = wider._replace(samples=scale.samples, batch_size=scale.batch_size)
-        found, has_left = trial.run_until_left(scale, snapshots, at_once)
-        if not has_left:
-            break
-    else:  # batches may have kept the chains up there, and λ_c would be far too large
-        if large_set:
-            whole = trial.in_batches(scale, None)
-            found = [(*snapshot, trial.run(*snapshot, scale=whole)) for *snapshot, _ in found]
+    scales = [scale]
+    if free:
+        sized = {"samples": scale.samples, "batch_size": scale.batch_size}
+        scales = [choose_scale(objective, metrics, locality=at)._replace(**sized) for at in PILOT.localities]
+    scale, found, has_left = trial.first_that_stays(scales, snapshots, at_once)
+    if has_left and large_set:  # batches may have kept the chains up there, and λ_c would be far too large
+        whole = trial.in_batches(scale, None)
+        found = [(*snapshot, trial.run(*snapshot, whole)) for *snapshot, _ in found]
     if not large_set:
         return scale
     scale = trial.enlarged(scale, found)
@@ -169,17 +175,33 @@ class _Trial:
         key, size = self._key(known.step), self._step_size(known, scale)
         return profile_noise(stacked, anchor, key, self._settings, scale.nbeta, scale.localization, size)
 
-    def run_until_left(
-        self, scale: Scale, snapshots: Sequence[tuple[SnapshotMetrics, dict[str, Tensor]]], threads: int
-    ) -> tuple[list[tuple[SnapshotMetrics, dict[str, Tensor], LLCEstimate]], bool]:
-        """Each snapshot with its estimate, up to the first whose chains leave its basin, and whether one does."""
-        found = []
-        for some in _batched(snapshots, threads):
-            for snapshot, estimate in zip(some, _run_threads(partial(self.run, scale=scale), some), strict=True):
-                found.append((*snapshot, estimate))
-                if self.left(snapshot[0], estimate):
-                    return found, True  # however many threads there are
-        return found, False
+    def first_that_stays(
+        self, scales: Sequence[Scale], snapshots: Sequence[tuple[SnapshotMetrics, dict[str, Tensor]]], threads: int
+    ) -> tuple[Scale, list[tuple[SnapshotMetrics, dict[str, Tensor], LLCEstimate]], bool]:
+        """The first scale at which chains stay in each snapshot's basin, or else the last.
+
+        Args:
+            scales: to be tried, in this order.
+            snapshots: metrics and weights.
+            threads: how many trials are made at once, of later scales too where there are fewer snapshots.
+
+        Returns:
+            The scale; its snapshots with their estimates, up to the first whose chains leave; whether one does.
+        """
+        found: dict[Scale, list[tuple[SnapshotMetrics, dict[str, Tensor], LLCEstimate]]] = {s: [] for s in scales}
+        ahead, left = [(*snapshot, scale) for scale in scales for snapshot in snapshots], set()
+        while ahead:
+            some = ahead[:threads]
+            for (known, weights, scale), estimate in zip(some, _run_threads(self.run, some), strict=True):
+                if scale in left:
+                    continue
+                found[scale].append((known, weights, estimate))
+                if self.left(known, estimate):
+                    left.add(scale)
+                elif len(found[scale]) == len(snapshots):
+                    return scale, found[scale], False
+            ahead = [one for one in ahead[threads:] if one[-1] not in left]
+        return scales[-1], found[scales[-1]], True
 
     def run(self, known: SnapshotMetrics, weights: Mapping[str, Tensor], scale: Scale) -> LLCEstimate:
         """A short estimate."""

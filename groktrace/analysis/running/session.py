@@ -370,11 +370,11 @@ class Session:
         """
         known = list(metrics.values())
         self.report("locality, samples, batches", 0, 1)
-        chosen = choose_sampling(self.objective, self._load, known, self.key, self.backend.threads)
+        chosen = choose_sampling(self.objective, self.load, known, self.key, self.backend.threads)
         self.report("locality, samples, batches", 1, 1)
         return chosen
 
-    def _load(self, step: int) -> dict[str, Tensor] | None:
+    def load(self, step: int) -> dict[str, Tensor] | None:
         """A snapshot's weights, as the objective takes them; None where the file is damaged."""
         weights = self.snapshots.load(step)
         return None if weights is None else self.objective.layout.split(weights)
