@@ -223,6 +223,28 @@ def test_no_trial_is_made_twice(large_set, monkeypatch):
     assert len(made) == len(set(made)) == 2 * len(Pilot().localities)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_idle_threads_try_smaller_localities_beforehand_and_change_no_choice(large_set, monkeypatch, count):
+    sample, tried = Objective.sample, []
+
+    def leaving(own, weights, metrics, scale, *rest):
+        tried.append(scale.locality)
+        found = sample(own, weights, metrics, scale, *rest)
+        leaves = scale.locality > (0.05 if metrics[0].step == 0 else 0.1)
+        return [(replace(one, llc=1e20), traces) for one, traces in found] if leaves else found
+
+    monkeypatch.setattr(Objective, "sample", leaving)
+    model, data, _ = line()
+    objective, weights, metrics = prepared(model, "mse", data)
+    objective, snapshots = replace(objective, chance=(1e9,)), [replace(metrics, step=step) for step in range(count)]
+    alone = choose_sampling(objective, lambda step: weights, snapshots)
+    one_by_one = set(tried)
+    assert min(one_by_one) == alone.locality == 0.05
+    for threads in (2, 3, 10):
+        assert choose_sampling(objective, lambda step: weights, snapshots, threads=threads) == alone
+    assert min(tried) == 0.01
+
+
 def test_samples_grow_with_what_they_would_miss(large_set, monkeypatch):
     """λ of few samples is too small by about λ over how many targets they have."""
     model, data, _ = line()
