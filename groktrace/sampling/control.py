@@ -135,7 +135,7 @@ def stiff_share(
         dynamics: of the chains.
 
     Returns:
-        [S].
+        [S]; NaN where it cannot be told.
     """
     loss, weights, snapshots = loss.select(rows), weights[rows], control.snapshot[rows]
     noise = torch.zeros_like(weights)
@@ -169,7 +169,7 @@ def share_of_stiff(product: Callable[[Tensor], Tensor], noise: Tensor, dynamics:
         dynamics: of the rows.
 
     Returns:
-        [R]; 1 where it is not finite.
+        [R]; NaN where a product is not finite.
     """
     tridiagonal, _, _ = lanczos(product, noise, MINIBATCH_NOISE.share_products)
     values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num())
@@ -177,4 +177,4 @@ def share_of_stiff(product: Callable[[Tensor], Tensor], noise: Tensor, dynamics:
     total = stiff + dynamics.localization
     large = 1 - 0.25 * dynamics.step_size[:, None] * total
     share = (vectors[:, 0].square() * stiff / (total * large.clamp(min=MINIBATCH_NOISE.min_stability))).sum(1)
-    return torch.where(torch.isfinite(tridiagonal).all(dim=(1, 2)), share, 1.0).to(noise.dtype)
+    return torch.where(torch.isfinite(tridiagonal).all(dim=(1, 2)), share, torch.nan).to(noise.dtype)

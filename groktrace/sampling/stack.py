@@ -180,7 +180,7 @@ class StackedChains:
         displacement = self.state.displacement
         rows = torch.arange(0, len(displacement), self.settings.chains, device=displacement.device)
         of_rows = self.loss, self.anchors + displacement, self.batches, self.control, displacement, rows, self.dynamics
-        return dict(zip(self.active, stiff_share(*of_rows).tolist(), strict=True))
+        return {s: share for s, share in zip(self.active, stiff_share(*of_rows).tolist(), strict=True) if share >= 0}
 
     def _is_anharmonic(self, s: int, traces: Traces) -> bool:
         """Whether a snapshot's loss is perhaps not the bowl, where its chains are, that it is at w*."""

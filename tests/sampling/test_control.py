@@ -146,3 +146,11 @@ def test_the_share_is_the_stationary_variance_that_noisy_gradients_add_to_a_bowl
         every.kernel.step(w, momentum, noisy, none, every.coefficients)
     added = 0.5 * nbeta * curvature * float(w.square().mean())
     assert added == pytest.approx(0.5 * float(dynamics.noise_gain) * nbeta**2 * share, rel=0.04)
+
+
+def test_there_is_no_share_where_a_product_is_not_finite():
+    dynamics = Dynamics(KERNELS["baoab"], 50.0, 1.0, torch.full((2,), 0.04))
+    broken = torch.tensor([[1.0], [torch.nan]])
+    share = share_of_stiff(lambda direction: broken * direction, torch.ones(2, 1), dynamics)
+    assert float(share[0]) == pytest.approx(50 / 51 / (1 - 0.25 * 0.04 * 51))
+    assert torch.isnan(share[1])

@@ -92,6 +92,16 @@ def test_what_the_noise_of_batches_adds_is_taken_off(large_set, seed):
     assert found.stderr == pytest.approx(math.hypot(scatter, 0.35 * traces.excess), rel=1e-3)
 
 
+def test_nothing_is_taken_off_where_no_product_tells_where_the_noise_goes(large_set, monkeypatch):
+    monkeypatch.setattr("groktrace.sampling.stack.stiff_share", lambda *_: torch.full((1,), torch.nan))
+    model, data, _ = line(noise=0.3)
+    objective, weights, metrics = prepared(model, "mse", data, draws=200, step_size=5e-5)
+    ((found, traces),) = objective.sample([weights], [metrics], Scale(3000.0, 300.0, samples=TALL, batch_size=256))
+    assert traces.heating > 0
+    assert traces.excess == 0
+    assert found.llc == pytest.approx(float(traces.delta_loss.mean()))
+
+
 def test_losses_of_a_sampled_set_come_with_their_errors(large_set):
     model, data, _ = line(noise=1.0)
     objective, _, metrics = prepared(model, "mse", data)
