@@ -11,8 +11,9 @@ from groktrace.analysis.detection import Detector, PiecewiseDetector
 from groktrace.analysis.detection.labels import risen_in_words
 from groktrace.analysis.detection.piecewise import Fitted, usable_points
 from groktrace.analysis.detection.settings import DEFAULTS, DetectionSettings
-from groktrace.analysis.measurement.llc import OFF_MINIMUM, PERHAPS_OFF
+from groktrace.analysis.measurement.llc import NOT_THE_BASIN, OFF_MINIMUM, PERHAPS_OFF
 from groktrace.analysis.results.trajectory import Trajectory
+from groktrace.analysis.tuning import PILOT
 from groktrace.reporting.numbers import number
 
 # From this fraction of the level on, the points' errors are named with the curve.
@@ -94,7 +95,13 @@ def remarks(trajectory: Trajectory) -> list[str]:
     Args:
         trajectory: λ̂ along the run.
     """
-    found = (other_data(trajectory), partial(trajectory), risen_in_words(trajectory), single_chain(trajectory))
+    found = (
+        other_data(trajectory),
+        partial(trajectory),
+        some_samples(trajectory),
+        risen_in_words(trajectory),
+        single_chain(trajectory),
+    )
     return [remark for remark in found if remark]
 
 
@@ -113,6 +120,27 @@ def other_data(trajectory: Trajectory) -> str:
         None: "",
     }[trajectory.data.own_scale]
     return f"Measured on {trajectory.data}, not on the run's training samples{scale}."
+
+
+def some_samples(trajectory: Trajectory) -> str:
+    """That λ on all training samples would be larger than on those that are used; empty where it hardly would.
+
+    Args:
+        trajectory: λ̂ along the run.
+    """
+    shares = {
+        point.step: point.diagnostics.get("unseen") or 0.0
+        for point in trajectory.points
+        if not any(reason.startswith(NOT_THE_BASIN) for reason in point.reasons)
+    }
+    step = max(shares, key=shares.__getitem__, default=0)
+    if not shares or shares[step] <= PILOT.max_bias:
+        return ""
+    n = "" if trajectory.n is None else f"n = {trajectory.n:,} "
+    return (
+        f"λ is that of some of the {n}training samples. On all it would be larger, by about {100 * shares[step]:.0f} % "
+        f"where that is most (step {step})."
+    )
 
 
 def partial(trajectory: Trajectory) -> str:

@@ -87,6 +87,23 @@ def test_what_a_single_chain_loses_is_told_where_it_matters():
     assert single_chain(replace(measured(np.full(9, 5.0)), method="baoab", resolution=100.0)) == ""
 
 
+def test_samples_that_are_too_few_for_lambda_of_all_are_told():
+    def of(shares, reasons=()):
+        points = tuple(
+            Point(50 * i, 50.0, 1.0, 50.0, 1.0, not reasons, reasons, diagnostics={"unseen": share})
+            for i, share in enumerate(shares)
+        )
+        return remarks(Trajectory(points, n=60_000))
+
+    assert of([0.01, 0.03, None]) == []
+    told = [
+        "λ is that of some of the n = 60,000 training samples. On all it would be larger, by about 12 % where that is "
+        "most (step 50)."
+    ]
+    assert of([0.05, 0.12, 0.04]) == of([0.05, 0.12, 0.04], (OFF_MINIMUM,)) == told
+    assert of([0.05, 0.12, 0.04], ("left the basin: the loss",)) == []
+
+
 def test_every_snapshot_that_is_not_to_be_trusted_is_named_one_line_a_reason():
     cold = [f"not equilibrated (virial ratio 0.{i}, expected 1); needs a longer burn-in" for i in range(9)]
     reasons = {0: (OFF_MINIMUM,), 50: (OFF_MINIMUM,), 100: (OFF_MINIMUM, cold[1]), 200: (cold[2],), 350: (OFF_MINIMUM,)}

@@ -43,7 +43,8 @@ class LLCEstimate(Record):
             adds to λ̂, relative to it, which is taken off λ̂ and λ_c where it is small and known not just at most);
             `singular_fluctuation` ν = ½·β·Σ_i Var[ℓ_i], β = nβ/n, over the samples' losses ℓ_i (Watanabe 2009; of 1024
             spread evenly at most, of two minibatches at most where there are; None where the loss is no mean over
-            samples); `wbic` n·E[L_n] (Watanabe 2013; None unless nβ = n/log n).
+            samples); `wbic` n·E[L_n] (Watanabe 2013; None unless nβ = n/log n); `unseen` (by how much λ_c, or λ̂ without
+            it, would about be larger on all n training samples, relative to it; 0 where all are used).
     """
 
     llc: float | None
@@ -97,6 +98,7 @@ def summarise(
     localization: float,
     chance: Sequence[float] = (),
     by_centred: bool = False,
+    unseen: float = 0.0,
 ) -> LLCEstimate:
     """Turn one snapshot's traces into an estimate and judge it.
 
@@ -111,6 +113,7 @@ def summarise(
         localization: γ.
         chance: training losses of networks that know nothing; the first above `loss` counts.
         by_centred: whether λ_c is the measure, whose error says whether there are draws enough.
+        unseen: by how much λ is lower on the samples that are used than on all, relative to it and for each unit of it.
     """
     if traces.diverged(dimension):
         if traces.fall > dimension:
@@ -218,6 +221,7 @@ def summarise(
             "steps": traces.burn_in + len(traces.delta_loss),
             "heating": traces.heating,
             "singular_fluctuation": None if traces.fluctuation is None else float(traces.fluctuation.mean()),
+            "unseen": unseen * max(0.0, llc if centred is None else centred),
             "wbic": n * (loss + llc / nbeta) if settings.nbeta == "wbic" else None,
         },
     )

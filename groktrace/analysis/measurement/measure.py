@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from groktrace.analysis.measurement.llc import LLCEstimate, summarise, unusable
-from groktrace.analysis.measurement.predictions import measure_losses
+from groktrace.analysis.measurement.predictions import count_targets, measure_losses
 from groktrace.analysis.measurement.stopping import needed_centred, needed_of_large_sets, needed_plain
 from groktrace.analysis.tuning import MEASUREMENT
 from groktrace.records import Record, between, read_record
@@ -83,12 +83,14 @@ class Objective:
         loss: the task's training loss, as it is stacked and differentiated.
         settings: of the sampling.
         chance: training losses of networks that know nothing, see `chance_losses`.
+        targets: predictions that the loss compares with targets, a sample.
     """
 
     task: Task
     loss: StackedLoss
     settings: ResolvedSettings
     chance: tuple[float, ...] = ()
+    targets: float = 1.0
 
     @classmethod
     def of(
@@ -119,7 +121,8 @@ class Objective:
                 loss, anchor = stack_weights(loss, [weights])
                 loss = loss.probe(anchor)
         chance = chance_losses(task, weights, device, loss.micro_batch)
-        return cls(task, loss, resolve(settings, layout.size, loss.micro_batch is None), chance)
+        targets = count_targets(task, weights, device, loss.micro_batch)
+        return cls(task, loss, resolve(settings, layout.size, loss.micro_batch is None), chance, targets)
 
     @property
     def layout(self) -> WeightLayout:
@@ -291,10 +294,20 @@ class Objective:
                 localization=localization,
                 chance=self.chance,
                 by_centred=centred,
+                unseen=self._unseen(scale),
             )
             for known, trace, factor in zip(metrics, traces, factors, strict=True)
         ]
         return list(zip(estimates, traces, strict=True))
+
+    def _unseen(self, scale: Scale) -> float:
+        """By how much λ is lower on the samples that are used than on all n, relative to it and for each unit of it.
+
+        About λ/(S·m) on S samples of m targets each; see `tuning.Pilot`.
+        """
+        stored = len(self.loss.tensors[0])
+        used = min(scale.samples or stored, stored)
+        return max(0.0, 1 - used / self.task.n) / (used * self.targets)
 
     def _losses(self, weights: Mapping[str, Tensor]) -> dict[str, float | None]:
         """Losses and accuracies of one snapshot; of large sets on a fixed random subset, with standard errors."""

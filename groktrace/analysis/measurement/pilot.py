@@ -14,14 +14,12 @@ from torch import Tensor
 
 from groktrace.analysis.measurement.llc import LLCEstimate
 from groktrace.analysis.measurement.measure import Objective, SnapshotMetrics, stack_weights
-from groktrace.analysis.measurement.predictions import loss_and_hits
 from groktrace.analysis.tuning import PILOT
 from groktrace.errors import SettingsError
 from groktrace.sampling.batches import NoiseProfile
 from groktrace.sampling.calibration import Scale, posterior_scale, step_size
 from groktrace.sampling.chains import profile_noise
 from groktrace.sampling.interruption import interruption
-from groktrace.sampling.network import as_float
 from groktrace.sampling.posterior import FACTOR
 from groktrace.sampling.tuning import CALIBRATION, MINIBATCH_NOISE
 
@@ -109,7 +107,7 @@ def choose_sampling(
     trial = _Trial(objective, key)
     at_once = threads if large_set else 1  # of small sets a trial takes a moment
     if large_set:
-        scale = trial.sized(scale, snapshots[0][1])
+        scale = trial.sized(scale)
         if not free and settings.samples is not None and settings.batch_size is not None:
             return scale  # nothing is left to be found out
     scales = [scale]
@@ -134,10 +132,10 @@ class _Trial:
         self._key = key
         self._estimated: dict[tuple[Any, ...], tuple[LLCEstimate, float | None]] = {}
 
-    def sized(self, scale: Scale, weights: Mapping[str, Tensor]) -> Scale:
+    def sized(self, scale: Scale) -> Scale:
         """The scale with samples and batches to begin with."""
         # With one target each, λ_c of the fewest that are ever used would be far too small.
-        samples = PILOT.min_samples if self._targets(weights) >= 2 else 2 * PILOT.min_samples
+        samples = PILOT.min_samples if self._objective.targets >= 2 else 2 * PILOT.min_samples
         samples = min(self._settings.samples or samples, len(self._loss.tensors[0]))
         return _in_batches(scale, samples, self._settings.batch_size or PILOT.batch_size)
 
@@ -250,22 +248,12 @@ class _Trial:
             return scale._replace(samples=min(self._settings.samples, stored))
         values = [estimate.llc_centred or estimate.llc for _, _, estimate in found]
         known = [value for value in values if value is not None]
-        wanted = max(known) / (PILOT.max_bias * self._targets(found[0][1])) if known else PILOT.unknown_samples
+        wanted = max(known) / (PILOT.max_bias * self._objective.targets) if known else PILOT.unknown_samples
         samples = PILOT.min_samples
         while samples < min(wanted, stored):
             samples *= 2
         # Where few are left, they cost little, and nothing is missed with them.
         return scale._replace(samples=stored if stored <= PILOT.nearly_all * samples else samples)
-
-    def _targets(self, weights: Mapping[str, Tensor]) -> float:
-        """Predictions that the loss compares with targets, a sample."""
-        count = min(8, len(self._loss.tensors[0]))
-        few = [tensor[:count] for tensor in self._loss.tensors]
-        named = {name: as_float(tensor).to(self._loss.device) for name, tensor in weights.items()}
-        _, outputs, hits = loss_and_hits(self._objective.task.forward, named, few)
-        if hits is not None:
-            return max(1.0, len(hits) / count)
-        return 1.0 if outputs is None or outputs.ndim < 2 else max(1.0, outputs.numel() / count)
 
 
 def _batched(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -27,6 +27,8 @@ _LOSSES = {
     _aten.nll_loss2d.default: ("self", "target", "weight", "reduction", "ignore_index"),
 }
 _IGNORED = -100
+# Samples from which predictions a sample are counted.
+_TARGETS_OF = 8
 
 
 @dataclass(frozen=True)
@@ -203,3 +205,25 @@ def correct_predictions(outputs: Tensor, targets: Tensor, offset: Tensor | None 
         return None
     predictions = (outputs if offset is None else outputs - offset).argmax(-1)
     return (predictions == targets)[targets >= 0]
+
+
+def count_targets(
+    task: Task, weights: Mapping[str, Tensor], device: torch.device, together: int | None = None
+) -> float:
+    """Predictions that the loss compares with targets, a sample; 1 at least.
+
+    Args:
+        task: loss and data.
+        weights: tensors by name, of any snapshot.
+        device: where to compute.
+        together: samples that may be evaluated at once; None for all.
+    """
+    count = min(_TARGETS_OF, together or _TARGETS_OF, len(task.train))
+    named = {name: as_float(tensor).to(device) for name, tensor in weights.items()}
+    try:
+        _, outputs, hits = loss_and_hits(task.forward, named, task.train.take(slice(0, count)).to(device).tensors)
+    except Exception:  # some programs take one batch size only
+        return 1.0
+    if hits is not None:
+        return max(1.0, len(hits) / count)
+    return 1.0 if outputs is None or outputs.ndim < 2 else max(1.0, outputs.numel() / count)

@@ -102,6 +102,34 @@ def test_nothing_is_taken_off_where_no_product_tells_where_the_noise_goes(large_
     assert found.llc == pytest.approx(float(traces.delta_loss.mean()))
 
 
+@pytest.mark.parametrize(
+    ("samples", "n", "targets"), [(512, TALL, 1), (512, 10**6, 1), (TALL, TALL, 1), (512, TALL, 4)]
+)
+def test_what_unused_samples_would_add_is_told(large_set, samples, n, targets):
+    """Of a linear regression λ_c/(S·m)·(1 − S/n), to first order in the number of weights over that of samples."""
+    model, data, _ = line(noise=1.0)
+    objective, weights, metrics = prepared(model, "mse", data)
+    objective = replace(objective, task=replace(objective.task, n=n), targets=targets)
+    ((found, _),) = objective.sample([weights], [metrics], Scale(3000.0, 300.0, samples=samples))
+    expected = found.llc_centred / (samples * targets) * (1 - samples / n)
+    assert found.diagnostics["unseen"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("samples", [512, 1024])
+def test_that_is_about_what_they_add_to_the_soft_rank_of_a_regression(samples):
+    """Exact, of 400 inputs whose variances fall as i⁻²: of i^−α it is 2/α of that, by the theory of random matrices."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8 * TALL, 400, generator=generator).double() * 60 / torch.arange(1, 401)
+
+    def soft_rank(some):
+        spectrum = torch.linalg.eigvalsh(2 * some.T @ some / len(some))
+        return float(0.5 * (spectrum / (spectrum + 1)).sum())
+
+    few, whole = soft_rank(x[:samples]), soft_rank(x)
+    assert whole / few - 1 == pytest.approx(few / samples * (1 - samples / len(x)), rel=0.2)
+    assert whole > 1.03 * few
+
+
 def test_losses_of_a_sampled_set_come_with_their_errors(large_set):
     model, data, _ = line(noise=1.0)
     objective, _, metrics = prepared(model, "mse", data)

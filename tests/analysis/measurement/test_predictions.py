@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 import groktrace
-from groktrace.analysis.measurement.predictions import loss_and_hits, measure_losses
+from groktrace.analysis.measurement.predictions import count_targets, loss_and_hits, measure_losses
 from groktrace.run.task import Task
 
 CPU = torch.device("cpu")
@@ -162,6 +162,25 @@ def test_what_is_no_cross_entropy_gives_no_hits():
     assert torch.equal(outputs, model(x))
     assert not outputs.requires_grad
     assert hits is None
+
+
+def test_targets_are_the_predictions_that_the_loss_compares():
+    model, line = Sequence(), nn.Linear(4, 3)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    of_line = {name: parameter.detach() for name, parameter in line.named_parameters()}
+    x, length = torch.randn(20, 4), TOKENS.shape[1]
+
+    def all_but_first(outputs, targets):
+        return functional.cross_entropy(outputs[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+
+    for loss, targets, expected in ((last, TOKENS[:, -1], 1), (all_but_first, TOKENS, length - 1)):
+        task = Task.from_model(model, train=(TOKENS, targets), loss=loss)
+        assert count_targets(task, weights, CPU) == expected
+        assert count_targets(task, weights, CPU, together=2) == expected
+    assert count_targets(Task.from_model(line, train=(x, torch.randn(20, 3)), loss="mse"), of_line, CPU) == 3
+    assert (
+        count_targets(Task.from_model(line, train=(x, torch.arange(20) % 3), loss="cross_entropy"), of_line, CPU) == 1
+    )
 
 
 def test_a_compiled_model_is_read_too():
