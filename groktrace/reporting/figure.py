@@ -9,10 +9,11 @@ import numpy as np
 
 from groktrace.analysis.detection import Transition
 from groktrace.analysis.results.grokking import THRESHOLD, Grokking
+from groktrace.analysis.results.trajectory import Trajectory
 from groktrace.errors import GroktraceError, SettingsError
 from groktrace.reporting.numbers import number
 from groktrace.reporting.remarks import partial
-from groktrace.reporting.series import Events, Quantity, Series
+from groktrace.reporting.series import Events, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -195,21 +196,46 @@ def _draw_llc(axes: "Axes", series: Series) -> list[Any]:
         label = rf"reference $\lambda$ = {number(reference.llc)}"
         label += f" (rank {reference.rank} / 2)" if reference.source == "jacobian" else ""
         handles.append(axes.axhline(reference.llc, color="0.35", ls="-.", lw=1.2, label=label))
+    if left_over.any():
+        handles += axes.plot(steps[left_over], raw[left_over], marker="D", **hollow, label=r"$\hat\lambda$, unreliable")
+    frame = _frame(trajectory)
+    if not len(frame):
+        axes.text(0.5, 0.5, "no snapshot has a usable λ̂", transform=axes.transAxes, ha="center")
+        return handles
+    room = 0.08 * float(np.ptp(frame)) or 0.1 * abs(float(frame[0])) or 1.0
+    axes.set_ylim(float(frame.min()) - room, float(frame.max()) + room)
+    shown = known | left_over
+    look = hollow | {"ms": 4 if many else 6}
+    return handles + _mark_outside(axes, steps[shown], np.where(known, value, raw)[shown], look)
+
+
+def _frame(trajectory: Trajectory) -> np.ndarray:
+    """What the axis of λ has to show: all reliable values, their bands, others that can be trusted, and the reference.
+
+    Values that are not to be trusted must not squash those that are; `_mark_outside` says where they are.
+    """
+    curve, reliable = trajectory.curve, trajectory.column("reliable") > 0
+    value, error = curve.value, curve.error
+    known = np.isfinite(value)
     trusted = known & ~curve.doubtful if (known & ~curve.doubtful).any() else known
     if (reliable & trusted).any():  # early in training, off any minimum, an error can be a hundred times λ
         trusted &= error <= np.abs(value[reliable & trusted]).max()
-    frame = np.concatenate([value[trusted], low[reliable & trusted], high[reliable & trusted]])
-    frame = frame[np.isfinite(frame)] if known.any() else raw[left_over]
-    if left_over.any():
-        handles += axes.plot(steps[left_over], raw[left_over], marker="D", **hollow, label=r"$\hat\lambda$, unreliable")
-    if reference is not None:
-        frame = np.append(frame, reference.llc)
-    if len(frame):
-        # Values that are not to be trusted must not squash those that are.
-        room = 0.08 * float(np.ptp(frame)) or 0.1 * abs(float(frame[0])) or 1.0
-        axes.set_ylim(float(frame.min()) - room, float(frame.max()) + room)
-    else:
-        axes.text(0.5, 0.5, "no snapshot has a usable λ̂", transform=axes.transAxes, ha="center")
+    width = np.where(reliable & trusted, 1.96 * error, 0.0)
+    used = known & (reliable | trusted)
+    frame = np.concatenate([(value - width)[used], (value + width)[used]]) if known.any() else trajectory.column("llc")
+    reference = trajectory.reference
+    return np.append(frame[np.isfinite(frame)], [] if reference is None else reference.llc)
+
+
+def _mark_outside(axes: "Axes", steps: np.ndarray, values: np.ndarray, look: dict[str, Any]) -> list[Any]:
+    """Triangles at the upper and lower edge where points lie beyond the axis; the legend says how many do."""
+    low, high = axes.get_ylim()
+    handles: list[Any] = []
+    for outside, marker, height in ((values > high, "^", 0.98), (values < low, "v", 0.02)):
+        if count := int(outside.sum()):
+            label = f"{count} point{'s' if count > 1 else ''} beyond the axis"
+            edge: dict[str, Any] = {"marker": marker, "transform": axes.get_xaxis_transform(), "zorder": 5}
+            handles += axes.plot(steps[outside], np.full(count, height), **look, **edge, label=label)
     return handles
 
 
@@ -303,9 +329,9 @@ def _draw_panel(axes: "Axes", series: Series, names: tuple[str, ...]) -> list[An
     others = iter(_OTHERS * len(series))
     for name, style in zip(names, "-:", strict=False):
         panel = axes if style == "-" else axes.twinx()
-        drawn = [quantity for quantity in series if quantity.axis == name and _drawable(quantity).any()]
+        drawn = [quantity for quantity in series if quantity.axis == name and quantity.known]
         for quantity in drawn:
-            known, values = _drawable(quantity), quantity.values
+            known, values = np.isfinite(quantity.values), quantity.values
             colour, width = _LINES.get(quantity.name) or (next(others), 1.5)
             if quantity.errors is not None:
                 band = values - 1.96 * quantity.errors, values + 1.96 * quantity.errors
@@ -317,14 +343,11 @@ def _draw_panel(axes: "Axes", series: Series, names: tuple[str, ...]) -> list[An
         gap = "\n" if len(name) > 10 else " "
         panel.set_ylabel(f"{name}{gap}({'solid' if style == '-' else 'dotted'})" if len(names) > 1 else name)
         panel.spines[["top"]].set_visible(False)
-        shown = np.concatenate([quantity.values[_drawable(quantity)] for quantity in drawn]) if drawn else np.array([])
-        if name == "accuracy":
-            panel.set_ylim(-0.03, 1.05)
-        elif len(shown) and (name == "loss" or (shown.min() > 0 and shown.max() > 20 * shown.min())):
-            panel.set_yscale("log")
-        if not drawn and panel is axes:
+        if drawn:
+            _set_scale(panel, name, np.concatenate([quantity.values for quantity in drawn]))
+        elif panel is axes:
             axes.yaxis.set_visible(False)
-        elif not drawn:
+        else:
             panel.set_axis_off()
     if not handles:
         said = "neither accuracies nor losses are known"
@@ -332,9 +355,16 @@ def _draw_panel(axes: "Axes", series: Series, names: tuple[str, ...]) -> list[An
     return handles
 
 
-def _drawable(quantity: Quantity) -> np.ndarray:
-    """At which snapshots there is a point to draw, [T]; a loss of nothing has none on a logarithmic axis."""
-    return np.isfinite(quantity.values) & ((quantity.values > 0) | (quantity.axis != "loss"))
+def _set_scale(axes: "Axes", name: str, values: np.ndarray) -> None:
+    """A logarithmic axis for losses, and for what spreads as far, as long as every finite value is seen on it."""
+    shown = values[np.isfinite(values)]
+    least, most = float(shown.min()), float(shown.max())
+    if name == "accuracy":
+        axes.set_ylim(-0.03, 1.05)
+    elif least > 0 and (name == "loss" or most > 20 * least):
+        axes.set_yscale("log")
+    elif name == "loss" and least == 0 < most:  # fits that are exact: nothing, a decade below the smallest loss
+        axes.set_yscale("symlog", linthresh=float(shown[shown > 0].min()))
 
 
 def _look(transition: Transition) -> tuple[str, str]:

@@ -83,6 +83,7 @@ def test_points_that_were_not_measured_in_their_basin_do_not_set_the_axis():
         r"$\lambda_c$ with 95 % band": [5.0] * 9,
         r"$\lambda_c$, not at a minimum": [5.0],
         r"$\lambda_c$, unreliable": [4000.0],
+        "1 point beyond the axis": [0.98],
     }
 
 
@@ -99,8 +100,75 @@ def test_values_without_a_stand_in_are_hollow_and_do_not_set_the_axis():
     trajectory = Trajectory.from_arrays(steps, [-3000.0] + [5.0] * 9, [0.1] * 10, reliable=[False] + [True] * 9)
     upper = trajectory_figure(*shown(trajectory)).axes[0]
     assert upper.get_ylim() == pytest.approx((4.8 - 0.0314, 5.2 + 0.0314), abs=0.01)
-    (hollow,) = [line for line in upper.lines if line.get_markerfacecolor() == "white"]
+    hollow, edge = [line for line in upper.lines if line.get_markerfacecolor() == "white"]
     assert hollow.get_ydata() == [-3000]
+    assert (edge.get_marker(), edge.get_xdata().tolist()) == ("v", [0])
+
+
+def test_points_beyond_the_axis_are_triangles_at_its_edges_and_counted():
+    left = ("left the basin: the chains' loss has climbed",)
+    far = {0: 1358.0, 100: 700.0, 200: 96.0, 500: -400.0}  # the third lies within
+    points = tuple(
+        Point(
+            step, far.get(step, 100.0 - step / 100), 1.0, reliable=step not in far, reasons=left if step in far else ()
+        )
+        for step in range(0, 1000, 100)
+    )
+    figure = trajectory_figure(*shown(Trajectory(points)))
+    upper = figure.axes[0]
+    assert upper.get_ylim()[0] > 80
+    assert upper.get_ylim()[1] < 120
+    edges = {line.get_marker(): line for line in upper.lines if "beyond" in str(line.get_label())}
+    assert {marker: line.get_xdata().tolist() for marker, line in edges.items()} == {"^": [0, 100], "v": [500]}
+    figure.canvas.draw()
+    for line in edges.values():
+        x, y = line.get_transform().transform(line.get_xydata()).T
+        assert all(upper.bbox.contains(*at) for at in zip(x, y, strict=True))
+        assert x == pytest.approx(upper.transData.transform([(step, 0) for step in line.get_xdata()])[:, 0])
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [label for label in said if "beyond" in label] == ["2 points beyond the axis", "1 point beyond the axis"]
+
+
+def test_where_no_point_is_beyond_the_axis_nothing_is_said(odd):
+    figure = trajectory_figure(*odd)
+    assert not any("beyond" in text.get_text() for legend in figure.legends for text in legend.get_texts())
+
+
+@pytest.mark.parametrize("odd_one", [{"stderr": 1e4}, {"stderr": 0.1, "reasons": ("noted by hand",)}])
+def test_reliable_points_are_always_within_the_axis(odd_one):
+    points = tuple(Point(step, 5.0, 0.1) for step in range(0, 900, 100))
+    upper = trajectory_figure(*shown(Trajectory((*points, Point(900, 40.0, **odd_one))))).axes[0]
+    assert 40 < upper.get_ylim()[1] < 50  # the value, but not a band a thousand times as wide
+    assert not any("beyond" in str(line.get_label()) for line in upper.lines)
+
+
+def test_where_every_error_is_larger_than_its_value_there_are_points_all_the_same():
+    upper = trajectory_figure(*shown(Trajectory(tuple(Point(step, 2.0, 9.0) for step in range(5))))).axes[0]
+    assert upper.get_ylim()[0] < 2 < upper.get_ylim()[1]
+    assert not upper.texts
+
+
+@pytest.mark.parametrize(
+    ("losses", "scale"),
+    [
+        ([2.0, 0.5, 1e-3, 1e-4], "log"),
+        ([2.0, 0.5, -0.7, -1.3], "linear"),
+        ([-0.1, -0.5, -0.7, -1.3], "linear"),
+        ([2.0, 1e-3, 1e-6, 0.0], "symlog"),
+        ([0.0, 0.0, 0.0, 0.0], "linear"),
+        ([2.0, 1e-3, math.nan, -math.inf], "log"),
+    ],
+)
+def test_every_finite_loss_is_seen(losses, scale):
+    points = tuple(Point(step, 5.0, 0.1, train_loss=loss, val_loss=loss) for step, loss in enumerate(losses))
+    figure = trajectory_figure(*shown(Trajectory(points)))
+    (panel,) = [axes for axes in figure.axes if axes.get_ylabel() == "loss (dotted)"]
+    assert panel.get_yscale() == scale
+    (line,) = [line for line in panel.lines if line.get_label() == "training loss"]
+    assert line.get_ydata().tolist() == [loss for loss in losses if math.isfinite(loss)]
+    figure.canvas.draw()
+    heights = panel.transData.transform(line.get_xydata())[:, 1]
+    assert all(panel.bbox.y0 < height < panel.bbox.y1 for height in heights)
 
 
 def test_values_that_are_not_finite_are_left_out(tmp_path):
