@@ -389,12 +389,10 @@ class StackedChains:
         losses = None if drawn is None else drawn.of(self.active.index(s))
         chains = delta_loss, virial, restraint, centred
         kept = Traces(*chains, self.epsilons[s], burn_in, self.halvings[s], sample_losses=losses)
-        return replace(kept, means=self._means(s), slow=self.slow[s])
-
-    def _means(self, s: int) -> Tensor | None:
-        """`Traces.means` of a snapshot in the stack."""
+        kept = replace(kept, slow=self.slow[s])
         if not (self.sums and self.drawn[s]):
-            return None
-        rows = self._rows([self.active.index(s)])
+            return kept
+        rows, nbeta = self._rows([self.active.index(s)]), self.target.nbeta
         displacement, gradient = (total[rows].double() / self.drawn[s] for total in self.sums)
-        return (self.target.nbeta * displacement @ gradient.T).cpu()
+        slope = -0.5 * nbeta * float(torch.linalg.vecdot(displacement, self.base_gradients[rows].double()).mean())
+        return replace(kept, means=(nbeta * displacement @ gradient.T).cpu(), slope=slope)

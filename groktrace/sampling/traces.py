@@ -46,6 +46,8 @@ class Traces:
         slow: draws to an independent one, at least; see `calibration.slowdown`.
         means: nβ⟨w − w*⟩_a·⟨∇L⟩_b, where ⟨·⟩_a is the mean of chain a over all draws, [chains, chains]; None of a
             single chain, and of large networks, which have no room for them.
+        slope: −½nβ∇L(w*)·⟨w − w*⟩ over all draws: in a bowl λ̂ is below λ_c by this and λ_c − ½E[virial]. 0 where
+            there are no means.
     """
 
     delta_loss: Tensor
@@ -64,6 +66,7 @@ class Traces:
     sample_losses: Tensor | None = None
     anchor_sample_losses: Tensor | None = None
     means: Tensor | None = None
+    slope: float = 0.0
     slow: float = 1.0
 
     def extended(self, more: "Traces") -> "Traces":
@@ -79,6 +82,7 @@ class Traces:
             centred_draws=torch.cat([self.centred_draws, more.centred_draws]),
             sample_losses=losses,
             means=more.means,
+            slope=more.slope,
         )
 
     @property

@@ -66,17 +66,22 @@ class LLCEstimate(Record):
 def off_minimum(traces: Traces) -> bool:
     """Whether the loss falls on moving away from w*, so that λ̂ measures a slope and not the basin.
 
-    In equilibrium λ_c − ½E[(w − w*)·nβ∇L] = ½γ‖w̄ − w*‖²: the chains' mean has moved off w*, downhill. With a single
-    chain only λ̂ < 0 tells.
+    λ̂ is below λ_c by more than a tenth then, and the chains' mean w̄ has moved off w*, downhill. In equilibrium
+    λ_c − ½E[(w − w*)·nβ∇L] = ½γ‖w̄ − w*‖², which tells that along flat directions. Along stiff ones that is little, but
+    −½nβ∇L(w*)·(w̄ − w*) is not: in a bowl the two add up to λ_c − λ̂. (A loss of higher degree has λ̂ below λ_c, too,
+    but no slope.) With a single chain only λ̂ < 0 tells.
     """
     llc = float(traces.delta_loss.mean())
     if llc < 0 or not traces.centred_draws.shape[1]:
         return llc < 0
-    centred = traces.centred
-    margin = min(0.9 * centred - llc, 0.97 * centred - 0.5 * float(traces.virial.mean()))
+    centred, half_virial = traces.centred, 0.5 * float(traces.virial.mean())
+    moved = max(0.97 * centred - half_virial, traces.slope + 0.9 * centred - half_virial)
+    margin = min(0.9 * centred - llc, moved)
     if margin <= 0:  # nearly always, and the errors take time
         return False
-    return margin > 3 * math.hypot(traces.error(traces.delta_loss), traces.centred_error)
+    # nβ∇L(w*)·(w − w*) has twice the slope as its variance, in a bowl.
+    of_slope = math.sqrt(0.5 * max(traces.slope, 0.0) / traces.effective_draws(traces.delta_loss))
+    return margin > 3 * math.hypot(traces.error(traces.delta_loss), traces.centred_error, of_slope)
 
 
 def unusable(reason: str, settings: ResolvedSettings, nbeta: float, localization: float) -> LLCEstimate:

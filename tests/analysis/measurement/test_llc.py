@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import groktrace
 from groktrace.analysis.measurement.llc import OFF_MINIMUM, PERHAPS_OFF, off_minimum, summarise
 from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.traces import Traces
@@ -49,6 +50,31 @@ def test_a_slope_at_the_snapshot_is_told_from_a_bowl():
     assert sloped.reasons == (OFF_MINIMUM,)
     assert sloped.llc == pytest.approx(9.28, rel=0.1)
     assert sloped.llc_centred == pytest.approx(40, rel=0.02)
+
+
+@pytest.mark.parametrize("size", [0.0, 0.5, 1.0])
+def test_a_slope_along_stiff_directions_is_told_though_the_mean_hardly_moves(size):
+    """A bowl of 20 weights, 3 of them a thousand times as stiff as γ, with its minimum 0, 1.6 or 3.1 errors away."""
+    torch.manual_seed(0)
+    curvature = torch.cat([torch.full((3,), 1000.0), torch.full((7,), 10.0), torch.zeros(10)])
+    centre = size * 0.1 * torch.cat([torch.ones(3), torch.zeros(17)])
+
+    class Bowl(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(20))
+
+        def forward(self, x):
+            return 0.5 * (curvature * (self.w - centre).square()).sum() + 0 * x.sum()
+
+    given = {"nbeta": 1.0, "localization": 1.0, "draws": 3000, "chains": 4}
+    found = groktrace.estimate_llc(Bowl(), lambda out, _: out, (torch.zeros(4, 1), torch.zeros(4, 1)), **given)
+    soft_rank = float(0.5 * (curvature / (curvature + 1)).sum())
+    pull = curvature * centre
+    lower = float((pull.square() / (curvature + 1) - 0.5 * curvature * (pull / (curvature + 1)).square()).sum())
+    assert found.llc_centred == pytest.approx(soft_rank, abs=4 * found.stderr_centred)
+    assert found.llc == pytest.approx(soft_rank - lower, abs=4 * found.stderr)
+    assert (OFF_MINIMUM in found.reasons) is (size > 0)
 
 
 @pytest.mark.parametrize(
