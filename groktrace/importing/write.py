@@ -14,7 +14,7 @@ from groktrace.importing.find import open_checkpoint
 from groktrace.importing.names import Match, match_names
 from groktrace.importing.network import Network
 from groktrace.importing.steps import Step
-from groktrace.recording.prepare import describe_run, write_frozen, write_start
+from groktrace.recording.prepare import describe_run, without_program, write_frozen, write_start
 from groktrace.recording.schedule import Schedule
 from groktrace.recording.warn import warn_user
 from groktrace.recording.writer import now, remove_leftovers, snapshot_metadata, write_snapshot
@@ -121,9 +121,7 @@ class RunWriter:
         if self._remote is not None:
             self._remote.send_start()
         if evaluation.problem is not None:
-            reason = " ".join(str(evaluation.problem).split())[:300]
-            hint = task_name or "package.module:factory"
-            warn_user(f"model and loss cannot be kept as a program, so analysis will need `--task {hint}` ({reason}).")
+            warn_user(without_program(evaluation.problem, task_name))
 
     def _write_snapshot(self, checkpoint: Step, contents: Contents, match: Match, tensors: dict[str, Tensor]) -> None:
         if self._frozen is None:

@@ -133,7 +133,7 @@ class Guard:
         if not _close(live, recorded, self._tolerances[0], FLOOR[0] * self._scale[0]):
             text = (
                 f"the loss on {len(self._samples)} training samples is {live:.6g}, but the recorded "
-                f"program, with which the analysis measures, gives {recorded:.6g}. {CAUSES}"
+                f"program, with which the analysis measures, gives {recorded:.6g}, when first seen. {CAUSES}"
             )
             return self._once("loss", text)
         if gradient:

@@ -242,6 +242,20 @@ def describe_run(
     }
 
 
+def without_program(problem: Exception, task: str | None) -> str:
+    """What to say where model and loss could not be kept as a program.
+
+    Args:
+        problem: why.
+        task: the user's "package.module:factory", or None.
+    """
+    reason = " ".join(str(problem).split())[:300].rstrip(".")
+    return (
+        f"model and loss cannot be kept as a program, so analysis will need `--task {task or 'package.module:factory'}`"
+        f", a function that returns groktrace.Task.from_model(model, loss=...), or with batch_loss=... ({reason})."
+    )
+
+
 def _describe_weight(spec: WeightSpec) -> dict[str, Any]:
     dtype = str(spec.dtype).removeprefix("torch.")
     entry: dict[str, Any] = {"shape": list(spec.shape), "dtype": dtype, "trainable": spec.trainable}

@@ -15,7 +15,14 @@ from groktrace.recording.capture import Capture, describe_weights, gathered, is_
 from groktrace.recording.folder import Folder, IfExists, check_if_exists, check_out, choose, name_of, with_earlier
 from groktrace.recording.hooks import counted_optimizer, updates_made
 from groktrace.recording.on_transition import Callback, TransitionCallback, check_callback
-from groktrace.recording.prepare import RecordedTask, describe_run, prepare_task, write_frozen, write_start
+from groktrace.recording.prepare import (
+    RecordedTask,
+    describe_run,
+    prepare_task,
+    without_program,
+    write_frozen,
+    write_start,
+)
 from groktrace.recording.recorder import Recorder
 from groktrace.recording.schedule import check_count, make_schedule
 from groktrace.recording.termination import open_recorders
@@ -186,11 +193,7 @@ def watch(
             for note in evaluation.notes:
                 warn_user(note)
             if evaluation.problem is not None:
-                reason = " ".join(str(evaluation.problem).split())[:300]
-                hint = task or "package.module:factory"
-                warn_user(
-                    f"model and loss cannot be kept as a program, so analysis will need `--task {hint}` ({reason})."
-                )
+                warn_user(without_program(evaluation.problem, task))
     unreached = evaluation.unreached
     capture = Capture(source, specs, once, trained=model, own=own, optimizer=optimizer, unreached=unreached, step=start)
     guard = None if sharded else evaluation.guard

@@ -12,7 +12,7 @@ from groktrace.analysis.detection import Transition
 from groktrace.analysis.forecast import Forecast
 from groktrace.analysis.measurement.limit import LearningCoefficient
 from groktrace.analysis.measurement.reference import Reference
-from groktrace.analysis.results.grokking import Grokking
+from groktrace.analysis.results.grokking import THRESHOLD, Grokking
 from groktrace.analysis.results.trajectory import SYMBOLS, Point, Trajectory
 from groktrace.analysis.temperature import TemperatureCurve
 from groktrace.records import plain
@@ -152,11 +152,15 @@ def by_accuracy(grokking: Grokking) -> str:
     Args:
         grokking: measured on the run.
     """
+    never = grokking.severity == 0 and grokking.generalised_at is None
     known = [
         f"memorised at step {grokking.memorised_at}" if grokking.memorised_at is not None else None,
         f"generalised at step {grokking.generalised_at}" if grokking.generalised_at is not None else None,
         f"{grokking.delay} steps later" if grokking.delay is not None else None,
-        f"grokking severity {number(grokking.severity)}" if plain(grokking.severity) is not None else None,
+        f"grokking severity {number(grokking.severity)}"
+        if plain(grokking.severity) is not None and not never
+        else None,
+        f"validation accuracy stays below {THRESHOLD:g}" if never else None,
     ]
     return "By accuracy: " + ", ".join(part for part in known if part) + "." if any(known) else ""
 

@@ -20,6 +20,8 @@ from groktrace.reporting.numbers import number
 NOISY = 0.05
 # More rises and falls than these are counted, not told.
 MAX_TOLD = 3
+# From this share of the loss on, it is said that it is no mean over samples; class weights move it by less.
+BATCH_EFFECT = 0.05
 
 
 def none_found(trajectory: Trajectory, detector: Detector | None = None) -> str:
@@ -45,7 +47,7 @@ def none_found(trajectory: Trajectory, detector: Detector | None = None) -> str:
     if objections:
         (change, why), *others = objections
         kind = "rise" if change.delta_llc > 0 else "fall"
-        more = f" The {kind} at step {change.step} does not count: {why}."
+        more = f" The {kind} about step {change.step} does not count: {why}."
         more += f" Nor do {len(others)} others." if others else ""
     return f"No transition found in {len(fitted.position)} snapshots: {shape}.{more}"
 
@@ -71,9 +73,9 @@ def describe_curve(trajectory: Trajectory, fitted: Fitted, settings: DetectionSe
         data, span = fitted.fit.data, float(np.ptp(value))
         mean = float(np.average(data.value, weights=1 / data.variance))
         within = (
-            f"within its errors of {100 * scatter / level:.2g} %"
+            f"within its errors of {_percent(scatter / level)} %"
             if span <= error
-            else f"within {100 * span / level:.2g} %"
+            else f"within {_percent(span / level)} %"
         )
         return f"{symbol} stays at {number(mean)}, {within}"
     if len(turns) > MAX_TOLD + 1:
@@ -99,6 +101,7 @@ def remarks(trajectory: Trajectory) -> list[str]:
         other_data(trajectory),
         partial(trajectory),
         some_samples(trajectory),
+        of_batches(trajectory),
         risen_in_words(trajectory),
         single_chain(trajectory),
     )
@@ -140,6 +143,22 @@ def some_samples(trajectory: Trajectory) -> str:
     return (
         f"λ is that of some of the {n}training samples. On all it would be larger, by about {100 * shares[step]:.0f} % "
         f"where that is most (step {step})."
+    )
+
+
+def of_batches(trajectory: Trajectory) -> str:
+    """That the loss depends on which samples are evaluated together; empty where it hardly does.
+
+    Args:
+        trajectory: λ̂ along the run.
+    """
+    effect = max((point.diagnostics.get("batch_effect") or 0.0 for point in trajectory.points), default=0.0)
+    if effect <= BATCH_EFFECT:
+        return ""
+    return (
+        f"The loss is no mean over samples: that of 256 or fewer together is off the mean over their quarters by "
+        f"{100 * effect:.0f} %, at the first snapshot. Losses and λ are those of all stored samples together, not of "
+        "the batches of the training."
     )
 
 
@@ -215,6 +234,11 @@ def _steps(trajectory: Trajectory, chosen: list[int]) -> str:
     steps = [point.step for point in trajectory.points]
     words = [f"{steps[a]}" if a == b else f"{steps[a]}-{steps[b]}" for a, b in ranges]
     return f"step{'' if len(chosen) == 1 else 's'} {', '.join(words)}"
+
+
+def _percent(share: float) -> str:
+    """Two digits, or all before the point."""
+    return f"{100 * share:.2g}" if share < 0.995 else f"{100 * share:.0f}"
 
 
 def _turns(value: np.ndarray, least: float) -> list[int]:

@@ -372,7 +372,7 @@ def test_out_that_cannot_be_written(training, tmp_path, monkeypatch):
 
 def test_failed_tracing_is_told_and_weights_are_kept(training, tmp_path, program):
     program.failure = ValueError("a branch\ndepends on data")
-    with pytest.warns(RuntimeWarning, match=r"--task mine.tasks:make` \(a branch depends on data\)"):
+    with pytest.warns(RuntimeWarning, match=r"--task mine.tasks:make`, a function .* \(a branch depends on data\)\.$"):
         recorder = watch(
             training.model, training.optimizer, **training.data, task="mine.tasks:make", out=tmp_path / "run"
         )

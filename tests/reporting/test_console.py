@@ -6,8 +6,9 @@ import pytest
 
 from groktrace.analysis.detection.piecewise import usable_points
 from groktrace.analysis.measurement.reference import Reference
+from groktrace.analysis.results.grokking import Grokking
 from groktrace.analysis.results.trajectory import Point, Trajectory
-from groktrace.reporting.console import as_json, summary, transitions_table
+from groktrace.reporting.console import as_json, by_accuracy, summary, transitions_table
 from groktrace.reporting.numbers import number
 from groktrace.reporting.series import Events, Series
 
@@ -78,6 +79,23 @@ def test_json_has_no_numbers_that_are_not_finite(grokked):
     found = as_json(series, replace(events, transitions=(first,), grokking=severe))
     assert json.loads(json.dumps(found, allow_nan=False))["transitions"][0]["stderr"] is None
     assert found["grokking"] == {"memorised_at": 50, "generalised_at": 600, "severity": None, "delay": 550}
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (
+            Grokking(50, 600, 0.2),
+            "memorised at step 50, generalised at step 600, 550 steps later, grokking severity 0.2.",
+        ),
+        (Grokking(50, None, 0.0), "memorised at step 50, validation accuracy stays below 0.95."),
+        (Grokking(None, 600, 0.0), "generalised at step 600, grokking severity 0."),
+        (Grokking(None, None, 0.0), "validation accuracy stays below 0.95."),
+    ],
+)
+def test_what_accuracies_tell_is_said_in_words(found, said):
+    assert by_accuracy(found) == f"By accuracy: {said}"
+    assert by_accuracy(Grokking(None, None, None)) == ""
 
 
 @pytest.mark.parametrize(

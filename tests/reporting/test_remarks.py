@@ -26,6 +26,7 @@ def measured(values, error=3.0, seed=0, **more):
     [
         (np.full(61, 900.0), 3.0, "λ_c stays at 900, within its errors of 0.3"),
         (np.full(61, 900.0), 200.0, ", within its errors of 2"),
+        (np.full(61, 100.0), 250.0, ", within its errors of 2"),
         (np.linspace(1000, 600, 61), 0.1, "λ_c falls by 40 % from 1000 to 600 over steps 0-3000, too steadily to part"),
         (
             np.linspace(200, 600, 61),
@@ -46,7 +47,7 @@ def test_where_there_is_no_transition_the_curve_is_told(values, error, said):
 
 def test_a_change_that_does_not_count_is_named_with_the_reason():
     text = none_found(measured(np.where(STEPS < 1500, -300.0, 500.0), 0.1))
-    assert "λ_c rises from -300 to 500 over steps 1450-1500. The rise at step 14" in text
+    assert "λ_c rises from -300 to 500 over steps 1450-1500. The rise about step 14" in text
     assert text.endswith("does not count: λ_c is not positive on one side of it.")
 
 
@@ -102,6 +103,17 @@ def test_samples_that_are_too_few_for_lambda_of_all_are_told():
     ]
     assert of([0.05, 0.12, 0.04]) == of([0.05, 0.12, 0.04], (OFF_MINIMUM,)) == told
     assert of([0.05, 0.12, 0.04], ("left the basin: the loss",)) == []
+
+
+def test_a_loss_that_is_no_mean_over_samples_is_told():
+    def of(effect):
+        points = tuple(Point(step, 50.0, 1.0, 50.0, 1.0, diagnostics={"batch_effect": effect}) for step in range(3))
+        return remarks(Trajectory(points))
+
+    assert of(0.04) == of(None) == []
+    (sentence,) = of(0.25)
+    assert sentence.startswith("The loss is no mean over samples: that of 256 or fewer together is off")
+    assert " by 25 %, at the first snapshot. Losses and λ are those of all stored samples together" in sentence
 
 
 def test_every_snapshot_that_is_not_to_be_trusted_is_named_one_line_a_reason():

@@ -44,7 +44,8 @@ class LLCEstimate(Record):
             `singular_fluctuation` ν = ½·β·Σ_i Var[ℓ_i], β = nβ/n, over the samples' losses ℓ_i (Watanabe 2009; of 1024
             spread evenly at most, of two minibatches at most where there are; None where the loss is no mean over
             samples); `wbic` n·E[L_n] (Watanabe 2013; None unless nβ = n/log n); `unseen` (by how much λ_c, or λ̂ without
-            it, would about be larger on all n training samples, relative to it; 0 where all are used).
+            it, would about be larger on all n training samples, relative to it; 0 where all are used); `batch_effect`
+            (by how much the loss of samples together is off the mean over parts of them, at the run's first snapshot).
     """
 
     llc: float | None
@@ -104,6 +105,7 @@ def summarise(
     chance: Sequence[float] = (),
     by_centred: bool = False,
     unseen: float = 0.0,
+    batch_effect: float = 0.0,
 ) -> LLCEstimate:
     """Turn one snapshot's traces into an estimate and judge it.
 
@@ -119,6 +121,7 @@ def summarise(
         chance: training losses of networks that know nothing; the first above `loss` counts.
         by_centred: whether λ_c is the measure, whose error says whether there are draws enough.
         unseen: by how much λ is lower on the samples that are used than on all, relative to it and for each unit of it.
+        batch_effect: see `LLCEstimate`.
     """
     if traces.diverged(dimension):
         if traces.fall > dimension:
@@ -227,6 +230,7 @@ def summarise(
             "heating": traces.heating,
             "singular_fluctuation": None if traces.fluctuation is None else float(traces.fluctuation.mean()),
             "unseen": unseen * max(0.0, llc if centred is None else centred),
+            "batch_effect": batch_effect,
             "wbic": n * (loss + llc / nbeta) if settings.nbeta == "wbic" else None,
         },
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from groktrace.analysis.measurement.llc import LLCEstimate, summarise, unusable
-from groktrace.analysis.measurement.predictions import count_targets, measure_losses
+from groktrace.analysis.measurement.predictions import batch_effect, count_targets, measure_losses
 from groktrace.analysis.measurement.stopping import needed_centred, needed_of_large_sets, needed_plain
 from groktrace.analysis.tuning import MEASUREMENT
 from groktrace.records import Record, between, read_record
@@ -84,6 +84,7 @@ class Objective:
         settings: of the sampling.
         chance: training losses of networks that know nothing, see `chance_losses`.
         targets: predictions that the loss compares with targets, a sample.
+        batch_effect: what it changes that samples are evaluated together; see `predictions.batch_effect`.
     """
 
     task: Task
@@ -91,6 +92,7 @@ class Objective:
     settings: ResolvedSettings
     chance: tuple[float, ...] = ()
     targets: float = 1.0
+    batch_effect: float = 0.0
 
     @classmethod
     def of(
@@ -121,8 +123,9 @@ class Objective:
                 loss, anchor = stack_weights(loss, [weights])
                 loss = loss.probe(anchor)
         chance = chance_losses(task, weights, device, loss.micro_batch)
-        targets = count_targets(task, weights, device, loss.micro_batch)
-        return cls(task, loss, resolve(settings, layout.size, loss.micro_batch is None), chance, targets)
+        resolved = resolve(settings, layout.size, loss.micro_batch is None)
+        where = task, weights, device, loss.micro_batch
+        return cls(task, loss, resolved, chance, count_targets(*where), batch_effect(*where))
 
     @property
     def layout(self) -> WeightLayout:
@@ -295,6 +298,7 @@ class Objective:
                 chance=self.chance,
                 by_centred=centred,
                 unseen=self._unseen(scale),
+                batch_effect=self.batch_effect,
             )
             for known, trace, factor in zip(metrics, traces, factors, strict=True)
         ]

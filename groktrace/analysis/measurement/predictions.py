@@ -29,6 +29,9 @@ _LOSSES = {
 _IGNORED = -100
 # Samples from which predictions a sample are counted.
 _TARGETS_OF = 8
+# Samples of which it is found out whether the loss is a mean over them, and in how many parts.
+_BATCH_EFFECT_OF = 256
+_QUARTERS = 4
 
 
 @dataclass(frozen=True)
@@ -227,3 +230,29 @@ def count_targets(
     if hits is not None:
         return max(1.0, len(hits) / count)
     return 1.0 if outputs is None or outputs.ndim < 2 else max(1.0, outputs.numel() / count)
+
+
+def batch_effect(task: Task, weights: Mapping[str, Tensor], device: torch.device, together: int | None = None) -> float:
+    """By how much the loss of some samples is off the mean of the losses of their quarters, relative to it.
+
+    It is 0 of a mean over samples, and where it cannot be told, as some programs take one batch size only.
+
+    Args:
+        task: loss and data.
+        weights: tensors by name, of any snapshot.
+        device: where to compute.
+        together: samples that may be evaluated at once; None for all.
+    """
+    count = min(_BATCH_EFFECT_OF, together or _BATCH_EFFECT_OF, len(task.train)) // _QUARTERS
+    if count < 2:
+        return 0.0
+    named = {name: as_float(tensor).to(device) for name, tensor in weights.items()}
+    some = torch.arange(0, len(task.train), len(task.train) // (count * _QUARTERS))[: count * _QUARTERS]
+    chosen = [some, *(some[first::_QUARTERS] for first in range(_QUARTERS))]
+    try:
+        with torch.no_grad():
+            whole, *parts = (float(task.forward(named, task.train.take(at).to(device).tensors)[0]) for at in chosen)
+    except Exception:
+        return 0.0
+    effect = abs(whole - statistics.mean(parts)) / max(abs(whole), 1e-300)
+    return effect if math.isfinite(effect) else 0.0

@@ -1,12 +1,14 @@
 """Accuracies of models whose outputs do not lie beside their targets."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 import groktrace
-from groktrace.analysis.measurement.predictions import count_targets, loss_and_hits, measure_losses
+from groktrace.analysis.measurement.predictions import batch_effect, count_targets, loss_and_hits, measure_losses
 from groktrace.run.task import Task
 
 CPU = torch.device("cpu")
@@ -181,6 +183,27 @@ def test_targets_are_the_predictions_that_the_loss_compares():
     assert (
         count_targets(Task.from_model(line, train=(x, torch.arange(20) % 3), loss="cross_entropy"), of_line, CPU) == 1
     )
+
+
+def test_a_loss_of_samples_beside_each_other_is_told_from_a_mean_over_samples():
+    model, x = nn.Linear(4, 4), torch.randn(300, 4)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def contrastive(outputs, targets):
+        return functional.cross_entropy(outputs @ targets.T, torch.arange(len(outputs)))
+
+    def weighted(outputs, targets):
+        return functional.cross_entropy(outputs, targets.argmax(1), weight=torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+    effects = {}
+    for loss in (contrastive, weighted, functional.mse_loss):
+        task = Task.from_model(model, train=(x, x.sort(0).values), loss=loss)
+        effects[loss.__name__] = batch_effect(task, weights, CPU)
+    assert effects.pop("contrastive") > 0.1
+    assert effects == {"weighted": pytest.approx(0, abs=0.03), "mse_loss": pytest.approx(0, abs=1e-5)}
+    one_size = replace(task, forward=lambda named, tensors: task.forward(named, [t.view(300, 4) for t in tensors]))
+    assert batch_effect(one_size, weights, CPU) == 0
+    assert batch_effect(Task.from_model(model, train=(x[:7], x[:7]), loss=contrastive), weights, CPU) == 0
 
 
 def test_a_compiled_model_is_read_too():
