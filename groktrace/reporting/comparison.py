@@ -154,7 +154,7 @@ class Comparison:
             axes.set_ylabel(axis if len(names) > 1 else names[0].replace("val_", "validation ").replace("_", "ing "))
             if axis == "accuracy":
                 axes.set_ylim(-0.03, 1.05)
-            else:
+            elif not any((series[name].values < 0).any() for _, series, _ in self.results for name in names):
                 axes.set_yscale("log")
         style_panels(every)
         if any(len(names) > 1 for _, names in panels):

@@ -104,7 +104,7 @@ class Group:
         return len(self.members)
 
     def mean(self, name: str) -> Mean:
-        """A quantity over the runs.
+        """A quantity over the runs, of losses that are never negative in the geometric mean.
 
         Args:
             name: of the quantity.
@@ -113,13 +113,14 @@ class Group:
         first, last = max(_end(steps, 0) for steps in every), min(_end(steps, -1) for steps in every)
         steps = np.unique(np.concatenate(every))
         steps = steps[(steps >= first) & (steps <= last)]
-        rows = [row for _, series, _ in self.members if (row := _row(series, name, steps)) is not None]
+        logarithms = name.endswith("loss") and not any((series[name].values < 0).any() for _, series, _ in self.members)
+        rows = [row for _, series, _ in self.members if (row := _row(series, name, steps, logarithms)) is not None]
         if not rows:
             return Mean(steps, *np.full((3, len(steps)), np.nan), runs=0)
         table = np.array(rows)
         centre, width = table.mean(axis=0), table.std(axis=0, ddof=1) if len(rows) > 1 else np.zeros(len(steps))
         bands = (centre, centre - width, centre + width)
-        if name.endswith("loss"):
+        if logarithms:
             bands = tuple(np.exp(bound) for bound in bands)
         elif name.endswith("accuracy"):
             bands = tuple(np.clip(bound, 0.0, 1.0) for bound in bands)
@@ -270,11 +271,11 @@ def _end(steps: np.ndarray, which: int) -> float:
     return float(steps[which]) if len(steps) else math.nan
 
 
-def _row(series: Series, name: str, steps: np.ndarray) -> np.ndarray | None:
-    """A run's quantity at these steps, between its snapshots along straight lines, [T]; of losses the logarithm."""
+def _row(series: Series, name: str, steps: np.ndarray, logarithms: bool) -> np.ndarray | None:
+    """A run's quantity, or its logarithm, at these steps, between its snapshots along straight lines, [T]."""
     values = series[name].values
-    known = np.isfinite(values) & ((values > 0) | (not name.endswith("loss")))
+    known = np.isfinite(values) & ((values > 0) | (not logarithms))
     if not known.any():
         return None
-    values = np.log(values[known]) if name.endswith("loss") else values[known]
+    values = np.log(values[known]) if logarithms else values[known]
     return np.interp(steps, series.steps[known], values, left=np.nan, right=np.nan)

@@ -201,6 +201,23 @@ def test_tensorboard_has_the_mean_as_a_run_and_its_dates_as_lines(three, tmp_pat
     assert line.Scalars("grokking/llc")[0].step == round(fall.step.mean)
 
 
+def test_losses_that_are_negative_are_neither_left_out_nor_logarithms(three):
+    def lower(trajectory):
+        return replace(trajectory, points=tuple(replace(p, train_loss=p.train_loss - 1) for p in trajectory.points))
+
+    members = tuple(result(name, lower(series.trajectory)) for name, series, _ in three.members)
+    negative = Group("negative", members)
+    mean = negative.mean("train_loss")
+    expected = [
+        [np.interp(at, series.steps, series["train_loss"].values) for _, series, _ in members] for at in mean.steps
+    ]
+    np.testing.assert_allclose(mean.value, np.mean(expected, axis=1))
+    assert mean.value.min() < 0
+    *_, loss = Comparison(members, (negative,)).plot().axes
+    assert loss.get_yscale() == "linear"
+    assert min(np.nanmin(line.get_ydata()) for line in loss.lines if len(line.get_ydata())) < 0
+
+
 def test_the_figure_shows_mean_spread_and_dates(three, grokked, tmp_path):
     alone = ("runs/control", *grokked)
     figure = Comparison((*three.members, alone), (three, Group("control", (alone,)))).plot(tmp_path / "figure.svg")
