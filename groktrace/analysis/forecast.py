@@ -99,15 +99,17 @@ def forecast(
         if not wanted:
             return Forecast(*of_run, 0, _memory(place), 0.0, 0)
         coarse = [steps[i] for i in spread(steps, PASSES.coarse)]
-        looks = {step: objective.look(at, step) for step in coarse if (at := session.load(step)) is not None}
+        order, scale = _from_all_parts(coarse), session.kept_scale()
+        looks = {}
+        if scale is None:
+            looks = {step: objective.look(at, step) for step in coarse if (at := session.load(step)) is not None}
         fitted = fitted_losses({step: look.train_loss for step, look in looks.items()})
-        order = _from_all_parts(list(looks))
         first = order[: max(_LEAST_TRIED, session.backend.threads)]
         start = time.perf_counter()
         metrics = session.metrics(sorted({*fitted, *first}))
         surveying, start = time.perf_counter() - start, time.perf_counter()
         # The curvature of the others has no part in the choice, and is what a look at a snapshot costs.
-        scale = session.kept_scale() or session.scale_of(looks | metrics)
+        scale = scale or session.scale_of(looks | metrics)
         prepared += time.perf_counter() - start
         at_once = objective.llc_stack(scale) * session.backend.threads
         points: dict[int, Point] = {}

@@ -100,8 +100,8 @@ def remarks(trajectory: Trajectory) -> list[str]:
     found = (
         other_data(trajectory),
         partial(trajectory),
-        some_samples(trajectory),
-        of_batches(trajectory),
+        unused_samples(trajectory),
+        no_sample_mean(trajectory),
         risen_in_words(trajectory),
         single_chain(trajectory),
     )
@@ -125,7 +125,7 @@ def other_data(trajectory: Trajectory) -> str:
     return f"Measured on {trajectory.data}, not on the run's training samples{scale}."
 
 
-def some_samples(trajectory: Trajectory) -> str:
+def unused_samples(trajectory: Trajectory) -> str:
     """That λ on all training samples would be larger than on those that are used; empty where it hardly would.
 
     Args:
@@ -146,7 +146,7 @@ def some_samples(trajectory: Trajectory) -> str:
     )
 
 
-def of_batches(trajectory: Trajectory) -> str:
+def no_sample_mean(trajectory: Trajectory) -> str:
     """That the loss depends on which samples are evaluated together; empty where it hardly does.
 
     Args:

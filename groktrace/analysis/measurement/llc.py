@@ -104,7 +104,7 @@ def summarise(
     localization: float,
     chance: Sequence[float] = (),
     by_centred: bool = False,
-    unseen: float = 0.0,
+    unseen_per_nat: float = 0.0,
     batch_effect: float = 0.0,
 ) -> LLCEstimate:
     """Turn one snapshot's traces into an estimate and judge it.
@@ -120,7 +120,7 @@ def summarise(
         localization: γ.
         chance: training losses of networks that know nothing; the first above `loss` counts.
         by_centred: whether λ_c is the measure, whose error says whether there are draws enough.
-        unseen: by how much λ is lower on the samples that are used than on all, relative to it and for each unit of it.
+        unseen_per_nat: by how much λ is lower on the samples that are used than on all, relative to it, over λ itself.
         batch_effect: see `LLCEstimate`.
     """
     if traces.diverged(dimension):
@@ -229,7 +229,7 @@ def summarise(
             "steps": traces.burn_in + len(traces.delta_loss),
             "heating": traces.heating,
             "singular_fluctuation": None if traces.fluctuation is None else float(traces.fluctuation.mean()),
-            "unseen": unseen * max(0.0, llc if centred is None else centred),
+            "unseen": unseen_per_nat * max(0.0, llc if centred is None else centred),
             "batch_effect": batch_effect,
             "wbic": n * (loss + llc / nbeta) if settings.nbeta == "wbic" else None,
         },

@@ -297,15 +297,15 @@ class Objective:
                 localization=localization,
                 chance=self.chance,
                 by_centred=centred,
-                unseen=self._unseen(scale),
+                unseen_per_nat=self._unseen_per_nat(scale),
                 batch_effect=self.batch_effect,
             )
             for known, trace, factor in zip(metrics, traces, factors, strict=True)
         ]
         return list(zip(estimates, traces, strict=True))
 
-    def _unseen(self, scale: Scale) -> float:
-        """By how much λ is lower on the samples that are used than on all n, relative to it and for each unit of it.
+    def _unseen_per_nat(self, scale: Scale) -> float:
+        """By how much λ is lower on the samples that are used than on all n, relative to it, over λ itself.
 
         About λ/(S·m) on S samples of m targets each; see `tuning.Pilot`.
         """

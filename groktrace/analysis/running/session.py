@@ -375,7 +375,7 @@ class Session:
         return chosen
 
     def load(self, step: int) -> dict[str, Tensor] | None:
-        """A snapshot's weights, as the objective takes them; None where the file is damaged."""
+        """A snapshot's weights by name, as the objective takes them; None where the file is damaged."""
         weights = self.snapshots.load(step)
         return None if weights is None else self.objective.layout.split(weights)
 

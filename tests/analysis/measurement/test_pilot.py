@@ -92,6 +92,21 @@ def test_what_the_noise_of_batches_adds_is_taken_off(large_set, seed):
     assert found.stderr == pytest.approx(math.hypot(scatter, 0.35 * traces.excess), rel=1e-3)
 
 
+def test_the_slope_at_the_snapshot_is_what_the_mean_and_lambda_hat_owe_to_it():
+    """Off the minimum of a bowl by m: ½m·(nβH + γ)m, and λ̂ = ½E[virial] less that."""
+    model, (x, y), _ = line(noise=0.3)
+    with torch.no_grad():
+        model.weight.add_(0.03)
+    objective, weights, metrics = prepared(model, "mse", (x, y), draws=4000, burn_in=100)
+    ((found, traces),) = objective.sample([weights], [metrics], Scale(3000.0, 300.0))
+    hessian = 2 * x.double().T @ x.double() / TALL
+    stiff = 3000 * hessian + 300 * torch.eye(20, dtype=torch.float64)
+    pull = 3000 * hessian @ torch.full((20,), 0.03, dtype=torch.float64)  # nβ∇L(w*)
+    exact = float(0.5 * pull @ torch.linalg.solve(stiff, pull))
+    assert traces.slope == pytest.approx(exact, rel=0.05)
+    assert found.llc == pytest.approx(0.5 * float(traces.virial.mean()) - exact, abs=4 * found.stderr)
+
+
 def test_nothing_is_taken_off_where_no_product_tells_where_the_noise_goes(large_set, monkeypatch):
     monkeypatch.setattr("groktrace.sampling.stack.stiff_share", lambda *_: torch.full((1,), torch.nan))
     model, data, _ = line(noise=0.3)

@@ -204,6 +204,10 @@ def test_a_loss_of_samples_beside_each_other_is_told_from_a_mean_over_samples():
     one_size = replace(task, forward=lambda named, tensors: task.forward(named, [t.view(300, 4) for t in tensors]))
     assert batch_effect(one_size, weights, CPU) == 0
     assert batch_effect(Task.from_model(model, train=(x[:7], x[:7]), loss=contrastive), weights, CPU) == 0
+    # Of outputs that are all zero the loss is log N: of 256 samples and of 64.
+    none = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    task = Task.from_model(model, train=(x, x.sort(0).values), loss=contrastive)
+    assert batch_effect(task, none, CPU) == pytest.approx(0.25, rel=1e-5)
 
 
 def test_a_compiled_model_is_read_too():
