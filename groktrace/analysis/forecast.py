@@ -16,7 +16,7 @@ from groktrace.analysis.results.trajectory import Point
 from groktrace.analysis.running.passes import spread
 from groktrace.analysis.running.session import open_session
 from groktrace.analysis.running.setup import choose_device, make_settings
-from groktrace.analysis.tuning import PASSES
+from groktrace.analysis.tuning import FORECAST, PASSES
 from groktrace.records import Record
 from groktrace.run.store import Run
 from groktrace.run.task import Task
@@ -24,10 +24,6 @@ from groktrace.sampling.settings import SamplingOptions, SamplingSettings
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-# Seconds that trying some snapshots may take, and how many are tried at least.
-_SECONDS = 8.0
-_LEAST_TRIED = 2
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ def forecast(
         if scale is None:
             looks = {step: objective.look(at, step) for step in coarse if (at := session.load(step)) is not None}
         fitted = fitted_losses({step: look.train_loss for step, look in looks.items()})
-        first = order[: max(_LEAST_TRIED, session.backend.threads)]
+        first = order[: max(FORECAST.least_tried, session.backend.threads)]
         start = time.perf_counter()
         metrics = session.metrics(sorted({*fitted, *first}))
         surveying, start = time.perf_counter() - start, time.perf_counter()
@@ -115,7 +111,7 @@ def forecast(
         points: dict[int, Point] = {}
         spent, busy, rounds = 0.0, 0.0, 0
         # Another round may take as long as those before.
-        while order and (len(points) < _LEAST_TRIED or spent * (rounds + 1) / rounds < _SECONDS):
+        while order and (len(points) < FORECAST.least_tried or spent * (rounds + 1) / rounds < FORECAST.seconds):
             some, order = order[:at_once], order[at_once:]
             start = time.perf_counter()
             metrics |= session.metrics([step for step in some if step not in metrics])

@@ -18,8 +18,8 @@ from groktrace.analysis.running.backends import one_thread
 from groktrace.analysis.running.setup import choose_device, make_settings, weight_layout
 from groktrace.errors import TaskError
 from groktrace.run.task import Task
-from groktrace.sampling.network import LARGE_WEIGHTS
 from groktrace.sampling.settings import SamplingOptions, SamplingSettings
+from groktrace.sampling.tuning import MEMORY
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -102,7 +102,7 @@ def estimate_llc(
     place = choose_device(device)
     # On a busy machine threads that share an operation wait for each other: 7 to 18 times as long, measured on small
     # networks and on large sets; on two idle cores they are 1.6 times as fast. Large networks need them.
-    small = place.type == "cpu" and isinstance(model, nn.Module) and _weights(model) < LARGE_WEIGHTS
+    small = place.type == "cpu" and isinstance(model, nn.Module) and _weights(model) < MEMORY.large_weights
     with shown(progress) as report, one_thread() if small else contextlib.nullcontext():
         report("losses, curvature", 0, 1)
         objective, weights, metrics = prepare_point(model, loss, train, batch_loss, chosen, place, n, noise)

@@ -24,9 +24,8 @@ from groktrace.errors import SettingsError
 from groktrace.records import Record
 from groktrace.run.store import Run, open_run
 from groktrace.run.task import Task
-from groktrace.sampling.network import LARGE_WEIGHTS
 from groktrace.sampling.settings import ResolvedSettings, SamplingOptions, SamplingSettings
-from groktrace.sampling.tuning import CALIBRATION
+from groktrace.sampling.tuning import CALIBRATION, MEMORY
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -178,7 +177,7 @@ def _measure_curve(
     for nbeta in nbetas or ():
         make_settings(None, {"nbeta": nbeta})
     # Threads that share an operation wait for each other, see `estimate_llc`.
-    small = objective.loss.device.type == "cpu" and objective.layout.size < LARGE_WEIGHTS
+    small = objective.loss.device.type == "cpu" and objective.layout.size < MEMORY.large_weights
     with shown(progress) as report, one_thread() if small else contextlib.nullcontext():
         limit = None
         if nbetas is None and objective.layout.size <= LIMIT.max_weights:

@@ -114,6 +114,19 @@ class Passes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Forecasting:
+    """How many snapshots are tried to tell what an analysis takes; conventions.
+
+    Attributes:
+        seconds: that trying some may take.
+        least_tried: however long these take.
+    """
+
+    seconds: float = 8.0
+    least_tried: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reliability:
     """What is tolerated before a number is called unreliable, in each case plus three errors of the diagnostic.
 
@@ -230,4 +243,5 @@ class Limit:
     roundings: int = 8
 
 
-MEASUREMENT, PILOT, PASSES, RELIABILITY, LIMIT = Measurement(), Pilot(), Passes(), Reliability(), Limit()
+MEASUREMENT, PILOT, PASSES, FORECAST = Measurement(), Pilot(), Passes(), Forecasting()
+RELIABILITY, LIMIT = Reliability(), Limit()

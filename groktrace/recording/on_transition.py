@@ -15,11 +15,6 @@ from groktrace.errors import SettingsError
 from groktrace.recording.warn import WarnOnce
 from groktrace.run.remote import is_url
 
-# With the modules of this process, whatever the folder holds that it runs in.
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from groktrace.analysis.background import main; main()"
-)
-
 Callback = Callable[[Any, Any], object]
 
 
@@ -33,6 +28,16 @@ def check_callback(callback: Any, run: Path | str) -> None:
         raise SettingsError(f"on_transition: expected a function of two arguments, got {callback!r}.")
     if is_url(run):
         raise SettingsError(f"on_transition: '{run}' is a URL; record into a folder, or use groktrace.follow instead.")
+
+
+def follower_command(run: Path) -> list[str]:
+    """What starts the process that follows a recording, with the modules of this one, wherever it runs.
+
+    Args:
+        run: the run directory.
+    """
+    program = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from groktrace.analysis.background import main"
+    return [sys.executable, "-c", f"{program}; main()", json.dumps([*map(str, sys.path)]), str(run.absolute())]
 
 
 class TransitionCallback:
@@ -51,8 +56,7 @@ class TransitionCallback:
         self._asked = self._answered = 0
         self._ended: str | None = None  # why nothing more will come
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", _START, json.dumps([*map(str, sys.path)]), str(self._run.absolute())]
-        pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+        command, pipe, nowhere = follower_command(self._run), subprocess.PIPE, subprocess.DEVNULL
         try:
             self._process = subprocess.Popen(
                 command, stdin=pipe, stdout=pipe, stderr=nowhere, env=environment, start_new_session=True

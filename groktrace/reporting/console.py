@@ -98,6 +98,9 @@ def forecast_text(forecast: Forecast) -> str:
     return "\n".join(lines)
 
 
+_FREE_ENERGY = "(ΔF = n·ΔL + Δλ·log n, L the training loss: negative favours what comes after)"
+
+
 def transitions_table(events: Events) -> str:
     """The transitions as an aligned table, one a line, with what each label rests on and all remarks below.
 
@@ -105,7 +108,7 @@ def transitions_table(events: Events) -> str:
         events: along the trajectory.
     """
     found = events.transitions
-    table = "\n".join(aligned(transition_rows(found))) if found else ""
+    table = "\n".join((*aligned(transition_rows(found)), _FREE_ENERGY)) if found else ""
     evidence = "\n".join(
         f"step {transition.step}: {transition.evidence}" for transition in found if transition.evidence
     )

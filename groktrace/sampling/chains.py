@@ -16,11 +16,8 @@ from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import ResolvedSettings
 from groktrace.sampling.stack import StackedChains
 from groktrace.sampling.traces import Traces
-from groktrace.sampling.tuning import EQUILIBRIUM, MINIBATCH_NOISE
+from groktrace.sampling.tuning import EQUILIBRIUM, MEMORY, MINIBATCH_NOISE
 
-# Stacks beyond the processor's cache gain nothing (measured); a GPU wants more at once.
-WORKING_SET_BYTES = {"cpu": 12 * 2**20}
-WORKING_SET_BYTES_ELSEWHERE = 2**31
 _STATE_VECTORS = 10
 
 
@@ -32,7 +29,7 @@ def rows_per_stack(loss: StackedLoss, batch_size: int | None = None) -> int:
         batch_size: samples a gradient; None for all.
     """
     row = loss.gradient_bytes(batch_size) + _STATE_VECTORS * loss.layout.size * 4
-    budget = WORKING_SET_BYTES.get(loss.device.type, WORKING_SET_BYTES_ELSEWHERE)
+    budget = MEMORY.stack_bytes if loss.device.type == "cpu" else MEMORY.stack_bytes_elsewhere
     return max(1, budget // row) if loss.vectorised else 1
 
 

@@ -15,10 +15,7 @@ from groktrace.sampling.network import shuffled
 from groktrace.sampling.noise import generator_for
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import ResolvedSettings
-from groktrace.sampling.tuning import MINIBATCH_NOISE
-
-# What the gradients of all minibatches at w* may take, of the snapshots of a stack together.
-CONTROL_BYTES = 2**28
+from groktrace.sampling.tuning import MEMORY, MINIBATCH_NOISE
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,8 @@ def begin_batches(
     generators = [generator_for(settings.seed, step, chain, "batch", anchors.device) for step, chain in keys]
     # Else some samples would never be seen.
     whole = samples % size == 0
-    if whole and not settings.kernel.vanilla and len(anchors) * (samples // size) * anchors[0].nbytes <= CONTROL_BYTES:
+    kept_bytes = len(anchors) * (samples // size) * anchors[0].nbytes
+    if whole and not settings.kernel.vanilla and kept_bytes <= MEMORY.control_bytes:
         parts = shuffled(samples).to(anchors.device).view(-1, size)
         return Minibatches.of_parts(parts, samples, generators), ControlVariates.of(loss, anchors, parts, snapshot)
     return Minibatches.begin(samples, size, generators, anchors.device), None

@@ -12,21 +12,15 @@ from torch import Tensor
 
 from groktrace.attention import twice_differentiable
 from groktrace.sampling.gradient_accumulation import GradientAccumulation, leaf
-from groktrace.sampling.posterior import FACTOR, WHOLE_BYTES, StackedLoss
+from groktrace.sampling.posterior import FACTOR, StackedLoss
+from groktrace.sampling.tuning import MEMORY
 from groktrace.sampling.weights import as_reals
 
-# Networks of so many numbers, and those whose activations take so much, are evaluated alone and in micro-batches.
-LARGE_WEIGHTS = 2**24
-LARGE_ACTIVATIONS = 2**31
-# What the activations of a micro-batch may take: this share of the weights in float32, or so many bytes.
-_ACTIVATION_SHARE = 0.25
-_LEAST_ACTIVATIONS = 2**26
 _FEW_SAMPLES = 4
 # Of a loss that leaves out padding the mean over a batch is not quite that over its samples, but good enough to be that
 # over batches; of one whose samples see each other it is another function.
 _ROUGHLY = 0.3
-# Elements. Random numbers come in blocks of 16, so that drawing them in pieces gives what drawing them at once does.
-_PIECE = 2**20
+# Random numbers come in blocks of so many, so that drawing them in pieces gives what drawing them at once does.
 _BLOCK = 16
 
 
@@ -64,7 +58,7 @@ class LargeNetwork:
     @property
     def longest_piece(self) -> int:
         """Elements of the longest of the pieces."""
-        return min(self.layout.size, _PIECE + _BLOCK)
+        return min(self.layout.size, MEMORY.piece + _BLOCK)
 
     def vector(self) -> Tensor:
         """A new vector of w*, [D]."""
@@ -80,7 +74,7 @@ class LargeNetwork:
         parts = iter(self._anchor)
         part, used, start = next(parts), 0, 0
         while start < size:
-            stop = size if size - start < _PIECE + _BLOCK else start + _PIECE
+            stop = size if size - start < MEMORY.piece + _BLOCK else start + MEMORY.piece
             filled = 0
             while filled < stop - start:
                 if used == len(part):
@@ -194,19 +188,19 @@ def with_micro_batch(loss: StackedLoss, weights: Mapping[str, Tensor]) -> Stacke
     network = LargeNetwork(alone, weights)
     try:
         activations = _activation_bytes(network)
-        if samples * activations > WHOLE_BYTES and _is_mean_over_samples(network, _ROUGHLY):
+        if samples * activations > MEMORY.whole_bytes and _is_mean_over_samples(network, _ROUGHLY):
             order = shuffled(samples).to(loss.device)
             tensors = tuple(tensor[order] for tensor in loss.tensors)
             loss = replace(loss, sample_bytes=activations, tensors=tensors)
             alone = replace(loss, vectorised=False, micro_batch=samples)
             network = LargeNetwork(alone, weights)
-        large = numbers >= LARGE_WEIGHTS or samples * activations >= LARGE_ACTIVATIONS
+        large = numbers >= MEMORY.large_weights or samples * activations >= MEMORY.large_activations
         divisible = large and _is_mean_over_samples(network)
     except Exception:  # the program takes one batch size only, or the loss fails on a single sample
-        return alone if numbers >= LARGE_WEIGHTS else loss
+        return alone if numbers >= MEMORY.large_weights else loss
     if not divisible:
         return alone if large else loss
-    budget = max(_ACTIVATION_SHARE * 4 * numbers, _LEAST_ACTIVATIONS)
+    budget = max(MEMORY.micro_batch_share * 4 * numbers, MEMORY.micro_batch_bytes)
     together = max(1, min(samples, int(budget / max(activations, 1))))
     return replace(alone, is_sample_mean=True, micro_batch=together)
 

@@ -11,16 +11,9 @@ from torch import Tensor
 from groktrace.attention import twice_differentiable
 from groktrace.sampling.operations import CannotPlanError
 from groktrace.sampling.plan import Plan, run
+from groktrace.sampling.tuning import MEMORY
 from groktrace.sampling.weights import Forward, WeightLayout
 
-# Of what a gradient keeps between forward and backward. Data that would take more than the first are sampled. Rows that
-# take more than the second are evaluated one by one, quicker then (an LSTM's twice), and in parts of the third.
-WHOLE_BYTES = 2**22
-STACKED_BYTES = 2**21
-PART_BYTES = 2**25
-# Larger evaluations are not recorded as a plan: a recording holds every intermediate value, and saves little there.
-MAX_PLANNED_BYTES = 2**28
-MAX_SINGLE_SAMPLES = 1024
 _FEW_SAMPLES = 8
 # Among the tensors that are not sampled: a factor of the row's loss.
 FACTOR = "factor of the loss"
@@ -80,7 +73,7 @@ class StackedLoss:
             return self
         tensors = tuple(tensor[:count] for tensor in self.tensors)
         together = min(batch_size or len(tensors[0]), len(tensors[0]))
-        stacked = self.vectorised and together * self.sample_bytes <= STACKED_BYTES
+        stacked = self.vectorised and together * self.sample_bytes <= MEMORY.stacked_bytes
         row = len(tensors[0]) * self.sample_bytes
         return replace(self, tensors=tensors, vectorised=stacked, row_bytes=row, heavy=heavy)
 
@@ -176,7 +169,7 @@ class StackedLoss:
         share = 1.0 if batch_size is None else min(1.0, batch_size / len(self.tensors[0]))
         return int(share * (self.row_bytes or 0))
 
-    def sample_losses(self, weights: Tensor, most: int = MAX_SINGLE_SAMPLES) -> Tensor:
+    def sample_losses(self, weights: Tensor, most: int = MEMORY.single_samples) -> Tensor:
         """The losses of single samples, evenly spread over all; for losses that are a mean over samples.
 
         Args:
@@ -207,7 +200,7 @@ class StackedLoss:
         Returns:
             [R, N].
         """
-        size = min(MAX_SINGLE_SAMPLES, max(1, PART_BYTES // (self.sample_bytes or 1)))
+        size = min(MEMORY.single_samples, max(1, MEMORY.part_bytes // (self.sample_bytes or 1)))
         orders = []
         for r in range(len(weights)):
             alone = self.select(torch.tensor([r], device=self.device))
@@ -218,9 +211,9 @@ class StackedLoss:
             orders.append(torch.cat(parts).argsort(descending=True, stable=True))
         return torch.stack(orders)
 
-    def _spread(self, most: int = MAX_SINGLE_SAMPLES) -> Tensor:
+    def _spread(self, most: int = MEMORY.single_samples) -> Tensor:
         count = len(self.tensors[0])
-        return torch.linspace(0, count - 1, min(count, most, MAX_SINGLE_SAMPLES), device=self.device).long()
+        return torch.linspace(0, count - 1, min(count, most, MEMORY.single_samples), device=self.device).long()
 
     def _finds_sample_mean(self, weights: Tensor) -> bool:
         if not self.vectorised:
@@ -318,7 +311,7 @@ class StackedLoss:
     def _parts(self, tensors: Sequence[Tensor]) -> Iterator[tuple[float, Sequence[Tensor]]]:
         """Samples that are evaluated at once, and their share of all."""
         count = len(tensors[0])
-        size = max(1, PART_BYTES // self.sample_bytes) if self.is_sample_mean and self.sample_bytes else count
+        size = max(1, MEMORY.part_bytes // self.sample_bytes) if self.is_sample_mean and self.sample_bytes else count
         if size >= count:
             yield 1.0, tensors
             return
@@ -375,7 +368,7 @@ class StackedLoss:
     def _plan(self, weights: Tensor, index: Tensor | None) -> Plan | None:
         """The recorded gradient for so many rows, recorded now if it can be; None if it cannot."""
         row = self.gradient_bytes(None if index is None else index.shape[1])
-        if not self.vectorised or self.row_bytes is None or row * len(weights) > MAX_PLANNED_BYTES:
+        if not self.vectorised or self.row_bytes is None or row * len(weights) > MEMORY.planned_bytes:
             return None
         key = len(self.tensors[0]), self.heavy, len(weights), weights.dtype, index is not None and index.shape
         key = (*key, FACTOR in self.fixed)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from groktrace.sampling.network import LargeNetwork
-from groktrace.sampling.posterior import FACTOR, MAX_SINGLE_SAMPLES, PART_BYTES, StackedLoss
+from groktrace.sampling.posterior import FACTOR, StackedLoss
+from groktrace.sampling.tuning import MEMORY
 
 
 class DrawnSampleLosses:
@@ -43,7 +44,7 @@ def stacked_sample_losses(loss: StackedLoss, weights: Tensor) -> Tensor:
         weights: [R, D].
     """
     loss = replace(loss, fixed={name: tensor for name, tensor in loss.fixed.items() if name != FACTOR})
-    size = min(MAX_SINGLE_SAMPLES, max(1, PART_BYTES // (len(weights) * (loss.sample_bytes or 1))))
+    size = min(MEMORY.single_samples, max(1, MEMORY.part_bytes // (len(weights) * (loss.sample_bytes or 1))))
     starts = range(0, len(loss.tensors[0]), size)
     parts = (replace(loss, tensors=tuple(tensor[i : i + size] for tensor in loss.tensors)) for i in starts)
     return torch.cat([part.sample_losses(weights) for part in parts], 1)

@@ -265,8 +265,46 @@ class Annealing:
     descended: float = 0.003
 
 
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What is large, and how much is computed at once.
+
+    Bytes are of what a gradient keeps between forward and backward, if not said otherwise.
+
+    Attributes:
+        large_weights, large_activations: networks of so many numbers, and those whose gradient on all samples keeps so
+            many bytes, are evaluated alone and in micro-batches.
+        micro_batch_share, micro_batch_bytes: of a micro-batch: this share of the weights in float32, or so many bytes.
+        piece: elements of a vector of a large network that are worked on at once; they fit the processor's cache.
+        whole_bytes: data that would take more are sampled.
+        stacked_bytes: rows that take more are evaluated one by one, quicker then (an LSTM's twice).
+        part_bytes: of the parts in which they are.
+        planned_bytes: larger evaluations are not recorded as a plan, which holds every intermediate value, and saves
+            little there.
+        single_samples: samples whose own losses are computed, at most.
+        control_bytes: of the gradients of all minibatches at w*, of the snapshots of a stack together.
+        stack_bytes: of a stack of chains, with their states; more than fits the processor's cache gains nothing
+            (measured).
+        stack_bytes_elsewhere: the same on a GPU, which wants more at once.
+    """
+
+    large_weights: int = 2**24
+    large_activations: int = 2**31
+    micro_batch_share: float = 0.25
+    micro_batch_bytes: int = 2**26
+    piece: int = 2**20
+    whole_bytes: int = 2**22
+    stacked_bytes: int = 2**21
+    part_bytes: int = 2**25
+    planned_bytes: int = 2**28
+    single_samples: int = 1024
+    control_bytes: int = 2**28
+    stack_bytes: int = 12 * 2**20
+    stack_bytes_elsewhere: int = 2**31
+
+
 CALIBRATION, EQUILIBRIUM, CURVATURE = Calibration(), Equilibrium(), Curvature()
-MINIBATCH_NOISE, ANNEALING = MinibatchNoise(), Annealing()
+MINIBATCH_NOISE, ANNEALING, MEMORY = MinibatchNoise(), Annealing(), Memory()
 WHOLE_DATA = Effort()
 # A step takes long, and a draw tells λ_c to 1/√λ of it. Heating is measured from few batches, and scatters by a third.
 SUBSAMPLED = Effort(restarts=3, growth=4, draws=16, heating=0.03, curvature_products=3, check_every=8, sample_losses=16)

@@ -1,5 +1,7 @@
 """A forecast measures some snapshots as the analysis will, and writes nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from groktrace.analysis import forecast as forecast_module
 from groktrace.analysis.forecast import forecast
 from groktrace.analysis.results import store
 from groktrace.analysis.running import session
+from groktrace.analysis.tuning import FORECAST
 from groktrace.reporting.console import forecast_text
 from groktrace.reporting.numbers import number
 from groktrace.sampling import network
@@ -62,12 +65,12 @@ def test_snapshots_are_tried_from_all_parts_of_the_run_until_time_is_up(small_ru
     assert {25, 75} == set(order[:2])
     assert {12, 37, 62, 87} == set(order[2:6])
     monkeypatch.setattr("groktrace.analysis.measurement.measure.rows_per_stack", lambda loss, batch_size=None: 1)
-    monkeypatch.setattr(forecast_module, "_SECONDS", 0.0)
-    assert forecast(small_run, **QUICK).tried == forecast_module._LEAST_TRIED
+    monkeypatch.setattr(forecast_module, "FORECAST", replace(FORECAST, seconds=0.0))
+    assert forecast(small_run, **QUICK).tried == FORECAST.least_tried
 
 
 def test_a_large_set_is_sampled_at_the_scale_of_the_analysis(tmp_path, monkeypatch):
-    monkeypatch.setattr(network, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(network, "MEMORY", replace(network.MEMORY, whole_bytes=0))
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), torch.randn(1500, 4)
     y = x.sum(1, keepdim=True).tanh()

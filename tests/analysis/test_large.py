@@ -1,5 +1,7 @@
 """Networks that are too large to stack, from the model or the recording to the estimate."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -12,16 +14,14 @@ SETTINGS = {"chains": 2, "burn_in": 30, "draws": 200}
 
 @pytest.fixture
 def everything_is_large(monkeypatch):
-    monkeypatch.setattr(network, "LARGE_WEIGHTS", 1)
-    monkeypatch.setattr(network, "_LEAST_ACTIVATIONS", 2000)
-    monkeypatch.setattr(network, "_ACTIVATION_SHARE", 0)
+    memory = replace(network.MEMORY, large_weights=1, micro_batch_bytes=2000, micro_batch_share=0)
+    monkeypatch.setattr(network, "MEMORY", memory)
 
 
 def test_a_large_run_is_measured_like_a_small_one(small_run, monkeypatch):
     expected = groktrace.analyze(small_run, hessian=True, **SETTINGS)
-    monkeypatch.setattr(network, "LARGE_WEIGHTS", 1)
-    monkeypatch.setattr(network, "_LEAST_ACTIVATIONS", 2000)
-    monkeypatch.setattr(network, "_ACTIVATION_SHARE", 0)
+    memory = replace(network.MEMORY, large_weights=1, micro_batch_bytes=2000, micro_batch_share=0)
+    monkeypatch.setattr(network, "MEMORY", memory)
     alone = []
     plain = network.LargeNetwork.add_gradient
     monkeypatch.setattr(

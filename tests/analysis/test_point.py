@@ -1,6 +1,7 @@
 """λ̂ of whole models against closed forms and exact spectra."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -434,7 +435,7 @@ def test_tensors_of_a_loss_that_cannot_be_followed_are_told():
 
 @pytest.mark.parametrize("large", [False, True])
 def test_an_operation_takes_one_thread_unless_the_network_is_large(monkeypatch, large):
-    monkeypatch.setattr(point, "LARGE_WEIGHTS", 1 if large else 2**24)
+    monkeypatch.setattr(point, "MEMORY", replace(point.MEMORY, large_weights=1 if large else 2**24))
     seen, before = set(), torch.get_num_threads()
     torch.set_num_threads(2)
 

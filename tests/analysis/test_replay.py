@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -190,7 +191,7 @@ def test_curvature_is_measured_where_asked_for_and_kept(small_run, evaluated):
 @pytest.mark.parametrize("large", [False, True])
 def test_nbeta_that_follows_the_curvature_is_at_each_snapshot_the_number_given(small_run, monkeypatch, large):
     if large:
-        monkeypatch.setattr(network, "LARGE_WEIGHTS", 1)
+        monkeypatch.setattr(network, "MEMORY", replace(network.MEMORY, large_weights=1))
     settings = {"chains": 2, "burn_in": 20, "draws": 60, "localization": 5.0, "resolution": 30.0}
     following = groktrace.analyze(small_run, nbeta="curvature", **settings)
     assert (following.nbeta, following.resolution, following.follows_curvature) == (None, 30.0, True)

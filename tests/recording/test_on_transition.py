@@ -1,6 +1,7 @@
 """A callback that is told of transitions; a stand-in for the process that finds them says what a test needs."""
 
 import json
+import sys
 import time
 
 import pytest
@@ -28,7 +29,7 @@ def warning(step):
 @pytest.fixture
 def stand_in(monkeypatch):
     def use(code):
-        monkeypatch.setattr(on_transition, "_START", code)
+        monkeypatch.setattr(on_transition, "follower_command", lambda run: [sys.executable, "-c", code, str(run)])
 
     use(STAND_IN)
     return use

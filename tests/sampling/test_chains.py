@@ -221,7 +221,7 @@ def test_a_step_too_large_for_where_chains_of_large_sets_begin_is_reduced_at_onc
     # Of energy that the step feeds a twentieth of the virial is tolerated.
     assert float(traces.delta_loss.mean()) == pytest.approx(exact, rel=0.05)
     # Without the look it is found by losing more.
-    monkeypatch.setattr(stack.StackedChains, "_curvatures", lambda *args: {})
+    monkeypatch.setattr(stack, "top_eigenvalue", lambda loss, positions, *args: torch.ones(len(positions)))
     (blind,) = sample(trough(12.0), anchors, [0], settings, nbeta, 1.0, [size], lambda t: 1.0)
     assert blind.lost > traces.lost
 
@@ -494,7 +494,7 @@ def test_minibatches_are_recorded_with_samples_that_exist():
 def test_single_losses_are_seen_of_two_minibatches_at_most(monkeypatch, batch_size, seen):
     loss, best, _ = regression()
     shapes = set()
-    monkeypatch.setattr(posterior, "MAX_SINGLE_SAMPLES", 190)  # of 200
+    monkeypatch.setattr(posterior, "MEMORY", replace(posterior.MEMORY, single_samples=190))  # of 200
     monkeypatch.setattr(stack.SampleLossRecorder, "keep", lambda self, s, losses: shapes.add(tuple(losses.shape)))
     settings = SamplingSettings(chains=2, draws=20, burn_in=0, batch_size=batch_size)
     draw(loss.probe(best[None]), best[None], settings, 30.0, 5.0)

@@ -1,5 +1,6 @@
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,11 @@ from groktrace.sampling.network import LargeNetwork, with_micro_batch
 from groktrace.sampling.noise import NormalNoise, normal_like
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.weights import WeightLayout
+
+
+def of_memory(monkeypatch, **changed):
+    """Have other things count as large."""
+    monkeypatch.setattr(module, "MEMORY", replace(module.MEMORY, **changed))
 
 
 class Tied(nn.Module):
@@ -54,7 +60,7 @@ def test_micro_batches_give_the_loss_and_gradient_of_the_whole(micro_batch, inde
     loss, weights = tied_loss()
     flat = loss.layout.flatten(weights)
     moved = flat + 0.1
-    network = LargeNetwork(module.replace(loss, micro_batch=micro_batch), weights)
+    network = LargeNetwork(replace(loss, micro_batch=micro_batch), weights)
     rows = None if index is None else index[None]
     for at in (None, moved):
         expected = stacked(loss, weights).gradients((flat if at is None else at)[None], rows)
@@ -80,7 +86,7 @@ class KeepsItsOutput(torch.autograd.Function):
 
 
 def test_a_look_at_the_activations_keeps_none_of_them(monkeypatch):
-    monkeypatch.setattr(module, "LARGE_WEIGHTS", 1)
+    of_memory(monkeypatch, large_weights=1)
     layout = WeightLayout(("w",), ((3,),))
     loss = StackedLoss(
         lambda w, t: (KeepsItsOutput.apply(t[0] @ w["w"]).mean(), None), layout, (torch.randn(12, 3),), {}
@@ -93,7 +99,7 @@ def test_a_look_at_the_activations_keeps_none_of_them(monkeypatch):
 def test_half_precision_weights_are_not_copied_and_gradients_are_float32():
     loss, weights = tied_loss(torch.bfloat16)
     kept = {name: tensor.clone() for name, tensor in weights.items()}
-    network = LargeNetwork(module.replace(loss, micro_batch=4), weights)
+    network = LargeNetwork(replace(loss, micro_batch=4), weights)
     vector = network.vector()
     assert vector.dtype == torch.float32
     assert {part.data_ptr() for part in network._anchor} == {weights[name].data_ptr() for name in loss.layout.names}
@@ -107,7 +113,7 @@ def test_half_precision_weights_are_not_copied_and_gradients_are_float32():
 
 @pytest.mark.parametrize("sizes", [(5,), (3, 0, 40), (100, 1, 61, 2), (32, 48)])
 def test_pieces_make_up_the_flat_vector(sizes, monkeypatch):
-    monkeypatch.setattr(module, "_PIECE", 32)
+    of_memory(monkeypatch, piece=32)
     layout = WeightLayout(tuple(map(str, range(len(sizes)))), tuple((size,) for size in sizes))
     weights = {str(i): torch.randn(size) for i, size in enumerate(sizes)}
     network = LargeNetwork(StackedLoss(None, layout, (torch.ones(1),), {}), weights)
@@ -126,20 +132,16 @@ def test_pieces_make_up_the_flat_vector(sizes, monkeypatch):
 def test_small_networks_stay_stacked_and_large_ones_go_alone(monkeypatch):
     loss, weights = tied_loss()
     assert with_micro_batch(loss, weights).micro_batch is None
-    monkeypatch.setattr(module, "LARGE_WEIGHTS", 100)
+    of_memory(monkeypatch, large_weights=100)
     assert with_micro_batch(loss, weights).micro_batch == 10
-    monkeypatch.setattr(module, "_LEAST_ACTIVATIONS", 1)
-    monkeypatch.setattr(module, "_ACTIVATION_SHARE", 0)
+    of_memory(monkeypatch, micro_batch_share=0, micro_batch_bytes=1)
     assert with_micro_batch(loss, weights).micro_batch == 1
-    monkeypatch.setattr(module, "LARGE_WEIGHTS", math.inf)
-    monkeypatch.setattr(module, "LARGE_ACTIVATIONS", 1000)
+    of_memory(monkeypatch, large_weights=math.inf, large_activations=1000)
     assert with_micro_batch(loss, weights).micro_batch == 1
 
 
 def test_a_loss_that_is_no_mean_over_samples_is_not_divided(monkeypatch):
-    monkeypatch.setattr(module, "LARGE_WEIGHTS", 1)
-    monkeypatch.setattr(module, "_ACTIVATION_SHARE", 0)
-    monkeypatch.setattr(module, "_LEAST_ACTIVATIONS", 1)
+    of_memory(monkeypatch, large_weights=1, micro_batch_share=0, micro_batch_bytes=1)
     x = torch.randn(12, 3)
     layout = WeightLayout(("w",), ((3,),))
     centred = StackedLoss(lambda w, t: ((t[0] @ w["w"]).var(unbiased=False), None), layout, (x,), {})
@@ -150,7 +152,7 @@ def test_a_loss_that_is_no_mean_over_samples_is_not_divided(monkeypatch):
 
 
 def test_large_sets_are_sampled_only_where_batches_make_the_same_loss(monkeypatch):
-    monkeypatch.setattr(module, "WHOLE_BYTES", 0)
+    of_memory(monkeypatch, whole_bytes=0)
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
 
     def plain(weights, tensors):
@@ -182,7 +184,7 @@ def test_what_a_sample_keeps_is_counted_the_same_each_time():
         return torch.func.functional_call(net, named, tensors[0]).square().mean(), None
 
     x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
-    network = LargeNetwork(module.replace(StackedLoss(forward, layout, (x,), {}), micro_batch=4), weights)
+    network = LargeNetwork(replace(StackedLoss(forward, layout, (x,), {}), micro_batch=4), weights)
     counts = {module._activation_bytes(network) for _ in range(5)}
     assert len(counts) == 1
     assert counts.pop() >= 5 * 16 * 4
@@ -201,7 +203,7 @@ def test_gradients_of_complex_weights_are_added_as_pairs():
     layout = WeightLayout(("b", "w", "e"), ((3,), (5, 3), (7, 3)), ("w", "e"))
     loss = StackedLoss(forward, layout, (x, y), {}, vectorised=False)
     flat = layout.flatten(weights)
-    network = LargeNetwork(module.replace(loss, micro_batch=3), weights)
+    network = LargeNetwork(replace(loss, micro_batch=3), weights)
     assert torch.equal(network.vector(), flat)
     for at in (None, 0.5 * flat):
         expected = loss.gradients((flat if at is None else at)[None])

@@ -35,7 +35,8 @@ def test_stacked_ones_are_those_of_each_row(monkeypatch):
     loss = StackedLoss(forward, LAYOUT, (X, Y), {"bias": bias, FACTOR: torch.tensor([1.0, 5.0, 0.1])})
     wanted = torch.stack([expected(*row) for row in zip(weights, bias, strict=True)])
     torch.testing.assert_close(stacked_sample_losses(loss, weights), wanted)
-    monkeypatch.setattr(sample_losses, "PART_BYTES", 3 * 7 * 100)  # seven at a time
+    seven_at_a_time = replace(sample_losses.MEMORY, part_bytes=3 * 7 * 100)
+    monkeypatch.setattr(sample_losses, "MEMORY", seven_at_a_time)
     torch.testing.assert_close(stacked_sample_losses(replace(loss, sample_bytes=100), weights), wanted)
 
 

@@ -28,9 +28,10 @@ import groktrace
 from groktrace.run import layout
 from groktrace.sampling import stack as stack_module
 from groktrace.sampling.calibration import resolve
-from groktrace.sampling.chains import WORKING_SET_BYTES, rows_per_stack, sample
+from groktrace.sampling.chains import rows_per_stack, sample
 from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import SamplingSettings
+from groktrace.sampling.tuning import MEMORY
 from tools.common.measurements import (
     Row,
     Store,
@@ -290,7 +291,7 @@ def bench_memory(folder: Path, settings: Settings) -> None:
     """Peak memory of an analysis of many snapshots of the network at p = 53, K = 1024."""
     store = Store(folder, "memory", _plain(settings))
     found = store.cached("peak", _measure_memory, folder / "memory_run", settings.memory_snapshots)
-    budget = WORKING_SET_BYTES["cpu"]
+    budget = MEMORY.stack_bytes
     row = {
         "snapshots": str(settings.memory_snapshots),
         "memory after import": f"{found['imported'] / MIB:.0f} MiB",

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,18 @@ def run_analysis(root: Path) -> str:
     return result.stdout
 
 
+def set_stack_bytes(count: int) -> None:
+    """Let a stack of chains take so much memory, in this process."""
+    chains.MEMORY = replace(chains.MEMORY, stack_bytes=count)
+
+
 @click.command()
 @trials_option
 @seed_option
 def analyze(trials: int | None, seed: int) -> None:
     """SIGKILL an analysis at random moments and start it again; two at once; one beside a recording."""
     torch.set_num_threads(1)
-    chains.WORKING_SET_BYTES["cpu"] = 2**18  # many stacks, so that there is something to interrupt
+    set_stack_bytes(2**18)  # many stacks, so that there is something to interrupt
     trials, draw, tally = trials or 100, random.Random(seed), Tally("kill -9 of an analysis")
     with tempfile.TemporaryDirectory() as scratch:
         source, root = Path(scratch) / "source", Path(scratch) / "run"
@@ -144,13 +150,13 @@ def in_reverse(root: Path) -> None:
 def determinism(tiny: bool) -> None:
     """One run and seed, other circumstances: how far the trajectory moves, in standard errors."""
     torch.set_num_threads(1)
-    tally, budget = Tally("determinism"), chains.WORKING_SET_BYTES["cpu"]
+    tally, budget = Tally("determinism"), chains.MEMORY.stack_bytes
     changes: dict[str, Callable[[Path], Any]] = {
         "as it is": lambda root: None,
         "again": lambda root: None,
         "files written in reverse order": in_reverse,
-        "a quarter of the memory": lambda root: chains.WORKING_SET_BYTES.update(cpu=budget // 4),
-        "four times the memory": lambda root: chains.WORKING_SET_BYTES.update(cpu=budget * 4),
+        "a quarter of the memory": lambda root: set_stack_bytes(budget // 4),
+        "four times the memory": lambda root: set_stack_bytes(budget * 4),
         "two threads": lambda root: torch.set_num_threads(2),
     }
     found: dict[str, list[groktrace.analysis.results.trajectory.Point]] = {}

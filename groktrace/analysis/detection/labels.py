@@ -192,7 +192,11 @@ def label_of(
         return None, "no label: the training loss is not known"
     if after > before:
         fall = f"λ rises while the training loss falls from {loss[onset]:.3g} to {loss[end]:.3g}"
-        if loss[end] < settings.memorisation_loss * loss[onset]:
+        floor = min(0.0, float(np.nanmin(loss)))  # of a likelihood's losses zero is no bound
+        bound = floor + settings.memorisation_loss * (loss[onset] - floor)
+        if np.nanmin(loss[: onset + 1]) < bound:
+            return None, f"no label: {fall}; before, it has risen from {np.nanmin(loss[: onset + 1]):.3g}"
+        if loss[end] < bound:
             return "memorisation", fall
         if loss[end] < loss[onset]:
             return None, f"no label: {fall} only"

@@ -34,8 +34,8 @@ class DetectionSettings:
         jump_widening, ramp_widening: intervals of midpoints are this much wider than the posterior's: the neighbours of
             a change are held where they fit best, and a ramp is an idealisation. As it takes for 90 % to cover 90 % on
             simulated curves.
-        memorisation_loss: a rise is read as memorisation where the training loss falls below this fraction; a
-            convention.
+        memorisation_loss: a rise is read as memorisation where the training loss falls below this fraction for the
+            first time (counted from zero, or from the lowest if that is below zero); a convention.
         min_generalisation: a fall, with those before it since λ rose and the drift of the phases between, is read as
             generalisation from this fraction of the highest level on: networks that merely lose weight norm after
             memorising fall by up to an eighth. Less the fall's standard error it has to be as much: two networks that

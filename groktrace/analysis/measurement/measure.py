@@ -25,9 +25,10 @@ from groktrace.sampling.curvature import top_eigenvalue
 from groktrace.sampling.large import sample_large, top_eigenvalue_large
 from groktrace.sampling.network import LargeNetwork, as_float, shuffled, with_micro_batch
 from groktrace.sampling.noise import generator_for, normal_like
-from groktrace.sampling.posterior import FACTOR, PART_BYTES, StackedLoss
+from groktrace.sampling.posterior import FACTOR, StackedLoss
 from groktrace.sampling.settings import ResolvedSettings, SamplingSettings
 from groktrace.sampling.traces import Traces
+from groktrace.sampling.tuning import MEMORY
 from groktrace.sampling.weights import WeightLayout
 
 Accuracy = Annotated[float, between(0, 1)]
@@ -322,7 +323,7 @@ class Objective:
         most = self._evaluated_samples()
         train = Batch(tuple(tensor[:most] for tensor in loss.tensors), task.train.structure)
         val = None if task.val is None else task.val.take(shuffled(len(task.val))[:most])
-        parts = max(MEASUREMENT.parts, math.ceil(len(train) * loss.sample_bytes / PART_BYTES))
+        parts = max(MEASUREMENT.parts, math.ceil(len(train) * loss.sample_bytes / MEMORY.part_bytes))
         few = replace(task, train=train, val=val)
         return measure_losses(few, weights, loss.device, max(1, len(train) // parts), with_errors=True)
 

@@ -17,7 +17,8 @@ from groktrace.run.batch import Batch
 from groktrace.run.files import digest, read_json, read_metadata
 from groktrace.run.store import Run
 from groktrace.run.task import Task
-from groktrace.sampling.network import LARGE_WEIGHTS, as_float
+from groktrace.sampling.network import as_float
+from groktrace.sampling.tuning import MEMORY
 from groktrace.sampling.weights import WeightLayout
 
 # Numbers of two evaluations of one loss agree to this fraction, on whatever machine; the second, in single precision.
@@ -192,7 +193,7 @@ def measure_behaviour(task: Task, layout: WeightLayout, weights: Mapping[str, Te
     Raises:
         TaskError: it cannot be evaluated.
     """
-    large = sum(tensor.numel() for tensor in weights.values()) >= LARGE_WEIGHTS
+    large = sum(tensor.numel() for tensor in weights.values()) >= MEMORY.large_weights
     batches = _batches(task.train, *(_BATCHES_LARGE if large else _BATCHES))
     failure: Exception | None = None
     # Some networks take one precision only, some losses one number of samples.

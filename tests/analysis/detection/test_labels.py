@@ -135,6 +135,24 @@ def test_of_a_risen_loss_the_evidence_says_so():
     assert fall.evidence.endswith(", has risen from 0.1")
 
 
+TWICE = np.interp(STEPS, [0, 150, 1200, 1500, 1800, 3000], [100, 1000, 1000, 300, 900, 900])
+
+
+@pytest.mark.parametrize("below_zero", [0.0, 3.0])
+def test_a_loss_that_falls_back_from_a_spike_memorises_nothing_anew(below_zero):
+    fitted = np.interp(STEPS, [0, 150, 1200, 1400, 1800, 3000], [1.0, 0.01, 0.009, 0.6, 0.009, 0.001])
+    rises = [t for t in find_transitions(measured(TWICE, fitted - below_zero)) if t.kind == "complexification"]
+    assert [rise.label for rise in rises] == ["memorisation", None]
+    assert f"; before, it has risen from {0.009 - below_zero:.3g}" in rises[1].evidence
+
+
+def test_a_rise_is_memorisation_below_zero_too():
+    loss = np.interp(STEPS, [0, 150, 3000], [0.3, -2.0, -2.6])
+    assert found(measured(HUMP, loss))[0] == RISE
+    loss = np.interp(STEPS, [0, 150, 3000], [-2.0, -2.1, -2.6])
+    assert found(measured(HUMP, loss))[0] == (RISE[0], None)
+
+
 def test_which_curve_decides():
     whole = measured(HUMP, plain=HUMP + 50)
     assert (whole.curve.name, whole.curve.symbol) == ("llc_centred", "λ_c")

@@ -26,7 +26,7 @@ TALL = 2048
 @pytest.fixture
 def large_set(monkeypatch):
     """Every set counts as large."""
-    monkeypatch.setattr(network, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(network, "MEMORY", replace(network.MEMORY, whole_bytes=0))
 
 
 def prepared(model, loss, data, **settings):
@@ -463,7 +463,7 @@ def test_snapshots_without_a_basin_are_told_after_a_few_steps(large_set):
 def test_trials_beside_each_other_share_no_recorded_gradients(monkeypatch, small):
     """A recording has buffers: two threads that used one mixed the weights of two snapshots."""
     if not small:
-        monkeypatch.setattr(network, "WHOLE_BYTES", 0)
+        monkeypatch.setattr(network, "MEMORY", replace(network.MEMORY, whole_bytes=0))
     model, data, _ = line()
     objective, weights, metrics = prepared(model, "mse", data)
     objective = replace(objective, chance=(1e9,))

@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -108,9 +109,8 @@ def test_influence_is_that_of_a_linear_model(tmp_path):
 
 
 def test_large_networks_keep_them_too(small_run, monkeypatch):
-    monkeypatch.setattr(network, "LARGE_WEIGHTS", 1)
-    monkeypatch.setattr(network, "_LEAST_ACTIVATIONS", 2000)
-    monkeypatch.setattr(network, "_ACTIVATION_SHARE", 0)
+    memory = replace(network.MEMORY, large_weights=1, micro_batch_bytes=2000, micro_batch_share=0)
+    monkeypatch.setattr(network, "MEMORY", memory)
     kept = groktrace.analyze(small_run, keep="losses", nbeta=50.0, chains=2, draws=10, burn_in=5)
     check(small_run, kept, 60)
     run = groktrace.open_run(small_run)
@@ -118,8 +118,7 @@ def test_large_networks_keep_them_too(small_run, monkeypatch):
 
 
 def test_of_large_sets_the_samples_are_those_of_the_posterior(small_run, monkeypatch):
-    for name in ("WHOLE_BYTES", "_LEAST_ACTIVATIONS"):
-        monkeypatch.setattr(network, name, 1)
+    monkeypatch.setattr(network, "MEMORY", replace(network.MEMORY, whole_bytes=1, micro_batch_bytes=1))
     settings = {"samples": 32, "batch_size": 16, "nbeta": 50.0, "chains": 2, **FAST}
     kept = groktrace.analyze(small_run, keep="losses", **settings)
     run = groktrace.open_run(small_run)
