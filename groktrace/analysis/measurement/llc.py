@@ -92,6 +92,16 @@ def unusable(reason: str, settings: ResolvedSettings, nbeta: float, localization
     )
 
 
+def level_of_chance(levels: Sequence[float], loss: float) -> float:
+    """The loss of a network that knows nothing, to which one with the given loss can climb; infinite if there is none.
+
+    Args:
+        levels: losses of such networks, the better one first: one that is below the given loss knows something.
+        loss: at the snapshot.
+    """
+    return next((level for level in levels if level > loss), math.inf)
+
+
 def summarise(
     traces: Traces,
     settings: ResolvedSettings,
@@ -149,7 +159,7 @@ def summarise(
     # Where all weights are zero there is no length to compare with.
     far = norm > 0 and relative_distance > RELIABILITY.distance
     bent = abs(anharmonicity - 1) > RELIABILITY.anharmonicity + 3 * ratio_error
-    guess = next((level for level in chance if level > loss), math.inf)
+    guess = level_of_chance(chance, loss)
     climb = llc / nbeta / (guess - loss)
     bowl = float((0.5 * traces.virial - traces.delta_loss).abs().mean()) <= RELIABILITY.quadratic_tolerance * llc
     # Neither of `far` and `bent` alone does harm: in a quadratic bowl the estimate is exact however wide it is, and a

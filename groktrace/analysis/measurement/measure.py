@@ -103,6 +103,7 @@ class Objective:
         settings: SamplingSettings,
         weights: Mapping[str, Tensor],
         device: torch.device,
+        first: bool = True,
     ) -> "Objective":
         """Prepare and try the training loss at one snapshot, the same whichever process does so.
 
@@ -112,6 +113,7 @@ class Objective:
             settings: as they were asked for.
             weights: tensors by name, of any snapshot.
             device: where to compute.
+            first: whether that snapshot is a run's first, which knows nothing yet.
 
         Raises:
             TaskError: the loss cannot be evaluated or differentiated there.
@@ -123,7 +125,7 @@ class Objective:
             if loss.micro_batch is None:
                 loss, anchor = stack_weights(loss, [weights])
                 loss = loss.probe(anchor)
-        chance = chance_losses(task, weights, device, loss.micro_batch)
+        chance = chance_losses(task, weights, device, loss.micro_batch, first)
         resolved = resolve(settings, layout.size, loss.micro_batch is None)
         where = task, weights, device, loss.micro_batch
         return cls(task, loss, resolved, chance, count_targets(*where), batch_effect(*where))
@@ -372,18 +374,23 @@ def stack_weights(loss: StackedLoss, weights: Sequence[Mapping[str, Tensor]]) ->
 
 
 def chance_losses(
-    task: Task, weights: Mapping[str, Tensor], device: torch.device, together: int | None = None
+    task: Task,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    together: int | None = None,
+    first: bool = True,
 ) -> tuple[float, ...]:
     """Training losses of networks that know nothing, the better one first; those that are not finite are left out.
 
-    They are that of a network whose weights are all zero, so that it says the same of every sample, and that of the
-    weights given.
+    They are that of a network whose weights are all zero, so that it says the same of every sample, and that of a run's
+    first snapshot.
 
     Args:
         task: loss and data.
-        weights: tensors by name, of the first snapshot.
+        weights: tensors by name, of a snapshot.
         device: where to compute.
         together: samples that may be evaluated at once; None for all.
+        first: whether it is a run's first. The loss of another, on other samples, may lie just above its own.
     """
     count = min(MEASUREMENT.chance_samples, together or MEASUREMENT.chance_samples)
     some = task.train.take(torch.arange(0, len(task.train), math.ceil(len(task.train) / count), device="cpu"))
@@ -391,7 +398,7 @@ def chance_losses(
     # A single zero that is seen as many takes no memory.
     none = {name: t.new_zeros(()).expand(t.shape) if t.is_floating_point() else t for name, t in own.items()}
     losses = []
-    for tensors in (none, own):
+    for tensors in (none, own) if first else (none,):
         for batch in (some, task.train) if together is None else (some,):  # some programs take one batch size only
             with contextlib.suppress(Exception), torch.no_grad():
                 losses.append(float(task.forward(tensors, batch.to(device).tensors)[0]))

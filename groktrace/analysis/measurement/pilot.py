@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groktrace.analysis.measurement.llc import LLCEstimate
+from groktrace.analysis.measurement.llc import LLCEstimate, level_of_chance
 from groktrace.analysis.measurement.measure import Objective, SnapshotMetrics, stack_weights
 from groktrace.analysis.tuning import PILOT
 from groktrace.errors import SettingsError
@@ -204,7 +204,8 @@ class _Trial:
     def run(self, known: SnapshotMetrics, weights: Mapping[str, Tensor], scale: Scale) -> LLCEstimate:
         """A short estimate."""
         if not self._objective.large_set:
-            return self._estimate(known, weights, scale, draws=self._settings.draws or PILOT.few_draws)[0]
+            few = min(self._settings.draws or PILOT.few_draws, PILOT.few_draws)
+            return self._estimate(known, weights, scale, draws=few)[0]
         size = self._step_size(known, scale)
         short = {"burn_in": PILOT.burn_in, "draws": PILOT.draws}
         estimate, curvature = self._estimate(known, weights, scale, step_size=size, **short)
@@ -236,7 +237,7 @@ class _Trial:
         """Whether the chains have gone so far up that they are hardly in the snapshot's basin any more."""
         if estimate.llc is None:
             return True
-        chance = min((loss for loss in self._objective.chance if loss > known.train_loss), default=math.inf)
+        chance = level_of_chance(self._objective.chance, known.train_loss)
         return estimate.llc / estimate.nbeta > PILOT.max_climb * (chance - known.train_loss)
 
     def enlarged(

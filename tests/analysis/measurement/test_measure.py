@@ -138,6 +138,7 @@ def test_chance_is_the_loss_of_a_network_without_weights():
     assert own == pytest.approx(task.forward(weights, task.train.tensors)[0].item(), rel=0.1)
     few = chance_losses(task, weights, CPU, together=7)
     assert few[0] == pytest.approx(math.log(5))
+    assert chance_losses(task, weights, CPU, first=False) == (blind,)
 
 
 def test_where_no_weights_make_no_sense_the_first_snapshot_stands_for_chance():

@@ -210,6 +210,31 @@ def test_a_basin_that_the_chains_would_leave_gets_a_smaller_locality(reach, wide
     assert given.locality == 0.22
 
 
+def test_a_model_that_has_learned_is_not_what_knows_nothing():
+    """Its loss on the samples that tell the loss of chance lies above that on all, or below, as it happens."""
+    model, (x, y), _ = line()
+    y = y.clone()
+    y[:: TALL // 256] += 0.03
+    for data in ((x, y), (x[:200], y[:200])):
+        found = groktrace.estimate_llc(model, "mse", data, nbeta=3000.0, draws=20, progress=False)
+        wide = groktrace.estimate_llc(model, "mse", data, nbeta=3000.0, draws=20, progress=False, locality=0.22)
+        assert found.localization == wide.localization
+
+
+@pytest.mark.parametrize("draws", [None, 5, 100_000])
+def test_trials_of_small_sets_take_few_draws_however_many_are_asked_for(monkeypatch, draws):
+    sample, taken = Objective.sample, []
+
+    def counted(own, weights, metrics, scale, *rest):
+        taken.append(own.settings.draws)
+        return sample(own, weights, metrics, scale, *rest)
+
+    monkeypatch.setattr(Objective, "sample", counted)
+    model, data, _ = line()
+    choose(*prepared(model, "mse", data, draws=draws))
+    assert taken == [5 if draws == 5 else Pilot().few_draws]
+
+
 def test_a_trial_whose_chains_small_batches_throw_out_is_made_on_all_samples(large_set, monkeypatch):
     sample = Objective.sample
 
