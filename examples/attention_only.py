@@ -201,7 +201,7 @@ def draw(whole: groktrace.Trajectory, heads: dict[str, groktrace.Trajectory], ro
             axes.axvline(transition.step, color="0.4", lw=1)
         network.annotate(f"{transition.name}, {transition.step}", (transition.step, 1), (0, 3),
                          xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8)  # fmt: skip
-    for head, mark in zip(heads, "osv^DP*X", strict=True):
+    for head, mark in zip(heads, "osv^DP*X", strict=False):
         layer, number = map(int, head.split("."))
         style = {"marker": mark, "ls": "-" if layer else "--", "color": f"C{number}", "ms": 5 if layer else 3.5}
         errors = [1.96 * error for error in table[f"stderr_{head}"]]
@@ -248,7 +248,8 @@ def main() -> None:
     whole, rows = groktrace.analyze(out, settings=settings), behaviour(out, size)
     last = whole.points[-1].diagnostics["nbeta"]
     heads = {}
-    for head in (f"{layer}.{number}" for layer in range(2) for number in range(HEADS)):
+    names = [f"{layer}.{number}" for layer in range(2) for number in range(HEADS)]
+    for head in names[::3] if options.small else names:
         same = {"nbeta": last, "localization": whole.localization, "rtol": 0.05, **({} if options.small else SAMPLING)}
         heads[head] = groktrace.analyze(out, settings=settings, parameters=parts_of(head, size.width), **same)
     for name, trajectory in {"whole": whole, **heads}.items():

@@ -130,7 +130,7 @@ def scatter(out: Path, small: bool) -> list[dict[str, object]]:
     if kept.exists():
         rows = [json.loads(line) for line in kept.read_text().splitlines()]
     networks = [(weights, family) for count, weights, family in FAMILIES for _ in range(count)]
-    for seed, (weights, family) in list(enumerate(networks[:3] if small else networks))[len(rows) :]:
+    for seed, (weights, family) in list(enumerate(networks[:2] if small else networks))[len(rows) :]:
         rows.append(measure(seed, (1, 500) if small else weights, (3, 8, 3) if small else family))
         with kept.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
@@ -159,7 +159,7 @@ def train(out: Path, steps: int) -> None:
         optimizer.step()
 
 
-def saddles(out: Path, rtol: float) -> tuple[list[dict[str, object]], list[int]]:
+def saddles(out: Path, **settings: float) -> tuple[list[dict[str, object]], list[int]]:
     """The longest stretch of each rank of the product: λ̂ in its middle, λ beside it; and the rank at each snapshot."""
     model, ranks, snapshots = linear_network(WIDTHS), [], groktrace.open_run(out).snapshots
     for snapshot in snapshots:
@@ -171,7 +171,7 @@ def saddles(out: Path, rtol: float) -> tuple[list[dict[str, object]], list[int]]
         at = [i for i, other in enumerate(ranks) if other == rank]
         middle = snapshots[at[2 * len(at) // 3]]
         middle.load_into(model.float())
-        found = groktrace.estimate_llc(model, "mse", (x, model(x).detach()), nbeta=10_000 / np.log(10_000), rtol=rtol)
+        found = groktrace.estimate_llc(model, "mse", (x, model(x).detach()), nbeta=10_000 / np.log(10_000), **settings)
         rows.append({"rank": rank, "first": snapshots[at[0]].step, "last": snapshots[at[-1]].step, "step": middle.step,
                      "exact": groktrace.theory.deep_linear_llc(WIDTHS, rank).llc, "half_rank": rank * (10 - rank) / 2,
                      "published": PLATEAUS.get(rank), "llc": found.llc, "stderr": found.stderr,
@@ -256,11 +256,12 @@ def main() -> None:
     options = parser.parse_args()
 
     options.out.mkdir(parents=True, exist_ok=True)
-    run, steps = options.out / "training", 160 if options.small else 30_000
+    run, steps = options.out / "training", 60 if options.small else 30_000
     if last_step(run) < steps:
         train(run, steps)
-    trajectory = groktrace.analyze(run)
-    stages, ranks = saddles(run, 0.2 if options.small else 0.05)
+    few = {"locality": 0.1, "chains": 2, "burn_in": 20, "draws": 20} if options.small else {}
+    trajectory = groktrace.analyze(run, **few)
+    stages, ranks = saddles(run, **(few or {"rtol": 0.05}))
     found = groktrace.find_transitions(trajectory)
     print(f"ranks {ranks}\nλ changes at {[(change.name, change.onset, change.step, change.end) for change in found]}")
     write(options.out / "deep_linear_saddles.csv", stages)

@@ -33,6 +33,7 @@ import groktrace
 
 NOTEBOOKS: dict[str, tuple[int | None, Callable[..., list[dict[str, object]]]]] = {}
 SMALL, OUT = False, Path()
+FEW: dict[str, Any] = {}  # settings of the small form
 
 
 def notebook(name: str, lines: int | None) -> Callable[..., Callable[..., list[dict[str, object]]]]:
@@ -90,7 +91,7 @@ def beside(
     **settings: Any,
 ) -> dict[str, Any]:
     """λ̂ by groktrace and by devinterp at the same nβ and γ, the seconds of each, and what both should give."""
-    settings |= {"draws": 20, "burn_in": 20} if SMALL else {}
+    settings |= FEW
     clock = time.process_time()
     ours = groktrace.estimate_llc(model, loss, data, **settings)
     row = {"case": label, "nbeta": ours.nbeta, "localization": ours.localization, "ours": ours.llc,
@@ -111,15 +112,15 @@ def digits(
     layers: nn.Module, optimizer: str = "SGD", out: Path | None = None, **options: float
 ) -> tuple[nn.Module, tuple]:
     """A network trained on the first 1500 digits, and these; recorded if `out` is given."""
-    source = load_digits()
+    source, count = load_digits(), 150 if SMALL else 1500
     x, y = torch.tensor(source.images, dtype=torch.float32)[:, None] / 16, torch.tensor(source.target)
     torch.manual_seed(0)
     optimizer = getattr(torch.optim, optimizer)(layers.parameters(), **options)
-    recorder, data = None, {"train": (x[:1500], y[:1500]), "val": (x[1500:], y[1500:]), "loss": "cross_entropy"}
+    recorder, data = None, {"train": (x[:count], y[:count]), "val": (x[1500:], y[1500:]), "loss": "cross_entropy"}
     if out is not None:
         recorder = groktrace.watch(layers, optimizer, **data, out=out, every=60, if_exists="replace")
     for _ in range(20 if SMALL else 600):
-        batch = torch.randint(1500, (64,))
+        batch = torch.randint(count, (64,))
         optimizer.zero_grad()
         nn.functional.cross_entropy(layers(x[batch]), y[batch]).backward()
         optimizer.step()
@@ -194,7 +195,7 @@ def normal_crossing() -> list[dict[str, object]]:
 def diagnostics() -> list[dict[str, object]]:
     """What speaks against an estimate: `reasons` and `diagnostics` come with it."""
     data = torch.ones(100), torch.zeros(100)
-    print(groktrace.estimate_llc(Crossing(1, 2), nn.MSELoss(), data, nbeta=20.0, localization=1.0).diagnostics)
+    print(groktrace.estimate_llc(Crossing(1, 2), nn.MSELoss(), data, nbeta=20.0, localization=1.0, **FEW).diagnostics)
     return crossings([(1, 3)], lr=1e-4, draws=5000)
 
 
@@ -209,7 +210,7 @@ def sgld_calibration() -> list[dict[str, object]]:
 def epsilon_beta() -> list[dict[str, object]]:
     """λ̂ over temperatures."""
     model, data = digits(perceptron(), lr=0.1)
-    curve = groktrace.temperature_curve(model, "cross_entropy", data, nbetas=[10.0, 30.0, 100.0])
+    curve = groktrace.temperature_curve(model, "cross_entropy", data, nbetas=[10.0, 30.0, 100.0], **FEW)
     print("λ̂ at each nβ:", [(round(estimate.nbeta), round(estimate.llc)) for estimate in curve.estimates])
     return [beside(f"nβ = {nbeta}", model, nn.CrossEntropyLoss(), data, nbeta=nbeta, localization=100.0, lr=1e-4)
             for nbeta in (30.0, 1000.0)[: 1 if SMALL else 2]]  # fmt: skip
@@ -232,7 +233,7 @@ def grokking() -> list[dict[str, object]]:
     out = OUT / "digits"
     _, data = digits(convolutional(), "Adam", out, lr=5e-3)
     clock = time.process_time()
-    trajectory = groktrace.analyze(out)
+    trajectory = groktrace.analyze(out, **FEW)
     seconds = time.process_time() - clock
     trajectory.plot(OUT / "devinterp_tour_digits.png")
     print([(transition.name, transition.step) for transition in groktrace.find_transitions(trajectory)])
@@ -306,6 +307,7 @@ def main() -> None:
     options = parser.parse_args()
 
     SMALL, OUT = options.small, options.out
+    FEW.update({"draws": 20, "burn_in": 20} if SMALL else {})
     OUT.mkdir(parents=True, exist_ok=True)
     kept = OUT / "rows.jsonl"
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []

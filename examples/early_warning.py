@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2, help="of data and initial weights")
     parser.add_argument("--small", action="store_true", help="networks mod 11 and few steps, in seconds")
     options = parser.parse_args()
-    small = {"p": 11, "width": 64, "fraction": 0.8, "steps": 260, "every": 20, "lr": 5e-3, "decay": 2.0}
+    small = {"p": 11, "width": 64, "fraction": 0.8, "steps": 220, "every": 20, "lr": 5e-3, "decay": 2.0}
     full = {"p": 17, "width": 96, "fraction": 0.7, "steps": 1500, "every": 20, "lr": 3e-3, "decay": 0.5}
     vars(options).update(small if options.small else full)
 

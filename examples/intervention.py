@@ -98,9 +98,9 @@ def main() -> None:
     """Train the networks in three ways; a table, a figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/intervention"), help="where the results go")
-    parser.add_argument("--small", action="store_true", help="one network mod 11, 300 steps, in seconds")
+    parser.add_argument("--small", action="store_true", help="one network mod 11, 255 steps, in seconds")
     options = parser.parse_args()
-    sizes = {"p": 11, "width": 64, "fraction": 0.8, "steps": 300, "every": 15, "seeds": 1}
+    sizes = {"p": 11, "width": 64, "fraction": 0.8, "steps": 255, "every": 15, "seeds": 1}
     full = {"p": 17, "width": 96, "fraction": 0.7, "steps": 3000, "every": 50, "seeds": 10}
     vars(options).update(sizes if options.small else full)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills copies of its own process")
 def test_nothing_is_lost():
     parts = ["kill", "--trials", "6", "signals", "--trials", "3", "disk"]
-    parts += ["analyze", "--trials", "3", "determinism", "--tiny", "network"]
+    parts += ["analyze", "--trials", "2", "determinism", "--tiny", "network"]
     done = subprocess.run(
         [sys.executable, "-m", "tools.torture", *parts], cwd=ROOT, capture_output=True, text=True, timeout=300
     )

@@ -3,8 +3,6 @@
 import csv
 import importlib.util
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +18,8 @@ def test_the_integral_is_known_where_a_weight_is_alone():
     assert exact == pytest.approx(0.5 * 8 / (8 + 1 / 145), rel=1e-3)
 
 
-def test_small_form(tmp_path):
-    command = [sys.executable, "-W", "error", SCRIPT, "--small", "--out", tmp_path]
-    subprocess.run(command, check=True, capture_output=True, timeout=600)
+def test_small_form(perform, tmp_path):
+    perform("devinterp_tour")
     rows = list(csv.DictReader((tmp_path / "devinterp_tour.csv").read_text().splitlines()))
     assert len({row["notebook"] for row in rows}) == 9
     for row in rows:

@@ -1,16 +1,10 @@
 """The example that follows two trainings, in its small form."""
 
 import csv
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).parents[2]
 
 
-def test_a_fall_is_told_of_the_network_that_groks_alone(tmp_path):
-    script = ROOT / "examples" / "early_warning.py"
-    subprocess.run([sys.executable, "-W", "error", script, "--small", "--out", tmp_path], check=True)
+def test_a_fall_is_told_of_the_network_that_groks_alone(perform, tmp_path):
+    perform("early_warning")
     with open(tmp_path / "early_warning.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["training"] for row in rows] == ["groks", "random labels"]

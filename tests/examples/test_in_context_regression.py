@@ -1,7 +1,5 @@
 import csv
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +16,8 @@ def example():
     return module
 
 
-def test_small_form(tmp_path):
-    subprocess.run([sys.executable, "-W", "error", str(EXAMPLE), "--small", "--out", str(tmp_path)], check=True)
+def test_small_form(perform, tmp_path):
+    perform("in_context_regression")
     rows = list(csv.DictReader((tmp_path / "in_context_regression.csv").read_text().splitlines()))
     assert {row["run"] for row in rows} == {"endless", "few"}
     for run in ("endless", "few"):

@@ -2,8 +2,6 @@
 
 import csv
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -36,9 +34,8 @@ def test_the_closed_form_is_the_mean_over_many_inputs(example):
     assert example["population_loss"](W, b).item() == pytest.approx(mean.item(), rel=1e-6)
 
 
-def test_small_form(tmp_path):
-    command = [sys.executable, "-W", "error", SCRIPT, "--small", "--out", tmp_path]
-    subprocess.run(command, check=True, capture_output=True, timeout=600)
+def test_small_form(perform, tmp_path):
+    perform("superposition")
     assert (tmp_path / "superposition.png").stat().st_size > 10_000
     rows = {row["point"]: row for row in csv.DictReader((tmp_path / "superposition.csv").read_text().splitlines())}
     assert [float(rows[name]["half_rank"]) for name in ("5", "5+", "6")] == [7.0, 8.5, 8.5]

@@ -1,5 +1,7 @@
 """Losses whose posteriors are known exactly."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
@@ -51,9 +53,10 @@ def kinked():
     It gives its loss, its weights and nine tenths of these, [2, D], and h_max of each.
     """
 
+    @cache
     def make(sampled):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(10, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 2))
+        model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
         train = (torch.randn(64, 10), torch.randint(0, 2, (64,)))
         task = Task.from_model(model, loss="cross_entropy", train=train)
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -65,7 +68,8 @@ def kinked():
         flat = layout.flatten(dict(model.named_parameters())).detach()[None]
         loss = StackedLoss(task.forward, layout, train, {}, sample_bytes=1000 if sampled else None).probe(flat)
         both = torch.cat([flat, 0.9 * flat])
-        hessians = [torch.autograd.functional.hessian(lambda w: loss.losses(w[None])[0], row) for row in both]
+        function = torch.autograd.functional.hessian
+        hessians = [function(lambda w: loss.losses(w[None])[0], row, vectorize=True) for row in both]
         return loss, both, torch.stack([torch.linalg.eigvalsh(h.double()).abs().max() for h in hessians]).float()
 
     return make

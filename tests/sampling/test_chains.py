@@ -34,7 +34,7 @@ def soft_rank(nbeta, gamma):
 
 @pytest.mark.parametrize(("nbeta", "gamma"), [(10.0, 1.0), (100.0, 1.0), (30.0, 5.0)])
 def test_llc_of_a_bowl_is_its_soft_rank(bowl, nbeta, gamma):
-    settings = SamplingSettings(chains=4, draws=3000)
+    settings = SamplingSettings(chains=16, draws=750)
     (traces,) = draw(bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, nbeta, gamma)
     for estimate, series in (
         (traces.delta_loss.mean(), traces.delta_loss),
@@ -49,7 +49,7 @@ def test_llc_of_a_bowl_is_its_soft_rank(bowl, nbeta, gamma):
 def test_off_the_minimum_the_centred_estimate_holds_and_the_plain_one_has_the_known_offset(bowl):
     nbeta, gamma = 100.0, 1.0
     minimum = torch.where(SPECTRUM > 0, 0.5, 0.0)
-    settings = SamplingSettings(chains=4, draws=3000)
+    settings = SamplingSettings(chains=16, draws=750)
     (traces,) = draw(bowl(SPECTRUM, minimum=minimum), torch.zeros(1, 60).double(), settings, nbeta, gamma)
     total = nbeta * SPECTRUM + gamma
     mean = nbeta * SPECTRUM * minimum / total
@@ -151,13 +151,15 @@ def test_means_are_of_all_draws_and_of_no_other_step(bowl, monkeypatch):
 
 
 def test_the_estimate_does_not_depend_on_the_step_size(bowl):
-    settings = SamplingSettings(chains=4, draws=4000, burn_in=2000)
-    epsilon = step_size(100.0, 1.0, 1.0)
-    for factor in (0.2, 1.0, 1.8):
-        (traces,) = draw(bowl(SPECTRUM), torch.zeros(1, 60).double(), settings, 100.0, 1.0, epsilons=[factor * epsilon])
-        assert float(traces.delta_loss.mean()) == pytest.approx(
-            soft_rank(100.0, 1.0), abs=3.5 * standard_error(traces.delta_loss)
-        )
+    settings = SamplingSettings(chains=16, draws=1000, burn_in=500)
+    factors = (0.2, 1.0, 1.8)
+    epsilons = [factor * step_size(100.0, 1.0, 1.0) for factor in factors]
+    found = draw(bowl(SPECTRUM), torch.zeros(3, 60).double(), settings, 100.0, 1.0, epsilons=epsilons)
+    assert [traces.step_size for traces in found] == epsilons
+    for traces in found:
+        error = standard_error(traces.delta_loss)
+        assert error < 0.02 * soft_rank(100.0, 1.0)
+        assert float(traces.delta_loss.mean()) == pytest.approx(soft_rank(100.0, 1.0), abs=3.5 * error)
 
 
 def test_chains_of_large_sets_burn_in_and_draw_for_longer_at_a_small_step(bowl):
@@ -207,7 +209,7 @@ def trough(curvature, width=0.02, directions=400):
 
 def test_a_step_too_large_for_where_chains_of_large_sets_begin_is_reduced_at_once(monkeypatch):
     anchors, nbeta, directions = torch.zeros(1, 400), 100.0, 400
-    settings = resolve(SamplingSettings(chains=2, draws=2000), directions, stacked=True)
+    settings = resolve(SamplingSettings(chains=8, draws=500), directions, stacked=True)
     size = step_size(nbeta, 1.0, 1.0)
     (traces,) = sample(trough(12.0), anchors, [0], settings, nbeta, 1.0, [size], lambda t: 1.0)
     assert not traces.diverged(directions)
@@ -252,7 +254,7 @@ def test_chains_of_large_sets_have_left_where_they_have_more_energy_than_in_equi
 def test_virial_identity_holds_for_a_quartic_loss():
     layout = WeightLayout(("w",), ((50,),))
     loss = StackedLoss(lambda weights, t: (weights["w"].pow(4).sum(), None), layout, (torch.ones(4),), {})
-    (traces,) = draw(loss, torch.zeros(1, 50), SamplingSettings(chains=4, draws=3000), 100.0, 1.0, top=3.0)
+    (traces,) = draw(loss, torch.zeros(1, 50), SamplingSettings(chains=16, draws=750), 100.0, 1.0, top=3.0)
     virial = traces.virial + traces.restraint
     assert float(virial.mean()) == pytest.approx(50, abs=3.5 * standard_error(virial))
     assert float(traces.virial.mean() / traces.delta_loss.mean()) == pytest.approx(4, rel=1e-4)
@@ -456,7 +458,7 @@ def test_minibatches_with_control_variate_agree_with_the_full_batch(off):
     m = vectors.T @ torch.full_like(best, -off)
     mean = nbeta * eigenvalues * m / (nbeta * eigenvalues + gamma)
     exact = soft_rank + 0.5 * nbeta * float((eigenvalues * ((mean - m).square() - m.square())).sum())
-    settings = SamplingSettings(chains=4, draws=4000, batch_size=40)
+    settings = SamplingSettings(chains=16, draws=1000, batch_size=40)
     (traces,) = draw(loss, (best + off)[None], settings, nbeta, gamma, top=4 * float(eigenvalues.max()))
     # The gradient's remaining noise widens the posterior a little: 3 % beside the statistical error.
     error = 3 * standard_error(traces.delta_loss)

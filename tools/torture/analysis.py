@@ -128,7 +128,7 @@ def analyze(trials: int | None, seed: int) -> None:
         recording = forked(lambda: record_small_run(root, 400))
         while lives(recording) and not layout.snapshot_steps(root):
             time.sleep(0.001)
-        for _ in range(3):
+        for _ in range(min(3, trials)):
             steps = [point["step"] for point in json.loads(run_analysis(root))["trajectory"]]
             tally.expect(steps == list(range(len(steps))), f"beside a recording: {steps}")
             tally.counts["analyses beside a recording"] += 1
@@ -170,7 +170,7 @@ def determinism(tiny: bool) -> None:
 
         def work(change: Callable[[Path], Any]) -> None:
             change(root)
-            groktrace.analyze(root, **({"draws": 20, "burn_in": 10} if tiny else {})).save(result)
+            groktrace.analyze(root, **(SETTINGS if tiny else {})).save(result)
 
         for name, change in changes.items():
             shutil.rmtree(root, ignore_errors=True)

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def resume(tally: Tally, root: Path, width: int, last: int | None, name: str) ->
     tally.counts["runs resumed"] += 1
 
 
+@cache
 def warm_up() -> None:
     """Do once what takes seconds in each new process, the tracing above all, so that copies of this one need not."""
     torch.set_num_threads(1)

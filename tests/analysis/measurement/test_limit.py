@@ -20,17 +20,17 @@ def find(known, **settings):
 
 
 @pytest.mark.parametrize(
-    "known",
+    ("known", "locality"),
     [
-        normal_crossing((1, 2), 1, 1),
-        reduced_rank(5, 3, 5, 1, 1, 1),
-        reduced_rank(2, 9, 3, 0, 1, 1),
-        deep_linear((6, 3, 3, 6), 2, 1, 1),
+        (normal_crossing((1, 2), 1, 1), None),
+        (reduced_rank(5, 3, 5, 1, 1, 1), None),
+        (reduced_rank(2, 9, 3, 0, 1, 1), None),
+        (deep_linear((6, 3, 3, 6), 2, 1, 1), 1.0),
     ],
-    ids=lambda known: known.name,
+    ids=lambda each: getattr(each, "name", each),
 )
-def test_singular_models_with_known_coefficients(known):
-    found = find(known)
+def test_singular_models_with_known_coefficients(known, locality):
+    found = find(known, locality=locality)
     assert found.reached
     assert found.reasons == ()
     assert found.llc == pytest.approx(known.exact, rel=0.05)
@@ -84,7 +84,7 @@ def test_a_budget_that_ends_is_said(monkeypatch):
 @pytest.mark.parametrize(("given", "phases"), [({"locality": 1.0}, [""]), ({}, [", width 1 of 2", ", width 2 of 2"])])
 def test_decades_of_nbeta_are_told_as_they_are_done(given, phases):
     told = []
-    find(reduced_rank(2, 2, 2, 1, 1, 1), progress=lambda *call: told.append(call), **given)
+    find(reduced_rank(1, 1, 1, 1, 1, 1), progress=lambda *call: told.append(call), **given)
     for phase in phases:
         done = [(at, total) for name, at, total in told if name == f"annealing{phase}"]
         assert len(done) > 10
@@ -157,10 +157,12 @@ def test_weights_that_are_all_zero_have_a_limit_and_may_be_left(monkeypatch):
 
 
 def test_the_stay_at_the_end_is_bounded(monkeypatch):
-    monkeypatch.setattr(limit, "LIMIT", dataclasses.replace(limit.LIMIT, min_rounds=1, max_rounds=10**6))
-    known = normal_crossing((1, 2), 1, 1)
-    found = find(known, rtol=1e-6)
-    assert found.gradients < 2.3 * limit.LIMIT.max_gradients  # a round takes 4 trajectories of 512 steps at most
+    bounded = dataclasses.replace(limit.LIMIT, min_rounds=1, max_rounds=10**6, max_gradients=4000)
+    monkeypatch.setattr(limit, "LIMIT", bounded)
+    found = find(normal_crossing((1, 2), 1, 1), rtol=1e-6, locality=1.0)
+    assert found.reached
+    # A level of the ladder and a round at its end take 5 trajectories of 512 steps at most, but hardly ever do.
+    assert 4000 < found.gradients < 2.3 * 4000
 
 
 def limit_of(llc, half):
@@ -185,7 +187,7 @@ def test_of_two_limits_that_differ_the_larger_is_the_closer(found, closer):
 
 
 def test_an_interval_is_about_as_wide_as_limits_scatter():
-    found = [find(normal_crossing((1,), 1, 1), seed=seed) for seed in range(12)]
+    found = [find(normal_crossing((1,), 1, 1), seed=seed, rtol=0.1) for seed in range(12)]
     values = torch.tensor([one.llc for one in found])
     half = sum(one.high - one.low for one in found) / len(found) / 2
     # 1.96 standard deviations, widened by Student's quantile (1.6 for four populations) and what the fit leaves open.
