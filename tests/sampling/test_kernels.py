@@ -95,6 +95,17 @@ def test_kinetic_step_is_kick_drift_friction_drift(halvings):
     assert KERNELS["baoab"].persistence(60.0, gamma) == pytest.approx(math.exp(-2 * math.sqrt(30)))
 
 
+def test_a_relaxation_takes_as_many_steps_as_the_root_of_the_resolution():
+    """Where flat directions are very flat; nearer, friction is what heats no network."""
+    kernel, resolutions = KERNELS["baoab"], (1e4, 1e6, 1e8)
+    steps = [kernel.relaxation(1 / resolution, 1.0) for resolution in resolutions]
+    assert steps == pytest.approx([12 * math.sqrt(resolution) for resolution in resolutions])
+    assert kernel.relaxation(1e-3, 1.0) == pytest.approx(0.38 * 1e3, rel=0.01)
+    assert kernel.relaxation(2e-3, 1.0) == pytest.approx(0.4 * 500)
+    # As friction falls with the step from there, so it does where the step was halved.
+    assert kernel.persistence(1e-6 / 4, 1.0, halvings=2) == pytest.approx(math.exp(-12e-3 / 4))
+
+
 @pytest.mark.parametrize(
     ("method", "epsilon", "halvings"),
     [("baoab", 0.1, 0), ("baoab", 1e-3, 0), ("baoab", 1e-3, 2), ("baoab", 1e-3, 5), ("leimkuhler_matthews", 1e-3, 0)],

@@ -20,8 +20,9 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "deep_linear.py"
 # Of the published table: samples, batch, steps and step size of SGLD for networks of up to 10⁴ weights or so.
 SAMPLES, BATCH, BURN_IN, DRAWS, STEP_SIZE, LOCALIZATION = 100_000, 500, 9_000, 1_000, 5e-7, 1.0
 NETWORKS = 28
-# Targets are without noise, so that fewer samples have the same minima; inputs have at most 100 features.
-FEW = 1024
+# How many times less than the stiffest direction another may curve and still count half. At 10, the default, far fewer
+# count than λ is of.
+RESOLUTION = 1e6
 WITHIN, SHARE = 0.1, 0.9
 COLUMNS = ["network", "layers", "weights", "closed form", "half rank", "λ̂", "seconds", "devinterp", "its seconds"]
 
@@ -47,8 +48,11 @@ def measure(example: dict[str, Any], seed: int) -> Row:
         data = x, model(x)
     nbeta = SAMPLES / math.log(SAMPLES)
     start = time.process_time()
-    few = x[:FEW], data[1][:FEW]
-    found = groktrace.estimate_llc(model, "mse", few, n=SAMPLES, nbeta=nbeta, progress=False)
+    # Without noise the loss depends on the inputs by their covariance alone: as many orthogonal ones do as well.
+    few = torch.eye(widths[0]) * (100 / 3 * widths[0]) ** 0.5
+    with torch.no_grad():
+        of_few = few, model(few)
+    found = groktrace.estimate_llc(model, "mse", of_few, n=SAMPLES, resolution=RESOLUTION, progress=False)
     ours, start = time.process_time() - start, time.process_time()
     theirs = by_devinterp(model, data, nbeta) if has_devinterp() else math.nan
     return {
