@@ -108,7 +108,7 @@ def test_noise_counts_where_chains_settle_and_a_fifth_of_that_where_they_start(m
     stiffness = torch.cat([torch.logspace(0, 3, 40), torch.zeros(3960)])
     sign = torch.randn(2048, 1, generator=torch.Generator().manual_seed(0))
     layout = WeightLayout(("w",), ((len(stiffness),),))
-    nbeta = 30.0
+    nbeta = 1.0
 
     def forward(weights, tensors):
         energy = nbeta * stiffness * weights["w"].square()
