@@ -20,8 +20,8 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "deep_linear.py"
 # Of the published table: samples, batch, steps and step size of SGLD for networks of up to 10⁴ weights or so.
 SAMPLES, BATCH, BURN_IN, DRAWS, STEP_SIZE, LOCALIZATION = 100_000, 500, 9_000, 1_000, 5e-7, 1.0
 NETWORKS = 28
-# How many times less than the stiffest direction another may curve and still count half. At 10, the default, far fewer
-# count than λ is of.
+# How many times less than the stiffest direction another may curve and still count half. At 10, the default, λ̂ counts
+# far fewer than λ.
 RESOLUTION = 1e6
 WITHIN, SHARE = 0.1, 0.9
 COLUMNS = ["network", "layers", "weights", "closed form", "half rank", "λ̂", "seconds", "devinterp", "its seconds"]

@@ -52,7 +52,7 @@ def planted_failures(out: Path) -> dict[str, tuple[str, Callable[[], tuple[str, 
         "ten draws": ("too few draws", lambda: estimate(settled, draws=10).reasons),
         "hardly any localisation": (
             "not local",
-            lambda: estimate(settled, nbeta=1, localization=1e-3, burn_in=2000, draws=2000).reasons,
+            lambda: estimate(settled, nbeta=1, localization=1e-3, burn_in=2000, draws=8000).reasons,
         ),
         "NaN weights": ("not finite", lambda: reasons_of_nan(out)),
     }
