@@ -26,8 +26,8 @@ class BAOAB:
 
     Attributes:
         min_friction: least friction times time step, at the default step; measured, see above.
-        min_damping: the same over √(εγ), where that is less, from κ = 1200 on. Critical damping is 2; at 3.5 and 7
-            known answers come out as well, but kinks of the loss heat more than at 0.4.
+        min_damping: the same over √(εγ), where that is less, from κ = 1200 on. Critical damping is 2; at 3.5 known
+            answers come out as well, but at 7 kinks of a loss heat more than at a friction of 0.4.
     """
 
     min_friction: float = 0.4
