@@ -159,7 +159,7 @@ def prepare_point(
     specs = {name: (tuple(t.shape), t.dtype, name in moving) for name, t in task.parameters.items()}
     layout = weight_layout(specs, settings.parameters)
     task, weights = replace(task, forward=layout.joined(task.forward)), layout.split(weights)
-    objective = Objective.of(task, layout, settings, weights, device, first=False)
+    objective = Objective.of(task, layout, settings, weights, device, untrained=False)
     (metrics,) = objective.metrics([weights], [0])
     if not math.isfinite(metrics.train_loss):
         raise TaskError(f"loss: expected a finite loss at the weights given, got {metrics.train_loss}.")

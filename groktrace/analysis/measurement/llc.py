@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from groktrace.analysis.measurement.chance import level_of_chance
 from groktrace.analysis.tuning import RELIABILITY
 from groktrace.records import Record
 from groktrace.sampling import diagnostics as diagnose
@@ -90,16 +91,6 @@ def unusable(reason: str, settings: ResolvedSettings, nbeta: float, localization
     return LLCEstimate(
         None, None, None, None, False, (reason,), nbeta, localization, None, settings.chains, 0, 0, None, {}
     )
-
-
-def level_of_chance(levels: Sequence[float], loss: float) -> float:
-    """The loss of a network that knows nothing, to which one with the given loss can climb; infinite if there is none.
-
-    Args:
-        levels: losses of such networks, the better one first: one that is below the given loss knows something.
-        loss: at the snapshot.
-    """
-    return next((level for level in levels if level > loss), math.inf)
 
 
 def summarise(

@@ -1,6 +1,5 @@
 """One snapshot, or a stack of them: losses and curvature without sampling, and λ̂ by sampling."""
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from groktrace.analysis.measurement.chance import chance_losses
 from groktrace.analysis.measurement.llc import LLCEstimate, summarise, unusable
 from groktrace.analysis.measurement.predictions import batch_effect, count_targets, measure_losses
 from groktrace.analysis.measurement.stopping import needed_centred, needed_of_large_sets, needed_plain
@@ -103,7 +103,7 @@ class Objective:
         settings: SamplingSettings,
         weights: Mapping[str, Tensor],
         device: torch.device,
-        first: bool = True,
+        untrained: bool = True,
     ) -> "Objective":
         """Prepare and try the training loss at one snapshot, the same whichever process does so.
 
@@ -113,7 +113,7 @@ class Objective:
             settings: as they were asked for.
             weights: tensors by name, of any snapshot.
             device: where to compute.
-            first: whether that snapshot is a run's first, which knows nothing yet.
+            untrained: whether that snapshot is a run's first, which knows nothing yet.
 
         Raises:
             TaskError: the loss cannot be evaluated or differentiated there.
@@ -125,7 +125,7 @@ class Objective:
             if loss.micro_batch is None:
                 loss, anchor = stack_weights(loss, [weights])
                 loss = loss.probe(anchor)
-        chance = chance_losses(task, weights, device, loss.micro_batch, first)
+        chance = chance_losses(task, weights, device, loss.micro_batch, untrained)
         resolved = resolve(settings, layout.size, loss.micro_batch is None)
         where = task, weights, device, loss.micro_batch
         return cls(task, loss, resolved, chance, count_targets(*where), batch_effect(*where))
@@ -371,36 +371,3 @@ def stack_weights(loss: StackedLoss, weights: Sequence[Mapping[str, Tensor]]) ->
     names = [name for name in weights[0] if name not in loss.layout.names]
     fixed = {name: torch.stack([as_float(tensors[name]) for tensors in weights]).to(loss.device) for name in names}
     return replace(loss, fixed=fixed), flat
-
-
-def chance_losses(
-    task: Task,
-    weights: Mapping[str, Tensor],
-    device: torch.device,
-    together: int | None = None,
-    first: bool = True,
-) -> tuple[float, ...]:
-    """Training losses of networks that know nothing, the better one first; those that are not finite are left out.
-
-    They are that of a network whose weights are all zero, so that it says the same of every sample, and that of a run's
-    first snapshot.
-
-    Args:
-        task: loss and data.
-        weights: tensors by name, of a snapshot.
-        device: where to compute.
-        together: samples that may be evaluated at once; None for all.
-        first: whether it is a run's first. The loss of another, on other samples, may lie just above its own.
-    """
-    count = min(MEASUREMENT.chance_samples, together or MEASUREMENT.chance_samples)
-    some = task.train.take(torch.arange(0, len(task.train), math.ceil(len(task.train) / count), device="cpu"))
-    own = {name: as_float(tensor).to(device) for name, tensor in weights.items()}
-    # A single zero that is seen as many takes no memory.
-    none = {name: t.new_zeros(()).expand(t.shape) if t.is_floating_point() else t for name, t in own.items()}
-    losses = []
-    for tensors in (none, own) if first else (none,):
-        for batch in (some, task.train) if together is None else (some,):  # some programs take one batch size only
-            with contextlib.suppress(Exception), torch.no_grad():
-                losses.append(float(task.forward(tensors, batch.to(device).tensors)[0]))
-                break
-    return tuple(loss for loss in losses if math.isfinite(loss))

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groktrace.analysis.measurement.llc import LLCEstimate, level_of_chance
+from groktrace.analysis.measurement.chance import level_of_chance
+from groktrace.analysis.measurement.llc import LLCEstimate
 from groktrace.analysis.measurement.measure import Objective, SnapshotMetrics, stack_weights
 from groktrace.analysis.tuning import PILOT
 from groktrace.errors import SettingsError
