@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from groktrace.analysis.measurement.pilot import fitted_losses
+from groktrace.analysis.measurement.measure import SnapshotMetrics
+from groktrace.analysis.measurement.pilot import fitted_losses, run_threads
 from groktrace.analysis.results.trajectory import Point
 from groktrace.analysis.running.passes import spread
-from groktrace.analysis.running.session import open_session
+from groktrace.analysis.running.session import Session, open_session
 from groktrace.analysis.running.setup import choose_device, make_settings
 from groktrace.analysis.tuning import FORECAST, PASSES
 from groktrace.records import Record
@@ -85,7 +86,7 @@ def forecast(
         TaskError: the recording holds no loss to evaluate and none was given.
     """
     place, chosen = choose_device(device), make_settings(settings, options)
-    start = time.perf_counter()
+    began = start = time.perf_counter()
     with open_session(run, chosen, task=task, device=place, persist=False, train=train, n=n) as session:
         prepared = time.perf_counter() - start
         done, steps = session.known_points(), session.steps
@@ -98,7 +99,8 @@ def forecast(
         order, scale = _from_all_parts(coarse), session.kept_scale()
         looks = {}
         if scale is None:
-            looks = {step: objective.look(at, step) for step in coarse if (at := session.load(step)) is not None}
+            found = run_threads(partial(_look, session), [(step,) for step in coarse], session.backend.threads)
+            looks = {look.step: look for look in found if look is not None}
         fitted = fitted_losses({step: look.train_loss for step, look in looks.items()})
         first = order[: max(FORECAST.least_tried, session.backend.threads)]
         start = time.perf_counter()
@@ -110,8 +112,7 @@ def forecast(
         at_once = objective.llc_stack(scale) * session.backend.threads
         points: dict[int, Point] = {}
         spent, busy, rounds = 0.0, 0.0, 0
-        # Another round may take as long as those before.
-        while order and (len(points) < FORECAST.least_tried or spent * (rounds + 1) / rounds < FORECAST.seconds):
+        while order and (len(points) < FORECAST.least_tried or _time_is_left(began, spent, rounds)):
             some, order = order[:at_once], order[at_once:]
             start = time.perf_counter()
             metrics |= session.metrics([step for step in some if step not in metrics])
@@ -133,6 +134,18 @@ def forecast(
     seconds = prepared + seconds * len(wanted)
     where = scale.nbeta, scale.localization, scale.samples, scale.batch_size
     return Forecast(*of_run, mean_length, _memory(place), seconds, len(points), *where)
+
+
+def _look(session: Session, step: int) -> SnapshotMetrics | None:
+    """The losses of a snapshot; None where its file is damaged."""
+    weights = session.load(step)
+    return None if weights is None else session.objective.fork().look(weights, step)
+
+
+def _time_is_left(began: float, spent: float, rounds: int) -> bool:
+    """Whether another round, which may take as long as those before, would be over in time."""
+    taken = time.perf_counter() - began
+    return spent * (rounds + 1) / rounds < FORECAST.seconds and taken + spent / rounds < FORECAST.seconds_in_all
 
 
 def _note_time(ends: list[float], done: int, total: int) -> None:

@@ -119,10 +119,12 @@ class Forecasting:
 
     Attributes:
         seconds: that trying some may take.
+        seconds_in_all: that a forecast may take if more are to be tried.
         least_tried: however long these take.
     """
 
     seconds: float = 8.0
+    seconds_in_all: float = 25.0
     least_tried: int = 2
 
 

@@ -149,11 +149,7 @@ class _Trial:
             return None
         if scale.samples is not None and scale.samples < MINIBATCH_NOISE.profiled_multiple:
             return None
-        return [
-            profile
-            for some in _batched(snapshots, threads)
-            for profile in _run_threads(partial(self._profile, scale=scale), some)
-        ]
+        return run_threads(partial(self._profile, scale=scale), snapshots, threads)
 
     def in_batches(self, scale: Scale, profiles: Sequence[NoiseProfile] | None) -> Scale:
         """The scale with batches so large that their noise does no harm."""
@@ -187,20 +183,26 @@ class _Trial:
         Returns:
             The scale; its snapshots with their estimates, up to the first whose chains leave; whether one does.
         """
-        found: dict[Scale, list[tuple[SnapshotMetrics, dict[str, Tensor], LLCEstimate]]] = {s: [] for s in scales}
-        ahead, left = [(*snapshot, scale) for scale in scales for snapshot in snapshots], set()
-        while ahead:
+        stayed: dict[Scale, set[int]] = {scale: set() for scale in scales}
+        suspect: int | None = None
+        while stayed and len(next(iter(stayed.values()))) < len(snapshots):
+            ahead = [(*one, scale) for scale in stayed for one in snapshots if one[0].step not in stayed[scale]]
+            # Chains that left one basin will do so again, where they are not held much closer: others can wait.
+            if suspect is not None and suspect not in next(iter(stayed.values())):
+                ahead.sort(key=lambda one: one[0].step != suspect)
             some = ahead[:threads]
-            for (known, weights, scale), estimate in zip(some, _run_threads(self.run, some), strict=True):
-                if scale in left:
-                    continue
-                found[scale].append((known, weights, estimate))
+            for (known, _, scale), estimate in zip(some, run_threads(self.run, some, threads), strict=True):
                 if self.left(known, estimate):
-                    left.add(scale)
-                elif len(found[scale]) == len(snapshots):
-                    return scale, found[scale], False
-            ahead = [one for one in ahead[threads:] if one[-1] not in left]
-        return scales[-1], found[scales[-1]], True
+                    suspect = known.step
+                    stayed.pop(scale, None)
+                elif scale in stayed:
+                    stayed[scale].add(known.step)
+        scale, found = next(iter(stayed), scales[-1]), []
+        for known, weights in snapshots:
+            found.append((known, weights, self.run(known, weights, scale)))  # which most have been
+            if self.left(*found[-1][::2]):
+                return scale, found, True
+        return scale, found, False
 
     def run(self, known: SnapshotMetrics, weights: Mapping[str, Tensor], scale: Scale) -> LLCEstimate:
         """A short estimate."""
@@ -258,21 +260,24 @@ class _Trial:
         return scale._replace(samples=stored if stored <= PILOT.nearly_all * samples else samples)
 
 
-def _batched(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """So many items after another."""
-    return [items[i : i + size] for i in range(0, len(items), size)]
+def run_threads(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], threads: int) -> list[Any]:
+    """A function's values, several found at once.
 
-
-def _run_threads(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """A function's values, each found by a thread of its own."""
-    if len(arguments) == 1:
-        return [function(*arguments[0])]
-    with ThreadPoolExecutor(len(arguments)) as pool:
-        futures = [pool.submit(copy_context().run, function, *pair) for pair in arguments]
+    Args:
+        function: safe to be called by several threads.
+        arguments: of each call.
+        threads: how many.
+    """
+    if min(len(arguments), threads) <= 1:
+        return [function(*one) for one in arguments]
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(copy_context().run, function, *one) for one in arguments]
         try:
             return [future.result() for future in futures]
-        except KeyboardInterrupt:
-            interruption.set()
+        except BaseException as failure:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(failure, KeyboardInterrupt):
+                interruption.set()
             raise
 
 
