@@ -27,6 +27,13 @@ class Measurement:
         steps_off_minimum: largest burn-in plus draws of a chain on a large set at a snapshot off its minimum, which
             cannot become reliable.
         chance_samples: samples, spread evenly, that give the loss of chance; it is the same on all.
+        differentiated_samples: samples on which the gradient is held beside differences of the loss.
+        differentiated_distance: from w* of the place where that is done, relative to the weights: kinks at w* itself,
+            such as those of units that are exactly 0, tell nothing.
+        difference_distance: of two losses from there, the same.
+        differences: number of directions.
+        gradient_rtol: a gradient that is off by more is not that of the loss. (Those of the workloads are off by 1e-6.)
+        max_differentiated: larger networks are not looked at.
     """
 
     evaluated_samples: int = 256
@@ -42,6 +49,12 @@ class Measurement:
     max_products: int = 24
     steps_off_minimum: int = 40
     chance_samples: int = 256
+    differentiated_samples: int = 8
+    differentiated_distance: float = 0.01
+    difference_distance: float = 1e-5
+    differences: int = 4
+    gradient_rtol: float = 0.01
+    max_differentiated: int = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,6 +107,7 @@ def summarise(
     by_centred: bool = False,
     unseen_per_nat: float = 0.0,
     batch_effect: float = 0.0,
+    wrong_gradient: str = "",
 ) -> LLCEstimate:
     """Turn one snapshot's traces into an estimate and judge it.
 
@@ -123,6 +124,7 @@ def summarise(
         by_centred: whether λ_c is the measure, whose error says whether there are draws enough.
         unseen_per_nat: by how much λ is lower on the samples that are used than on all, relative to it, over λ itself.
         batch_effect: see `LLCEstimate`.
+        wrong_gradient: what is wrong with the gradient; empty where nothing is.
     """
     if traces.diverged(dimension):
         if traces.fall > dimension:
@@ -146,6 +148,11 @@ def summarise(
     widest = RELIABILITY.widest_virial * math.sqrt(2 * dimension / traces.virial.shape[1])
     virial_error = min(traces.total_virial_error(settings.kernel, localization, dimension), widest) / dimension
     reasons = []
+    if wrong_gradient:
+        reasons.append(
+            f"another gradient: backward gives one that is off the loss's {wrong_gradient}; leave these weights out of "
+            "parameters, or stop no gradient"
+        )
     ratio_error = traces.error(0.5 * traces.virial - traces.delta_loss) / abs(llc) if llc else 0.0
     # Where all weights are zero there is no length to compare with.
     far = norm > 0 and relative_distance > RELIABILITY.distance

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from groktrace.analysis.measurement.chance import chance_losses
 from groktrace.analysis.measurement.llc import LLCEstimate, summarise, unusable
+from groktrace.analysis.measurement.gradient_check import wrong_gradient
 from groktrace.analysis.measurement.predictions import batch_effect, count_targets, measure_losses
 from groktrace.analysis.measurement.stopping import needed_centred, needed_of_large_sets, needed_plain
 from groktrace.analysis.tuning import MEASUREMENT
@@ -86,6 +87,7 @@ class Objective:
         chance: training losses of networks that know nothing, see `chance_losses`.
         targets: predictions that the loss compares with targets, a sample.
         batch_effect: what it changes that samples are evaluated together; see `predictions.batch_effect`.
+        wrong_gradient: what is wrong with its gradient; empty where nothing is.
     """
 
     task: Task
@@ -94,6 +96,7 @@ class Objective:
     chance: tuple[float, ...] = ()
     targets: float = 1.0
     batch_effect: float = 0.0
+    wrong_gradient: str = ""
 
     @classmethod
     def of(
@@ -128,7 +131,8 @@ class Objective:
         chance = chance_losses(task, weights, device, loss.micro_batch, untrained)
         resolved = resolve(settings, layout.size, loss.micro_batch is None)
         where = task, weights, device, loss.micro_batch
-        return cls(task, loss, resolved, chance, count_targets(*where), batch_effect(*where))
+        wrong = wrong_gradient(task, layout, weights, device)
+        return cls(task, loss, resolved, chance, count_targets(*where), batch_effect(*where), wrong)
 
     @property
     def layout(self) -> WeightLayout:
@@ -302,6 +306,7 @@ class Objective:
                 by_centred=centred,
                 unseen_per_nat=self._unseen_per_nat(scale),
                 batch_effect=self.batch_effect,
+                wrong_gradient=self.wrong_gradient,
             )
             for known, trace, factor in zip(metrics, traces, factors, strict=True)
         ]
