@@ -297,7 +297,7 @@ class Capture:
         """
         # Looked up anew, as a script may replace parameters or move the model to another device.
         kept = self._once.names
-        current = {name: tensor for name, tensor in self._current().items() if name not in kept}
+        current = {name: tensor for name, tensor in self.current().items() if name not in kept}
         for name in current.keys() - self.buffers.keys():
             self._allocate(name)
         buffers = {name: self.buffers[name] for name in current}
@@ -343,7 +343,7 @@ class Capture:
     def take_part(self) -> None:
         """Take part in the collectives of the process that copies a sharded model."""
         with torch.inference_mode(False), torch.no_grad():
-            for tensor in self._current().values():
+            for tensor in self.current().values():
                 _whole(tensor)
 
     def moved(self) -> bool:
@@ -351,7 +351,7 @@ class Capture:
         with torch.inference_mode(False), torch.no_grad():
             return any(
                 spec.trainable and not torch.equal(tensor.cpu(), self.buffers[name])
-                for name, tensor in self._current().items()
+                for name, tensor in self.current().items()
                 if (spec := self._specs[name])
             )
 
@@ -363,7 +363,8 @@ class Capture:
     def _all(self) -> dict[str, Tensor]:
         return dict(named_tensors(self._model)) | self._own.parameters() | self._own.buffers()
 
-    def _current(self) -> dict[str, Tensor]:
+    def current(self) -> dict[str, Tensor]:
+        """The tensors as they are now, by name."""
         current = self._all()
         if current.keys() != self._specs.keys():
             odd = sorted(current.keys() ^ self._specs.keys())

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from groktrace.recording.attach import follow_optimizer
+from groktrace.recording.branch import another_branch
 from groktrace.recording.capture import Capture
 from groktrace.recording.count import UpdateCount
 from groktrace.recording.folder import Folder
@@ -47,8 +48,7 @@ class Recorder:
         guard: Guard | None = None,
     ) -> None:
         self.out, self.requested, self._root = folder.place, folder.requested, folder.root
-        self.deferred = deferred
-        self._pid = os.getpid()
+        self.deferred, self._pid = deferred, os.getpid()
         self._model: nn.Module | None = model
         self._optimizer = optimizer
         self._keep = keep
@@ -71,7 +71,8 @@ class Recorder:
         if self._writer is not None:
             if not capture.sharded:
                 probe = WeightProbe(trained(model, optimizer))
-                self._writer.idle = Watchdog(probe, self._moment, start, self._warn_once, optimizer is None).look
+                among = (lambda: (self._count.counted, self._in_update or self._closed or self._left), start)
+                self._writer.idle = Watchdog(probe, *among, self._warn_once, optimizer is None).look
             pending.register(self.out, self.flush, self.requested)
         open_recorders.append(self)
         catch_termination()
@@ -347,7 +348,10 @@ class Recorder:
         """Wait for free buffers; whether the step is still to be written."""
         writer.make_room()
         self._report(writer)
-        return not writer.lost and not layout.snapshot_path(self._root, step).exists()
+        path = layout.snapshot_path(self._root, step)
+        if (there := path.exists()) and step != self._copied and (said := another_branch(path, self._capture)):
+            self._warn_once("branch", said)
+        return not writer.lost and not there
 
     def _finish(self) -> None:
         if (capture := self._capture) is None or self._left:
@@ -388,10 +392,6 @@ class Recorder:
             self._finish()
         elif self._writer is not None and self.steps != self._copied:
             self._warn_once("last", "the last step of a sharded model is kept only where every process calls close().")
-
-    def _moment(self) -> tuple[int, bool]:
-        """The number of updates so far, and whether one is in progress."""
-        return self._count.counted, self._in_update or self._closed or self._left
 
     def _report(self, writer: Writer) -> None:
         if writer.lost and self._capture is not None:

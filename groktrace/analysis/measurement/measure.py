@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from groktrace.analysis.measurement.chance import chance_losses
-from groktrace.analysis.measurement.llc import LLCEstimate, summarise, unusable
 from groktrace.analysis.measurement.gradient_check import wrong_gradient
+from groktrace.analysis.measurement.llc import LLCEstimate, summarise, unusable
 from groktrace.analysis.measurement.predictions import batch_effect, count_targets, measure_losses
 from groktrace.analysis.measurement.stopping import needed_centred, needed_of_large_sets, needed_plain
 from groktrace.analysis.tuning import MEASUREMENT

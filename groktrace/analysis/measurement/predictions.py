@@ -32,6 +32,8 @@ _TARGETS_OF = 8
 # Samples of which it is found out whether the loss is a mean over them, and in how many parts.
 _BATCH_EFFECT_OF = 256
 _QUARTERS = 4
+# Samples at which it is found out whether a loss falls or rises with the outputs of targets.
+_SIGN_OF = 64
 
 
 @dataclass(frozen=True)
@@ -145,10 +147,11 @@ def measure_losses(
     """
     weights = {name: as_float(tensor).to(device) for name, tensor in weights.items()}
     offset: Tensor | None = None
+    smallest: bool | None = None
     found: dict[str, float | None] = {}
 
     def correct(batch: Batch, outputs: Tensor | None, training: bool) -> Tensor | None:
-        nonlocal offset
+        nonlocal offset, smallest
         pair = without_noise(batch).nested()
         if outputs is None or not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], Tensor):
             return None
@@ -158,7 +161,9 @@ def measure_losses(
         if task.shift_invariant and training:
             # The loss cannot see this mean, so neither may the predictions (Gromov 2023's network has it at 30-50 %).
             offset = (outputs - targets).mean(0) if targets.shape == outputs.shape else None
-        return correct_predictions(outputs, targets, offset)
+        if smallest is None:
+            smallest = _takes_smallest(task, weights, device, together)
+        return correct_predictions(-outputs if smallest else outputs, targets, offset)
 
     def measure(name: str, batch: Batch) -> None:
         count, total = together or len(batch), 0.0
@@ -183,6 +188,34 @@ def measure_losses(
             with failures_in_words("val: the loss cannot be evaluated on the recorded validation samples", advice):
                 measure("val", task.val)
     return found
+
+
+def _takes_smallest(
+    task: Task, weights: Mapping[str, Tensor], device: torch.device, together: int | None = None
+) -> bool:
+    """Whether the loss asks for small outputs of targets, as of distances and energies: it rises with each of them."""
+    part = task.train.take(slice(0, min(_SIGN_OF, together or _SIGN_OF, len(task.train)))).to(device)
+    pair = without_noise(part).nested()
+    targets = pair[1] if isinstance(pair, tuple | list) and len(pair) == 2 else None
+    if not isinstance(targets, Tensor) or targets.dtype != torch.long or targets.ndim != 1:
+        return False
+    try:
+        with torch.enable_grad():
+            named = {
+                name: tensor.detach().requires_grad_(tensor.is_floating_point()) for name, tensor in weights.items()
+            }
+            loss, outputs = task.forward(named, part.tensors)
+            if (
+                outputs is None
+                or outputs.ndim != 2
+                or not 0 <= int(targets.min()) <= int(targets.max()) < outputs.shape[1]
+            ):
+                return False
+            slope = torch.autograd.grad(loss, outputs)[0]
+    except Exception:  # some programs take one batch size only; some losses are not of the outputs that are returned
+        return False
+    own = slope.gather(1, targets[:, None])
+    return bool((own >= 0).all() & (own > 0).any() & (slope.sum() <= own.sum()))
 
 
 def correct_predictions(outputs: Tensor, targets: Tensor, offset: Tensor | None = None) -> Tensor | None:

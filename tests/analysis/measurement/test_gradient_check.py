@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 import groktrace
 from groktrace.analysis.measurement.gradient_check import wrong_gradient
@@ -84,7 +84,7 @@ def test_differences_that_do_not_agree_tell_nothing():
     """In half precision a loss moves by steps."""
 
     def rough(outputs, targets):
-        return F.mse_loss(outputs.half().float(), targets)
+        return functional.mse_loss(outputs.half().float(), targets)
 
     assert check(nn.Linear(3, 1), x, rough) == ""
 

@@ -166,6 +166,37 @@ def test_what_is_no_cross_entropy_gives_no_hits():
     assert hits is None
 
 
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_where_small_outputs_mean_the_class_the_smallest_is_the_prediction(sign):
+    """As of squared distances to prototypes, in a loss that calls no cross-entropy."""
+
+    def loss(outputs, targets):
+        return -functional.log_softmax(sign * outputs, 1)[torch.arange(len(targets)), targets].mean()
+
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3), torch.randn(60, 4)
+    y = (sign * model(x).detach()).argmax(1)
+    y[:15] = (y[:15] + 1) % 3
+    task = Task.from_model(model, train=(x, y), loss=loss)
+    assert measure_losses(task, dict(model.state_dict()), CPU)["train_accuracy"] == 0.75
+
+
+def test_outputs_that_overshoot_their_targets_are_still_the_largest():
+    """Of squares to one-hot rows the gradient at a fitted target has either sign."""
+
+    def loss(outputs, targets):
+        return functional.mse_loss(outputs, functional.one_hot(targets, 3).float())
+
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3), torch.eye(4)[torch.arange(40) % 4]
+    y = torch.arange(40) % 4 % 3
+    with torch.no_grad():
+        model.weight.copy_(functional.one_hot(torch.arange(4) % 3, 3).float().T + 0.05 * torch.randn(3, 4))
+        model.bias.zero_()
+    task = Task.from_model(model, train=(x, y), loss=loss)
+    assert measure_losses(task, dict(model.state_dict()), CPU)["train_accuracy"] == 1.0
+
+
 def test_targets_are_the_predictions_that_the_loss_compares():
     model, line = Sequence(), nn.Linear(4, 3)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
