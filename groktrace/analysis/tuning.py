@@ -165,6 +165,7 @@ class Reliability:
             loss, of higher degree, has more than 1.
         min_llc: smaller λ are held to the error that this one may have, 0.05 at the default `rtol`: a direction counts
             for a half, and what is nearly zero has no relative error.
+        rounding: of nβ·L in single precision, relative to λ: on four regressions λ̂ was off by as much as that.
         passes: draws over those to an independent one; the scatter of fewer tells nothing of their error.
         single_chain_gap: a single chain is flagged where λ̂ is below ½E[(w − w*)·nβ∇L] by this share: it may be a
             slope's.
@@ -183,6 +184,7 @@ class Reliability:
     flattening: float = 0.2
     min_llc: float = 1.25
     single_chain_gap: float = 0.1
+    rounding: float = 0.05
     passes: float = 4.0
 
 

@@ -1,8 +1,8 @@
 """The training step of each checkpoint.
 
 By --step-from where that is given. Else by what the checkpoints themselves say, where all do: a number named as one of
-`RECORDS`, or the `step` in an optimizer's state. Else by the names of the files, where all have a number: the last one
-after `step` or `iter`, or else the last one, or else that of the folder.
+`RECORDS`, or the `step` in an optimizer's state. Else by the names of the files, where all have a whole number: the
+last one after `step` or `iter`, or else the last one, or else that of the folder.
 """
 
 import math
@@ -21,8 +21,10 @@ RECORDS = ("global_step", "step", "steps", "iteration", "iter", "iter_num", "num
 _OPTIMIZER_STEP = re.compile(r"(?:.*\.)?state\..+\.step")
 _OPTIMIZER_GROUP = re.compile(r"(?:^|\.)param_groups\.[0-9]+\.")
 MAX_STATES = 16  # of an optimizer, that are looked at
-_AFTER_STEP = re.compile(r"(?:step|iter|iteration|update)s?[-_=. ]*([0-9]+)", re.IGNORECASE)
-_NUMBER = re.compile(r"[0-9]+")
+# Whole numbers: none that is a part of 0.53 or 1,500, and none that stands for more, as 10k and 1e3 do.
+_WHOLE = r"(?<![0-9])(?<![0-9][.,e])([0-9]+)(?![0-9]|[.,][0-9]|[km](?![a-z])|e[0-9])"
+_AFTER_STEP = re.compile(rf"(?:step|iter|iteration|update)s?[-_=. ]*{_WHOLE}", re.IGNORECASE)
+_NUMBER = re.compile(_WHOLE, re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def _number(contents: Contents, name: str) -> float | None:
 
 
 def named_step(path: Path) -> int | None:
-    """The step by a checkpoint's name; None where it has no number."""
+    """The step by a checkpoint's name; None where it has no whole number."""
     suffix = max((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), key=len, default="")
     for name in (path.name.removesuffix(suffix), path.absolute().parent.name):
         for pattern in (_AFTER_STEP, _NUMBER):

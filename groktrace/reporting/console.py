@@ -228,7 +228,7 @@ def limit_lines(limit: LearningCoefficient) -> list[str]:
         found = f"Learning coefficient {'; '.join(limit.reasons)}."
     else:
         bounds = f"95 % interval {number(limit.low)} to {number(limit.high)}"
-        found = f"Learning coefficient: λ = {number(limit.llc)} ({bounds}); λ̂ is at its limit from nβ = "
+        found = f"Learning coefficient: λ = {number(limit.llc)} ({bounds}); λ̂ nears it as theory says from nβ = "
         found += f"{number(limit.plateau[0])} to {number(limit.plateau[1])}."
     return ["Annealed particles:", *aligned(rows), "", found]
 

@@ -379,15 +379,14 @@ class StackedLoss:
                 return replace(self, fixed=fixed)._differentiate(flat, None if index is None else others[-1])
 
             try:
-                plan = Plan(function, self._arguments(weights, index))
-            except CannotPlanError:
-                plan = None
-            else:
+                plan: Plan | None = Plan(function, self._arguments(weights, index))
                 # At another point too: what depends on values in a way that the recording missed shows there.
                 moved = weights * 1.01
                 expected = torch.cat([tensor.flatten() for tensor in self._differentiate(moved, index)])
                 got = torch.cat([tensor.flatten() for tensor in plan(*self._arguments(moved, index))])
                 if (got - expected).nan_to_num().norm() > 1e-3 * expected.nan_to_num().norm():
                     plan = None
+            except (CannotPlanError, RuntimeError):  # such as a result whose elements share memory
+                plan = None
             self.plans[key] = plan
         return self.plans[key]

@@ -457,3 +457,24 @@ def test_an_operation_takes_one_thread_unless_the_network_is_large(monkeypatch, 
     finally:
         torch.set_num_threads(before)
     assert seen == {2 if large else 1}
+
+
+@pytest.mark.parametrize("constant", [0.0, 1e5])
+def test_a_constant_in_the_loss_that_takes_its_digits_is_named(constant):
+    """λ_c needs differences of gradients alone, and is right whatever is added to the loss."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(12, 1, bias=False), torch.randn(60, 12)
+
+    def loss(outputs, targets):
+        return nn.functional.mse_loss(outputs, targets) + constant
+
+    scale = {"nbeta": 2000.0, "localization": 200.0}
+    curvature = 2 * torch.linalg.eigvalsh(x.double().T @ x.double() / 60)
+    exact = float((0.5 * curvature / (curvature + 0.1)).sum())
+    found = estimate_llc(model, loss, (x, model(x).detach()), progress=False, **scale)
+    assert found.llc_centred == pytest.approx(exact, abs=4 * found.stderr_centred)
+    if constant:
+        assert any(reason.startswith("rounded: single precision tells losses near 1e+05") for reason in found.reasons)
+    else:
+        assert found.reasons == ()
+        assert found.llc == pytest.approx(exact, abs=4 * found.stderr)

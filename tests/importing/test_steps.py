@@ -26,6 +26,13 @@ from groktrace.run.layout import MAX_STEP
         ("v2/final.pt", 2),
         ("weights.0042.safetensors", 42),
         ("Steps 12.pt", 12),
+        ("epoch3_loss0.532.pt", 3),
+        ("step_1,500,000-of-2.pt", 2),
+        ("7_at_1e3.pt", 7),
+        ("run3.2/w-0.50.pt", None),
+        ("ckpt_10k.pt", None),
+        ("step_2M.pt", None),
+        ("12kept.pt", 12),
     ],
 )
 def test_the_step_in_a_name(path, step):

@@ -505,3 +505,22 @@ def test_a_loss_that_another_optimizer_trains(training, tmp_path, capsys):
     spec = specs_of(tmp_path / "run")["loss.scale"]
     assert (spec.trainable, spec.trainable_from) == (True, 2)
     assert "another optimizer trains 'loss.scale' of the loss" in capsys.readouterr().err
+
+
+def test_weights_that_are_projected_after_updates_are_kept_where_steps_are_counted_after_that(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2), torch.randn(20, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with watch(model, train=(x, x[:, :2]), loss="mse", out=tmp_path / "run", every=10) as recorder:
+        for step in range(1, 21):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), x[:, :2]).backward()
+            optimizer.step()
+            with torch.no_grad():
+                model.weight.div_(10 * model.weight.norm())
+            recorder.step()
+            if step == 10:
+                kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    snapshots = {snapshot.step: snapshot.load() for snapshot in open_run(tmp_path / "run").snapshots}
+    assert all(torch.equal(snapshots[10][name], tensor) for name, tensor in kept.items())
+    assert all(torch.equal(snapshots[20][name], tensor) for name, tensor in model.state_dict().items())

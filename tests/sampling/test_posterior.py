@@ -172,6 +172,26 @@ def test_networks_that_cannot_be_stacked_go_row_by_row():
     torch.testing.assert_close(gradients, torch.tensor([[4.0, 4.0], [-2.0, -2.0]]))
 
 
+def test_what_cannot_be_repeated_in_place_is_differentiated_anew():
+    """The gradient of the real and the imaginary part side by side lies in memory that elements share."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 5)
+
+    def forward(weights, tensors):
+        outputs = tensors[0].to(torch.complex64) @ weights["w"].T
+        outputs = torch.cat([outputs.real, outputs.imag], 1)
+        return outputs.square().mean(), outputs
+
+    layout = WeightLayout(("w",), ((3, 5),), ("w",))
+    flat = torch.randn(2, 30)
+    loss = StackedLoss(forward, layout, (x,), {}).probe(flat[:1])
+    _, gradients = loss.gradients(flat)
+    again = flat.clone().requires_grad_()
+    weights = [torch.view_as_complex(row.view(3, 5, 2)) for row in again]
+    sum(forward({"w": w}, (x,))[0] for w in weights).backward()
+    torch.testing.assert_close(gradients, again.grad)
+
+
 @pytest.mark.parametrize("vectorised", [True, False])
 def test_gradients_of_complex_weights_are_those_of_the_pairs(vectorised):
     torch.manual_seed(0)

@@ -47,7 +47,8 @@ class LearningCoefficient(Record):
         low, high: its 95 % interval; None with it.
         reached: whether there is a limit.
         reasons: why there is none, in words.
-        plateau: least and largest nβ between which λ̂ is that of the limit, but for its logarithmic correction.
+        plateau: least and largest nβ between which λ̂ nears the limit as theory says, by (m − 1)/log nβ and a
+            power of 1/nβ: at the least of them it may be far from it still.
         multiplicity: the probability that λ has multiplicity 1, 2, ..., as λ̂ approaches it like λ − (m − 1)/log nβ
             (Watanabe 2009); empty where there is no limit.
         ladder: λ̂ at each nβ, ascending.

@@ -13,6 +13,8 @@ from groktrace.sampling.traces import Traces
 
 OFF_MINIMUM = "not at a minimum: the loss falls on moving away from the snapshot"
 PERHAPS_OFF = "perhaps not at a minimum: a single chain cannot tell a slope from a loss of higher degree"
+# Rounding of a loss, relative to it.
+SINGLE = 2.0**-24
 # Beginnings of the reasons after which neither λ̂ nor λ_c is the basin's.
 NOT_THE_BASIN = ("no basin", "left the basin", "leaving the basin", "not local", "not equilibrated", "diverging")
 
@@ -198,6 +200,12 @@ def summarise(
     # Half-chains of m effective draws differ by chance: R-hat is then about √(1 + 1/m).
     if rhat > max(RELIABILITY.rhat, math.sqrt(1 + 10 * settings.chains / ess)):
         reasons.append(f"chains disagree (split R-hat {rhat:.2f})")
+    rounding = nbeta * SINGLE * abs(loss)
+    if rounding > RELIABILITY.rounding * max(abs(llc if centred is None else centred), RELIABILITY.min_llc):
+        reasons.append(
+            f"rounded: single precision tells losses near {loss:.4g} apart by {rounding:.2g}/nβ, too much for λ̂; "
+            "take off the loss what does not depend on the weights"
+        )
     llc, stderr = llc - excess, math.hypot(stderr, RELIABILITY.heating_error * excess)
     if centred is not None and stderr_centred is not None:
         centred, stderr_centred = centred - excess, math.hypot(stderr_centred, RELIABILITY.heating_error * excess)
