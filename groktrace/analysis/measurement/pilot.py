@@ -186,17 +186,18 @@ class _Trial:
         stayed: dict[Scale, set[int]] = {scale: set() for scale in scales}
         suspect: int | None = None
         while stayed and len(next(iter(stayed.values()))) < len(snapshots):
-            ahead = [(*one, scale) for scale in stayed for one in snapshots if one[0].step not in stayed[scale]]
+            ahead = [(i, scale) for scale in stayed for i in range(len(snapshots)) if i not in stayed[scale]]
             # Chains that left one basin will do so again, where they are not held much closer: others can wait.
             if suspect is not None and suspect not in next(iter(stayed.values())):
-                ahead.sort(key=lambda one: one[0].step != suspect)
+                ahead.sort(key=lambda one: one[0] != suspect)
             some = ahead[:threads]
-            for (known, _, scale), estimate in zip(some, run_threads(self.run, some, threads), strict=True):
-                if self.left(known, estimate):
-                    suspect = known.step
+            arguments = [(*snapshots[i], scale) for i, scale in some]
+            for (i, scale), estimate in zip(some, run_threads(self.run, arguments, threads), strict=True):
+                if self.left(snapshots[i][0], estimate):
+                    suspect = i
                     stayed.pop(scale, None)
                 elif scale in stayed:
-                    stayed[scale].add(known.step)
+                    stayed[scale].add(i)
         scale, found = next(iter(stayed), scales[-1]), []
         for known, weights in snapshots:
             found.append((known, weights, self.run(known, weights, scale)))  # which most have been
