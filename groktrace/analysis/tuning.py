@@ -75,7 +75,7 @@ class Pilot:
         max_bias: a posterior of S samples with m targets each has λ_c lower by about λ_c/(S·m) of it (measured on
             four networks); S is such that this is the most.
         min_samples: S, at least.
-        unknown_samples: S where no short chain tells λ_c; a convention.
+        unknown_samples: S where no short chain tells λ_c, or none stays and no more are stored; a convention.
         nearly_all: all stored samples are used where there are no more than so many times S, as few more cost little; a
             convention.
     """

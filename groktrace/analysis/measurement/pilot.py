@@ -115,12 +115,14 @@ def choose_sampling(
     if free:
         sized = {"samples": scale.samples, "batch_size": scale.batch_size}
         scales = [choose_scale(objective, metrics, locality=at)._replace(**sized) for at in PILOT.localities]
-    scale, found, has_left = trial.first_that_stays(scales, snapshots, at_once)
-    if has_left and large_set:  # batches may have kept the chains up there, and λ_c would be far too large
-        whole = trial.in_batches(scale, None)
-        found = [(*snapshot, trial.run(*snapshot, whole)) for *snapshot, _ in found]
+    scale, stays = trial.first_that_stays(scales, snapshots, at_once)
     if not large_set:
         return scale
+    found = []
+    if stays:
+        found = [trial.run(*snapshot, scale) for snapshot in snapshots]  # as they have been
+    elif stored > PILOT.unknown_samples:  # batches may have kept the chains up there, and λ_c would be far too large
+        found = [trial.run(*snapshot, trial.in_batches(scale, None)) for snapshot in snapshots]
     scale = trial.enlarged(scale, found)
     return trial.in_batches(scale, trial.profiles(scale, snapshots, at_once))
 
@@ -172,7 +174,7 @@ class _Trial:
 
     def first_that_stays(
         self, scales: Sequence[Scale], snapshots: Sequence[tuple[SnapshotMetrics, dict[str, Tensor]]], threads: int
-    ) -> tuple[Scale, list[tuple[SnapshotMetrics, dict[str, Tensor], LLCEstimate]], bool]:
+    ) -> tuple[Scale, bool]:
         """The first scale at which chains stay in each snapshot's basin, or else the last.
 
         Args:
@@ -181,7 +183,7 @@ class _Trial:
             threads: how many trials are made at once, of later scales too where there are fewer snapshots.
 
         Returns:
-            The scale; its snapshots with their estimates, up to the first whose chains leave; whether one does.
+            The scale, and whether chains stay there.
         """
         stayed: dict[Scale, set[int]] = {scale: set() for scale in scales}
         suspect: int | None = None
@@ -198,12 +200,7 @@ class _Trial:
                     stayed.pop(scale, None)
                 elif scale in stayed:
                     stayed[scale].add(i)
-        scale, found = next(iter(stayed), scales[-1]), []
-        for known, weights in snapshots:
-            found.append((known, weights, self.run(known, weights, scale)))  # which most have been
-            if self.left(*found[-1][::2]):
-                return scale, found, True
-        return scale, found, False
+        return next(iter(stayed), scales[-1]), bool(stayed)
 
     def run(self, known: SnapshotMetrics, weights: Mapping[str, Tensor], scale: Scale) -> LLCEstimate:
         """A short estimate."""
@@ -244,14 +241,12 @@ class _Trial:
         chance = level_of_chance(self._objective.chance, known.train_loss)
         return estimate.llc / estimate.nbeta > PILOT.max_climb * (chance - known.train_loss)
 
-    def enlarged(
-        self, scale: Scale, found: Sequence[tuple[SnapshotMetrics, Mapping[str, Tensor], LLCEstimate]]
-    ) -> Scale:
+    def enlarged(self, scale: Scale, found: Sequence[LLCEstimate]) -> Scale:
         """The scale with so many samples that the posterior of all would hardly be another one."""
         stored = len(self._loss.tensors[0])
         if self._settings.samples is not None:
             return scale._replace(samples=min(self._settings.samples, stored))
-        values = [estimate.llc_centred or estimate.llc for _, _, estimate in found]
+        values = [estimate.llc_centred or estimate.llc for estimate in found]
         known = [value for value in values if value is not None]
         wanted = max(known) / (PILOT.max_bias * self._objective.targets) if known else PILOT.unknown_samples
         samples = PILOT.min_samples

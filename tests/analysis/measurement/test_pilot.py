@@ -270,8 +270,10 @@ def test_a_trial_on_all_samples_that_too_large_a_step_throws_out_is_made_with_a_
         assert (burn_in, draws) == (round(20 * slow), round(12 * slow))
 
 
-def test_chains_that_batches_keep_up_do_not_say_how_many_samples_are_used(large_set, monkeypatch):
+@pytest.mark.parametrize(("unknown", "samples"), [(1024, 512), (2048, 2048)])
+def test_chains_that_batches_keep_up_do_not_say_how_many_samples_are_used(large_set, monkeypatch, unknown, samples):
     sample = Objective.sample
+    monkeypatch.setattr(pilot, "PILOT", Pilot(unknown_samples=unknown))
 
     def heated(own, weights, metrics, scale, *rest):
         found = sample(own, weights, metrics, scale, *rest)
@@ -283,7 +285,7 @@ def test_chains_that_batches_keep_up_do_not_say_how_many_samples_are_used(large_
     model, data, _ = line()
     found = choose(*prepared(model, "mse", data))
     assert found.locality == 0.01
-    assert found.samples == pytest.approx(512, rel=0.25)  # of 2048
+    assert found.samples == pytest.approx(samples, rel=0.25)  # of 2048
 
 
 def test_no_trial_is_made_twice(large_set, monkeypatch):
