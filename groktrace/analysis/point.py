@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from groktrace.analysis.measurement.limit import LearningCoefficient, learning_coefficient
+from groktrace.analysis.measurement.limit import LearningCoefficient
+from groktrace.analysis.measurement.limit_by_chains import limit_by_chains
+from groktrace.analysis.measurement.limit_by_particles import limit_by_particles
 from groktrace.analysis.measurement.llc import LLCEstimate
 from groktrace.analysis.measurement.measure import Objective, SnapshotMetrics
 from groktrace.analysis.measurement.pilot import choose_sampling
 from groktrace.analysis.progress import ProgressCallback, shown
 from groktrace.analysis.running.backends import one_thread
 from groktrace.analysis.running.setup import choose_device, make_settings, weight_layout
+from groktrace.analysis.tuning import LIMIT
 from groktrace.errors import TaskError
 from groktrace.run.task import Task
 from groktrace.sampling.settings import SamplingOptions, SamplingSettings
@@ -80,8 +83,9 @@ def estimate_llc(
         loss: loss(outputs, targets) as a mean over the batch, "cross_entropy", "mse", or None with `batch_loss`. Its
             own parameters are sampled with the model's.
         train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader.
-        limit: whether to follow λ̂ to so large an nβ that it no longer depends on it: λ itself, of networks of some
-            hundred weights. Of the settings it takes `localization`, `locality`, `parameters`, `rtol` and `seed`.
+        limit: whether to follow λ̂ to so large an nβ that it no longer depends on it: λ itself. Of the settings it
+            takes `localization`, `locality`, `parameters`, `rtol` and `seed`. Beyond 500 weights it takes 50 000
+            gradients and more, and the model has to be at a minimum.
         batch_loss: batch_loss(model, batch) for models that compute their own loss.
         n: the number of training samples, where `train` is a stream without an end or a length, or a sample of them.
         noise: "fixed" draws the random numbers of the loss once for each sample.
@@ -108,7 +112,9 @@ def estimate_llc(
         objective, weights, metrics = prepare_point(model, loss, train, batch_loss, chosen, place, n, noise)
         report("losses, curvature", 1, 1)
         if limit:
-            return learning_coefficient(objective, weights, metrics.norm_squared, progress=report)
+            if objective.layout.size > LIMIT.max_weights:
+                return limit_by_chains(objective, weights, metrics, progress=report)
+            return limit_by_particles(objective, weights, metrics.norm_squared, progress=report)
         report("locality, samples, batches", 0, 1)
         scale = choose_sampling(objective, lambda step: weights, [metrics])
         report("locality, samples, batches", 1, 1)

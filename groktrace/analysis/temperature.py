@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from groktrace.analysis.measurement.limit import LearningCoefficient, learning_coefficient
+from groktrace.analysis.measurement.limit import LearningCoefficient
+from groktrace.analysis.measurement.limit_by_particles import limit_by_particles
 from groktrace.analysis.measurement.llc import LLCEstimate
 from groktrace.analysis.measurement.measure import Objective, SnapshotMetrics
 from groktrace.analysis.measurement.pilot import choose_sampling, choose_scale
@@ -183,7 +184,7 @@ def _measure_curve(
         if nbetas is None and objective.layout.size <= LIMIT.max_weights:
             asked = replace(objective.settings, localization=chosen.localization, resolution=None, step_size=None)
             limited = replace(objective, settings=asked)
-            limit = learning_coefficient(limited, weights, metrics.norm_squared, key, report)
+            limit = limit_by_particles(limited, weights, metrics.norm_squared, key, report)
         scale = choose_sampling(objective, lambda step: weights, [metrics], lambda step: key)
         if nbetas is None:
             own = objective.settings.resolution or CALIBRATION.resolution

@@ -190,7 +190,7 @@ class Reliability:
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """How the learning coefficient is found along a ladder of nβ; see `analysis.limit`.
+    """How the learning coefficient is found along a ladder of nβ; see `limit_by_particles` and `limit_by_chains`.
 
     Attributes:
         localities: widths of the Gaussians that particles come from, relative to ‖w*‖.
@@ -203,8 +203,15 @@ class Limit:
         max_nbeta: end of a ladder; double precision tells losses apart that far where w* is an exact solution.
         resolved: largest nβ times the rounding of a loss.
         max_gradients: gradients of all particles along the ladder, and as many at its end: minutes of a small network.
-        max_weights: largest network whose limit is looked for unasked, within a minute or two; 2085 weights took five
-            minutes and did not reach it.
+        max_weights: largest network whose limit is looked for unasked, and by particles, within a minute or two; 2085
+            weights took five minutes and did not reach it.
+        first_resolution: κ of the first rung of chains.
+        rung_ratio: of one rung's nβ to that before.
+        min_rungs, max_rungs: of a ladder of chains: three decades, as of particles, and as far as single precision
+            goes.
+        max_chain_steps: of all chains together; minutes for ten thousand weights in five layers.
+        chain_error: least half of an interval from chains, relative to λ: of six reduced-rank regressions and teachers
+            what a ladder did not show was 2.1 % at most.
         offset: largest uncertainty of the lowest loss, times nβ and relative to λ̂: a quarter of the default `rtol`.
         disagreement: largest disagreement of populations, in the mean along a limit: it was 0.9 to 5.2 on 42 models,
             and 17 or more where particles did not move enough.
@@ -239,6 +246,12 @@ class Limit:
     resolved: float = 0.01
     max_gradients: int = 20_000
     max_weights: int = 500
+    first_resolution: float = 100.0
+    rung_ratio: float = 10.0
+    min_rungs: int = 4
+    max_rungs: int = 7
+    max_chain_steps: int = 600_000
+    chain_error: float = 0.03
     offset: float = 0.005
     disagreement: float = 8.0
     check_ratio: float = 10**0.5

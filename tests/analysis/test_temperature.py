@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import groktrace
-from groktrace.analysis.measurement import limit
+from groktrace.analysis.measurement import limit_by_particles as limit
 from groktrace.analysis.temperature import temperature_curve_at
 from groktrace.errors import SettingsError
 from groktrace.run.files import read_json, write_json

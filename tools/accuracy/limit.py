@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import groktrace
-from groktrace.analysis.measurement import limit as analysis
+from groktrace.analysis.measurement import limit_by_particles as analysis
 from groktrace.sampling import annealing
 from tools.common.known_answers import (
     KnownModel,

@@ -15,8 +15,10 @@ OFF_MINIMUM = "not at a minimum: the loss falls on moving away from the snapshot
 PERHAPS_OFF = "perhaps not at a minimum: a single chain cannot tell a slope from a loss of higher degree"
 # Rounding of a loss, relative to it.
 SINGLE = 2.0**-24
-# Beginnings of the reasons after which neither λ̂ nor λ_c is the basin's.
-NOT_THE_BASIN = ("no basin", "left the basin", "leaving the basin", "not local", "not equilibrated", "diverging")
+# Beginnings of reasons.
+LEAVING, TOO_FEW_DRAWS = "leaving the basin", "too few draws"
+# Those after which neither λ̂ nor λ_c is the basin's.
+NOT_THE_BASIN = ("no basin", "left the basin", LEAVING, "not local", "not equilibrated", "diverging")
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def summarise(
         )
     elif llc > 0 and anharmonicity < 1 - RELIABILITY.flattening - 3 * ratio_error:
         reasons.append(
-            f"leaving the basin: the loss flattens out where the chains are, {relative_distance:.2f}‖w*‖ away "
+            f"{LEAVING}: the loss flattens out where the chains are, {relative_distance:.2f}‖w*‖ away "
             f"(anharmonicity {anharmonicity:.2f}, expected 1); use a smaller locality"
         )
     elif far and llc > 0 and (bent or off):
@@ -214,11 +216,11 @@ def summarise(
         value, error = centred, stderr_centred
     if traces.slow > 1 and len(traces.delta_loss) < RELIABILITY.passes * traces.slow:
         reasons.append(
-            f"too few draws: at a step of {traces.step_size:.3g} the stiffest directions take {traces.slow:.0f} to "
+            f"{TOO_FEW_DRAWS}: at a step of {traces.step_size:.3g} the stiffest directions take {traces.slow:.0f} to "
             "forget one; use more draws or a larger step_size"
         )
     elif error > 2 * settings.rtol * max(abs(value), RELIABILITY.min_llc) and not reasons:
-        reasons.append(f"too few draws (standard error {100 * error / max(abs(value), 1e-300):.1f} %)")
+        reasons.append(f"{TOO_FEW_DRAWS} (standard error {100 * error / max(abs(value), 1e-300):.1f} %)")
     return LLCEstimate(
         llc,
         stderr,

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import groktrace
-from groktrace.analysis.measurement import limit
-from groktrace.analysis.measurement.limit import LearningCoefficient, fit_limit
+from groktrace.analysis.measurement import limit_by_particles as limit
+from groktrace.analysis.measurement.limit import LearningCoefficient
+from groktrace.analysis.measurement.limit_by_particles import fit_limit
 from groktrace.errors import SettingsError, TaskError
 from groktrace.sampling import annealing
 from groktrace.sampling.annealing import Level

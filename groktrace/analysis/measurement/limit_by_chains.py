@@ -1,0 +1,126 @@
+"""The learning coefficient of networks too large for particles: chains at ever higher resolution."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from groktrace.analysis.measurement.limit import LadderPoint, LearningCoefficient, refuse_scale
+from groktrace.analysis.measurement.llc import LEAVING, OFF_MINIMUM, PERHAPS_OFF, TOO_FEW_DRAWS, LLCEstimate
+from groktrace.analysis.measurement.measure import Objective, SnapshotMetrics
+from groktrace.analysis.measurement.pilot import choose_sampling
+from groktrace.analysis.progress import ProgressCallback, silent
+from groktrace.analysis.tuning import LIMIT
+
+_CHOICE, _RUNGS = "locality, samples, batches", "sampling at each nβ"
+# What does not end a ladder. Where directions are singular, w̄ is off w* at a minimum, too; and where the loss flattens
+# out, higher rungs show what λ̂ comes to.
+_GOES_ON = (OFF_MINIMUM, PERHAPS_OFF, LEAVING, TOO_FEW_DRAWS)
+
+
+def limit_by_chains(
+    objective: Objective,
+    weights: Mapping[str, Tensor],
+    metrics: SnapshotMetrics,
+    key: int = 0,
+    progress: ProgressCallback = silent,
+) -> LearningCoefficient:
+    """λ of the basin of a snapshot, from chains whose nβ grows tenfold from rung to rung at one γ.
+
+    Args:
+        objective: loss, data and settings.
+        weights: tensors by name.
+        metrics: of the same snapshot, which has to be a minimum.
+        key: what the noise is keyed by beside the seed.
+        progress: called with (phase, rungs done, rungs at most).
+
+    Raises:
+        SettingsError: a setting is given that a limit does not have.
+    """
+    refuse_scale(objective.settings)
+    progress(_CHOICE, 0, 1)
+    first = replace(objective, settings=replace(objective.settings, resolution=LIMIT.first_resolution))
+    scale = choose_sampling(first, lambda step: dict(weights), [metrics], lambda step: key)
+    progress(_CHOICE, 1, 1)
+    ladder: list[LadderPoint] = []
+    within: tuple[float, float] | None = None
+    spent, reasons = 0, ()
+    while len(ladder) < LIMIT.max_rungs:
+        progress(_RUNGS, len(ladder), LIMIT.max_rungs)
+        (estimate,) = objective.estimate([weights], [metrics], scale, [key])
+        steps = estimate.chains * sum(int(estimate.diagnostics.get(name) or 0) for name in ("steps", "lost_steps"))
+        spent += steps
+        reasons = tuple(reason for reason in estimate.reasons if not reason.startswith(_GOES_ON))
+        if estimate.llc is None or estimate.stderr is None or reasons:
+            break
+        ladder.append(LadderPoint(scale.nbeta, estimate.llc, estimate.stderr))
+        reasons = _against(ladder, estimate)
+        within = bounds(ladder)
+        enough = within is not None and _half_width(within) <= 1.96 * objective.settings.rtol
+        # A relaxation takes √10 times as many steps at the next rung.
+        if reasons or enough or spent + steps * LIMIT.rung_ratio**0.5 > LIMIT.max_chain_steps:
+            break
+        scale = scale._replace(nbeta=LIMIT.rung_ratio * scale.nbeta)
+    progress(_RUNGS, LIMIT.max_rungs, LIMIT.max_rungs)
+    if not reasons and (within is None or _half_width(within) > LIMIT.max_extrapolation):
+        last = ladder[-1]
+        end = f"{spent} steps of chains are spent" if len(ladder) < LIMIT.max_rungs else "the ladder ends"
+        reasons = (f"not reached: λ̂ still depends on nβ, and is {last.llc:.4g} at nβ = {last.nbeta:.3g}, where {end}",)
+    low, high = (None, None) if within is None or reasons else within
+    return LearningCoefficient(
+        llc=None if low is None or high is None else 0.5 * (low + high),
+        low=low,
+        high=high,
+        reached=not reasons,
+        reasons=reasons,
+        plateau=None if reasons else (ladder[-LIMIT.min_rungs].nbeta, ladder[-1].nbeta),
+        multiplicity=(),
+        ladder=tuple(ladder),
+        localization=scale.localization,
+        loss=metrics.train_loss,
+        minimum=metrics.train_loss,
+        distance=0.0 if metrics.norm_squared else None,
+        gradients=spent,
+    )
+
+
+def bounds(ladder: Sequence[LadderPoint]) -> tuple[float, float] | None:
+    """An interval of λ from λ̂ along a ladder, where its growth shrinks from rung to rung; None where it does not.
+
+    λ̂ = ½Σ nβh/(nβh + γ) of a bowl is below λ, and grows towards it as directions come into sight; so does λ̂ of
+    singular directions. That is one bound. The other is what λ̂ would come to if each rung's growth were to that before
+    as the last is to the last but one: there are ever fewer directions left, so that it shrinks sooner. Where λ̂ falls,
+    as it does off a minimum, there is neither.
+
+    Args:
+        ladder: each nβ as many times the last; nβ ascending.
+    """
+    if len(ladder) < LIMIT.min_rungs:
+        return None
+    before, then, last = ladder[-3:]
+    error = math.hypot(then.stderr, last.stderr)
+    if last.llc < then.llc - 3 * error:
+        return None
+    growth, earlier = max(last.llc - then.llc, 0.0) + error, then.llc - before.llc
+    # Where nothing has grown, there is no factor: a half adds as much as errors may hide.
+    shrinks = growth / earlier if earlier > 2 * math.hypot(before.stderr, then.stderr) else 0.5
+    if shrinks >= 1:
+        return None
+    left = growth * shrinks / (1 - shrinks)
+    middle = last.llc + 0.5 * left
+    half = max(0.5 * left + 1.96 * last.stderr, LIMIT.chain_error * middle)
+    return max(middle - half, 0.0), middle + half
+
+
+def _half_width(within: tuple[float, float]) -> float:
+    """Half of an interval, relative to its middle."""
+    return (within[1] - within[0]) / (within[0] + within[1])
+
+
+def _against(ladder: Sequence[LadderPoint], estimate: LLCEstimate) -> tuple[str, ...]:
+    """Why the end of a ladder is none towards λ."""
+    last = ladder[-1]
+    if last.llc < -3 * last.stderr:
+        return (f"no minimum: λ̂ is {last.llc:.4g} at nβ = {last.nbeta:.3g}, as the loss is lower elsewhere",)
+    return tuple(reason for reason in estimate.reasons if reason.startswith(LEAVING) and bounds(ladder) is not None)

@@ -1,0 +1,159 @@
+"""λ of networks too large for particles: its interval covers what is known exactly, or it is said why there is none."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import groktrace
+from groktrace.analysis import point
+from groktrace.analysis.measurement import limit_by_chains
+from groktrace.analysis.measurement.limit import LadderPoint, LearningCoefficient
+from groktrace.analysis.measurement.limit_by_chains import bounds
+from groktrace.analysis.measurement.measure import Objective
+from groktrace.errors import SettingsError
+from tools.common.known_answers import bowl, geometric, reduced_rank
+
+
+@pytest.fixture(autouse=True)
+def no_particles(monkeypatch):
+    """Small models, whose λ is known, count as too large for particles."""
+    monkeypatch.setattr(point, "LIMIT", dataclasses.replace(point.LIMIT, max_weights=0))
+
+
+def find(known, **settings):
+    return groktrace.estimate_llc(known.model, known.loss, known.train, limit=True, **settings)
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        bowl("wide", geometric(20, 1e3, flat=10), 1, 1),
+        reduced_rank(5, 3, 5, 1, 1, 1),
+        reduced_rank(12, 8, 12, 4, 1, 1),
+    ],
+    ids=lambda known: known.name,
+)
+def test_the_interval_covers_what_is_known(known):
+    found = find(known)
+    exact = 10 if known.name == "wide" else known.exact  # of a bowl `exact` is what one nβ counts
+    assert found.reached
+    assert found.reasons == ()
+    assert found.low <= exact <= found.high
+    assert found.llc == pytest.approx(exact, rel=0.05)
+    assert found.high - found.low < 0.2 * exact
+    assert found.plateau[1] / found.plateau[0] == pytest.approx(1e3)
+    assert found.gradients > 1000
+    assert LearningCoefficient.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    # One nβ tells less than λ, and a higher one more.
+    assert found.ladder[0].llc < 0.9 * exact
+    assert found.ladder[0].llc < found.ladder[1].llc
+
+
+def test_what_only_a_larger_nbeta_resolves_is_not_reached(monkeypatch):
+    """Curvatures spread evenly over twelve decades: each rung shows as many more as that before."""
+    monkeypatch.setattr(
+        limit_by_chains, "LIMIT", dataclasses.replace(limit_by_chains.LIMIT, max_chain_steps=1_000_000, max_rungs=5)
+    )
+    found = find(bowl("endless", geometric(24, 1e12), 1, 1), rtol=0.05)
+    assert (found.llc, found.low, found.high, found.plateau, found.reached) == (None, None, None, None, False)
+    (reason,) = found.reasons
+    assert reason.startswith("not reached: λ̂ still depends on nβ, and is ")
+    assert reason.endswith("where the ladder ends")
+    assert len(found.ladder) == 5
+
+
+def test_a_budget_that_ends_is_said(monkeypatch):
+    monkeypatch.setattr(limit_by_chains, "LIMIT", dataclasses.replace(limit_by_chains.LIMIT, max_chain_steps=2000))
+    found = find(reduced_rank(5, 3, 5, 1, 1, 1))
+    assert not found.reached
+    assert f"where {found.gradients} steps of chains are spent" in found.reasons[0]
+    assert 1 <= len(found.ladder) < 4
+
+
+def test_a_snapshot_off_its_minimum_has_no_limit():
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = nn.Linear(6, 1, bias=False)
+    found = groktrace.estimate_llc(model, "mse", (x, x @ (model.weight.detach() + 0.1).T), limit=True)
+    assert found.llc is None
+    assert found.reasons[0].startswith("no minimum: λ̂ is -")
+
+
+def test_a_limit_of_chains_that_leave_the_basin_is_none(monkeypatch):
+    estimate = Objective.estimate
+    flat = "leaving the basin: the loss flattens out"
+
+    def flattening(own, *arguments):
+        return [dataclasses.replace(one, reasons=(flat,)) for one in estimate(own, *arguments)]
+
+    monkeypatch.setattr(Objective, "estimate", flattening)
+    found = find(reduced_rank(5, 3, 5, 1, 1, 1))
+    assert not found.reached
+    assert found.llc is None
+    assert found.reasons == (flat,)
+    assert len(found.ladder) == 4  # what λ̂ comes to is shown
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Ladders end early."""
+    changed = dataclasses.replace(limit_by_chains.LIMIT, max_chain_steps=40_000)
+    monkeypatch.setattr(limit_by_chains, "LIMIT", changed)
+
+
+def test_rungs_are_told_as_they_are_done(short):
+    told = []
+    find(reduced_rank(2, 2, 2, 1, 1, 1), progress=lambda *call: told.append(call))
+    rungs = [(done, total) for phase, done, total in told if phase == "sampling at each nβ"]
+    assert len(rungs) >= 3
+    assert rungs == sorted(rungs)
+    assert rungs[-1][0] == rungs[-1][1]
+    assert all(done < total for done, total in rungs[:-1])
+
+
+def test_the_same_seed_gives_the_same(short):
+    known = reduced_rank(2, 2, 2, 1, 1, 1)
+    assert find(known) == find(known)
+    assert find(known, seed=1) != find(known)
+
+
+@pytest.mark.parametrize("name", ["nbeta", "resolution", "step_size"])
+def test_settings_that_a_limit_does_not_have_are_refused(name):
+    with pytest.raises(SettingsError, match=f"{name}: a limit has none; of the settings give localization, locality"):
+        find(reduced_rank(2, 2, 2, 1, 1, 1), **{name: 3.0})
+
+
+def ladder(*values, stderr=1e-6):
+    return [LadderPoint(10.0**place, value, stderr) for place, value in enumerate(values)]
+
+
+def test_growth_that_shrinks_by_a_factor_is_bounded_by_its_sum():
+    low, high = bounds(ladder(0.0, 5.0, 7.5, 8.75))  # halves: 10 in the end
+    assert low == pytest.approx(8.75, rel=1e-5)
+    assert high == pytest.approx(10.0, rel=1e-5)
+
+
+def test_growth_that_does_not_shrink_has_no_bounds():
+    assert bounds(ladder(1.0, 2.0, 3.0, 4.0)) is None
+    assert bounds(ladder(1.0, 2.0, 3.0, 5.0)) is None
+
+
+def test_a_fall_has_no_bounds():
+    assert bounds(ladder(8.0, 10.0, 10.5, 10.0, stderr=0.1)) is None
+
+
+def test_no_growth_leaves_what_errors_hide():
+    low, high = bounds(ladder(9.0, 10.0, 10.0, 10.0, stderr=0.5))
+    assert low == pytest.approx(10 - 0.98)
+    assert high == pytest.approx(10 + 0.98 + 0.5 * 2**0.5)
+
+
+def test_no_interval_is_narrower_than_what_ladders_do_not_show():
+    assert bounds(ladder(9.0, 10.0, 10.0, 10.0)) == pytest.approx((9.7, 10.3), rel=1e-4)
+
+
+def test_fewer_than_three_decades_have_no_bounds():
+    assert bounds(ladder(9.0, 10.0, 10.0)) is None
