@@ -12,6 +12,7 @@ from groktrace.recording.attach import follow_optimizer
 from groktrace.recording.branch import another_branch
 from groktrace.recording.capture import Capture
 from groktrace.recording.count import UpdateCount
+from groktrace.recording.data_versions import DataVersions
 from groktrace.recording.folder import Folder
 from groktrace.recording.guard import Guard
 from groktrace.recording.hooks import Streak, UpdateHooks, counted_optimizer
@@ -43,6 +44,7 @@ class Recorder:
         keep: Callable[[int], bool],
         capture: Capture,
         folder: Folder,
+        data: DataVersions,
         start: int,
         deferred: bool = False,
         guard: Guard | None = None,
@@ -50,8 +52,7 @@ class Recorder:
         self.out, self.requested, self._root = folder.place, folder.requested, folder.root
         self.deferred, self._pid = deferred, os.getpid()
         self._model: nn.Module | None = model
-        self._optimizer = optimizer
-        self._keep = keep
+        self._optimizer, self._keep, self._data = optimizer, keep, data
         self._capture: Capture | None = capture
         self._writer = None if folder.hold is None else Writer(self._root, folder.hold, folder.remote)
         self._guard = None if folder.hold is None else guard
@@ -218,8 +219,7 @@ class Recorder:
         self._close(collective=error is None)
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "open"
-        said = f"<groktrace.Recorder {state}: {self.steps} steps"
+        said = f"<groktrace.Recorder {'closed' if self._closed else 'open'}: {self.steps} steps"
         if (writer := self._writer) is None:
             return f"{said}; another process of the group writes>"
         kept = f"{writer.written} snapshots, {writer.bytes} bytes"
@@ -235,8 +235,7 @@ class Recorder:
 
     def _begin(self) -> None:
         """Begin an update; until it is counted, the weights belong to no step."""
-        if self._pending_step is not None:
-            self.take_pending()
+        self.take_pending()
         self._in_update = True
         self._between.begin()
 
@@ -334,6 +333,7 @@ class Recorder:
                     self._warn_once.on_failure(lambda: capture.look(step))
                     tensors = capture.copy()
                 self._warn_once.on_failure(lambda: capture.report(self._warn_once, writer.mark_trainable))
+                self._warn_once.on_failure(partial(self._data.report, self._warn_once))
                 metrics, self._metrics = self._metrics, {}
                 writer.submit(step, tensors, metrics)
                 self._copied = step

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from groktrace.errors import GroktraceError, SettingsError
 from groktrace.recording.capture import Capture, describe_weights, gathered, is_sharded, parameters_of, views_of
+from groktrace.recording.data_versions import DataVersions
 from groktrace.recording.folder import Folder, IfExists, check_if_exists, check_out, choose, name_of, with_earlier
 from groktrace.recording.hooks import counted_optimizer, updates_made
 from groktrace.recording.on_transition import Callback, TransitionCallback, check_callback
@@ -196,12 +197,12 @@ def watch(
                 warn_user(without_program(evaluation.problem, task))
     unreached = evaluation.unreached
     capture = Capture(source, specs, once, trained=model, own=own, optimizer=optimizer, unreached=unreached, step=start)
-    guard = None if sharded else evaluation.guard
+    guard, data = None if sharded else evaluation.guard, DataVersions(train=train, val=val)
     if guard is not None:
         guard.frozen, guard.average = folder.root / layout.FROZEN_FILE, weights is not None
     if folder.hold is None and told:
         folder.place = told[-1]  # the writing process knows
-    recorder = Recorder(model, optimizer, plan.keep, capture, folder, start, weights is not None, guard)
+    recorder = Recorder(model, optimizer, plan.keep, capture, folder, data, start, weights is not None, guard)
     if on_transition is not None and folder.hold is not None:
         recorder.transition_callback = TransitionCallback(on_transition, recorder.out)
     return recorder
