@@ -210,8 +210,8 @@ class Limit:
         min_rungs, max_rungs: of a ladder of chains: three decades, as of particles, and as far as single precision
             goes.
         max_chain_steps: of all chains together; minutes for ten thousand weights in five layers.
-        chain_error: least half of an interval from chains, relative to λ: of six reduced-rank regressions and teachers
-            what a ladder did not show was 2.1 % at most.
+        chain_error: least half of an interval from chains, relative to λ: a ladder does not show how slowly some
+            directions come into sight. Chosen on deep linear networks.
         offset: largest uncertainty of the lowest loss, times nβ and relative to λ̂: a quarter of the default `rtol`.
         disagreement: largest disagreement of populations, in the mean along a limit: it was 0.9 to 5.2 on 42 models,
             and 17 or more where particles did not move enough.
@@ -251,7 +251,7 @@ class Limit:
     min_rungs: int = 4
     max_rungs: int = 7
     max_chain_steps: int = 600_000
-    chain_error: float = 0.03
+    chain_error: float = 0.05
     offset: float = 0.005
     disagreement: float = 8.0
     check_ratio: float = 10**0.5

@@ -57,7 +57,9 @@ def train(x, y, out, between, val=None):
 
 def test_targets_that_get_noise_during_the_training_are_one_warning(tmp_path):
     x, y = X.clone(), Y.clone()
-    with pytest.warns(RuntimeWarning, match="train: its tensors were written to after watch; the recording holds") as told:
+    with pytest.warns(
+        RuntimeWarning, match="train: its tensors were written to after watch; the recording holds"
+    ) as told:
         train(x, y, tmp_path, lambda step: y.add_(0.1))
     assert len(told) == 1
     assert [snapshot.step for snapshot in groktrace.open_run(tmp_path).snapshots][:3] == [0, 2, 4]

@@ -67,9 +67,13 @@ def limit_by_chains(
         last = ladder[-1]
         end = f"{spent} steps of chains are spent" if len(ladder) < LIMIT.max_rungs else "the ladder ends"
         reasons = (f"not reached: λ̂ still depends on nβ, and is {last.llc:.4g} at nβ = {last.nbeta:.3g}, where {end}",)
-    low, high = (None, None) if within is None or reasons else within
+    value = low = high = None
+    if within is not None and not reasons:
+        value = 0.5 * sum(within)
+        half = value * max(_half_width(within), LIMIT.chain_error)
+        low, high = value - half, value + half
     return LearningCoefficient(
-        llc=None if low is None or high is None else 0.5 * (low + high),
+        llc=value,
         low=low,
         high=high,
         reached=not reasons,
@@ -107,10 +111,8 @@ def bounds(ladder: Sequence[LadderPoint]) -> tuple[float, float] | None:
     shrinks = growth / earlier if earlier > 2 * math.hypot(before.stderr, then.stderr) else 0.5
     if shrinks >= 1:
         return None
-    left = growth * shrinks / (1 - shrinks)
-    middle = last.llc + 0.5 * left
-    half = max(0.5 * left + 1.96 * last.stderr, LIMIT.chain_error * middle)
-    return max(middle - half, 0.0), middle + half
+    half = 1.96 * last.stderr
+    return max(last.llc - half, 0.0), last.llc + growth * shrinks / (1 - shrinks) + half
 
 
 def _half_width(within: tuple[float, float]) -> float:

@@ -43,7 +43,7 @@ def test_the_interval_covers_what_is_known(known):
     assert found.reasons == ()
     assert found.low <= exact <= found.high
     assert found.llc == pytest.approx(exact, rel=0.05)
-    assert found.high - found.low < 0.2 * exact
+    assert 0.1 * found.llc < 1.001 * (found.high - found.low) < 0.2 * found.llc
     assert found.plateau[1] / found.plateau[0] == pytest.approx(1e3)
     assert found.gradients > 1000
     assert LearningCoefficient.from_dict(json.loads(json.dumps(found.to_dict()))) == found
@@ -149,10 +149,6 @@ def test_no_growth_leaves_what_errors_hide():
     low, high = bounds(ladder(9.0, 10.0, 10.0, 10.0, stderr=0.5))
     assert low == pytest.approx(10 - 0.98)
     assert high == pytest.approx(10 + 0.98 + 0.5 * 2**0.5)
-
-
-def test_no_interval_is_narrower_than_what_ladders_do_not_show():
-    assert bounds(ladder(9.0, 10.0, 10.0, 10.0)) == pytest.approx((9.7, 10.3), rel=1e-4)
 
 
 def test_fewer_than_three_decades_have_no_bounds():
