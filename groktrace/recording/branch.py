@@ -1,5 +1,6 @@
 """Whether a training that goes on with a recording is the one that was recorded."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from groktrace.errors import GroktraceError
@@ -9,6 +10,21 @@ from groktrace.run import files, layout
 # By how much the weights of another training differ, relative to their norm: steps that are done again differ by the
 # rounding of sums on a GPU.
 _ANOTHER = 1e-3
+
+
+def report_another_branch(
+    path: Path, capture: Capture | None, warn_first: Callable[[str, str], bool], mark: Callable[[str], None]
+) -> None:
+    """Warn of weights that are others than those recorded of the same step, and have that kept with the run.
+
+    Args:
+        path: see `another_branch`.
+        capture: the same.
+        warn_first: takes a kind of warning and its text; whether it is the first of its kind.
+        mark: takes a text that the analysis repeats.
+    """
+    if (said := another_branch(path, capture)) and warn_first("branch", said):
+        mark(said)
 
 
 def another_branch(path: Path, capture: Capture | None) -> str:

@@ -23,20 +23,23 @@ class DataVersions:
             if (version := _version(tensor)) is not None
         ]
 
-    def report(self, warn_once: Callable[[str, str], None]) -> None:
+    def report(self, warn_first: Callable[[str, str], bool], mark: Callable[[str], None]) -> None:
         """Say which of them were written to since.
 
         Args:
-            warn_once: takes a kind of warning and its text.
+            warn_first: takes a kind of warning and its text; whether it is the first of its kind.
+            mark: takes a text that the analysis repeats.
         """
         for name, reference, version in self._seen:
             tensor = reference()
-            if tensor is not None and _version(tensor) != version:
-                warn_once(
-                    f"{name} changed",
-                    f"{name}: its tensors were written to after watch; the recording holds them as they were, and the "
-                    "analysis measures that loss. Call watch after the data are as they will be.",
-                )
+            if tensor is None or _version(tensor) == version:
+                continue
+            text = (
+                f"{name}: its tensors were written to after watch; the recording holds them as they were, and the "
+                "analysis measures that loss. Call watch after the data are as they will be."
+            )
+            if warn_first(f"{name} changed", text):
+                mark(text)
 
 
 def tensors_within(data: Any) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from groktrace.recording.attach import follow_optimizer
-from groktrace.recording.branch import another_branch
+from groktrace.recording.branch import report_another_branch
 from groktrace.recording.capture import Capture
 from groktrace.recording.count import UpdateCount
 from groktrace.recording.data_versions import DataVersions
@@ -328,12 +328,12 @@ class Recorder:
             raise
         else:
             if writer is not None and wanted:
-                current = tensors is None
-                if tensors is None:
+                if current := tensors is None:
                     self._warn_once.on_failure(lambda: capture.look(step))
                     tensors = capture.copy()
                 self._warn_once.on_failure(lambda: capture.report(self._warn_once, writer.mark_trainable))
-                self._warn_once.on_failure(partial(self._data.report, self._warn_once))
+                mark = partial(writer.mark, step)
+                self._warn_once.on_failure(partial(self._data.report, self._warn_once.first, mark))
                 metrics, self._metrics = self._metrics, {}
                 writer.submit(step, tensors, metrics)
                 self._copied = step
@@ -349,8 +349,8 @@ class Recorder:
         writer.make_room()
         self._report(writer)
         path = layout.snapshot_path(self._root, step)
-        if (there := path.exists()) and step != self._copied and (said := another_branch(path, self._capture)):
-            self._warn_once("branch", said)
+        if (there := path.exists()) and step != self._copied:
+            report_another_branch(path, self._capture, self._warn_once.first, partial(writer.mark, step))
         return not writer.lost and not there
 
     def _finish(self) -> None:

@@ -28,9 +28,15 @@ class WarnOnce:
 
     def __call__(self, kind: str, message: str) -> None:
         """Warn, unless there was a warning of this kind before."""
-        if kind not in self._kinds:
-            self._kinds.add(kind)
-            warn_user(message)
+        self.first(kind, message)
+
+    def first(self, kind: str, message: str) -> bool:
+        """Warn, unless there was a warning of this kind before; whether there was none."""
+        if kind in self._kinds:
+            return False
+        self._kinds.add(kind)
+        warn_user(message)
+        return True
 
     def silence(self, kind: str) -> None:
         """Do not warn of this kind of trouble any more."""

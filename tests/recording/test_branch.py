@@ -70,7 +70,10 @@ def test_another_way_is_told_once_and_what_is_there_stays(out):
     assert (
         "step 6 is recorded already, with other weights: this training is another one, or has gone another way" in said
     )
-    assert all(torch.equal(before[name], tensor) for name, tensor in open_run(out).snapshots[3].load().items())
+    run = open_run(out)
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.snapshots[3].load().items())
+    (doubt,) = run.doubts  # which the analysis repeats
+    assert doubt.startswith("step 6: step 6 is recorded already, with other weights")
 
 
 def test_another_training_is_told_where_it_begins(out):

@@ -41,7 +41,7 @@ def test_tensors_that_pytorch_does_not_count_or_that_are_gone_say_nothing():
     seen = DataVersions(train=[uncounted, torch.ones(2)])
     with torch.inference_mode():
         uncounted.add_(1)
-    seen.report(lambda kind, text: pytest.fail(text))
+    seen.report(lambda kind, text: pytest.fail(text), pytest.fail)
 
 
 def train(x, y, out, between, val=None):
@@ -62,7 +62,10 @@ def test_targets_that_get_noise_during_the_training_are_one_warning(tmp_path):
     ) as told:
         train(x, y, tmp_path, lambda step: y.add_(0.1))
     assert len(told) == 1
-    assert [snapshot.step for snapshot in groktrace.open_run(tmp_path).snapshots][:3] == [0, 2, 4]
+    run = groktrace.open_run(tmp_path)
+    assert [snapshot.step for snapshot in run.snapshots][:3] == [0, 2, 4]
+    (doubt,) = run.doubts  # which the analysis repeats
+    assert doubt.startswith("step 2: train: its tensors were written to after watch")
 
 
 def test_validation_data_are_seen_too(tmp_path):

@@ -104,7 +104,7 @@ def bounds(ladder: Sequence[LadderPoint]) -> tuple[float, float] | None:
         return None
     before, then, last = ladder[-3:]
     error = math.hypot(then.stderr, last.stderr)
-    if last.llc < then.llc - 3 * error:
+    if last.llc <= 0 or last.llc < then.llc - 3 * error:
         return None
     growth, earlier = max(last.llc - then.llc, 0.0) + error, then.llc - before.llc
     # Where nothing has grown, there is no factor: a half adds as much as errors may hide.

@@ -143,6 +143,7 @@ def test_growth_that_does_not_shrink_has_no_bounds():
 
 def test_a_fall_has_no_bounds():
     assert bounds(ladder(8.0, 10.0, 10.5, 10.0, stderr=0.1)) is None
+    assert bounds(ladder(0.0, 0.0, 0.0, 0.0)) is None
 
 
 def test_no_growth_leaves_what_errors_hide():
