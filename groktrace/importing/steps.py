@@ -25,6 +25,7 @@ MAX_STATES = 16  # of an optimizer, that are looked at
 _WHOLE = r"(?<![0-9])(?<![0-9][.,e])([0-9]+)(?![0-9]|[.,][0-9]|[km](?![a-z])|e[0-9])"
 _AFTER_STEP = re.compile(rf"(?:step|iter|iteration|update)s?[-_=. ]*{_WHOLE}", re.IGNORECASE)
 _NUMBER = re.compile(_WHOLE, re.IGNORECASE)
+_SHORTENED = re.compile(r"[0-9](?:[km](?![a-z])|e[0-9])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,14 @@ def _number(contents: Contents, name: str) -> float | None:
 
 
 def named_step(path: Path) -> int | None:
-    """The step by a checkpoint's name; None where it has no whole number."""
+    """The step by a checkpoint's name, or else its folder's; None where neither has a whole number."""
     suffix = max((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), key=len, default="")
     for name in (path.name.removesuffix(suffix), path.absolute().parent.name):
         for pattern in (_AFTER_STEP, _NUMBER):
             if found := pattern.findall(name):
                 return int(found[-1][:20])
+        if _SHORTENED.search(name):  # it tells the step, and not the folder does
+            return None
     return None
 
 

@@ -30,8 +30,10 @@ from groktrace.run.layout import MAX_STEP
         ("step_1,500,000-of-2.pt", 2),
         ("7_at_1e3.pt", 7),
         ("run3.2/w-0.50.pt", None),
-        ("ckpt_10k.pt", None),
-        ("step_2M.pt", None),
+        ("run6/ckpt_10k.pt", None),
+        ("run6/step_2M.pt", None),
+        ("run6/at_1e3.pt", None),
+        ("run6/final.pt", 6),
         ("12kept.pt", 12),
     ],
 )

@@ -243,7 +243,7 @@ def test_doubts_of_an_earlier_recording_stay(tmp_path):
         out=tmp_path / "run",
         start_step=12,
     ).close()
-    assert open_run(tmp_path / "run").doubts == before
+    assert open_run(tmp_path / "run").doubts[: len(before)] == before  # and that these are other weights
 
 
 class Weighted(nn.Module):
