@@ -47,12 +47,12 @@ def test_tensors_that_pytorch_does_not_count_or_that_are_gone_say_nothing():
 def train(x, y, out, between, val=None):
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    groktrace.watch(model, optimizer, train=(x, y), val=val, loss="mse", out=out, every=2).flush()
-    for step in range(6):
-        optimizer.zero_grad()
-        nn.functional.mse_loss(model(x), y).backward()
-        optimizer.step()
-        between(step)
+    with groktrace.watch(model, optimizer, train=(x, y), val=val, loss="mse", out=out, every=2):
+        for step in range(6):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+            between(step)
 
 
 def test_targets_that_get_noise_during_the_training_are_one_warning(tmp_path):
