@@ -167,7 +167,7 @@ class Writer:
 
         Args:
             step: the training step.
-            text: how the recorded program differs from the live loss.
+            text: what speaks against the run; the analysis repeats it.
         """
         with self._changed:
             self._marks.append({"step": step, "text": text[:MAX_DOUBT]})
