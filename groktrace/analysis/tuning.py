@@ -210,6 +210,8 @@ class Limit:
         min_rungs, max_rungs: of a ladder of chains: three decades, as of particles, and as far as single precision
             goes.
         max_chain_steps: of all chains together; minutes for ten thousand weights in five layers.
+        narrower: where chains leave the basin, they begin again so many times as close to w*; a convention.
+        narrowings: how often, at most.
         chain_error: least half of an interval from chains, relative to λ: a ladder does not show how slowly some
             directions come into sight. Chosen on deep linear networks.
         offset: largest uncertainty of the lowest loss, times nβ and relative to λ̂: a quarter of the default `rtol`.
@@ -251,6 +253,8 @@ class Limit:
     min_rungs: int = 4
     max_rungs: int = 7
     max_chain_steps: int = 600_000
+    narrower: float = 0.2
+    narrowings: int = 2
     chain_error: float = 0.05
     offset: float = 0.005
     disagreement: float = 8.0

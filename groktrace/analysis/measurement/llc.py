@@ -16,9 +16,9 @@ PERHAPS_OFF = "perhaps not at a minimum: a single chain cannot tell a slope from
 # Rounding of a loss, relative to it.
 SINGLE = 2.0**-24
 # Beginnings of reasons.
-LEAVING, TOO_FEW_DRAWS = "leaving the basin", "too few draws"
+LEAVING, LEFT, NOT_LOCAL, TOO_FEW_DRAWS = "leaving the basin", "left the basin", "not local", "too few draws"
 # Those after which neither λ̂ nor λ_c is the basin's.
-NOT_THE_BASIN = ("no basin", "left the basin", LEAVING, "not local", "not equilibrated", "diverging")
+NOT_THE_BASIN = ("no basin", LEFT, LEAVING, NOT_LOCAL, "not equilibrated", "diverging")
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def summarise(
         )
     elif climb > RELIABILITY.climb and not bowl:
         reasons.append(
-            f"left the basin: the chains' loss has climbed {100 * climb:.0f} % of the way from {loss:.3g} at the "
+            f"{LEFT}: the chains' loss has climbed {100 * climb:.0f} % of the way from {loss:.3g} at the "
             f"snapshot to {guess:.3g}, that of chance; use a smaller locality"
         )
     elif llc > 0 and anharmonicity < 1 - RELIABILITY.flattening - 3 * ratio_error:
@@ -183,7 +183,7 @@ def summarise(
         )
     elif far and llc > 0 and (bent or off):
         reasons.append(
-            f"not local: the chains are {relative_distance:.2f}‖w*‖ away, where the loss is no longer quadratic "
+            f"{NOT_LOCAL}: the chains are {relative_distance:.2f}‖w*‖ away, where the loss is no longer quadratic "
             f"(anharmonicity {anharmonicity:.2f}, expected 1); use a larger localization"
         )
     elif off:

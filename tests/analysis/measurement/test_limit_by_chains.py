@@ -55,14 +55,14 @@ def test_the_interval_covers_what_is_known(known):
 def test_what_only_a_larger_nbeta_resolves_is_not_reached(monkeypatch):
     """Curvatures spread evenly over twelve decades: each rung shows as many more as that before."""
     monkeypatch.setattr(
-        limit_by_chains, "LIMIT", dataclasses.replace(limit_by_chains.LIMIT, max_chain_steps=1_000_000, max_rungs=5)
+        limit_by_chains, "LIMIT", dataclasses.replace(limit_by_chains.LIMIT, max_chain_steps=1_000_000, max_rungs=4)
     )
     found = find(bowl("endless", geometric(24, 1e12), 1, 1), rtol=0.05)
     assert (found.llc, found.low, found.high, found.plateau, found.reached) == (None, None, None, None, False)
     (reason,) = found.reasons
     assert reason.startswith("not reached: λ̂ still depends on nβ, and is ")
     assert reason.endswith("where the ladder ends")
-    assert len(found.ladder) == 5
+    assert len(found.ladder) == 4
 
 
 def test_a_budget_that_ends_is_said(monkeypatch):
@@ -82,19 +82,39 @@ def test_a_snapshot_off_its_minimum_has_no_limit():
     assert found.reasons[0].startswith("no minimum: λ̂ is -")
 
 
-def test_a_limit_of_chains_that_leave_the_basin_is_none(monkeypatch):
-    estimate = Objective.estimate
-    flat = "leaving the basin: the loss flattens out"
+FLAT = "leaving the basin: the loss flattens out"
 
-    def flattening(own, *arguments):
-        return [dataclasses.replace(one, reasons=(flat,)) for one in estimate(own, *arguments)]
+
+@pytest.fixture
+def tried(monkeypatch):
+    """Chains leave the basin at the first γ that is tried, and stay at larger ones; those tried, in order."""
+    estimate, gammas = Objective.estimate, []
+
+    def flattening(own, weights, metrics, scale, keys):
+        (found,) = estimate(own, weights, metrics, scale, keys)
+        if scale.localization not in gammas:
+            gammas.append(scale.localization)
+        return [found if len(gammas) > 1 else dataclasses.replace(found, reasons=(FLAT,))]
 
     monkeypatch.setattr(Objective, "estimate", flattening)
-    found = find(reduced_rank(5, 3, 5, 1, 1, 1))
+    return gammas
+
+
+def test_a_limit_of_chains_that_leave_the_basin_is_none(tried):
+    found = find(reduced_rank(5, 3, 5, 1, 1, 1), locality=0.22)
     assert not found.reached
     assert found.llc is None
-    assert found.reasons == (flat,)
+    assert found.reasons == (FLAT,)
     assert len(found.ladder) == 4  # what λ̂ comes to is shown
+    assert tried == [found.localization]  # the only one, as the locality was given
+
+
+def test_chains_that_leave_the_basin_are_held_closer(tried):
+    found = find(bowl("wide", geometric(20, 1e3, flat=10), 1, 1))
+    assert tried == pytest.approx([found.localization / 25, found.localization])
+    assert found.reached
+    assert found.low <= 10 <= found.high
+    assert found.gradients > 2 * 10_000  # both ladders count as work
 
 
 @pytest.fixture
