@@ -83,9 +83,9 @@ def estimate_llc(
         loss: loss(outputs, targets) as a mean over the batch, "cross_entropy", "mse", or None with `batch_loss`. Its
             own parameters are sampled with the model's.
         train: (inputs, targets), a dict of tensors, a list of batches, a Dataset or a DataLoader.
-        limit: whether to follow λ̂ to so large an nβ that it no longer depends on it: λ itself. Of the settings it
-            takes `localization`, `locality`, `parameters`, `rtol` and `seed`. Beyond 500 weights it takes 50 000
-            gradients and more, and the model has to be at a minimum.
+        limit: whether to follow λ̂ to so large an nβ that it no longer depends on it: λ itself, of the minimum next to
+            the model. Of the settings it takes `localization`, `locality`, `parameters`, `rtol` and `seed`. Beyond 500
+            weights it takes 50 000 gradients and more.
         batch_loss: batch_loss(model, batch) for models that compute their own loss.
         n: the number of training samples, where `train` is a stream without an end or a length, or a sample of them.
         noise: "fixed" draws the random numbers of the loss once for each sample.

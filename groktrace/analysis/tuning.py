@@ -209,7 +209,10 @@ class Limit:
         rung_ratio: of one rung's nβ to that before.
         min_rungs, max_rungs: of a ladder of chains: three decades, as of particles, and as far as single precision
             goes.
+        shrinking: growth of λ̂ over that of the rung before, at most, in each of the last two; a convention.
         max_chain_steps: of all chains together; minutes for ten thousand weights in five layers.
+        max_operations: such steps times weights times samples; half an hour or so where a sample is one input.
+        descent_share: of these that may go into the descent from w*.
         narrower: where chains leave the basin, they begin again so many times as close to w*; a convention.
         narrowings: how often, at most.
         chain_error: least half of an interval from chains, relative to λ: a ladder does not show how slowly some
@@ -252,7 +255,10 @@ class Limit:
     rung_ratio: float = 10.0
     min_rungs: int = 4
     max_rungs: int = 7
+    shrinking: float = 0.5
     max_chain_steps: int = 600_000
+    max_operations: int = 2**40
+    descent_share: float = 0.25
     narrower: float = 0.2
     narrowings: int = 2
     chain_error: float = 0.05

@@ -1,9 +1,15 @@
 """The learning coefficient itself: λ̂ where nβ is so large that it no longer depends on it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
+from torch import Tensor
+
+from groktrace.analysis.measurement.measure import stack_weights
 from groktrace.errors import SettingsError
 from groktrace.records import Record
+from groktrace.run.task import failures_in_words
+from groktrace.sampling.posterior import StackedLoss
 from groktrace.sampling.settings import ResolvedSettings
 
 
@@ -39,8 +45,8 @@ class LearningCoefficient(Record):
         localization: γ, strength of the pull towards w*.
         loss: L(w*).
         minimum: L*, the loss at the posterior's mode at the largest nβ.
-        distance: of the mode from w*, relative to ‖w*‖; None where that is 0. Chains take w* for the mode.
-        gradients: how often the gradients of all particles were taken, or steps of all chains.
+        distance: of the mode from w*, relative to ‖w*‖; None where that is 0.
+        gradients: how often the gradients of all particles were taken, or those of chains and of the descent before.
     """
 
     llc: float | None
@@ -69,3 +75,22 @@ def refuse_scale(settings: ResolvedSettings) -> None:
     """
     if used := [name for name in ("nbeta", "resolution", "step_size") if getattr(settings, name) is not None]:
         raise SettingsError(f"{used[0]}: a limit has none; of the settings give localization, locality, rtol or seed.")
+
+
+def in_double(loss: StackedLoss, weights: Mapping[str, Tensor]) -> tuple[StackedLoss, Tensor]:
+    """The loss of one row in float64, and w*, [D].
+
+    Args:
+        loss: of any rows.
+        weights: tensors by name.
+
+    Raises:
+        TaskError: it cannot be computed in double precision.
+    """
+    with failures_in_words("loss: cannot be computed in double precision", "a limit needs it."):
+        double = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+        tensors = tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in loss.tensors)
+        loss, _ = stack_weights(replace(loss, tensors=tensors, plans={}), [double])
+        anchor = loss.layout.flatten(double).double()
+        loss.gradients(anchor[None])
+    return loss, anchor

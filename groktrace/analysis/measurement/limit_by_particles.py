@@ -3,18 +3,16 @@
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from groktrace.analysis.measurement.limit import LadderPoint, LearningCoefficient, refuse_scale
-from groktrace.analysis.measurement.measure import Objective, stack_weights
+from groktrace.analysis.measurement.limit import LadderPoint, LearningCoefficient, in_double, refuse_scale
+from groktrace.analysis.measurement.measure import Objective
 from groktrace.analysis.progress import ProgressCallback, silent
 from groktrace.analysis.tuning import LIMIT
-from groktrace.run.task import failures_in_words
 from groktrace.sampling.annealing import Level, Particles
 from groktrace.sampling.diagnostics import student
 from groktrace.sampling.noise import generator_for
@@ -52,9 +50,7 @@ def limit_by_particles(
     widths = [dimension / (locality**2 * norm_squared) for locality in localities if norm_squared > 0]
     if settings.localization is not None or not widths:  # of all weights zero, any will do
         widths = [settings.localization or 1.0]
-    with failures_in_words("loss: cannot be computed in double precision", "a limit needs it."):
-        loss, anchor = _in_double(objective.loss, weights)
-        loss.gradients(anchor[None])
+    loss, anchor = in_double(objective.loss, weights)
     found = []
     for number, localization in enumerate(widths, start=1):
         phase = "annealing" if len(widths) == 1 else f"annealing, width {number} of {len(widths)}"
@@ -136,14 +132,6 @@ def _find_limit(
         distance=float(particles.mode.displacement.norm()) / norm if norm else None,
         gradients=particles.gradients,
     )
-
-
-def _in_double(loss: StackedLoss, weights: Mapping[str, Tensor]) -> tuple[StackedLoss, Tensor]:
-    """The loss of one row in float64, and w*, [D]."""
-    double = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    tensors = tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in loss.tensors)
-    loss, _ = stack_weights(replace(loss, tensors=tensors, plans={}), [double])
-    return loss, loss.layout.flatten(double).double()
 
 
 def _rounding(loss: StackedLoss, anchor: Tensor) -> float:

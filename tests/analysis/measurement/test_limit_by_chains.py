@@ -73,13 +73,36 @@ def test_a_budget_that_ends_is_said(monkeypatch):
     assert 1 <= len(found.ladder) < 4
 
 
-def test_a_snapshot_off_its_minimum_has_no_limit():
+def test_a_snapshot_off_its_minimum_has_the_limit_of_the_minimum():
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     model = nn.Linear(6, 1, bias=False)
-    found = groktrace.estimate_llc(model, "mse", (x, x @ (model.weight.detach() + 0.1).T), limit=True)
+    right = model.weight.detach().clone()
+    targets = x @ (right + 0.1).T
+    with torch.no_grad():
+        loss = (model(x) - targets).square().mean().item()
+    found = groktrace.estimate_llc(model, "mse", (x, targets), limit=True)
+    assert torch.equal(model.weight, right)
+    assert found.reached
+    assert found.low <= 3 <= found.high
+    assert found.distance == pytest.approx(0.1 * 6**0.5 / float(right.norm()), rel=0.01)
+    assert found.loss == pytest.approx(loss, rel=1e-4)
+    assert found.minimum < 1e-9 * found.loss
+
+
+def test_a_loss_that_falls_without_end_has_no_limit():
+    x, y = torch.tensor([[1.0, 0.5], [-1.0, 0.2]]), torch.tensor([0, 1])
+    torch.manual_seed(0)
+    found = groktrace.estimate_llc(nn.Linear(2, 2), "cross_entropy", (x, y), limit=True)
+    assert not found.reached
     assert found.llc is None
-    assert found.reasons[0].startswith("no minimum: λ̂ is -")
+    assert found.ladder == ()
+    assert found.minimum < found.loss
+    assert found.distance > 0.5
+    assert found.reasons[0].startswith(
+        f"no minimum: the loss, {found.loss:.3g} at the snapshot, goes on falling; it is "
+    )
+    assert found.reasons[0].endswith(f"{found.distance:.2f}‖w*‖ away")
 
 
 FLAT = "leaving the basin: the loss flattens out"
@@ -88,6 +111,8 @@ FLAT = "leaving the basin: the loss flattens out"
 @pytest.fixture
 def tried(monkeypatch):
     """Chains leave the basin at the first γ that is tried, and stay at larger ones; those tried, in order."""
+    changed = dataclasses.replace(limit_by_chains.LIMIT, first_resolution=1.0)  # all curvatures are the same below
+    monkeypatch.setattr(limit_by_chains, "LIMIT", changed)
     estimate, gammas = Objective.estimate, []
 
     def flattening(own, weights, metrics, scale, keys):
@@ -101,7 +126,7 @@ def tried(monkeypatch):
 
 
 def test_a_limit_of_chains_that_leave_the_basin_is_none(tried):
-    found = find(reduced_rank(5, 3, 5, 1, 1, 1), locality=0.22)
+    found = find(bowl("even", geometric(8, 1.0), 1, 1), locality=0.22)
     assert not found.reached
     assert found.llc is None
     assert found.reasons == (FLAT,)
@@ -110,11 +135,14 @@ def test_a_limit_of_chains_that_leave_the_basin_is_none(tried):
 
 
 def test_chains_that_leave_the_basin_are_held_closer(tried):
-    found = find(bowl("wide", geometric(20, 1e3, flat=10), 1, 1))
+    known = bowl("even", geometric(8, 1.0), 1, 1)
+    found = find(known, rtol=0.05)
     assert tried == pytest.approx([found.localization / 25, found.localization])
     assert found.reached
-    assert found.low <= 10 <= found.high
-    assert found.gradients > 2 * 10_000  # both ladders count as work
+    assert found.low <= 4 <= found.high
+    alone = find(known, rtol=0.05, localization=found.localization)
+    assert alone.llc == found.llc
+    assert found.gradients > alone.gradients + 1000  # the other ladder counts as work
 
 
 @pytest.fixture
@@ -122,6 +150,11 @@ def short(monkeypatch):
     """Ladders end early."""
     changed = dataclasses.replace(limit_by_chains.LIMIT, max_chain_steps=40_000)
     monkeypatch.setattr(limit_by_chains, "LIMIT", changed)
+
+
+def test_no_minimum_is_looked_for_above_that_of_the_snapshot(short):
+    found = find(reduced_rank(2, 2, 2, 1, 1, 1))  # at the loss 0
+    assert (found.distance, found.loss, found.minimum) == (0.0, 0.0, 0.0)
 
 
 def test_rungs_are_told_as_they_are_done(short):
@@ -151,14 +184,23 @@ def ladder(*values, stderr=1e-6):
 
 
 def test_growth_that_shrinks_by_a_factor_is_bounded_by_its_sum():
-    low, high = bounds(ladder(0.0, 5.0, 7.5, 8.75))  # halves: 10 in the end
-    assert low == pytest.approx(8.75, rel=1e-5)
+    low, high = bounds(ladder(0.0, 6.0, 8.4, 9.36))  # by 0.4: 10 in the end
+    assert low == pytest.approx(9.36, rel=1e-5)
     assert high == pytest.approx(10.0, rel=1e-5)
 
 
-def test_growth_that_does_not_shrink_has_no_bounds():
+def test_the_slower_shrinking_of_two_rungs_counts():
+    # As by 0.4 once more, and then by 0.1: the last rung alone would promise 8.52.
+    assert bounds(ladder(0.0, 6.0, 8.4, 8.64))[1] == pytest.approx(8.64 + 0.24 * 0.4 / 0.6)
+
+
+def test_growth_that_does_not_halve_twice_has_no_bounds():
     assert bounds(ladder(1.0, 2.0, 3.0, 4.0)) is None
     assert bounds(ladder(1.0, 2.0, 3.0, 5.0)) is None
+    assert bounds(ladder(0.0, 5.0, 9.0, 9.1)) is None  # but once
+    assert bounds(ladder(0.0, 5.0, 7.0, 8.2)) is None  # by 0.4, and by 0.6
+    # Of a trained quadratic network, whose λ is 3634.
+    assert bounds(ladder(1379.0, 1567.0, 1757.0, 1990.0, 2133.0, stderr=3.0)) is None
 
 
 def test_a_fall_has_no_bounds():
