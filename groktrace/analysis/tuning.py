@@ -213,6 +213,7 @@ class Limit:
         max_chain_steps: of all chains together; minutes for ten thousand weights in five layers.
         max_operations: such steps times weights times samples; half an hour or so where a sample is one input.
         descent_share: of these that may go into the descent from w*.
+        descended: it ends at an nβ where another hundred steps take off less than this, in nats; a convention.
         narrower: where chains leave the basin, they begin again so many times as close to w*; a convention.
         narrowings: how often, at most.
         chain_error: least half of an interval from chains, relative to λ: a ladder does not show how slowly some
@@ -258,7 +259,8 @@ class Limit:
     shrinking: float = 0.5
     max_chain_steps: int = 600_000
     max_operations: int = 2**40
-    descent_share: float = 0.25
+    descent_share: float = 0.05
+    descended: float = 0.1
     narrower: float = 0.2
     narrowings: int = 2
     chain_error: float = 0.05

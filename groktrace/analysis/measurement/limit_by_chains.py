@@ -95,9 +95,7 @@ def limit_by_chains(
     # λ of fewer samples is another one.
     settings = replace(objective.settings, samples=stored if objective.large_set else None)
     objective = replace(objective, settings=settings)
-    progress(_DESCENT, 0, 1)
-    bottom = _descend(objective, weights, metrics, key, most)
-    progress(_DESCENT, 1, 1)
+    bottom = _descend(objective, weights, metrics, key, most, progress)
     norm = math.sqrt(metrics.norm_squared)
     if bottom.distance > LIMIT.max_mode_distance * norm > 0:
         lower = f"it is {bottom.metrics.train_loss:.3g} where it is {bottom.distance / norm:.2f}‖w*‖ away"
@@ -139,7 +137,12 @@ def _first_scale(objective: Objective, metrics: SnapshotMetrics) -> Scale:
 
 
 def _descend(
-    objective: Objective, weights: Mapping[str, Tensor], metrics: SnapshotMetrics, key: int, most: int
+    objective: Objective,
+    weights: Mapping[str, Tensor],
+    metrics: SnapshotMetrics,
+    key: int,
+    most: int,
+    progress: ProgressCallback,
 ) -> _Bottom:
     """Follow the posterior's mode from w* along all rungs, as γ lets it go.
 
@@ -149,6 +152,7 @@ def _descend(
         metrics: of these.
         key: what the start of a power iteration is keyed by.
         most: gradients of all that follows; a share of them may be spent here.
+        progress: see `limit_by_chains`.
     """
     if objective.loss.micro_batch is not None:  # of networks this large no ladder comes to an end
         return _Bottom(weights, metrics, 0.0, 0)
@@ -156,8 +160,12 @@ def _descend(
     loss, anchor = in_double(loss.subset(None) if objective.large_set else loss, weights)
     mode = Mode(loss, anchor, scale.localization)
     for rung in range(LIMIT.max_rungs):
-        if mode.gradients < LIMIT.descent_share * most:
-            mode.descend(scale.nbeta * LIMIT.rung_ratio**rung)
+        progress(_DESCENT, rung, LIMIT.max_rungs)
+        nbeta, before = scale.nbeta * LIMIT.rung_ratio**rung, math.inf
+        while mode.gradients < LIMIT.descent_share * most and before - mode.energy(nbeta) > LIMIT.descended:
+            before = mode.energy(nbeta)
+            mode.descend(nbeta)
+    progress(_DESCENT, LIMIT.max_rungs, LIMIT.max_rungs)
     distance = float(mode.displacement.norm())
     moved = {**weights, **objective.layout.unflatten((anchor + mode.displacement).float())}
     (found,) = objective.metrics([moved], [metrics.step], [key])
