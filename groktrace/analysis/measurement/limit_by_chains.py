@@ -291,4 +291,5 @@ def _against(ladder: Sequence[LadderPoint], estimate: LLCEstimate) -> tuple[str,
     last = ladder[-1]
     if last.llc < -3 * last.stderr:
         return (f"no minimum: λ̂ is {last.llc:.4g} at nβ = {last.nbeta:.3g}, as the loss is lower elsewhere",)
-    return tuple(reason for reason in estimate.reasons if reason.startswith(LEAVING) and bounds(ladder) is not None)
+    leaving = [reason for reason in estimate.reasons if reason.startswith(LEAVING)]
+    return tuple(leaving) if len(ladder) >= LIMIT.min_rungs else ()

@@ -14,6 +14,7 @@ from groktrace.analysis.measurement.limit import LadderPoint, LearningCoefficien
 from groktrace.analysis.measurement.limit_by_chains import bounds
 from groktrace.analysis.measurement.measure import Objective
 from groktrace.errors import SettingsError
+from groktrace.sampling import network
 from tools.common.known_answers import bowl, geometric, reduced_rank
 
 
@@ -103,6 +104,34 @@ def test_a_loss_that_falls_without_end_has_no_limit():
         f"no minimum: the loss, {found.loss:.3g} at the snapshot, goes on falling; it is "
     )
     assert found.reasons[0].endswith(f"{found.distance:.2f}‖w*‖ away")
+
+
+def test_all_samples_of_a_large_set_are_used(monkeypatch):
+    monkeypatch.setattr(network, "MEMORY", dataclasses.replace(network.MEMORY, whole_bytes=0))
+    sample, used = Objective.sample, set()
+
+    def noted(own, weights, metrics, scale, *more):
+        used.add(scale.samples)
+        return sample(own, weights, metrics, scale, *more)
+
+    monkeypatch.setattr(Objective, "sample", noted)
+    x = torch.randn(2048, 4, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1, bias=False)
+    targets = x @ (model.weight.detach() + 0.01).T
+    found = groktrace.estimate_llc(model, "mse", (x, targets), limit=True, rtol=0.05)
+    assert used == {2048}
+    assert found.low <= 2 <= found.high
+
+
+def test_a_dear_gradient_is_taken_less_often(monkeypatch):
+    known = reduced_rank(2, 2, 2, 1, 1, 1)
+    few = len(known.train[0]) * 8 * 2000
+    monkeypatch.setattr(limit_by_chains, "LIMIT", dataclasses.replace(limit_by_chains.LIMIT, max_operations=few))
+    found = find(known)
+    assert not found.reached
+    assert len(found.ladder) == 1  # and none at all would tell nothing
+    assert found.reasons[0].endswith(f"where {found.gradients} steps of chains are spent")
 
 
 FLAT = "leaving the basin: the loss flattens out"
