@@ -23,7 +23,8 @@ def report_another_branch(
         warn_first: takes a kind of warning and its text; whether it is the first of its kind.
         mark: takes a text that the analysis repeats.
     """
-    if (said := another_branch(path, capture)) and warn_first("branch", said):
+    said = another_branch(path, capture)
+    if said and warn_first("branch", f"step {layout.snapshot_step(path.name)}: {said}"):
         mark(said)
 
 
@@ -50,9 +51,8 @@ def another_branch(path: Path, capture: Capture | None) -> str:
             whole += float(there.abs().double().square().sum())
     if not off > _ANOTHER**2 * whole:
         return ""
-    step = layout.snapshot_step(path.name)
     return (
-        f"step {step} is recorded already, with other weights: this training is another one, or has gone another way "
-        "since the step from which it continues. What is there stays, so that the run holds snapshots of both. To keep "
-        "them apart, begin again with another out=, or remove the later snapshots first."
+        "recorded already, with other weights: this training is another one, or has gone another way since the step "
+        "from which it continues. What is there stays, so that the run holds snapshots of both. To keep them apart, "
+        "begin again with another out=, or remove the later snapshots first."
     )

@@ -67,13 +67,11 @@ def test_another_way_is_told_once_and_what_is_there_stays(out):
     training = Training().load(state)
     training.optimizer.param_groups[0]["lr"] = 0.5
     (said,) = training.record(out, 8)
-    assert (
-        "step 6 is recorded already, with other weights: this training is another one, or has gone another way" in said
-    )
+    assert "step 6: recorded already, with other weights: this training is another one, or has gone another way" in said
     run = open_run(out)
     assert all(torch.equal(before[name], tensor) for name, tensor in run.snapshots[3].load().items())
     (doubt,) = run.doubts  # which the analysis repeats
-    assert doubt.startswith("step 6: step 6 is recorded already, with other weights")
+    assert doubt.startswith("step 6: recorded already, with other weights")
 
 
 def test_another_training_is_told_where_it_begins(out):
@@ -81,7 +79,7 @@ def test_another_training_is_told_where_it_begins(out):
     other = Training(seed=1)
     other.update(4)
     (said,) = other.record(out, 1)
-    assert "step 4 is recorded already, with other weights" in said
+    assert "step 4: recorded already, with other weights" in said
 
 
 def test_of_snapshots_that_cannot_be_read_nothing_is_said(out):
