@@ -21,7 +21,13 @@ from tools.accuracy.failures import run_failures
 from tools.accuracy.insensitivity import run_insensitivity
 from tools.accuracy.known import run_known
 from tools.accuracy.ladder import run_ladder
-from tools.accuracy.limit import run_limit, run_limit_constants, run_limit_coverage
+from tools.accuracy.limit import (
+    run_chains_constants,
+    run_chains_coverage,
+    run_limit,
+    run_limit_constants,
+    run_limit_coverage,
+)
 from tools.accuracy.reference import run_reference
 from tools.common.measurements import Verdict
 
@@ -34,6 +40,8 @@ PARTS: dict[str, Callable[[Path, bool], list[Verdict]]] = {
     "limit": run_limit,
     "limit-coverage": run_limit_coverage,
     "limit-constants": run_limit_constants,
+    "limit-chains-coverage": run_chains_coverage,
+    "limit-chains-constants": run_chains_constants,
     "ladder": run_ladder,
     "deep-linear": run_deep_linear,
 }

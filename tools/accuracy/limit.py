@@ -3,15 +3,19 @@
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import groktrace
-from groktrace.analysis.measurement import limit_by_particles as analysis
+from groktrace.analysis import point
+from groktrace.analysis.measurement import limit_by_chains, limit_by_particles
 from groktrace.sampling import annealing
 from tools.common.known_answers import (
     KnownModel,
+    bowl,
     deep_linear,
+    geometric,
     modular,
     normal_crossing,
     reduced_rank,
@@ -22,7 +26,7 @@ from tools.common.measurements import Row, Table, Verdict, listed, number, perce
 RIGHT_WITHIN = 0.05
 RIGHT_SHARE = 0.95
 MEDIAN_SECONDS = 20.0
-SEEDS = 200
+SEEDS, CHAIN_SEEDS = 200, 50
 COVERAGE = (0.90, 0.99)
 
 COLUMNS = [
@@ -120,14 +124,48 @@ def limit_cells() -> list[KnownModel]:
     ]
 
 
+def find_by_chains(known: KnownModel, **settings: Any) -> groktrace.LearningCoefficient:
+    """λ at the model's weights, found as that of larger networks."""
+    kept = point.LIMIT
+    point.LIMIT = dataclasses.replace(kept, max_weights=0)
+    try:
+        return find_limit(known, **settings)
+    finally:
+        point.LIMIT = kept
+
+
+def chain_cells() -> list[KnownModel]:
+    """Four models of three families whose limit chains reach."""
+    nothing = {"nbeta": 1.0, "localization": 1.0}
+    flat = dataclasses.replace(bowl("20 directions, 10 flat", geometric(20, 1e3, flat=10), 1.0, 1.0), exact=10.0)
+    return [
+        reduced_rank(5, 3, 5, 1, **nothing),
+        reduced_rank(12, 8, 12, 4, **nothing),
+        teacher(5, 3, 2, **nothing),
+        flat,
+    ]
+
+
 def run_limit_coverage(out: Path, fresh: bool) -> list[Verdict]:
     """How often the 95 % intervals of λ cover it."""
-    table = Table(out / "limit_coverage.csv", ["run", "cell", "exact", "λ", "low", "high", "reached"], fresh)
+    return _coverage(out / "limit_coverage.csv", fresh, limit_cells(), find_limit, SEEDS, "limit")
+
+
+def run_chains_coverage(out: Path, fresh: bool) -> list[Verdict]:
+    """The same of intervals from chains, of small models."""
+    table = out / "limit_chains_coverage.csv"
+    return _coverage(table, fresh, chain_cells(), find_by_chains, CHAIN_SEEDS, "limit by chains")
+
+
+def _coverage(
+    path: Path, fresh: bool, models: Sequence[KnownModel], find: Callable[..., Any], seeds: int, name: str
+) -> list[Verdict]:
+    table = Table(path, ["run", "cell", "exact", "λ", "low", "high", "reached"], fresh)
     summary, verdicts = [], []
-    for known in limit_cells():
+    for known in models:
         cell = f"{known.family}: {known.name}"
-        for seed in range(SEEDS):
-            table.cached(f"{cell} seed={seed}", _seed, known, cell, seed)
+        for seed in range(seeds):
+            table.cached(f"{cell} seed={seed}", _seed, known, cell, seed, find)
         rows = [row for row in table.rows.values() if row["cell"] == cell]
         reached = [row for row in rows if row["reached"] == "True"]
         inside = [number(row["low"]) <= known.exact <= number(row["high"]) for row in reached]
@@ -145,39 +183,63 @@ def run_limit_coverage(out: Path, fresh: bool) -> list[Verdict]:
                 "covered": percent(share),
             }
         )
-        bar = f"limit: {percent(COVERAGE[0])} to {percent(COVERAGE[1])} covered, {cell}"
+        bar = f"{name}: {percent(COVERAGE[0])} to {percent(COVERAGE[1])} covered, {cell}"
         verdicts.append(Verdict(bar, percent(share), COVERAGE[0] <= share <= COVERAGE[1]))
     print_markdown(list(summary[0]), summary)
     return verdicts
 
 
-def _seed(known: KnownModel, cell: str, seed: int) -> Row:
-    found = find_limit(known, seed=seed)
+def _seed(known: KnownModel, cell: str, seed: int, find: Callable[..., Any]) -> Row:
+    found = find(known, seed=seed)
     row = {"cell": cell, "exact": known.exact, "λ": found.llc, "low": found.low, "high": found.high}
     return row | {"reached": found.reached}
 
 
+# What chains have of the constants of a limit.
+OF_CHAINS = (
+    *("first_resolution", "rung_ratio", "min_rungs", "max_rungs", "shrinking", "max_chain_steps", "max_operations"),
+    *("descent_share", "descended", "narrower", "narrowings", "chain_error", "max_extrapolation", "max_mode_distance"),
+)
 # Shares of 1: those above a half are halved and doubled by what they lack of 1.
 SHARES = {"acceptance", "effective_share", "correlation", "kept", "max_residual_correlation", "longer"}
 
 
 def run_limit_constants(out: Path, fresh: bool) -> list[Verdict]:
     """What halving and doubling each internal constant does to λ, in units of its own error."""
-    table = Table(out / "limit_constants.csv", ["run", "constant", "times", "λ", "half", "moved"], fresh)
+    places = ((annealing, "ANNEALING"), (limit_by_particles, "LIMIT"))
+    return _constants(out / "limit_constants.csv", fresh, limit_cells(), find_limit, places, "limit")
+
+
+def run_chains_constants(out: Path, fresh: bool) -> list[Verdict]:
+    """The same of chains, of two small models."""
+    table, places = out / "limit_chains_constants.csv", ((limit_by_chains, "LIMIT"),)
+    return _constants(table, fresh, chain_cells()[1:3], find_by_chains, places, "limit by chains", OF_CHAINS)
+
+
+def _constants(
+    path: Path,
+    fresh: bool,
+    models: Sequence[KnownModel],
+    find: Callable[..., Any],
+    places: Sequence[tuple[Any, str]],
+    title: str,
+    only: Sequence[str] = (),
+) -> list[Verdict]:
+    table = Table(path, ["run", "constant", "times", "λ", "half", "moved"], fresh)
     moves, failed = {}, []
-    for known in limit_cells():
+    for known in models:
         cell = f"{known.family}: {known.name}"
-        middle = find_limit(known)
-        for module, name in ((annealing, "ANNEALING"), (analysis, "LIMIT")):
+        middle = find(known)
+        for module, name in places:
             settings = getattr(module, name)
             for field in dataclasses.fields(settings):
                 for times in (0.5, 2.0):
                     changed = _scaled(getattr(settings, field.name), times, field.name)
-                    if changed is None:
+                    if changed is None or (only and field.name not in only):
                         continue
                     key = f"{cell} {field.name} × {times:g}"
                     other = dataclasses.replace(settings, **{field.name: changed})
-                    row = table.cached(key, _moved, known, middle, module, name, other, settings)
+                    row = table.cached(key, _moved, known, middle, module, name, other, settings, find)
                     if row["λ"]:
                         moves[key] = number(row["moved"])
                     else:
@@ -186,11 +248,11 @@ def run_limit_constants(out: Path, fresh: bool) -> list[Verdict]:
     print_markdown(["run", "λ", "half", "moved"], [table.rows[key] for key in worst])
     beyond = [key for key, move in moves.items() if abs(move) > 1]
     within = 1 - len(beyond) / len(moves)
-    bar = "limit: halving or doubling a constant moves λ by less than its error"
+    bar = f"{title}: halving or doubling a constant moves λ by less than its error"
     return [
         Verdict(bar, f"{percent(within)} of {len(moves)}" + listed(beyond), not beyond),
         Verdict(
-            "limit: and leaves no answer out",
+            f"{title}: and leaves no answer out",
             f"{len(failed)} of {len(moves) + len(failed)}" + listed(failed),
             not failed,
         ),
@@ -208,11 +270,17 @@ def _scaled(value: Any, times: float, name: str) -> Any:
 
 
 def _moved(
-    known: KnownModel, middle: groktrace.LearningCoefficient, module: Any, name: str, changed: Any, settings: Any
+    known: KnownModel,
+    middle: groktrace.LearningCoefficient,
+    module: Any,
+    name: str,
+    changed: Any,
+    settings: Any,
+    find: Callable[..., Any],
 ) -> Row:
     setattr(module, name, changed)
     try:
-        found = find_limit(known)
+        found = find(known)
     finally:
         setattr(module, name, settings)
     if found.llc is None or middle.llc is None:
