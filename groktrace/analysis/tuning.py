@@ -26,6 +26,8 @@ class Measurement:
         max_products: largest number of products on a large set.
         steps_off_minimum: largest burn-in plus draws of a chain on a large set at a snapshot off its minimum, which
             cannot become reliable.
+        batch_effect: a loss that depends by more than this share on which samples are together is no mean over them;
+            single precision leaves a hundredth of it.
         chance_samples: samples, spread evenly, that give the loss of chance; it is the same on all.
         differentiated_samples: samples on which the gradient is held beside differences of the loss.
         differentiated_distance: from w* of the place where that is done, relative to the weights: kinks at w* itself,
@@ -48,6 +50,7 @@ class Measurement:
     eigenvalue_rtol: float = 0.01
     max_products: int = 24
     steps_off_minimum: int = 40
+    batch_effect: float = 1e-4
     chance_samples: int = 256
     differentiated_samples: int = 8
     differentiated_distance: float = 0.01

@@ -275,6 +275,29 @@ def test_minibatch_noise_is_kept_small_or_named():
     assert any("heated by minibatch noise" in reason for reason in hot.reasons)
 
 
+def of_tokens(outputs, targets):
+    """The mean over the tokens of sequences, whose lengths differ."""
+    return nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
+def contrastive(outputs, targets):
+    """Of each sample among those beside it."""
+    return nn.functional.cross_entropy(outputs.flatten(1) @ outputs.flatten(1).T, torch.arange(len(outputs)))
+
+
+@pytest.mark.parametrize("loss", [of_tokens, contrastive, nn.CrossEntropyLoss(weight=torch.tensor([5.0, 1, 1]))])
+def test_batches_of_a_loss_that_is_no_mean_over_samples_are_refused(loss):
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 6, 4), torch.randint(3, (64, 6))
+    y[torch.arange(6) >= torch.randint(1, 7, (64, 1))] = -100
+    model, data = nn.Linear(4, 3), (x, y)
+    if isinstance(loss, nn.Module):
+        data = x[:, 0], y[:, 0]
+    with pytest.raises(SettingsError, match="batch_size: expected none, got 8: the loss is no mean over samples"):
+        estimate_llc(model, loss, data, batch_size=8)
+    assert estimate_llc(model, loss, data, draws=4, burn_in=4).llc is not None
+
+
 def test_nbeta_that_follows_the_curvature_measures_at_one_resolution():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 6, generator=generator)

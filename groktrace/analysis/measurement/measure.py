@@ -15,6 +15,7 @@ from groktrace.analysis.measurement.llc import LLCEstimate, summarise, unusable
 from groktrace.analysis.measurement.predictions import batch_effect, count_targets, measure_losses
 from groktrace.analysis.measurement.stopping import needed_centred, needed_of_large_sets, needed_plain
 from groktrace.analysis.tuning import MEASUREMENT
+from groktrace.errors import SettingsError
 from groktrace.records import Record, between, read_record
 from groktrace.run.batch import Batch
 from groktrace.run.layout import Step
@@ -120,6 +121,7 @@ class Objective:
 
         Raises:
             TaskError: the loss cannot be evaluated or differentiated there.
+            SettingsError: batches are asked for of a loss that is no mean over samples.
         """
         some = ", ".join(layout.names[:5]) + (", ..." if len(layout.names) > 5 else "")
         advice = f"it has to be a function of the sampled weights: {some}."
@@ -131,6 +133,16 @@ class Objective:
         chance = chance_losses(task, weights, device, loss.micro_batch, untrained)
         resolved = resolve(settings, layout.size, loss.micro_batch is None)
         where = task, weights, device, loss.micro_batch
+        if resolved.batch_size is not None and loss.sample_bytes is None:  # of large sets it has to be one roughly
+            # At a perfect fit all losses are zero, and so are those of batches.
+            moved = {name: 1.1 * weights[name] + 0.01 for name in layout.names}
+            effect = batch_effect(task, {**weights, **moved}, *where[2:])
+            if effect > MEASUREMENT.batch_effect:
+                raise SettingsError(
+                    f"batch_size: expected none, got {resolved.batch_size}: the loss is no mean over samples (that of "
+                    f"some together is off the mean over their quarters by {100 * effect:.2g} %), so that gradients of "
+                    "batches are not the loss's."
+                )
         wrong = wrong_gradient(task, layout, weights, device)
         return cls(task, loss, resolved, chance, count_targets(*where), batch_effect(*where), wrong)
 
