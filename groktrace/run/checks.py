@@ -165,6 +165,11 @@ def _advice(forward: ModelWithLoss, batch: Batch, failure: Exception) -> str:
             "cross_entropy takes classes on the second axis: for sequences with classes on the last axis give "
             "loss=lambda o, t: cross_entropy(o.flatten(0, -2), t.flatten())."
         )
+    if "does not require grad" in str(failure):
+        return (
+            "a loss is evaluated without gradients, too: where it takes derivatives of outputs with respect to inputs, "
+            "compute these under `with torch.enable_grad():` and on x.clone().requires_grad_()."
+        )
     if shared_second_axis(batch.tensors) is not None:
         with contextlib.suppress(Exception):
             first_loss(forward, batch, axis=1)

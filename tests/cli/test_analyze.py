@@ -280,7 +280,7 @@ def test_logdir_takes_the_event_files_elsewhere(small_run, tmp_path):
 
 
 def test_interrupting_keeps_what_is_finished(small_run):
-    command = [sys.executable, "-m", "groktrace.cli", "analyze", str(small_run), "--draws", "50000"]
+    command = [sys.executable, "-m", "groktrace", "analyze", str(small_run), "--draws", "50000"]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -113,7 +113,7 @@ def test_a_newcomers_line(folder):
         [
             sys.executable,
             "-m",
-            "groktrace.cli",
+            "groktrace",
             "import",
             "my saved/model_*5.pt",
             "--task",

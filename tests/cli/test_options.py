@@ -90,9 +90,9 @@ def test_help_does_not_wait_for_pytorch(arguments):
 
 def test_the_module_is_the_command():
     found = subprocess.run(
-        [sys.executable, "-m", "groktrace.cli", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "groktrace", "--help"], capture_output=True, text=True, check=True
     )
-    assert found.stdout.startswith("Usage: python -m groktrace.cli ")
+    assert found.stdout.startswith("Usage: groktrace ")
 
 
 def test_threads_are_set_before_anything_is_computed(recorded, monkeypatch):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import groktrace
 from groktrace.errors import TaskError
 from groktrace.run.checks import LossProbe, check_mean, check_repeatable, sample_axis_note, spectral_norm_note
 from groktrace.run.collect import collect
@@ -327,3 +328,27 @@ def test_spectral_norms_are_told_of(norm):
     assert spectral_norm_note(alone).startswith(f"model: {type(alone).__name__} has a spectral_norm")
     plain = nn.Sequential(nn.Linear(3, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 1)))
     assert spectral_norm_note(plain) is None
+
+
+def slope_loss(model, batch):
+    """Of a network whose slope is minus its output."""
+    x = batch[0].requires_grad_()
+    u = model(x)
+    (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    return (slope + u).square().mean()
+
+
+def slope_loss_as_advised(model, batch):
+    with torch.enable_grad():
+        return slope_loss(model, [batch[0].clone()])
+
+
+def test_derivatives_with_respect_to_inputs_are_advised_of():
+    x = (torch.linspace(0, 1, 20)[:, None],)
+    with pytest.raises(TaskError, match=r"compute these under `with torch.enable_grad\(\):` and on x.clone\(\)"):
+        Task.from_model(network(1, 1), train=x, batch_loss=slope_loss)
+    torch.manual_seed(0)
+    found = groktrace.estimate_llc(
+        nn.Linear(1, 1), None, x, batch_loss=slope_loss_as_advised, nbeta=100.0, localization=1.0
+    )
+    assert found.llc is not None

@@ -211,7 +211,7 @@ def analyse(path: Path) -> list[Row]:
     """One row: seconds by the clock until the first curve stands and until all is done, beside what was forecast."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(shutil.copytree(path, Path(folder) / path.name, ignore=shutil.ignore_patterns("analysis")))
-        command = [sys.executable, "-m", "groktrace.cli"]
+        command = [sys.executable, "-m", "groktrace"]
         start = time.monotonic()
         forecast = subprocess.run([*command, "forecast", str(run), "--json"], capture_output=True, check=True)
         said = json.loads(forecast.stdout)
@@ -240,7 +240,7 @@ def crowd(path: Path) -> list[Row]:
             with tempfile.TemporaryDirectory() as folder:
                 run = shutil.copytree(path, Path(folder) / path.name, ignore=shutil.ignore_patterns("analysis"))
                 start = time.monotonic()
-                command = [sys.executable, "-m", "groktrace.cli", "analyze", str(run)]
+                command = [sys.executable, "-m", "groktrace", "analyze", str(run)]
                 subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
                 seconds.append(time.monotonic() - start)
         finally:

@@ -202,3 +202,14 @@ def test_the_line_within_the_model_is_named():
 
     with pytest.raises(TaskError, match=r"at test_verification.py:\d+: `return x if x.sum\(\) > 0 else -x`"):
         trace("mse", activation)
+
+
+def test_a_loss_that_is_summed_in_another_order_is_the_same():
+    """Traced, the margin loss is made of other operations: its last digit is another one."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        batch = Batch((torch.randn(96, 5), torch.randint(3, (96,))), {"tuple": [0, 1]})
+        forward = make_forward(nn.Linear(5, 3), nn.MultiMarginLoss(), None, batch)
+        live = forward(*batch.tensors)[0]
+        got = Program.trace(forward, batch).forward(dict(forward.model.named_parameters()), batch.tensors)[0]
+        assert got.item() == pytest.approx(live.item(), rel=1e-6)

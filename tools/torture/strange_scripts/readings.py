@@ -10,7 +10,7 @@ READINGS = (
         """
         recorder.close()
         options = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        command = [sys.executable, "-m", "groktrace.cli", "analyze", "run", "--json", *options]
+        command = [sys.executable, "-m", "groktrace", "analyze", "run", "--json", *options]
         printed = subprocess.run(command, capture_output=True, text=True)
         if printed.returncode not in (0, 3):
             kind = RuntimeError if "Traceback" in printed.stderr else groktrace.GroktraceError
