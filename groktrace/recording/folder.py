@@ -21,6 +21,7 @@ from groktrace.run.info import WeightSpec, check_info
 from groktrace.run.remote import Remote, is_url, names_beside
 
 IfExists = Literal["error", "new", "replace"]
+LAST = 8  # snapshots of a run in which the weights of a training that begins are looked for
 # What a recording that was killed while it began has left, before run.json.
 _BEGUN = {layout.DATA_FILE, layout.PROGRAM_FILE, layout.LOCK_FILE}
 
@@ -231,6 +232,28 @@ def choose(
     return FolderChoice(first, "beside", why)
 
 
+def held_already(
+    choice: FolderChoice, specs: Mapping[str, WeightSpec], parameters: Mapping[str, Tensor]
+) -> tuple[Folder, int] | None:
+    """The run that holds the weights with which a new one begins beside it, and their step; None where none does.
+
+    Args:
+        choice: what to do with the folder.
+        specs: the tensors of the network and its loss.
+        parameters: by name.
+    """
+    first = choice.folder
+    if choice.kind != "beside" or first.remote is not None:  # from where every file would have to be fetched
+        return None
+    with contextlib.suppress(GroktraceError, OSError):  # one that is damaged
+        for folder in _alike(first, first.info(), specs):
+            for step in reversed(layout.snapshot_steps(folder.root)[-LAST:]):
+                # Weights that are those of step 0 too have not moved by then, as where the learning rate begins at 0.
+                if step and _holds(folder, step, parameters) and not _holds(folder, 0, parameters):
+                    return folder, step
+    return None
+
+
 def latest_beside(root: Path) -> Path | None:
     """The latest of the runs that were recorded beside one, as it was there already; None where there are none.
 
@@ -275,6 +298,15 @@ def _continued(
     parameters: Mapping[str, Tensor],
 ) -> Folder | None:
     """The run that a training of some updates goes on with: the one with its weights, or else the newest."""
+    found = _alike(first, info, specs)
+    if not found or found == [first]:
+        return found[0] if found else None
+    same = [folder for folder in found if _holds(folder, start, parameters)]
+    return (same or found)[0]
+
+
+def _alike(first: Folder, info: dict[str, Any] | None, specs: Mapping[str, WeightSpec] | None) -> list[Folder]:
+    """The runs of this network and loss in a folder and beside it, the newest first."""
     found = [first] if info is not None and _fits(first, info, specs) else []
     for number in sorted(first.beside()):
         folder = first.numbered(number)
@@ -282,10 +314,7 @@ def _continued(
             other = folder.info()
             if other is not None and other.get("out") == name_of(first.place) and _fits(folder, other, specs):
                 found.insert(0, folder)
-    if not found or found == [first]:
-        return found[0] if found else None
-    same = [folder for folder in found if _holds(folder, start, parameters)]
-    return (same or found)[0]
+    return found
 
 
 def _holds(folder: Folder, step: int, parameters: Mapping[str, Tensor]) -> bool:
@@ -297,7 +326,7 @@ def _holds(folder: Folder, step: int, parameters: Mapping[str, Tensor]) -> bool:
         digests = files.parse_json(files.read_metadata(path)["digests"].encode())
         return bool(parameters) and all(
             digests[name] == files.digest(torch.view_as_real(weight) if weight.dtype == torch.complex128 else weight)
-            for name, weight in parameters.items()
+            for name, weight in sorted(parameters.items(), key=lambda entry: entry[1].numel())  # small ones cost less
         )
     except (GroktraceError, OSError, ValueError, KeyError, TypeError):
         return False

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from groktrace.errors import SettingsError
+from groktrace.recording.gradient import UsedGradient, parameters_in, shared_parameters
 
 
 def hookable(optimizer: Any) -> Any:
@@ -38,7 +39,7 @@ def counted_optimizer(optimizer: Any, model: nn.Module) -> Any:
         SettingsError: there is none, or it holds none of the model's parameters.
     """
     optimizer = hookable(optimizer)
-    if not _parameters(optimizer) & {id(parameter) for parameter in model.parameters()}:
+    if not parameters_in(optimizer).keys() & {id(parameter) for parameter in model.parameters()}:
         raise SettingsError("optimizer: holds none of the model's parameters; make it from model.parameters().")
     return optimizer
 
@@ -129,6 +130,8 @@ class UpdateHooks:
             streak included, are to be counted as updates. It must not raise.
         on_return: called before the first step of the optimizer itself where others' were counted already: whether
             that was a mistake, and they are not to be counted any more. It must not raise.
+        on_twice: called where two optimizers that are counted are about to have stepped with the same gradient, with
+            the two, in their order. It must not raise.
         among: ids of the parameters that matter; None for all of the optimizer's.
     """
 
@@ -140,12 +143,15 @@ class UpdateHooks:
         on_other: Callable[[Streak], None] | None = None,
         on_again: Callable[[Streak], bool] | None = None,
         on_return: Callable[[], bool] | None = None,
+        on_twice: Callable[[Any, Any], None] | None = None,
         among: frozenset[int] | None = None,
     ) -> None:
         self._on_update, self._on_begin, self._on_other, self._on_again = on_update, on_begin, on_other, on_again
-        self._on_return, self._among = on_return, among
+        self._on_return, self._on_twice, self._among = on_return, on_twice, among
         self._early = False  # whether others were counted before the optimizer's own first step
         self._counted: list[Any] = []  # the optimizers whose steps are updates
+        self._shared: list[Tensor] = []  # parameters that the first and the last of them hold
+        self._used: UsedGradient | None = None  # where there are several
         self._depth = self._updates = 0
         # Nesting depth of other optimizers' steps, and the number of updates when the outermost began.
         self._other_depth = self._other_updates = 0
@@ -164,10 +170,13 @@ class UpdateHooks:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self.streak = [], None
+        self._handles, self.streak, self._used = [], None, None
 
     def _count(self, optimizer: Any) -> None:
         self._counted.append(optimizer)
+        if len(self._counted) > 1:
+            with contextlib.suppress(Exception):  # then nothing is told of pairs
+                self._shared = shared_parameters(self._counted[0], optimizer)
         self._handles += [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -179,6 +188,7 @@ class UpdateHooks:
         for other in self._counted[1:]:
             self._longest[type(other)] = self._updates
         del self._handles[4:], self._counted[1:]
+        self._used = None
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         # A subclass whose step() calls super().step() comes here twice per update, nested. A step that raised never
@@ -195,6 +205,7 @@ class UpdateHooks:
                 for other in self.streak.round:
                     self._longest[type(other)] = max(self.streak.updates, self.streak.longest)
                 self.streak = None
+            self._look_behind(optimizer)
             self._on_begin()
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -202,7 +213,18 @@ class UpdateHooks:
         if self._depth <= 0:
             self._depth = 0
             self._updates += 1
+            if len(self._counted) > 1:
+                with contextlib.suppress(Exception):
+                    self._used = UsedGradient(optimizer, self._shared)
             self._on_update(getattr(optimizer, "found_inf", None))
+
+    def _look_behind(self, optimizer: Any) -> None:
+        """Tell where this optimizer steps directly behind another that is counted, in one iteration."""
+        used, self._used = self._used, None
+        if used is not None and self._on_twice is not None:
+            with contextlib.suppress(Exception):
+                if used.serves(optimizer):
+                    self._on_twice(used.optimizer, optimizer)
 
     # Every optimizer of the process calls these two. Compiled steps of others are ignored, to keep their graphs whole.
     def _before_other(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -253,7 +275,7 @@ class UpdateHooks:
             size = _size(optimizer) + _size(self._counted[0])
             known = self._sharing.get(optimizer)
             if known is None or known[0] != size:
-                common = _parameters(self._counted[0]) & _parameters(optimizer)
+                common = parameters_in(self._counted[0]).keys() & parameters_in(optimizer).keys()
                 known = (size, bool(common if self._among is None else common & self._among))
                 self._sharing[optimizer] = known
             return known[1]
@@ -263,10 +285,6 @@ class UpdateHooks:
 
 def _size(optimizer: Any) -> int:
     return sum(len(group["params"]) for group in optimizer.param_groups)
-
-
-def _parameters(optimizer: Any) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _within_step_of(optimizers: list[Any] | None) -> bool:

@@ -25,7 +25,7 @@ class OtherOptimizers:
         read: the weights as they are.
         keep: the step and the weights that are due, if the streak's last step is an update; None without.
         replace: called where they are updates, with the streak, the weights after it, and what `keep` gave.
-        warn: called with a warning's text.
+        warn: called with a kind of warning and its text.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class OtherOptimizers:
         read: Callable[[], Reading | None],
         keep: Callable[[Streak], Spare | None],
         replace: Callable[[Streak, Reading | None, Spare | None], None],
-        warn: Callable[[str], None],
+        warn: Callable[[str, str], None],
     ) -> None:
         self._optimizer, self._read, self._keep, self._replace, self._warn = optimizer, read, keep, replace, warn
         self._after: Reading | None = None
@@ -70,9 +70,11 @@ class OtherOptimizers:
         if not self._inner(streak):
             names = type(self._optimizer).__name__, type(streak.last).__name__
             self._warn(
+                "replaced",
                 f"{'another ' if names[0] == names[1] else ''}{names[1]} steps the weights of the {names[0]} that "
-                "watch() was given, which does not step any more, and its steps are counted instead. If they are no "
-                "updates, but an inner loop, leave optimizer out and call recorder.step() once per update."
+                "watch() was given, which has not stepped in between: from here on the steps of both are counted. If "
+                "those of the other one are no updates, but an inner loop, leave optimizer out and call "
+                "recorder.step() once per update.",
             )
 
 

@@ -17,11 +17,12 @@ from groktrace.recording.folder import Folder
 from groktrace.recording.guard import Guard
 from groktrace.recording.hooks import Streak, UpdateHooks, counted_optimizer
 from groktrace.recording.metrics import numbers_in
+from groktrace.recording.numbering import OwnCount, report_twice
 from groktrace.recording.on_transition import TransitionCallback
 from groktrace.recording.optimizer_switch import OtherOptimizers
 from groktrace.recording.probe import HOW_TO_COUNT, BetweenUpdates, Reading, Watchdog, WeightProbe, moved_after, trained
 from groktrace.recording.termination import catch_termination, open_recorders, restore_termination
-from groktrace.recording.warn import WarnOnce
+from groktrace.recording.warn import Doubts, WarnOnce
 from groktrace.recording.writer import Writer
 from groktrace.run import layout, pending
 
@@ -56,13 +57,13 @@ class Recorder:
         self._capture: Capture | None = capture
         self._writer = None if folder.hold is None else Writer(self._root, folder.hold, folder.remote)
         self._guard = None if folder.hold is None else guard
-        self._count = UpdateCount(start)
+        self._count, self._blocked = UpdateCount(start), 0.0
         self._copied: int | None = None
         self._pending_step: int | None = None
         self._metrics: dict[str, float] = {}
-        self._blocked = 0.0
         self._closed = self._left = self._in_update = self._on_signal = False
         self._warn_once = WarnOnce()
+        self._doubt = Doubts(self._warn_once, None if self._writer is None else self._writer.mark, lambda: self.steps)
         self._hooks: UpdateHooks | None = None
         self._others: OtherOptimizers | None = None
         self._streak: Streak | None = None  # of other optimizers, at the end
@@ -84,11 +85,10 @@ class Recorder:
         probed = self._writer is not None and not self.deferred and self._capture and not self._capture.sharded
         self._between = BetweenUpdates(WeightProbe(trained(model, optimizer)) if probed else None)
         if optimizer is not None:
-            among = frozenset(map(id, model.parameters()))
-            warn = partial(self._warn_once, "replaced")
-            self._others = OtherOptimizers(optimizer, self._between.read, self._copy_for, self._replace, warn)
-            calls = (self._update, self._begin, self._stepped, self._again, self._return)
-            self._hooks = UpdateHooks(optimizer, *calls, among)
+            self._others = OtherOptimizers(optimizer, self._between.read, self._copy_of, self._replace, self._warn_once)
+            begin = OwnCount(optimizer, self._count, self._doubt, self._begin).begin
+            calls = (self._update, begin, self._stepped, self._again, self._return, partial(report_twice, self._doubt))
+            self._hooks = UpdateHooks(optimizer, *calls, frozenset(map(id, model.parameters())))
 
     @property
     def steps(self) -> int:
@@ -273,7 +273,7 @@ class Recorder:
             self._warn_once.of_failure(failure)
             return False
 
-    def _copy_for(self, streak: Streak) -> tuple[int, dict[str, Tensor]] | None:
+    def _copy_of(self, streak: Streak) -> tuple[int, dict[str, Tensor]] | None:
         """Copy the weights after another optimizer's step, if the step that this may prove to be is due."""
         step = self.steps + streak.updates - int(streak.skipped or 0)
         if self._capture is None or self._writer is None or self.deferred or step == self.steps or not self._keep(step):
@@ -360,8 +360,7 @@ class Recorder:
         if self._streak is not None and self._others is not None and not self._in_update and not capture.sharded:
             self._others.ended(self._streak)
         self._streak = None
-        moved = self._between.moved
-        if moved:
+        if moved := self._between.moved:
             self._pending_step = None
         self._take_pending()
         steps = self.steps

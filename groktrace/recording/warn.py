@@ -1,6 +1,7 @@
 """Warnings to the user whose training is recorded; none of them ever raises."""
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -52,3 +53,23 @@ class WarnOnce:
     def of_failure(self, failure: Exception) -> None:
         """Warn that recording failed."""
         self("recording", f"recording failed ({type(failure).__name__}: {failure}); training goes on.")
+
+
+class Doubts:
+    """Warns, once of each kind, of what speaks against a run, and has it kept with the run.
+
+    Args:
+        warn_once: warns.
+        mark: takes the step and a text that the analysis repeats; None in processes that do not write: they are silent.
+        steps: the number of updates so far.
+    """
+
+    def __init__(self, warn_once: WarnOnce, mark: Callable[[int, str], None] | None, steps: Callable[[], int]) -> None:
+        self._warn_once, self._mark, self._steps = warn_once, mark, steps
+        self._pid = os.getpid()
+
+    def __call__(self, kind: str, text: str) -> None:
+        """Warn, and have it kept, unless there was a warning of this kind before."""
+        # A forked child inherits the hooks, but not the thread that writes.
+        if self._mark is not None and os.getpid() == self._pid and self._warn_once.first(kind, text):
+            self._mark(self._steps(), text)

@@ -13,8 +13,18 @@ from torch import Tensor, nn
 from groktrace.errors import GroktraceError, SettingsError
 from groktrace.recording.capture import Capture, describe_weights, gathered, is_sharded, parameters_of, views_of
 from groktrace.recording.data_versions import DataVersions
-from groktrace.recording.folder import Folder, IfExists, check_if_exists, check_out, choose, name_of, with_earlier
+from groktrace.recording.folder import (
+    Folder,
+    IfExists,
+    check_if_exists,
+    check_out,
+    choose,
+    held_already,
+    name_of,
+    with_earlier,
+)
 from groktrace.recording.hooks import counted_optimizer, updates_made
+from groktrace.recording.numbering import begins_again
 from groktrace.recording.on_transition import Callback, TransitionCallback, check_callback
 from groktrace.recording.prepare import (
     RecordedTask,
@@ -31,7 +41,7 @@ from groktrace.recording.warn import warn_user
 from groktrace.recording.writer import remove_leftovers
 from groktrace.run import layout
 from groktrace.run.factory import refuse_while_loading
-from groktrace.run.info import WeightSpec
+from groktrace.run.info import MAX_DOUBT, WeightSpec
 from groktrace.run.live_model import named_tensors, plain_model
 from groktrace.run.loss_tensors import LossTensors
 
@@ -172,10 +182,15 @@ def watch(
     with _agreed(sharded) as told:
         if _is_writer():
             try:
+                known = held_already(where, specs, trained) if start_step is None and start == 0 else None
                 folder = where.take(if_exists)
                 place, root = folder.place, folder.root
                 specs = with_earlier(folder, specs, start)
                 info = describe_run(model, specs, evaluation, optimizer, plan, task, seed)
+                if known is not None:
+                    said = begins_again(known[1], known[0].place, place)
+                    info["doubts"] = [{"step": start, "text": said[:MAX_DOUBT]}]
+                    warn_user(said)
                 if write_start(root, info | {"out": name_of(folder.requested)}, evaluation):
                     warn_user(f"'{place}' held other data than these; the analysis will use the new ones throughout.")
                 if not sharded:

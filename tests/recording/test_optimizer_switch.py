@@ -106,6 +106,34 @@ def test_optimizers_by_turns_all_count(loop):
     loop.run(second, updates=3)
     assert len(caught) == 1
     assert loop.kept() == list(range(13))
+    assert open_run(loop.out).doubts == ()
+
+
+@pytest.mark.parametrize("watched_last", [True, False])
+def test_two_that_step_in_one_iteration_are_told_to_count_twice(loop, watched_last):
+    watched, other = torch.optim.Adam(loop.parameters[2:]), sgd(loop.parameters)
+    loop.watch(watched)
+
+    def train():
+        for iteration in range(1, 11):
+            loop.backward()
+            both = [other, watched] if watched_last else [watched, other]
+            for optimizer in both if iteration % 5 == 0 else [other]:
+                optimizer.step()
+                loop.updated()
+
+    with pytest.warns(RuntimeWarning) as caught:
+        train()
+    switched, twice = (str(warning.message) for warning in caught)
+    assert (
+        "SGD steps the weights of the Adam that watch() was given, which has not stepped in between: from" in switched
+    )
+    assert "from here on the steps of both are counted. If" in switched
+    names = "SGD and Adam" if watched_last else "Adam and SGD"
+    assert f"{names} step one behind the other with the same gradient, and the steps of both are counted" in twice
+    assert loop.kept() == list(range(13))
+    (doubt,) = open_run(loop.out).doubts  # which the analysis repeats
+    assert doubt.startswith(f"step 5: {names} step one behind the other")
 
 
 def test_a_successor_whose_weights_are_clamped_is_counted_in_the_end(loop):

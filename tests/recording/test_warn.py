@@ -2,7 +2,7 @@ import warnings
 
 import pytest
 
-from groktrace.recording.warn import WarnOnce, warn_user
+from groktrace.recording.warn import Doubts, WarnOnce, warn_user
 
 
 def test_a_kind_of_warning_comes_once():
@@ -30,6 +30,22 @@ def test_a_failure_is_a_warning_and_goes_no_further():
     assert done == [1]
     with pytest.raises(KeyboardInterrupt):  # what the user wants is no failure
         warn_once.on_failure(interrupt)
+
+
+def test_a_doubt_is_warned_of_and_kept_once():
+    kept = []
+    doubt = Doubts(WarnOnce(), lambda step, text: kept.append((step, text)), lambda: 7)
+    with pytest.warns(RuntimeWarning, match="it was loaded later"):
+        doubt("loaded", "it was loaded later.")
+    doubt("loaded", "it was loaded later.")  # without a second warning, which would be an error here
+    assert kept == [(7, "it was loaded later.")]
+
+
+def test_a_process_that_does_not_write_has_no_doubts(monkeypatch):
+    Doubts(WarnOnce(), None, lambda: 7)("loaded", "it was loaded later.")
+    doubt = Doubts(WarnOnce(), lambda step, text: pytest.fail(text), lambda: 7)
+    monkeypatch.setattr("os.getpid", lambda: -1)  # as in a forked child
+    doubt("loaded", "it was loaded later.")
 
 
 def interrupt():
