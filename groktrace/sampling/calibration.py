@@ -153,15 +153,17 @@ def more_draws(draws: int, needed: float) -> int:
     return math.ceil(draws * min(max(needed - 1, CALIBRATION.min_growth), 1.0))
 
 
-def resolve(settings: SamplingSettings, dimension: int, stacked: bool) -> ResolvedSettings:
+def resolve(settings: SamplingSettings, dimension: int, stacked: bool, vectorised: bool = True) -> ResolvedSettings:
     """The settings for one network; resolved ones stay what they are.
 
     Args:
         settings: method and chains, where given.
         dimension: D.
         stacked: whether chains run as a stack, and not one at a time as those of large networks.
+        vectorised: whether the gradients of a stack are taken at once, and not one after the other.
     """
     method = settings.method or ("baoab" if stacked else "leimkuhler_matthews")
     tuned = CALIBRATION
-    chains = settings.chains or min(max(tuned.min_chains, tuned.stacked_weights // dimension), tuned.max_chains)
+    free = tuned.stacked_weights // dimension if vectorised else 0
+    chains = settings.chains or min(max(tuned.min_chains, free), tuned.max_chains)
     return ResolvedSettings(**{**vars(settings), "method": method, "chains": chains})

@@ -371,6 +371,24 @@ def test_overlaps_that_cannot_be_sampled_are_refused():
         estimate_llc(model, "mse", (torch.randn(30, 4),) * 2)
 
 
+class Reader(nn.Module):
+    """A recurrent network, whose gradients are taken one chain after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.output = nn.GRU(2, 3, batch_first=True), nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.output(self.cell(x)[0][:, -1])
+
+
+def test_of_networks_that_cannot_be_stacked_there_are_but_two_chains():
+    torch.manual_seed(0)
+    data, few = (torch.randn(20, 4, 2), torch.randn(20, 1)), {"draws": 2, "burn_in": 2}
+    assert estimate_llc(Reader(), "mse", data, **few).chains == 2
+    assert estimate_llc(nn.Linear(1, 1), "mse", (data[0][:, 0, :1], data[1]), **few).chains == 16
+
+
 class Filter(nn.Module):
     """A filter of signals with 8 samples: 5 complex numbers, of which 8 real ones count, and a constant."""
 

@@ -86,6 +86,9 @@ def test_draws_grow_by_what_is_needed_within_bounds(needed, added):
 def test_small_networks_get_more_chains(dimension, chains):
     assert resolve(SamplingSettings(), dimension, stacked=True).chains == chains
     assert resolve(SamplingSettings(chains=3), dimension, stacked=True).chains == 3
+    # One after the other, each costs as much as the first.
+    assert resolve(SamplingSettings(), dimension, stacked=True, vectorised=False).chains == 2
+    assert resolve(SamplingSettings(chains=3), dimension, stacked=True, vectorised=False).chains == 3
 
 
 def test_large_networks_get_the_method_that_keeps_no_momenta():

@@ -26,7 +26,7 @@ from tools.common.measurements import Row, Table, Verdict, listed, number, perce
 RIGHT_WITHIN = 0.05
 RIGHT_SHARE = 0.95
 MEDIAN_SECONDS = 20.0
-SEEDS, CHAIN_SEEDS = 200, 50
+SEEDS, CHAIN_SEEDS = 200, 25
 COVERAGE = (0.90, 0.99)
 
 COLUMNS = [

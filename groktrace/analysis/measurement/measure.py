@@ -131,7 +131,7 @@ class Objective:
                 loss, anchor = stack_weights(loss, [weights])
                 loss = loss.probe(anchor)
         chance = chance_losses(task, weights, device, loss.micro_batch, untrained)
-        resolved = resolve(settings, layout.size, loss.micro_batch is None)
+        resolved = resolve(settings, layout.size, loss.micro_batch is None, loss.vectorised)
         where = task, weights, device, loss.micro_batch
         if resolved.batch_size is not None and loss.sample_bytes is None:  # of large sets it has to be one roughly
             # At a perfect fit all losses are zero, and so are those of batches.
