@@ -4,7 +4,7 @@ import importlib.metadata
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from groktrace.run.task import (
     SHIFT_INVARIANT_KEY,
     ModelWithLoss,
     check_noise,
+    company_notes,
     data_notes,
     evaluation_mode,
     is_shift_invariant,
@@ -50,6 +51,7 @@ class RecordedTask:
         guard: checks while training that the program still gives the live loss; None without a program.
         own: the tensors of the loss.
         unreached: parameters that the loss's gradient does not reach.
+        doubts: those of the notes that the analysis repeats.
     """
 
     n: int | None = None
@@ -61,6 +63,7 @@ class RecordedTask:
     guard: Guard | None = None
     own: LossTensors = NO_TENSORS
     unreached: frozenset[str] = frozenset()
+    doubts: tuple[str, ...] = ()
 
 
 def prepare_task(
@@ -104,7 +107,9 @@ def prepare_task(
             else:
                 probe = check_forward(forward, batch, held_out)
             notes = data_notes(probe, train, val, held_out)
-            return trace_task(forward, probe.batch, data, tensors, notes, idle)
+            doubts = company_notes(probe, train)
+            prepared = trace_task(forward, probe.batch, data, tensors, (*notes, *doubts), idle)
+            return replace(prepared, doubts=doubts)
 
 
 def describe_data(batch: Batch, n: int, held_out: Batch | None, n_val: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -318,7 +323,9 @@ def write_start(root: Path, info: dict[str, Any], evaluation: RecordedTask) -> b
     changed = False
     if before is not None:
         info = {**info, "created": before.get("created", info["created"]), "task": info["task"] or before.get("task")}
-        info["doubts"] = before.get("doubts") or []
+        earlier = before.get("doubts") or []
+        known = {doubt["text"] for doubt in earlier}
+        info["doubts"] = [*earlier, *(doubt for doubt in info["doubts"] if doubt["text"] not in known)]
     if evaluation.data is not None:
         changed = before is not None and data_path.exists() and _samples_differ(data_path, evaluation.tensors)
         metadata = {"groktrace": str(layout.FORMAT_VERSION), "time": now()}

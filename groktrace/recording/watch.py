@@ -187,10 +187,11 @@ def watch(
                 place, root = folder.place, folder.root
                 specs = with_earlier(folder, specs, start)
                 info = describe_run(model, specs, evaluation, optimizer, plan, task, seed)
+                said = evaluation.doubts
                 if known is not None:
-                    said = begins_again(known[1], known[0].place, place)
-                    info["doubts"] = [{"step": start, "text": said[:MAX_DOUBT]}]
-                    warn_user(said)
+                    said = (*said, begins_again(known[1], known[0].place, place))
+                    warn_user(said[-1])
+                info["doubts"] = [{"step": start, "text": text[:MAX_DOUBT]} for text in said]
                 if write_start(root, info | {"out": name_of(folder.requested)}, evaluation):
                     warn_user(f"'{place}' held other data than these; the analysis will use the new ones throughout.")
                 if not sharded:

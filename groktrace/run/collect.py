@@ -71,7 +71,7 @@ def collect(
         held = check_lengths(tensors, what)
         index = _choose(held, max_samples, seed)
         return Batch(tuple(_own(tensor.detach()[index]) for tensor in tensors), structure), _at_least(n, held)
-    dataset, indices, merge = _source(data, what)
+    dataset, indices, merge = source(data, what)
     held = len(indices)
     if held == 0:
         raise TaskError(f"{what}: expected at least one sample, got an empty set.")
@@ -106,7 +106,7 @@ def _collate(
         _check_collation(read, min(CHECKED, count), merge, what, seed)
     with seeded_rng(seed):
         items = _merge(read(count), merge, what)
-    tensors, structure = _flatten_merged(items)
+    tensors, structure = flatten_merged(items)
     found = check_lengths(
         tensors, what if merge is default_collate else f"{what}, as collate_fn makes it of the samples"
     )
@@ -178,35 +178,6 @@ def _first_of_batches(entries: Iterator[Any], what: str, most: int, fits: Fits |
     return Batch(tuple(_own(tensor.detach()[:most]) for tensor in _join(kept, samples, what)), structure)
 
 
-def random_samples_note(data: Any, what: str) -> str | None:
-    """Describe the problem where two samples change every time that they are read, as by augmentation.
-
-    Args:
-        data: what `collect` has taken.
-        what: the argument's name, for the sentence.
-    """
-    if isinstance(data, tuple | list | Mapping | Tensor) or is_stream(data):
-        return None
-    reads = []
-    try:
-        dataset, indices, merge = _source(data, what)
-        for seed in (1, 2):
-            with seeded_rng(seed):
-                reads.append(_flatten_merged(merge([dataset[i] for i in indices[:2]]))[0])
-        if all(a.shape == b.shape and _equal(a, b) for a, b in zip(*reads, strict=True)):
-            return None
-    except Exception:  # a collate_fn that cannot take two samples, say; then nothing is known
-        return None
-    return (
-        f"{what}: the samples are drawn at random each time that they are read, as by augmentation; the loss that is "
-        "analysed is that of one draw of each."
-    )
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-
-
 def _choose(n: int, max_samples: int, seed: int) -> Tensor | slice:
     if n <= max_samples:
         return slice(None)
@@ -221,8 +192,16 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.cpu().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
-def _source(data: Any, what: str) -> tuple[Any, Sequence[Any], Callable[[list[Any]], Any]]:
-    """The dataset, the indices that are trained on, and the collate function."""
+def source(data: Any, what: str) -> tuple[Any, Sequence[Any], Callable[[list[Any]], Any]]:
+    """The dataset, the indices that are trained on, and the collate function.
+
+    Args:
+        data: a Dataset or a DataLoader.
+        what: the argument's name, for errors.
+
+    Raises:
+        TaskError: it is neither, or its sampler says nothing of single samples.
+    """
     loader = data if isinstance(data, DataLoader) else None
     if loader is not None and loader.batch_sampler is None:
         raise TaskError(
@@ -249,7 +228,8 @@ def _merge(samples: list[Any], merge: Callable[[list[Any]], Any], what: str) -> 
         raise TaskError(f"{what}: the samples cannot be put into one batch ({failure}).") from failure
 
 
-def _flatten_merged(items: Any) -> tuple[list[Tensor], Any]:
+def flatten_merged(items: Any) -> tuple[list[Tensor], Any]:
+    """The tensors of what a collate function makes, and how they nest."""
     return flatten(tuple(items) if isinstance(items, list) else items)
 
 
@@ -266,7 +246,7 @@ def _check_collation(
         if count > 0:
             with seeded_rng(seed):  # read anew: a collate_fn may use its samples up
                 items = _merge(read(count), merge, what)
-            shapes.append((count, [tuple(tensor.shape) for tensor in _flatten_merged(items)[0]]))
+            shapes.append((count, [tuple(tensor.shape) for tensor in flatten_merged(items)[0]]))
     for leaf, shape in enumerate(shapes[-1][1]):
         if all(found[leaf][:1] == (count,) for count, found in shapes):
             continue

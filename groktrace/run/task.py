@@ -23,7 +23,8 @@ from groktrace.run.checks import (
     sample_axis_note,
     spectral_norm_note,
 )
-from groktrace.run.collect import Fits, collect, random_samples_note
+from groktrace.run.collation import company_note, random_samples_note
+from groktrace.run.collect import Fits, collect
 from groktrace.run.isolation import without_side_effects
 from groktrace.run.loss_noise import without_noise
 from groktrace.run.model_with_loss import ModelWithLoss, evaluation_mode, on_device_of
@@ -118,7 +119,7 @@ class Task:
             forward = make_forward(model, loss, batch_loss, batch, held_out)
             probe, held_out = _probe(forward, batch, held_out, check_noise(noise), seed)
             with evaluation_mode(probe.forward):
-                notes = data_notes(probe, train, val, held_out)
+                notes = *data_notes(probe, train, val, held_out), *company_notes(probe, train)
         for note in notes:
             warnings.warn(f"groktrace: {note}", RuntimeWarning, stacklevel=2)
         return cls._of(probe, held_out, n, n_val)
@@ -329,6 +330,19 @@ def data_notes(probe: LossProbe, train: Any, val: Any, held_out: Batch | None) -
     if held_out is not None:
         notes += [random_samples_note(val, "val"), sample_axis_note(probe.on(held_out), "val")]
     return tuple(note for note in notes if note is not None)
+
+
+def company_notes(probe: LossProbe, train: Any) -> tuple[str, ...]:
+    """A warning, if any, that the loss of all samples together is another one than that of the training's batches.
+
+    Args:
+        probe: the loss on the training samples.
+        train: the training data as given.
+    """
+    if random_samples_note(train, "train") is not None:  # then samples differ from one reading to the next anyway
+        return ()
+    note = company_note(train, "train", probe)
+    return () if note is None else (note,)
 
 
 def is_shift_invariant(forward: ModelWithLoss, batch: Batch) -> bool:

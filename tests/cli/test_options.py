@@ -89,9 +89,7 @@ def test_help_does_not_wait_for_pytorch(arguments):
 
 
 def test_the_module_is_the_command():
-    found = subprocess.run(
-        [sys.executable, "-m", "groktrace", "--help"], capture_output=True, text=True, check=True
-    )
+    found = subprocess.run([sys.executable, "-m", "groktrace", "--help"], capture_output=True, text=True, check=True)
     assert found.stdout.startswith("Usage: groktrace ")
 
 

@@ -6,7 +6,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from groktrace.errors import TaskError
-from groktrace.run.collect import collect, random_samples_note
+from groktrace.run.collation import random_samples_note
+from groktrace.run.collect import collect
 
 X, Y = torch.arange(20.0).reshape(10, 2), torch.arange(10)
 
